@@ -1,0 +1,57 @@
+"""Ways to ∂objective/∂x, the direction in which the candidate images are improved.
+
+Each takes the objective, the candidate `x` (B, C, H, W) and the progress of the run in [0, 1],
+and returns the losses (detached) and the derivative, shaped like `x`.
+"""
+
+import torch
+from torch import Tensor
+
+from inversion.objective import Losses, Objective
+
+
+def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losses, Tensor]:
+    """Exact derivative as one vector-Jacobian product of the gradient.
+
+    By the chain rule ∂distance(g(x))/∂x = vᵀ ∂g/∂x with v = ∂distance/∂g. The cotangent v is
+    taken at a detached g, so no graph of the distance is kept over all parameters, and nothing
+    is accumulated for the parameters themselves.
+    """
+    x = x.detach().requires_grad_()
+    gradient, terms = objective.evaluate(x)
+    leaves = [g.detach().requires_grad_() for g in gradient]
+    distance = objective.distance(leaves)
+    cotangents = torch.autograd.grad(objective.weights.gradient * distance, leaves)
+    prior = objective.prior_sum(terms, progress)
+    outputs = [(g, v) for g, v in zip(gradient, cotangents, strict=True) if g.requires_grad]
+    if isinstance(prior, Tensor):
+        outputs.append((prior, torch.ones_like(prior)))
+    (derivative,) = torch.autograd.grad(
+        [output for output, _ in outputs],
+        x,
+        [cotangent for _, cotangent in outputs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    total = objective.weights.gradient * distance + prior
+    terms = {name: term.detach() for name, term in terms.items()}
+    return Losses(total.detach(), distance.detach(), terms), derivative
+
+
+def plain(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losses, Tensor]:
+    """The same by plain double backward through everything: the slow, obvious twin.
+
+    Keeps the whole graph and, as `backward()` does, accumulates derivatives for the parameters
+    too, which are dropped.
+    """
+    x = x.detach().requires_grad_()
+    losses = objective(x, progress)
+    losses.total.backward()
+    for parameter in objective.model.parameters():
+        parameter.grad = None
+    terms = {name: term.detach() for name, term in losses.terms.items()}
+    return Losses(losses.total.detach(), losses.gradient.detach(), terms), x.grad
+
+
+#: `--pixel-gradient`: name → function(objective, x, progress).
+PIXEL_GRADIENTS = {"exact": exact, "plain": plain}

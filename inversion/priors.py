@@ -1,0 +1,73 @@
+"""Priors on images: what the attacker believes of them beside the gradient.
+
+Every prior takes a `Candidate` and returns a differentiable scalar, the same number whatever
+the batch size for images alike. A new prior is one function and one line in PRIORS.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What priors look at.
+
+    x: (B, C, H, W) normalised images. moments: (mean, var) of the batch at the input of every
+    BatchNorm layer, on the graph; target_moments: what they are pulled towards. Both are empty
+    unless a prior that `needs_moments` has a weight.
+    """
+
+    x: Tensor
+    moments: Sequence[tuple[Tensor, Tensor]] = ()
+    target_moments: Sequence[tuple[Tensor, Tensor]] = ()
+
+
+def total_variation(candidate: Candidate) -> Tensor:
+    """Anisotropic total variation (Rudin et al., 1992).
+
+    Mean absolute difference of horizontal neighbours plus that of vertical neighbours, over
+    batch, channels and pixels; ≥ 0, 0 for flat images.
+    """
+    differences = (candidate.x.diff(dim=-1), candidate.x.diff(dim=-2))
+    return sum((d.abs().mean() for d in differences if d.numel()), candidate.x.new_zeros(()))
+
+
+def bn_statistics(candidate: Candidate) -> Tensor:
+    """BatchNorm-statistics prior (DeepInversion, Yin et al., 2020, eq. 4).
+
+    Σ over BN layers of ‖mean − mean*‖₂ + ‖var − var*‖₂, with the batch's mean and biased
+    variance at the layer's input; ≥ 0.
+    """
+    return sum(
+        torch.linalg.vector_norm(mean - target_mean) + torch.linalg.vector_norm(var - target_var)
+        for (mean, var), (target_mean, target_var) in zip(
+            candidate.moments, candidate.target_moments, strict=True
+        )
+    )
+
+
+def l2_norm(candidate: Candidate) -> Tensor:
+    """Mean over the images of ‖x_i‖₂ (GradInversion, Yin et al., 2021, eq. 4), ≥ 0."""
+    return torch.linalg.vector_norm(candidate.x.flatten(1), dim=1).mean()
+
+
+@dataclass(frozen=True)
+class Prior:
+    """An entry of PRIORS: the function, its flag, and whether its weight may be negative."""
+
+    function: Callable[[Candidate], Tensor]
+    flag: str
+    help: str
+    signed: bool = False
+    needs_moments: bool = False
+
+
+#: name → Prior. The name is the column in losses.csv and the key in result.json.
+PRIORS = {
+    "tv": Prior(total_variation, "--TV", "weight of total variation"),
+    "bn": Prior(bn_statistics, "--BN", "weight of the BN-statistics prior", needs_moments=True),
+    "norm": Prior(l2_norm, "--input-norm", "weight of the images' l2 norm", signed=True),
+}

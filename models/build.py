@@ -1,0 +1,142 @@
+"""Network architectures by name, and the one place that knows where the classifier head is."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+
+from utils.cli import InputError
+
+
+def lenet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) -> nn.Module:
+    """Three 5×5 sigmoid convolutions and a linear head, after DLG (Zhu et al., 2019).
+
+    The gradient-inversion literature's smooth test network; `width` channels a layer (DLG has
+    12), strides 2, 2, 1. `image_shape` is (C, H, W) and fixes the head's input size.
+    """
+    channels, height, image_width = image_shape
+    layers, size = [], (height, image_width)
+    for stride in (2, 2, 1):
+        layers += [nn.Conv2d(channels, width, 5, stride, padding=2), nn.Sigmoid()]
+        size = tuple((side - 1) // stride + 1 for side in size)
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size[0] * size[1], num_classes))
+
+
+def convnet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) -> nn.Module:
+    """A plain stack of four 3×3 conv-BN-ReLU blocks, global average pooling, a linear head."""
+    channels, layers = image_shape[0], []
+    for stride in (1, 2, 1, 2):
+        layers += [
+            nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        channels = width
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, *pool, nn.Linear(width, num_classes))
+
+
+#: The project's own architectures, name → builder(num_classes, image_shape). A new
+#: architecture that torchvision lacks is one function and one line here.
+SMALL_NETWORKS = {"lenet": lenet, "convnet": convnet}
+
+
+def architectures() -> list[str]:
+    """Every name that `build_model` takes: the project's own, then torchvision's classifiers."""
+    return [*SMALL_NETWORKS, *torchvision_models.list_models(module=torchvision_models)]
+
+
+def build_model(arch: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Build network `arch` with random weights for (B, *image_shape) images.
+
+    Auxiliary heads are left out (googlenet, inception_v3). Where images do not have three
+    channels the first convolution of a torchvision network is made for theirs.
+
+    Raises InputError for an unknown name and for an image size the network cannot take.
+    """
+    if arch in SMALL_NETWORKS:
+        return SMALL_NETWORKS[arch](num_classes, image_shape)
+    if arch not in architectures():
+        raise InputError(
+            f"--arch {arch}: unknown; choose from {', '.join(SMALL_NETWORKS)} or torchvision's "
+            f"{', '.join(architectures()[len(SMALL_NETWORKS) :])}"
+        )
+    options = {}
+    if arch in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    elif arch.startswith("vit_"):
+        options = {"image_size": image_shape[1]}
+    elif arch.startswith("maxvit"):
+        options = {"input_size": tuple(image_shape[1:])}
+    try:
+        model = torchvision_models.get_model(arch, weights=None, num_classes=num_classes, **options)
+    except ValueError as error:  # vit and maxvit check the image size themselves
+        raise InputError(
+            f"--image-size {image_shape[1]}: {arch} cannot take it: {' '.join(str(error).split())}"
+        ) from error
+    if image_shape[0] != 3:
+        _change_input_channels(model, image_shape[0])
+    return model
+
+
+def input_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
+    """Name and module of the first convolution."""
+    return next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+
+
+def _change_input_channels(model: nn.Module, channels: int) -> None:
+    name, old = input_convolution(model)
+    settings = {
+        key: getattr(old, key)
+        for key in inspect.signature(nn.Conv2d).parameters
+        if key not in ("in_channels", "bias", "device", "dtype")
+    }
+    model.set_submodule(name, nn.Conv2d(channels, bias=old.bias is not None, **settings))
+
+
+def find_head(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the classifier head: the layer whose outputs are the logits.
+
+    The last linear layer; in networks without one (squeezenet) the last convolution.
+
+    Raises ValueError for a model with neither.
+    """
+    for kind in (nn.Linear, nn.Conv2d):
+        found = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
+        if found:
+            return found[-1]
+    raise ValueError("the model has no linear layer and no convolution: no classifier head")
+
+
+def _init_normal(weight: Tensor, bias: Tensor | None) -> None:
+    nn.init.normal_(weight, 0.0, 0.01)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+def _init_kaiming_uniform(weight: Tensor, bias: Tensor | None) -> None:
+    nn.init.kaiming_uniform_(weight)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+def _init_keep(weight: Tensor, bias: Tensor | None) -> None:
+    """Leave the head as it was built or loaded."""
+
+
+#: `--outlayer-state`: how the classifier head starts. `normal` is N(0, 0.01²) with bias 0,
+#: `kaiming_uniform` is He et al.'s bound with bias 0, `keep` leaves it alone.
+HEAD_INITS = {
+    "normal": _init_normal,
+    "kaiming_uniform": _init_kaiming_uniform,
+    "keep": _init_keep,
+}
+
+
+def init_head(model: nn.Module, head_init: str) -> None:
+    """Initialise the classifier head in place by the rule `head_init` of HEAD_INITS."""
+    _, head = find_head(model)
+    with torch.no_grad():
+        HEAD_INITS[head_init](head.weight, head.bias)

@@ -1,0 +1,60 @@
+"""The one definition of "the gradient", used by the client and by the attacker."""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.batchnorm import BATCHNORM_TYPES
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter of everything that requires a gradient, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def gradient_mode(model: nn.Module, train_mode: bool):
+    """Put `model` into the state in which gradients are taken; restore it afterwards.
+
+    Only BatchNorm follows `train_mode`: dropout and stochastic depth are off on both sides,
+    since their random masks are not part of what a client sends. Running statistics are used
+    in eval mode but never updated, so the model's buffers stay as they were. Attention runs
+    on the kernel that has a second derivative everywhere.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    layers = [module for module, _ in modes if isinstance(module, BATCHNORM_TYPES)]
+    tracking = [layer.track_running_stats for layer in layers]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for layer in layers:
+            layer.training = train_mode
+            if train_mode:
+                layer.track_running_stats = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for layer, track in zip(layers, tracking, strict=True):
+            layer.track_running_stats = track
+
+
+def batch_gradient(
+    model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradient of the batch's mean cross-entropy with respect to the trainable parameters.
+
+    `x` (B, C, H, W) normalised images, `y` (B,) class indices. Returns one tensor a trainable
+    parameter, in the model's order, shaped like it; zeros where a parameter takes no part.
+    With `create_graph` the result can be differentiated once more with respect to `x`.
+    """
+    parameters = list(trainable_parameters(model).values())
+    with gradient_mode(model, train_mode), torch.enable_grad():
+        loss = F.cross_entropy(model(x), y)
+        return torch.autograd.grad(
+            loss, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )

@@ -1,0 +1,113 @@
+"""Weights from files: torchvision .pth, training .tar, MoCo v2; told apart by their keys."""
+
+import os
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models.build import find_head, input_convolution
+from utils.checkpoint import load_plain
+from utils.cli import InputError
+
+MOCO_PREFIX = "encoder_q."
+#: Heads that some torchvision files carry for training only; the networks here have none.
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """has_head: the classifier head came from the file. remarks: lines for the user."""
+
+    has_head: bool
+    remarks: list[str]
+
+
+def load_pretrained(model: nn.Module, path: str) -> Loaded:
+    """Load the weights in `path` into `model` in place.
+
+    Taken are a state dict, a checkpoint that holds one under `state_dict` (or `model`), both
+    with or without the `module.` prefix of DataParallel, and a MoCo v2 pre-training checkpoint
+    (`module.encoder_q.*`), whose projection head is no classifier and is left out. A head of
+    another class count is left out as well: the model keeps its own. Grey inputs: a
+    three-channel first convolution is summed over its channels, which is what it computes on
+    a grey image copied to three channels.
+
+    Raises InputError when the file is missing, is unreadable, or does not fit; the error says
+    which keys are missing, surplus or of another shape.
+    """
+    state, remarks = _read_state(path)
+    own = model.state_dict()
+    head_name, head = find_head(model)
+    head_keys = [f"{head_name}.{name}" for name, _ in head.named_parameters()]
+
+    is_moco = any(key.startswith(MOCO_PREFIX) for key in state)
+    if is_moco:
+        trunk = {k[len(MOCO_PREFIX) :]: v for k, v in state.items() if k.startswith(MOCO_PREFIX)}
+        state = {k: v for k, v in trunk.items() if not k.startswith(f"{head_name}.")}
+        remarks.append("MoCo encoder_q weights; they hold no classifier head")
+    elif any(key in state and state[key].shape != own[key].shape for key in head_keys):
+        shape = tuple(state[head_keys[0]].shape)
+        remarks.append(
+            f"the file's head {shape} has another size than {tuple(head.weight.shape)}: left out"
+        )
+        state = {k: v for k, v in state.items() if k not in head_keys}
+    auxiliary = [k for k in state if k.startswith(AUXILIARY_HEADS) and k not in own]
+    if auxiliary:
+        remarks.append(f"{len(auxiliary)} tensors of auxiliary heads left out")
+        state = {k: v for k, v in state.items() if k not in auxiliary}
+
+    conv_name, conv = input_convolution(model)
+    conv_key = f"{conv_name}.weight"
+    if conv.in_channels == 1 and conv_key in state and state[conv_key].shape[1] == 3:
+        state[conv_key] = state[conv_key].sum(1, keepdim=True)
+        remarks.append(f"{conv_key} summed over its three channels for grey images")
+
+    has_head = any(key in state for key in head_keys)
+    optional = {k for k in own if k.endswith("num_batches_tracked")}
+    if not has_head:
+        optional |= set(head_keys)
+    missing = [k for k in own if k not in state and k not in optional]
+    surplus = [k for k in state if k not in own]
+    reshaped = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in state
+        if k in own and state[k].shape != own[k].shape
+    ]
+    problems = [
+        f"{word} {_some(keys)}"
+        for word, keys in (("missing", missing), ("surplus", surplus), ("reshaped", reshaped))
+        if keys
+    ]
+    if problems:
+        raise InputError(
+            f"--pretrained {path}: does not fit the network: {'; '.join(problems)}; "
+            "give weights of the --arch named"
+        )
+    model.load_state_dict({**own, **state})
+    return Loaded(has_head, remarks)
+
+
+def _read_state(path: str) -> tuple[dict[str, Tensor], list[str]]:
+    if not os.path.isfile(path):
+        raise InputError(f"--pretrained {path}: no such file; leave it out for random weights")
+    content = load_plain(path, "--pretrained")
+    remarks = []
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            remarks.append(f"state dict found under '{wrapper}'")
+            break
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"--pretrained {path}: holds no state dict; give a file of weights")
+    not_tensors = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    if not_tensors:
+        raise InputError(
+            f"--pretrained {path}: not a state dict: {_some(not_tensors)} hold no tensors"
+        )
+    return {k.removeprefix("module."): v for k, v in content.items()}, remarks
+
+
+def _some(names: list, most: int = 5) -> str:
+    names = [str(n) for n in names]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,137 @@
+"""What the attacker sees (`Target`) and what only scoring sees (`GroundTruth`)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.batchnorm import batchnorm_layers
+from models.build import build_model
+from models.gradient import trainable_parameters
+from utils.cli import InputError
+
+
+@dataclass(frozen=True)
+class Target:
+    """All that an attacker sees of one client step.
+
+    gradient: one tensor a trainable parameter, in the model's order. image_shape: (C, H, W).
+    mean, std: (C, 1, 1), the normalisation of the images. train_mode: BatchNorm used batch
+    statistics. trainable: names of the trainable parameters. bn_mean, bn_var: mean and biased
+    variance of the whole batch at the input of every BatchNorm layer, one (C_l,) tensor each,
+    or None when the client did not send them.
+    """
+
+    gradient: tuple[Tensor, ...]
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mean: Tensor
+    std: Tensor
+    arch: str
+    state_dict: dict[str, Tensor]
+    train_mode: bool
+    trainable: tuple[str, ...]
+    bn_mean: tuple[Tensor, ...] | None = None
+    bn_var: tuple[Tensor, ...] | None = None
+
+    @property
+    def box(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest normalised value of a valid colour, (C, 1, 1) each."""
+        return -self.mean / self.std, (1 - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The private batch, for scoring only: x (B, C, H, W) normalised, y (B,)."""
+
+    x: Tensor
+    y: Tensor
+
+
+def target_from_checkpoint(checkpoint: dict) -> Target:
+    """The attacker's view of a loaded checkpoint (utils/checkpoint.py); reads no truth.
+
+    Raises InputError when the gradient holds a value that is not finite.
+    """
+    setup = checkpoint["dataset_setup"]
+    gradient = tuple(checkpoint["target_gradient"])
+    names = checkpoint.get("trainable")
+    for i, g in enumerate(gradient):
+        if not torch.isfinite(g).all():
+            which = names[i] if names else f"tensor {i}"
+            raise InputError(f"--checkpoint: the gradient of {which} is not finite; capture again")
+
+    def per_channel(values):
+        return torch.as_tensor(values, dtype=gradient[0].dtype).view(-1, 1, 1)
+
+    bn_mean, bn_var = checkpoint.get("bn_mean_list"), checkpoint.get("bn_var_list")
+    return Target(
+        gradient=gradient,
+        batch_size=int(checkpoint["batch_size"]),
+        image_shape=tuple(int(side) for side in setup["size"]),
+        num_classes=int(setup["n_classes"]),
+        mean=per_channel(setup["mean"]),
+        std=per_channel(setup["std"]),
+        arch=checkpoint["arch"],
+        state_dict=checkpoint["state_dict"],
+        train_mode=not checkpoint["model_eval"],
+        trainable=tuple(names) if names else (),
+        bn_mean=tuple(bn_mean) if bn_mean else None,
+        bn_var=tuple(bn_var) if bn_var else None,
+    )
+
+
+def truth_from_checkpoint(checkpoint: dict) -> GroundTruth | None:
+    """The truth in a loaded checkpoint or truth file, None where it holds none."""
+    if checkpoint.get("x_true") is None or checkpoint.get("y_true") is None:
+        return None
+    return GroundTruth(checkpoint["x_true"], checkpoint["y_true"].long())
+
+
+def model_of(target: Target) -> nn.Module:
+    """Build the attacked network with the weights the client started from.
+
+    Raises InputError when the weights do not fit the architecture.
+    """
+    model = build_model(target.arch, target.num_classes, target.image_shape)
+    state = {key.removeprefix("module."): value for key, value in target.state_dict.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"--checkpoint: its weights do not fit {target.arch}: {' '.join(str(error).split())}"
+        ) from error
+    if target.trainable:
+        known = dict(model.named_parameters())
+        unknown = [name for name in target.trainable if name not in known]
+        if unknown:
+            raise InputError(f"--checkpoint: {target.arch} has no parameter {unknown[0]}")
+        for name, parameter in known.items():
+            parameter.requires_grad_(name in target.trainable)
+    check_gradient_fits(model, target)
+    return model.to(target.gradient[0].dtype)
+
+
+def check_gradient_fits(model: nn.Module, target: Target) -> None:
+    """Raise InputError, naming the parameter, unless the target's tensors fit the model."""
+    parameters = trainable_parameters(model)
+    for (name, parameter), g in zip(parameters.items(), target.gradient, strict=False):
+        if g.shape != parameter.shape:
+            raise InputError(
+                f"--checkpoint: the gradient of {name} has shape {tuple(g.shape)}, the parameter "
+                f"{tuple(parameter.shape)}; it was taken of another model than {target.arch}"
+            )
+    if len(parameters) != len(target.gradient):
+        surplus = list(parameters)[len(target.gradient) :]
+        which = f"; none for {surplus[0]}" if surplus else ""
+        raise InputError(
+            f"--checkpoint: {len(target.gradient)} gradient tensors for {len(parameters)} "
+            f"trainable parameters of {target.arch}{which}"
+        )
+    layers = len(batchnorm_layers(model))
+    if target.bn_mean is not None and not len(target.bn_mean) == len(target.bn_var) == layers:
+        raise InputError(
+            f"--checkpoint: BN statistics of {len(target.bn_mean)} means and "
+            f"{len(target.bn_var)} variances for {layers} BN layers of {target.arch}"
+        )

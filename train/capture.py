@@ -1,0 +1,38 @@
+"""What the client computes and sends: the gradient, and its BatchNorm statistics if asked."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models.batchnorm import recorded_moments
+from models.gradient import batch_gradient
+
+
+@dataclass(frozen=True)
+class Capture:
+    """gradient: a tensor a trainable parameter. bn_mean, bn_var: (C_l,) a BN layer, or None."""
+
+    gradient: tuple[Tensor, ...]
+    bn_mean: tuple[Tensor, ...] | None
+    bn_var: tuple[Tensor, ...] | None
+
+
+def capture(
+    model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool, capture_bn: bool = False
+) -> Capture:
+    """Compute what a client sends for the batch `x` (B, C, H, W) normalised, `y` (B,).
+
+    The gradient is that of the mean cross-entropy (models/gradient.py). `capture_bn` adds mean
+    and biased variance of the batch at the input of every BatchNorm layer. The model's modes
+    and buffers are left as they were.
+    """
+    with recorded_moments(model) as moments:
+        gradient = batch_gradient(model, x, y, train_mode=train_mode)
+        pairs = moments() if capture_bn else None
+    if not pairs:
+        return Capture(gradient, None, None)
+    return Capture(
+        gradient,
+        tuple(mean.detach() for mean, _ in pairs),
+        tuple(var.detach() for _, var in pairs),
+    )

@@ -1,0 +1,437 @@
+"""Data sets of the client: name → shape, class count, normalisation, and how to open it.
+
+A new data set is one `DatasetSpec` in DATASETS. Images are decoded one by one, only those of
+the batch asked for.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import skimage.data
+import sklearn.datasets
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+from torchvision.datasets import CIFAR100, SVHN, ImageFolder
+from torchvision.transforms.v2 import functional as transforms
+
+from utils.checkpoint import load_plain
+from utils.cli import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked of a data set.
+
+    size: side of the square images in pixels, None for the data set's own. channels: 1, 3 or
+    None for the files' own. distinct_labels: number of distinct labels in a batch, for `photos`.
+    """
+
+    root: str | None = None
+    size: int | None = None
+    channels: int | None = None
+    distinct_labels: int | None = None
+    seed: int = 0
+    workers: int = 4
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened data set. length: number of images, None where there is no end.
+
+    batch(indices): images (B, C, H, W) in [0, 1] and labels (B,) of those indices; where there
+    is no end it is called with (batch_size, target_idx) instead.
+    """
+
+    length: int | None
+    batch: Callable[..., tuple[Tensor, Tensor]]
+    spec: "DatasetSpec"
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """shape: (C, H, W). mean, std: C numbers. open: (Request, DatasetSpec) → Source.
+
+    num_classes is None where the files tell (the Source's own spec then holds it).
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    open: Callable[[Request, "DatasetSpec"], Source]
+
+
+def load_batch(
+    name: str, request: Request, batch_size: int, target_idx: int
+) -> tuple[Tensor, Tensor, DatasetSpec]:
+    """Batch number `target_idx` of data set `name`.
+
+    Batches are consecutive slices of one permutation of the data set that `request.seed` draws,
+    so different indices never share an image. `photos` has its own rule (`photo_batch`).
+
+    Returns x (B, C, H, W) normalised, y (B,), and the data set's final spec.
+    Raises InputError for an unknown name, missing or broken files and a batch beyond the end.
+    """
+    source = open_dataset(name, request)
+    if source.length is None:
+        x, y = source.batch(batch_size, target_idx)
+    else:
+        batches = source.length // batch_size
+        if batch_size > source.length:
+            raise InputError(
+                f"--batch-size {batch_size}: {name} holds {source.length} images; "
+                f"give {source.length} or fewer"
+            )
+        if target_idx >= batches:
+            raise InputError(
+                f"--target-idx {target_idx}: {source.length} images make {batches} batches of "
+                f"{batch_size}; give 0 to {batches - 1}"
+            )
+        order = torch.randperm(source.length, generator=Generator().manual_seed(request.seed))
+        chosen = order[target_idx * batch_size : (target_idx + 1) * batch_size]
+        x, y = source.batch(chosen.tolist())
+    return normalise(x, source.spec), y, source.spec
+
+
+def open_dataset(name: str, request: Request) -> Source:
+    """Open data set `name`; decodes nothing yet. Raises InputError as `load_batch` does."""
+    spec = _spec(name)
+    if request.distinct_labels is not None and name != "photos":
+        raise InputError(
+            f"--distinct-labels {request.distinct_labels}: only for --data-name photos; leave it "
+            "out"
+        )
+    if request.channels is not None and name != "folder":
+        raise InputError(
+            f"--channels {request.channels}: only for --data-name folder; leave it out"
+        )
+    if request.size is not None:
+        spec = replace(spec, shape=(spec.shape[0], request.size, request.size))
+    return spec.open(request, spec)
+
+
+def _spec(name: str) -> DatasetSpec:
+    if name not in DATASETS:
+        raise InputError(f"--data-name {name}: unknown; choose from {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def load_backup(
+    folder: str, name: str, batch_size: int, target_idx: int
+) -> tuple[Tensor, Tensor, DatasetSpec]:
+    """Batch `target_idx` of a backup: `x_true.pth.bk` (N, C, H, W) normalised, `y_true.pth.bk`.
+
+    Normalisation and class count are those of data set `name`.
+    Raises InputError when a file is missing or unfit, or the slice lies beyond its end.
+    """
+    spec = _spec(name)
+    x, y = (
+        load_plain(os.path.join(folder, f"{which}_true.pth.bk"), "--data-backup") for which in "xy"
+    )
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == 4 and len(x) == len(y)):
+        raise InputError(
+            f"--data-backup {folder}: x_true must be (N, C, H, W) and y_true (N,) tensors"
+        )
+    if spec.num_classes is None:
+        raise InputError(
+            f"--data-name {name}: its class count comes from its files; with --data-backup name "
+            "another data set"
+        )
+    if x.shape[1] != len(spec.mean):
+        raise InputError(
+            f"--data-backup {folder}: {x.shape[1]} channels, but --data-name {name} has "
+            f"{len(spec.mean)}"
+        )
+    part = slice(target_idx * batch_size, (target_idx + 1) * batch_size)
+    if len(x[part]) < batch_size:
+        raise InputError(
+            f"--target-idx {target_idx}: batch {target_idx} of {batch_size} lies beyond the "
+            f"{len(x)} images of {folder}; give a smaller index or --batch-size"
+        )
+    y = y[part].long()
+    if int(y.min()) < 0 or int(y.max()) >= spec.num_classes:
+        raise InputError(
+            f"--data-backup {folder}: labels {int(y.min())} to {int(y.max())}, but --data-name "
+            f"{name} has classes 0 to {spec.num_classes - 1}"
+        )
+    return x[part].float(), y, replace(spec, shape=tuple(x.shape[1:]))
+
+
+def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] → (x − mean) / std a channel."""
+    mean, std = (torch.tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in (spec.mean, spec.std))
+    return (x - mean) / std
+
+
+# Image files -------------------------------------------------------------------------------
+
+
+def decode(path: str, channels: int, size: int) -> Tensor:
+    """Read one image file: (channels, size, size) in [0, 1].
+
+    The shorter side is scaled to `size` and the centre cut out. Grey files of 8, 16 or 32 bits
+    keep their range. Raises InputError, naming the file, when it is broken or has colours and
+    one channel was asked for.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"--data: {path} is no readable image ({error}); remove it") from error
+    is_grey = image.mode in GREY_MODES
+    if channels == 1 and not is_grey:
+        raise InputError(
+            f"--data: {path} is in colour, among grey ones; give --channels 3 to read all in colour"
+        )
+    if image.mode.startswith("I"):
+        pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535).clamp(0, 1)[None]
+    elif image.mode == "F":
+        pixels = torch.from_numpy(np.array(image)).clamp(0, 1)[None]
+    else:
+        pixels = transforms.pil_to_tensor(image.convert("L" if is_grey else "RGB")).float() / 255
+    if pixels.shape[0] < channels:
+        pixels = pixels.expand(channels, -1, -1)
+    pixels = transforms.resize(pixels, [size], antialias=True).clamp(0, 1)
+    return transforms.center_crop(pixels, [size, size])
+
+
+def _files_source(paths: Sequence[str], labels: Sequence[int], request: Request, spec) -> Source:
+    channels, size, _ = spec.shape
+
+    def batch(indices):
+        with ThreadPoolExecutor(max(1, request.workers)) as pool:
+            images = list(pool.map(lambda i: decode(paths[i], channels, size), indices))
+        return torch.stack(images), torch.tensor([labels[i] for i in indices])
+
+    return Source(len(paths), batch, spec)
+
+
+def _folder_of(request: Request, name: str) -> str:
+    if request.root is None:
+        raise InputError(f"--data: missing; --data-name {name} needs the folder of the data set")
+    if not os.path.isdir(request.root):
+        raise InputError(f"--data {request.root}: no such folder; give the folder of the data set")
+    return request.root
+
+
+def _image_folder(root: str) -> tuple[list[str], list[int], int]:
+    try:
+        folder = ImageFolder(root)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"--data {root}: needs one subfolder a class with images in each: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    return [p for p, _ in folder.samples], [c for _, c in folder.samples], len(folder.classes)
+
+
+def _open_folder(request: Request, spec: DatasetSpec) -> Source:
+    """Any ImageFolder. Grey where the first file of every class is, unless channels are given."""
+    paths, labels, num_classes = _image_folder(_folder_of(request, "folder"))
+    channels = request.channels
+    if channels is None:
+        firsts = [paths[labels.index(c)] for c in range(num_classes)]
+        channels = 1 if all(_mode(path) in GREY_MODES for path in firsts) else 3
+    spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=num_classes)
+    if channels == 1:
+        spec = replace(spec, mean=GREY_MEAN, std=GREY_STD)
+    return _files_source(paths, labels, request, spec)
+
+
+def _mode(path: str) -> str:
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"--data: {path} is no readable image ({error}); remove it") from error
+
+
+def _open_imagenet(request: Request, spec: DatasetSpec) -> Source:
+    """ImageFolder in `root/train`, or in `root` itself; class indices are its sorted folders."""
+    root = _folder_of(request, "imagenet")
+    inner = os.path.join(root, "train")
+    paths, labels, num_classes = _image_folder(inner if os.path.isdir(inner) else root)
+    if num_classes > spec.num_classes:
+        raise InputError(
+            f"--data {root}: {num_classes} class folders, imagenet has {spec.num_classes}; give "
+            "--data-name folder"
+        )
+    return _files_source(paths, labels, request, spec)
+
+
+def _open_celeba(request: Request, spec: DatasetSpec) -> Source:
+    """`x_train/` with the images and `y_train.txt` with lines "name identity", from 1."""
+    root = _folder_of(request, "celeba")
+    images, listing = os.path.join(root, "x_train"), os.path.join(root, "y_train.txt")
+    if not (os.path.isdir(images) and os.path.isfile(listing)):
+        raise InputError(f"--data {root}: celeba needs a folder x_train and a file y_train.txt")
+    paths, labels = [], []
+    with open(listing) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            name, _, identity = line.strip().rpartition(" ")
+            if not name or not identity.isdigit() or not 1 <= int(identity) <= spec.num_classes:
+                raise InputError(
+                    f"--data {listing}: line {number} is not 'name identity' with an identity "
+                    f"from 1 to {spec.num_classes}"
+                )
+            paths.append(os.path.join(images, name.strip()))
+            labels.append(int(identity) - 1)
+    if not paths:
+        raise InputError(f"--data {listing}: lists no image")
+    return _files_source(paths, labels, request, spec)
+
+
+# Arrays ------------------------------------------------------------------------------------
+
+
+class _Cifar100Files(CIFAR100):
+    """torchvision's reader, without the checksums of the published files."""
+
+    train_list = [["train", None]]
+    test_list = []
+    meta = {"filename": "meta", "key": "fine_label_names", "md5": None}
+
+
+class _SvhnFiles(SVHN):
+    """torchvision's reader, without the checksum of the published file."""
+
+    split_list = {"train": ["", "train_32x32.mat", None]}
+
+
+def _array_source(data: np.ndarray, labels: Sequence[int], request: Request, spec) -> Source:
+    """`data` (N, 3, H, W) uint8."""
+    size = spec.shape[1]
+
+    def batch(indices):
+        x = torch.from_numpy(data[indices]).float() / 255
+        if x.shape[-1] != size:
+            x = transforms.resize(x, [size, size], antialias=True).clamp(0, 1)
+        return x, torch.tensor([int(labels[i]) for i in indices])
+
+    return Source(len(data), batch, spec)
+
+
+def _open_cifar100(request: Request, spec: DatasetSpec) -> Source:
+    """Folder that holds `cifar-100-python/` with the published pickles `train` and `meta`."""
+    root = _folder_of(request, "cifar100")
+    dataset = _read_published(_Cifar100Files, root, "cifar-100-python/train and meta", train=True)
+    return _array_source(dataset.data.transpose(0, 3, 1, 2), dataset.targets, request, spec)
+
+
+def _open_svhn(request: Request, spec: DatasetSpec) -> Source:
+    """Folder that holds the published `train_32x32.mat`; its digit 0 is class 0."""
+    root = _folder_of(request, "svhn")
+    dataset = _read_published(_SvhnFiles, root, "train_32x32.mat", split="train")
+    return _array_source(dataset.data, dataset.labels, request, spec)
+
+
+def _read_published(reader, root, files, **options):
+    try:
+        return reader(root, download=False, **options)
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+        raise InputError(
+            f"--data {root}: does not hold readable {files} "
+            f"({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
+
+
+# Photographs inside scikit-image and scikit-learn --------------------------------------------
+
+#: Class i of `photos` is the i-th of these photographs.
+PHOTOS = {
+    "astronaut": skimage.data.astronaut,
+    "chelsea": skimage.data.chelsea,
+    "coffee": skimage.data.coffee,
+    "rocket": skimage.data.rocket,
+    "hubble_deep_field": skimage.data.hubble_deep_field,
+    "immunohistochemistry": skimage.data.immunohistochemistry,
+    "retina": skimage.data.retina,
+    "china": lambda: sklearn.datasets.load_sample_image("china.jpg"),
+}
+
+
+def photo_batch(
+    batch_size: int, target_idx: int, size: int, *, seed: int, distinct_labels: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Batch `target_idx` of the embedded photographs: x (B, 3, size, size) in [0, 1], y (B,).
+
+    Batch 0 with B ≤ 8 and free labels: centre crops of the first B photographs, in the order
+    of PHOTOS. Every other batch: position p is a crop drawn from (seed, target_idx, p) with a
+    side of 50 to 100 % of the photograph's shorter one and real-valued corners, so that no
+    crop comes twice; its photograph, which is its class, is drawn too. With `distinct_labels`
+    U the labels are U classes that (seed, target_idx) draws, repeated in turn.
+    """
+    names = list(PHOTOS)
+    photos = {}
+
+    def crop(label, side_share, x_share, y_share):
+        if label not in photos:
+            photos[label] = Image.fromarray(PHOTOS[names[label]]())
+        photo = photos[label]
+        side = side_share * min(photo.size)
+        left, top = (x_share * (photo.width - side), y_share * (photo.height - side))
+        box = (left, top, left + side, top + side)
+        small = photo.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return transforms.pil_to_tensor(small).float() / 255
+
+    if target_idx == 0 and batch_size <= len(names) and distinct_labels is None:
+        labels = list(range(batch_size))
+        return torch.stack([crop(label, 1.0, 0.5, 0.5) for label in labels]), torch.tensor(labels)
+    classes = None
+    if distinct_labels is not None:
+        draw = np.random.default_rng([seed, target_idx])
+        classes = draw.permutation(len(names))[:distinct_labels].tolist()
+    labels, crops = [], []
+    for position in range(batch_size):
+        draw = np.random.default_rng([seed, target_idx, position])
+        label = int(draw.integers(len(names)))
+        if classes is not None:
+            label = classes[position % len(classes)]
+        labels.append(label)
+        crops.append(crop(label, draw.uniform(0.5, 1.0), draw.uniform(), draw.uniform()))
+    return torch.stack(crops), torch.tensor(labels)
+
+
+def _open_photos(request: Request, spec: DatasetSpec) -> Source:
+    if request.root is not None:
+        raise InputError(f"--data {request.root}: photos are built in; leave --data out")
+    distinct = request.distinct_labels
+    if distinct is not None and not 1 <= distinct <= len(PHOTOS):
+        raise InputError(
+            f"--distinct-labels {distinct}: photos has {len(PHOTOS)} classes; give 1 to "
+            f"{len(PHOTOS)}"
+        )
+
+    def batch(batch_size, target_idx):
+        if distinct is not None and distinct > batch_size:
+            raise InputError(
+                f"--distinct-labels {distinct}: more than the {batch_size} images of the batch"
+            )
+        return photo_batch(
+            batch_size, target_idx, spec.shape[1], seed=request.seed, distinct_labels=distinct
+        )
+
+    return Source(None, batch, spec)
+
+
+#: `--data-name`: name → DatasetSpec.
+DATASETS = {
+    "imagenet": DatasetSpec((3, 224, 224), 1000, IMAGENET_MEAN, IMAGENET_STD, _open_imagenet),
+    "cifar100": DatasetSpec((3, 32, 32), 100, CIFAR100_MEAN, CIFAR100_STD, _open_cifar100),
+    "svhn": DatasetSpec((3, 32, 32), 10, IMAGENET_MEAN, IMAGENET_STD, _open_svhn),
+    "celeba": DatasetSpec((3, 224, 224), 10177, IMAGENET_MEAN, IMAGENET_STD, _open_celeba),
+    "photos": DatasetSpec((3, 32, 32), len(PHOTOS), IMAGENET_MEAN, IMAGENET_STD, _open_photos),
+    "folder": DatasetSpec((3, 224, 224), None, IMAGENET_MEAN, IMAGENET_STD, _open_folder),
+}

@@ -1,0 +1,221 @@
+"""The client of a federated-learning step: batch → gradient (+ BN statistics) → checkpoint.
+
+    python training.py --data-name photos --arch lenet --batch-size 8 --outlayer-state keep
+
+The checkpoint is what run.py attacks. Run with --help for all flags, --dry-run to check them.
+"""
+
+import os
+import sys
+
+import torch
+
+from models.batchnorm import batchnorm_layers
+from models.build import HEAD_INITS, architectures, build_model, find_head, init_head
+from models.gradient import trainable_parameters
+from models.pretrained import load_pretrained
+from train.capture import capture
+from train.datasets import DATASETS, Request, load_backup, load_batch
+from utils.checkpoint import free_path, make_checkpoint, save, seal
+from utils.cli import (
+    InputError,
+    Parser,
+    choose_device,
+    integer_from,
+    run_script,
+    writable_folder,
+)
+from utils.images import denormalise, save_panels
+from utils.report import Reporter, device_name, git_revision, setting_lines, versions
+
+
+def parser() -> Parser:
+    """All flags of the client."""
+    parser = Parser(prog="training.py", description=__doc__.partition("\n")[0])
+    add = parser.add_argument_group("run").add_argument
+    add("--id", default="test", help="name of the run, part of the file names")
+    add("--seed", type=integer_from(0), default=0, help="seed of all randomness")
+    add("--results", default="./train/checkpoint", help="output folder")
+    add("--gpu", type=int, help="number of the GPU; default: the first, else the CPU")
+    add("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-name", default="imagenet", help=f"one of {', '.join(DATASETS)}")
+    add("--data", help="folder of the data set")
+    add("--data-backup", help="folder with x_true.pth.bk and y_true.pth.bk, used instead")
+    add("--target-idx", type=integer_from(0), default=0, help="number of the batch")
+    add("-b", "--batch-size", type=integer_from(1), default=256, help="images in the batch")
+    add("--image-size", type=integer_from(1), help="side in pixels; default: the data set's")
+    add("--channels", type=int, choices=(1, 3), help="for folder; default: as the files are")
+    add("--distinct-labels", type=int, help="for photos: number of distinct labels")
+    add("-j", "--workers", type=integer_from(0), default=4, help="threads that decode images")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-a", "--arch", default="resnet50", help="lenet, convnet or a torchvision classifier")
+    add("--pretrained", help="weights: .pth, .tar or MoCo v2; default: random")
+    add("--outlayer-state", choices=HEAD_INITS, default="normal", help="classifier head")
+    add("--model-eval", action="store_true", help="BatchNorm in eval mode")
+
+    add = parser.add_argument_group("what is sent").add_argument
+    add("--upload-bn", action="store_true", help="store the batch's BatchNorm statistics")
+    add("--seal", action="store_true", help="write the truth to a file of its own")
+    return parser
+
+
+def client_model(args, num_classes, image_shape, reporter):
+    """The network the client trains: architecture, weights, head."""
+    torch.manual_seed(args.seed)
+    model = build_model(args.arch, num_classes, image_shape)
+    head_name, head = find_head(model)
+    if args.pretrained is None:
+        reporter.say(f"model: {args.arch} with random weights (no --pretrained given)")
+    else:
+        loaded = load_pretrained(model, args.pretrained)
+        reporter.say(f"model: {args.arch} with the weights of {args.pretrained}")
+        for remark in loaded.remarks:
+            reporter.say(f"  {remark}")
+        if args.outlayer_state == "keep" and not loaded.has_head:
+            raise InputError(
+                f"--outlayer-state keep: {args.pretrained} has no head for {num_classes} classes; "
+                "give normal or kaiming_uniform"
+            )
+        if args.outlayer_state != "keep" and loaded.has_head:
+            reporter.say(
+                f"  the file's head {head_name} is overwritten; --outlayer-state keep keeps it"
+            )
+    init_head(model, args.outlayer_state)
+    reporter.say(f"  head {head_name} {tuple(head.weight.shape)}: {args.outlayer_state}")
+    return model
+
+
+def load_target(args):
+    """The private batch: x (B, C, H, W) normalised, y (B,), and its data set's spec."""
+    if args.data_backup is not None:
+        return load_backup(args.data_backup, args.data_name, args.batch_size, args.target_idx)
+    request = Request(
+        root=args.data,
+        size=args.image_size,
+        channels=args.channels,
+        distinct_labels=args.distinct_labels,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    return load_batch(args.data_name, request, args.batch_size, args.target_idx)
+
+
+def checkpoint_path(args) -> str:
+    """Where the checkpoint goes; the name says what it holds, a number avoids overwriting."""
+    weights = "random" if args.pretrained is None else os.path.basename(args.pretrained)
+    name = (
+        f"id{args.id}_{args.arch}_{weights}_{args.data_name}_b{args.batch_size}"
+        f"_i{args.target_idx}-checkpoint.pth.tar"
+    )
+    return free_path(os.path.join(args.results, name))
+
+
+def check(args) -> None:
+    """Refuse what can be refused without opening any data."""
+    if args.arch not in architectures():
+        build_model(args.arch, 1, (3, 1, 1))  # raises with the list of choices
+    if os.sep in args.id:
+        raise InputError(f"--id {args.id}: is part of a file name; leave {os.sep} out")
+    if args.data_backup is not None and args.image_size is not None:
+        raise InputError(f"--image-size {args.image_size}: a --data-backup has its own size")
+    writable_folder(args.results, "--results")
+
+
+def main(argv: list[str]) -> int:
+    """Capture one batch as the flags say; return the exit code."""
+    args = parser().parse_args(argv)
+    reporter = Reporter()
+    device = choose_device(args.gpu)
+    check(args)
+    reporter.say("settings\n" + setting_lines(vars(args)))
+
+    x, y, spec = load_target(args)
+    model = client_model(args, spec.num_classes, spec.shape, reporter)
+    layers = len(batchnorm_layers(model))
+    if args.upload_bn and not layers:
+        raise InputError(f"--upload-bn: {args.arch} has no BatchNorm layer; leave it out")
+    parameters = sum(p.numel() for p in trainable_parameters(model).values())
+    reporter.say(
+        f"batch: {len(x)} images {tuple(x.shape[1:])}, {len(y.unique())} distinct labels of "
+        f"{spec.num_classes}; {parameters:,} parameters; {device_name(device)}"
+    )
+    path = checkpoint_path(args)
+    if args.dry_run:
+        reporter.say(f"dry run: would write {path}")
+        return 0
+
+    model.to(device)
+    try:
+        sent = capture(
+            model,
+            x.to(device),
+            y.to(device),
+            train_mode=not args.model_eval,
+            capture_bn=args.upload_bn,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(refusal(args, spec.shape, error)) from error
+    if not all(torch.isfinite(g).all() for g in sent.gradient):
+        raise InputError(
+            f"--arch {args.arch}: the gradient of this batch is not finite; check --pretrained"
+        )
+    checkpoint = make_checkpoint(
+        model,
+        sent.gradient,
+        arch=args.arch,
+        batch_size=args.batch_size,
+        image_shape=spec.shape,
+        num_classes=spec.num_classes,
+        mean=spec.mean,
+        std=spec.std,
+        train_mode=not args.model_eval,
+        bn_mean=sent.bn_mean,
+        bn_var=sent.bn_var,
+        truth=(x, y),
+        settings={**vars(args), "versions": versions(), "git": git_revision()},
+    )
+    write(args, path, checkpoint, denormalise(x, *normalisation(spec)), reporter)
+    return 0
+
+
+def refusal(args, image_shape, error: Exception) -> str:
+    """What to say when the network cannot process the batch."""
+    text = " ".join(str(error).split())
+    if args.batch_size == 1 and "more than 1 value per channel" in text:
+        return (
+            "--batch-size 1: BatchNorm has no batch statistics of one value; give --model-eval, "
+            "a larger batch or a larger --image-size"
+        )
+    if "out of memory" in text.lower():
+        return f"--batch-size {args.batch_size}: does not fit into memory; give a smaller one"
+    return f"--arch {args.arch}: cannot process images {image_shape}: {text[:160]}"
+
+
+def normalisation(spec) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean and std of a data set as (C, 1, 1) tensors."""
+    return tuple(torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
+
+
+def write(args, path, checkpoint, images, reporter) -> None:
+    """Write checkpoint, truth file when sealed, picture of the batch, log."""
+    stem = path.removesuffix("-checkpoint.pth.tar")
+    if args.seal:
+        checkpoint, truth = seal(checkpoint)
+        save(truth, f"{stem}-truth.pth.tar")
+    save(checkpoint, path)
+    save_panels([("target", images)], f"{stem}-target.png")
+    norm = sum(float(g.double().square().sum()) for g in checkpoint["target_gradient"]) ** 0.5
+    reporter.say(f"gradient: {len(checkpoint['target_gradient'])} tensors, norm {norm:.6g}")
+    if checkpoint["bn_mean_list"] is not None:
+        reporter.say(f"BatchNorm statistics of {len(checkpoint['bn_mean_list'])} layers")
+    if args.seal:
+        reporter.say(f"truth sealed in {stem}-truth.pth.tar")
+    reporter.say(f"checkpoint written: {path}")
+    reporter.log_to(f"{stem}.log")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

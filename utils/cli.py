@@ -1,0 +1,139 @@
+"""What both scripts share at the border to the user: refusals, flag types, device, exit codes."""
+
+import argparse
+import math
+import os
+import signal
+import sys
+
+import torch
+
+
+class InputError(ValueError):
+    """A refused input. Its text is one line: the flag or file, the value, what to do."""
+
+
+class FaultError(RuntimeError):
+    """Something outside the user's input went wrong, such as a full disk."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and which takes no abbreviated flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
+
+    def error(self, message):
+        """Refuse the command line."""
+        raise InputError(" ".join(message.split()))
+
+
+def integer_from(low: int):
+    """A flag type: an integer of at least `low`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not an integer") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is below {low}; give {low} or more")
+        return value
+
+    return parse
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, above: float | None = None):
+    """A flag type: a finite number in [low, high], strictly above `above` where it is given."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above:g}")
+        if not low <= value <= high:
+            allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give {allowed}")
+        return value
+
+    return parse
+
+
+def choose_device(gpu: int | None) -> torch.device:
+    """The device of `--gpu`: that GPU, else the first one, else the CPU.
+
+    TensorFloat-32 is switched off: it rounds inputs to 10 bits, and a gradient match below
+    about 1e-3 would measure that rounding.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu is None:
+        return torch.device("cuda:0" if count else "cpu")
+    if count == 0:
+        raise InputError(f"--gpu {gpu}: no CUDA device here; leave --gpu out to run on the CPU")
+    if not 0 <= gpu < count:
+        raise InputError(f"--gpu {gpu}: this machine has GPUs 0 to {count - 1}")
+    return torch.device(f"cuda:{gpu}")
+
+
+def writable_folder(path: str, flag: str) -> str:
+    """Check, without creating anything, that folder `path` exists or can be made; return it."""
+    probe = os.path.abspath(path)
+    while not os.path.lexists(probe):
+        probe = os.path.dirname(probe)
+    if not os.path.isdir(probe):
+        raise InputError(f"{flag} {path}: {probe} is a file; name a folder")
+    if not os.access(probe, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: no permission to write in {probe}; name another folder")
+    return path
+
+
+class Interrupts:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second acts as usual.
+
+    `with Interrupts() as interrupts:` and ask `interrupts.signal` (None, or the signal's
+    number) wherever work can end cleanly. The handlers of before come back at the end.
+    """
+
+    def __enter__(self):
+        self.signal = None
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number_ in self._before:
+            signal.signal(number_, self._request)
+        return self
+
+    def _request(self, number_, frame):
+        self.signal = number_
+        self._restore()
+
+    def _restore(self):
+        for number_, handler in self._before.items():
+            signal.signal(number_, handler)
+
+    def __exit__(self, *exc):
+        self._restore()
+
+
+def run_script(main, argv: list[str] | None = None) -> int:
+    """Call `main(argv)` and turn what it raises into the documented exit codes.
+
+    0 done, 2 a refused input (one line on stderr), 1 a fault, 130 interrupted. An integer
+    that `main` returns is the exit code itself.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (FaultError, OSError) as error:
+        print(f"fault: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,143 @@
+"""Scores of reconstructed images and labels.
+
+Images are (B, C, H, W) in [0, 1]. Every metric gives one number an image.
+"""
+
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lpips
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from utils.cli import InputError
+
+LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
+SSIM_WINDOW = 11
+LPIPS_SMALLEST = 31
+
+
+def mse(x: Tensor, x_true: Tensor) -> Tensor:
+    """Mean squared error an image: (B,), in [0, 1], lower is better."""
+    return (x - x_true).square().flatten(1).mean(1)
+
+
+def psnr(x: Tensor, x_true: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio an image in dB, for a range of 1: (B,), higher is better."""
+    return -10 * mse(x, x_true).log10()
+
+
+def ssim(x: Tensor, x_true: Tensor) -> Tensor:
+    """Structural similarity an image: (B,), at most 1, higher is better.
+
+    Wang et al. (2004) with their Gaussian window (11 × 11, σ 1.5), mean over channels, computed
+    by scikit-image. NaN for images under 11 pixels.
+    """
+    if min(x.shape[-2:]) < SSIM_WINDOW:
+        return torch.full((len(x),), float("nan"), dtype=torch.float64)
+    scores = [
+        structural_similarity(
+            a, b, data_range=1.0, channel_axis=0, gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for a, b in zip(x.double().cpu().numpy(), x_true.double().cpu().numpy(), strict=True)
+    ]  # fmt: skip
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """LPIPS (Zhang et al., 2018; AlexNet, version 0.1) with the backbone in file `path`.
+
+    Without `path` the torch hub cache is looked at; None when the file is not there. Nothing is
+    downloaded. The result gives (B,) scores, lower is better, and NaN for images under 31 px.
+
+    Raises InputError when a file was named and cannot be used.
+    """
+    named = path is not None
+    path = path or os.path.join(torch.hub.get_dir(), "checkpoints", LPIPS_BACKBONE)
+    if not os.path.isfile(path):
+        if named:
+            raise InputError(f"--lpips-weights {path}: no such file; give {LPIPS_BACKBONE}")
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's deprecation of what lpips passes
+        network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    # lpips cuts AlexNet's `features` into slices and keeps the layers' numbers as names.
+    layers = {
+        name: layer for part in network.net.children() for name, layer in part.named_children()
+    }
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, layer in layers.items():
+            own = layer.state_dict()
+            layer.load_state_dict({key: state[f"features.{name}.{key}"] for key in own})
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.PickleError) as error:
+        raise InputError(
+            f"--lpips-weights {path}: holds no AlexNet of torchvision; give {LPIPS_BACKBONE}"
+        ) from error
+
+    def score(x: Tensor, x_true: Tensor) -> Tensor:
+        if min(x.shape[-2:]) < LPIPS_SMALLEST:
+            return torch.full((len(x),), float("nan"))
+        pairs = [(t.float().cpu().expand(-1, 3, -1, -1) * 2 - 1) for t in (x, x_true)]
+        with torch.no_grad():
+            return network(*pairs).flatten()
+
+    return score
+
+
+#: name → function(x, x_true) → (B,). `lpips` joins them where its backbone is at hand.
+METRICS = {"mse": mse, "psnr": psnr, "ssim": ssim}
+
+
+def label_accuracy(y: Tensor, y_true: Tensor) -> float:
+    """Overlap of two label multisets, Σ_k min(n_k, n̂_k) / B, in [0, 1]; order does not count."""
+    num_classes = int(max(y.max(), y_true.max())) + 1
+    counts, true = (torch.bincount(v.cpu(), minlength=num_classes) for v in (y, y_true))
+    return torch.minimum(counts, true).sum().item() / len(y_true)
+
+
+def assign(x: Tensor, x_true: Tensor) -> list[int]:
+    """Optimal one-to-one pairing: for true image i the index of its reconstruction.
+
+    Minimises the summed MSE (Hungarian method, scipy).
+    """
+    a, b = x.double().flatten(1).cpu(), x_true.double().flatten(1).cpu()
+    cost = (b.square().sum(1)[:, None] + a.square().sum(1)[None] - 2 * b @ a.T).numpy()
+    rows, columns = linear_sum_assignment(cost)
+    return columns[np.argsort(rows)].tolist()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """images: metric → (B,) values in the order of the true images; mean, std: over images."""
+
+    images: dict[str, list[float]]
+    mean: dict[str, float]
+    std: dict[str, float]
+
+
+def score(x: Tensor, x_true: Tensor, metrics: dict[str, Callable]) -> Scores:
+    """Score images pair by pair with every metric; std is the population's."""
+    values = {name: metric(x, x_true).double().cpu() for name, metric in metrics.items()}
+    return Scores(
+        {name: v.tolist() for name, v in values.items()},
+        {name: v.mean().item() for name, v in values.items()},
+        {name: v.std(correction=0).item() for name, v in values.items()},
+    )
+
+
+def baselines(x_true: Tensor) -> dict[str, Tensor]:
+    """Images that need no attack, to set a score beside: name → (B, C, H, W).
+
+    `grey` is mid grey, `mean colour` each true image's own mean colour, which an attacker does
+    not even know.
+    """
+    mean = x_true.mean((-2, -1), keepdim=True)
+    return {"grey": torch.full_like(x_true, 0.5), "mean colour": mean.expand_as(x_true)}

@@ -1,0 +1,187 @@
+"""What a run tells: printed lines and log, progress, tables, run folder, result.json."""
+
+import csv
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+from prettytable import PrettyTable
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.checkpoint import free_path
+from utils.cli import FaultError
+
+
+class Reporter:
+    """Prints lines and keeps them for a log file; lines from before `log_to` go there too."""
+
+    def __init__(self):
+        self._lines: list[str] = []
+        self._path: Path | None = None
+
+    def say(self, text: str = "") -> None:
+        """Print `text` and log it."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self._lines.append(text)
+        if self._path is not None:
+            self._flush()
+
+    def log_to(self, path: str | Path) -> None:
+        """Write the log to `path` from now on."""
+        self._path = Path(path)
+        self._flush()
+
+    def _flush(self):
+        with open(self._path, "a") as log:
+            log.writelines(line + "\n" for line in self._lines)
+        self._lines.clear()
+
+
+class Progress:
+    """Progress of `total` iterations: a bar on a terminal, else a line every `every` iterations."""
+
+    def __init__(self, total: int, every: int, reporter: Reporter):
+        self.total, self.every, self.reporter = total, every, reporter
+        self.done = 0
+        self.start = time.perf_counter()
+        self._bar = tqdm(total=total, unit="it") if sys.stderr.isatty() else None
+
+    def step(self, prefix: str, values: Mapping[str, float]) -> None:
+        """Count one iteration; `prefix` and `values` are shown with it."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+        elif self.done % self.every == 0 or self.done == self.total:
+            seconds = time.perf_counter() - self.start
+            left = seconds / self.done * (self.total - self.done)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.reporter.say(
+                f"{prefix}  iteration {self.done}/{self.total}  {shown}  "
+                f"{self.done / seconds:.1f} it/s  {duration(left)} left"
+            )
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence], separated: int = 0) -> str:
+    """A text table; floats with four digits, NaN as n/a; a line before the last `separated`."""
+    pretty = PrettyTable(list(header), align="r")
+    for i, row in enumerate(rows):
+        pretty.add_row([_cell(v) for v in row], divider=i == len(rows) - separated - 1)
+    return pretty.get_string()
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return "n/a" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def setting_lines(settings: Mapping) -> str:
+    """Every setting, `name value` in columns sorted by name."""
+    width = max(map(len, settings))
+    return "\n".join(f"  {name:<{width}}  {settings[name]}" for name in sorted(settings))
+
+
+def claim_folder(path: str | Path) -> Path:
+    """Create folder `path`, or `path-2`, `path-3`, … where it exists, and return it.
+
+    Raises FaultError when it cannot be created.
+    """
+    while True:
+        free = Path(free_path(str(path)))
+        try:
+            free.mkdir(parents=True)
+            return free
+        except FileExistsError:  # somebody else took the name in between
+            continue
+        except OSError as error:
+            raise FaultError(f"{free} could not be created: {error.strerror}") from error
+
+
+def write_json(content: Mapping, path: str | Path) -> None:
+    """Write strict JSON; numbers that are not finite become null."""
+    Path(path).write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, Mapping):
+        return {str(key): _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, Tensor):
+        return _finite(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_csv(header: Sequence[str], rows: Sequence[Sequence], path: str | Path) -> None:
+    """Write rows under a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of this project's checkout, with `+changes` when it differs; None outside git."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: the GPU's name, or the CPU with torch's thread count."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on the GPU, or resident of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
