@@ -17,8 +17,7 @@ def _adam(x: Tensor, lr: float) -> torch.optim.Optimizer:
 def _lbfgs(x: Tensor, lr: float) -> torch.optim.Optimizer:
     """One L-BFGS direction a step, with a strong-Wolfe line search of up to 25 evaluations.
 
-    The tolerances are 0: a cosine distance in float32 is small enough to meet the defaults at
-    once.
+    The tolerances are 0: a cosine distance can be small enough to meet the defaults at once.
     """
     return torch.optim.LBFGS(
         [x],
@@ -34,6 +33,10 @@ def _lbfgs(x: Tensor, lr: float) -> torch.optim.Optimizer:
 
 #: `--optim`: name → optimiser over the images.
 OPTIMISERS = {"Adam": _adam, "LBFGS": _lbfgs}
+#: Those that see the objective divided by its value at the start. The first step of L-BFGS is the
+#: derivative itself: for losses near 1e-5 it moves the images so little that float32 shows no
+#: difference in the loss, and the line search gives up.
+NORMALISED = {"LBFGS"}
 
 
 @dataclass(frozen=True)
@@ -110,18 +113,21 @@ def reconstruct(
     x = _boxed(x_init.detach().clone(), loop.box).requires_grad_()
     optimiser = OPTIMISERS[loop.optimiser](x, loop.lr)
     latest = None
+    scale = None if loop.optimiser in NORMALISED else 1.0
     best_x, best = x.detach().clone(), Losses(math.nan, math.nan, {})
 
     def evaluate(progress: float) -> Tensor:
-        nonlocal latest, best_x, best
+        nonlocal latest, best_x, best, scale
         losses, derivative = pixel_gradient(x.detach(), progress)
         latest = losses.floats()
         if not (math.isfinite(latest.total) and bool(torch.isfinite(derivative).all())):
             raise _NotFiniteError
         if not latest.gradient >= best.gradient:  # true for the NaN of the start as well
             best_x, best = x.detach().clone(), latest
-        x.grad = derivative.sign() if loop.signed else derivative
-        return losses.total
+        if scale is None:
+            scale = 1 / abs(latest.total or 1.0)
+        x.grad = derivative.sign() if loop.signed else derivative * scale
+        return losses.total * scale
 
     step, stopped = 0, None
     try:

@@ -1,6 +1,7 @@
 """Network architectures by name, and the one place that knows where the classifier head is."""
 
 import inspect
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def build_model(arch: str, num_classes: int, image_shape: tuple[int, int, int]) 
         options = {"input_size": tuple(image_shape[1:])}
     try:
         model = torchvision_models.get_model(arch, weights=None, num_classes=num_classes, **options)
-    except ValueError as error:  # vit and maxvit check the image size themselves
+    except (ValueError, AssertionError) as error:  # vit and maxvit check the image size
         raise InputError(
             f"--image-size {image_shape[1]}: {arch} cannot take it: {' '.join(str(error).split())}"
         ) from error
@@ -94,6 +95,18 @@ def _change_input_channels(model: nn.Module, channels: int) -> None:
         if key not in ("in_channels", "bias", "device", "dtype")
     }
     model.set_submodule(name, nn.Conv2d(channels, bias=old.bias is not None, **settings))
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a state dict of plain tensors, which carries no layer versions, into `model`.
+
+    The versions are taken from the model itself: mnasnet refuses a state without one.
+
+    Raises RuntimeError as `load_state_dict` does.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata
+    model.load_state_dict(versioned)
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:

@@ -22,10 +22,12 @@ def gradient_mode(model: nn.Module, train_mode: bool):
     Only BatchNorm follows `train_mode`: dropout and stochastic depth are off on both sides,
     since their random masks are not part of what a client sends. Running statistics are used
     in eval mode but never updated, so the model's buffers stay as they were. Attention runs
-    on the kernel that has a second derivative everywhere.
+    on the kernel that has a second derivative everywhere, and so does hardsigmoid, rewritten by
+    ReLU6.
     """
     modes = [(module, module.training) for module in model.modules()]
     layers = [module for module, _ in modes if isinstance(module, BATCHNORM_TYPES)]
+    hard_sigmoids = [module for module, _ in modes if isinstance(module, nn.Hardsigmoid)]
     tracking = [layer.track_running_stats for layer in layers]
     try:
         for module, _ in modes:
@@ -34,6 +36,8 @@ def gradient_mode(model: nn.Module, train_mode: bool):
             layer.training = train_mode
             if train_mode:
                 layer.track_running_stats = False
+        for layer in hard_sigmoids:
+            layer.forward = _hard_sigmoid
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
@@ -41,6 +45,12 @@ def gradient_mode(model: nn.Module, train_mode: bool):
             module.training = mode
         for layer, track in zip(layers, tracking, strict=True):
             layer.track_running_stats = track
+        for layer in hard_sigmoids:
+            del layer.forward
+
+
+def _hard_sigmoid(x: Tensor) -> Tensor:
+    return F.relu6(x + 3) / 6
 
 
 def batch_gradient(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.build import find_head, input_convolution
+from models.build import find_head, input_convolution, load_weights
 from utils.checkpoint import load_plain
 from utils.cli import InputError
 
@@ -83,7 +83,7 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
             f"--pretrained {path}: does not fit the network: {'; '.join(problems)}; "
             "give weights of the --arch named"
         )
-    model.load_state_dict({**own, **state})
+    load_weights(model, {**own, **state})
     return Loaded(has_head, remarks)
 
 

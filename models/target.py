@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batchnorm import batchnorm_layers
-from models.build import build_model
+from models.build import build_model, load_weights
 from models.gradient import trainable_parameters
 from utils.cli import InputError
 
@@ -97,7 +97,7 @@ def model_of(target: Target) -> nn.Module:
     model = build_model(target.arch, target.num_classes, target.image_shape)
     state = {key.removeprefix("module."): value for key, value in target.state_dict.items()}
     try:
-        model.load_state_dict(state)
+        load_weights(model, state)
     except RuntimeError as error:
         raise InputError(
             f"--checkpoint: its weights do not fit {target.arch}: {' '.join(str(error).split())}"

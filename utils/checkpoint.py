@@ -9,6 +9,7 @@ import collections
 import datetime
 import os
 import pickle
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -182,8 +183,8 @@ def load_plain(path: str, flag: str):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
-        holds = f"it holds {found}, which" if found else "it holds something that"
+        found = re.search(r"GLOBAL:? ([\w.]+)", str(error))
+        holds = f"it holds {found[1]}, which" if found else "it holds something that"
         raise InputError(
             f"{flag} {path}: refused: {holds} is no tensor or plain value, and nothing else is "
             "read from a pickle; save it again as tensors, numbers, strings, lists and dicts"

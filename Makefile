@@ -1,0 +1,60 @@
+# `make` lists the targets. VENV=dir uses another environment, PYTHON=... another interpreter.
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PY := $(VENV)/bin/python
+READY := $(VENV)/.requirements-installed
+DEMO := results/demo
+DEMO_FILE := $(DEMO)/iddemo_lenet_random_photos_b8_i0-checkpoint.pth.tar
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format golden lowest clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# uv where it can be had (on the PATH, or installed into the environment), else pip.
+$(READY): requirements.txt requirements-dev.txt
+	@test -n "$(PYTHON)" || { echo "no python3 found; give PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(PY) || { uv venv -q --python $(PYTHON) $(VENV) 2>/dev/null || $(PYTHON) -m venv $(VENV); }
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give PYTHON=")'
+	@if command -v uv >/dev/null && uv --version >/dev/null 2>&1; then \
+		VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -r requirements-dev.txt; \
+	elif $(PY) -m pip install -q uv && $(PY) -m uv --version >/dev/null 2>&1; then \
+		VIRTUAL_ENV=$(abspath $(VENV)) $(PY) -m uv pip install -q -r requirements-dev.txt; \
+	else \
+		$(PY) -m pip install -q -r requirements-dev.txt; \
+	fi
+	@touch $@
+
+demo: $(READY) ## reconstruct eight photographs from one gradient (about a minute)
+	rm -rf $(DEMO)
+	$(PY) training.py --id demo --data-name photos --image-size 32 --arch lenet --batch-size 8 \
+		--outlayer-state keep --results $(DEMO)
+	$(PY) run.py --id demo --root $(DEMO) --checkpoint $(DEMO_FILE) --epochs 3000 --lr 0.05 \
+		--TV 1e-4 --TV-end 1e-6 --grad-sign --input-boxed --min-grads-loss --metric
+	cp $(DEMO)/results/exp/demo/pairs.png Demo_images/photos_lenet.png
+	cp $(DEMO)/results/exp/demo/losses.png Demo_images/photos_lenet_losses.png
+	@echo "pictures: Demo_images/photos_lenet.png, Demo_images/photos_lenet_losses.png"
+
+test: $(READY) ## run all tests (CPU; those that need a GPU are skipped without one)
+	$(PY) -m pytest -q
+
+check: $(READY) ## lint, format and import rule
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q tests/test_imports.py
+
+format: $(READY) ## format the code in place
+	$(PY) -m ruff check --fix -q .
+	$(PY) -m ruff format -q .
+
+golden: $(READY) ## regenerate tests/golden.json; review the difference
+	$(PY) -m tests.golden
+
+lowest: ## run the tests on Python 3.12 with the oldest allowed packages (needs uv)
+	uv venv -q --allow-existing --python 3.12 .venv-lowest
+	VIRTUAL_ENV=$(abspath .venv-lowest) uv pip install -q --resolution lowest-direct -r requirements-dev.txt
+	.venv-lowest/bin/python -m pytest -q
+
+clean: ## remove what demo wrote, and caches
+	rm -rf $(DEMO) .pytest_cache .ruff_cache

@@ -1,0 +1,46 @@
+"""Golden values of every distance, prior and metric.
+
+    python -m tests.golden        writes tests/golden.json anew; review the difference
+
+The inputs are sines of an index, so that they are the same on every machine and version.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from inversion.distances import GRADIENT_DISTANCES
+from inversion.priors import PRIORS, Candidate
+from utils import metrics
+
+FILE = Path(__file__).with_name("golden.json")
+
+
+def wave(*shape, speed):
+    """sin(speed · index), shaped; in [−1, 1]."""
+    count = torch.Size(shape).numel()
+    return torch.sin(speed * torch.arange(count, dtype=torch.float64)).view(shape)
+
+
+def values():
+    """Name → value of everything that has a golden one."""
+    gradient = [wave(4, 3, speed=0.7), wave(5, speed=1.3)]
+    target = [wave(4, 3, speed=0.6), wave(5, speed=1.1)]
+    x = wave(2, 3, 16, 16, speed=0.9)
+    candidate = Candidate(
+        x,
+        [(wave(4, speed=0.3), 1 + wave(4, speed=0.2)), (wave(6, speed=0.8), wave(6, speed=0.5))],
+        [(wave(4, speed=0.4), 1 + wave(4, speed=0.1)), (wave(6, speed=0.7), wave(6, speed=0.6))],
+    )
+    image = (1 + wave(2, 3, 16, 16, speed=0.05)) / 2
+    true = (1 + wave(2, 3, 16, 16, speed=0.06)) / 2
+    result = {f"distance {k}": f(gradient, target).item() for k, f in GRADIENT_DISTANCES.items()}
+    result |= {f"prior {k}": prior.function(candidate).item() for k, prior in PRIORS.items()}
+    result |= {f"metric {k}": f(image, true).tolist() for k, f in metrics.METRICS.items()}
+    return result
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(values(), indent=1) + "\n")
+    print(f"written: {FILE}")

@@ -1,0 +1,102 @@
+"""What several test files need."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import run
+import training
+from models.target import target_from_checkpoint
+from train.capture import capture
+from train.datasets import DATASETS, normalise, photo_batch
+from utils.checkpoint import make_checkpoint
+from utils.cli import run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+MEAN, STD = DATASETS["photos"].mean, DATASETS["photos"].std
+
+
+def photos(batch_size, size, target_idx=0):
+    """Normalised photographs and their labels."""
+    x, y = photo_batch(batch_size, target_idx, size, seed=0)
+    return normalise(x, DATASETS["photos"]), y
+
+
+def target_of(model, x, y, *, train_mode=True, arch="own", num_classes=8, capture_bn=True):
+    """The Target of a batch, through a checkpoint as the scripts make it."""
+    sent = capture(model, x, y, train_mode=train_mode, capture_bn=capture_bn)
+    return target_from_checkpoint(
+        make_checkpoint(
+            model,
+            sent.gradient,
+            arch=arch,
+            batch_size=len(x),
+            image_shape=tuple(x.shape[1:]),
+            num_classes=num_classes,
+            mean=MEAN[: x.shape[1]],
+            std=STD[: x.shape[1]],
+            train_mode=train_mode,
+            bn_mean=sent.bn_mean,
+            bn_var=sent.bn_var,
+        )
+    )
+
+
+def smooth_network(num_classes=4):
+    """Three conv-BN layers with a smooth activation, in float64."""
+    layers, channels = [], 3
+    for width in (4, 5, 6):
+        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.BatchNorm2d(width)]
+        layers += [nn.Softplus()]
+        channels = width
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
+    ).double()
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+class Outcome:
+    """What a script did: exit code, what it printed, what it complained of."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+def call(script, *flags):
+    """Run training.py or run.py within this process, as its command line would."""
+    main = {"training.py": training.main, "run.py": run.main}[script]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_script(main, [str(flag) for flag in flags])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def succeed(script, *flags):
+    outcome = call(script, *flags)
+    assert outcome.code == 0, f"{script} {flags}: {outcome.code}\n{outcome.out}\n{outcome.err}"
+    return outcome
+
+
+def capture_photos(folder, *flags):
+    """Capture photographs with training.py into `folder`; return the checkpoint's path."""
+    succeed("training.py", "--data-name", "photos", "--results", folder, *flags)
+    (path,) = Path(folder).glob("*-checkpoint.pth.tar")
+    return path
+
+
+def attack(folder, checkpoint, *flags):
+    """Attack with run.py; return the parsed result.json and its folder."""
+    flags = [str(flag) for flag in flags]
+    if "--lr" not in flags:
+        flags += ["--lr", "0.1"]
+    succeed("run.py", "--root", folder, "--checkpoint", checkpoint, *flags)
+    results = Path(folder) / "results" / "exp"
+    newest = max(results.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads((newest / "result.json").read_text()), newest

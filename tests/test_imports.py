@@ -1,0 +1,57 @@
+"""Imports run one way: utils ← models ← {train, inversion} ← the scripts."""
+
+import ast
+
+import pytest
+
+from tests.support import ROOT
+
+ALLOWED = {
+    "utils": {"utils"},
+    "models": {"utils", "models"},
+    "train": {"utils", "models", "train"},
+    "inversion": {"utils", "models", "inversion"},
+}
+PROJECT = set(ALLOWED) | {"training", "run", "tests", "benchmarks"}
+#: The attack is tensors in, tensors out.
+FORBIDDEN_IN_INVERSION = {"argparse", "matplotlib", "os", "sys", "pathlib", "io", "json", "csv"}
+FILES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    folder = path.relative_to(ROOT).parts[0]
+    names = set(imported(ast.parse(path.read_text())))
+    tops = {name.split(".")[0] for name in names}
+    assert tops & PROJECT <= ALLOWED[folder]
+    if path.name != "distributed.py":
+        assert not any(name.startswith("torch.distributed") for name in names)
+    if folder == "inversion":
+        assert not tops & FORBIDDEN_IN_INVERSION
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "inversion").glob("*.py")), ids=lambda path: path.name
+)
+def test_the_attack_neither_prints_nor_opens_files(path):
+    called = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not called & {"print", "open", "input"}
+
+
+def test_the_rule_sees_every_folder():
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(ALLOWED)
+    assert len(FILES) >= 15

@@ -1,0 +1,334 @@
+"""Both scripts end to end: what is written, repeatability, interruption, original commands."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from models.build import architectures
+from tests.support import ROOT, attack, call, capture_photos, succeed
+from tests.test_datasets import celeba_folder, image_folder
+from tests.test_models import moco_file
+from utils.checkpoint import load
+from utils.report import Reporter
+
+RESULT_KEYS = {
+    "settings", "versions", "git", "device", "processes", "seconds", "iterations",
+    "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses", "labels",
+    "metrics", "seeds", "search",
+}  # fmt: skip
+
+
+def images_of(folder):
+    return torch.load(folder / "x_recon.pth", weights_only=True)
+
+
+def test_everything_promised_is_written(captured, tmp_path):
+    path = captured("-a", "convnet", "-b", "4", "--upload-bn")
+    result, folder = attack(
+        tmp_path, path, "--epochs", 5, "--n-seed", 2, "--TV", 0.01, "--BN", 0.001, "--exact-bn",
+        "--input-norm=-1e-6", "--grad-sign", "--input-boxed", "--min-grads-loss", "--metric",
+        "--seed", 3,
+    )  # fmt: skip
+    assert folder == tmp_path / "results" / "exp" / "test"
+    assert result.keys() == RESULT_KEYS
+    assert result["settings"]["epochs"] == 5
+    assert result["iterations"] == 10
+    assert result["processes"] == 1
+    assert result["bn_source"] == "batch"
+    assert result["losses"].keys() == {"gradient", "total", "tv", "bn", "norm"}
+    assert result["labels"]["accuracy"] == 1
+    assert [seed["seed"] for seed in result["seeds"]] == [3, 4]
+    lowest = min(seed["gradient_loss"] for seed in result["seeds"])
+    assert result["losses"]["gradient"] == lowest
+    scores = result["metrics"]
+    assert scores.keys() == {"pairing", "mean", "std", "images", "baselines"}
+    assert scores["mean"].keys() == scores["std"].keys() == {"mse", "psnr", "ssim", "lpips"}
+    assert scores["mean"]["lpips"] is None
+    assert len(scores["images"]) == 4
+    assert images_of(folder).shape == (4, 3, 32, 32)
+    checkpoint = load(str(path))
+    labels = torch.load(folder / "y_recon.pth", weights_only=True)
+    assert torch.equal(labels, checkpoint["y_true"])
+    with open(folder / "losses.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    assert list(rows[0]) == ["seed", "iteration", "rate", "total", "gradient", "tv", "bn", "norm"]
+    total = float(rows[0]["gradient"]) + 0.01 * float(rows[0]["tv"]) + 0.001 * float(rows[0]["bn"])
+    assert float(rows[0]["total"]) == pytest.approx(total - 1e-6 * float(rows[0]["norm"]))
+    log = (folder / "log.txt").read_text()
+    assert "plan: 2 seed(s) x 5 = 10 iterations" in log
+    assert "chosen: seed" in log
+    for name in ("pairs.png", "losses.png"):
+        assert Image.open(folder / name).width > 300
+    names = sorted(os.listdir(folder / "images"))
+    assert names == [f"{k}_{i:03d}.png" for k in ("reconstruction", "truth") for i in range(4)]
+    assert Image.open(folder / "images" / names[0]).size == (32, 32)
+    mean = torch.tensor(checkpoint["dataset_setup"]["mean"]).view(-1, 1, 1)
+    std = torch.tensor(checkpoint["dataset_setup"]["std"]).view(-1, 1, 1)
+    raw = images_of(folder) * std + mean
+    assert raw.min() >= -1e-6
+    assert raw.max() <= 1 + 1e-6
+
+
+def test_a_second_run_replaces_nothing(captured, tmp_path):
+    path = captured("-a", "lenet", "-b", "3")
+    _, first = attack(tmp_path, path)
+    before = (first / "result.json").read_bytes()
+    _, second = attack(tmp_path, path)
+    assert (first.name, second.name) == ("test", "test-2")
+    assert (first / "result.json").read_bytes() == before
+
+
+def test_the_same_seed_gives_the_same_bits(captured, tmp_path):
+    """And restart i of seed s is restart 0 of seed s + i, noise included."""
+    path = captured("-a", "convnet", "-b", "4", "--upload-bn")
+    flags = (
+        "--epochs", 6, "--BN", 0.01, "--exact-bn", "--TV", 0.01, "--grad-sign",
+        "--input-noise", 0.2,
+    )  # fmt: skip
+    result, first = attack(tmp_path, path, *flags, "--n-seed", 3, "--seed", 4)
+    _, again = attack(tmp_path, path, *flags, "--n-seed", 3, "--seed", 4)
+    assert torch.equal(images_of(first), images_of(again))
+    singles = {seed: attack(tmp_path, path, *flags, "--seed", seed) for seed in (4, 5, 6)}
+    for seed in result["seeds"]:
+        assert singles[seed["seed"]][0]["losses"]["gradient"] == seed["gradient_loss"]
+    winner = min(result["seeds"], key=lambda seed: seed["gradient_loss"])["seed"]
+    assert torch.equal(images_of(first), images_of(singles[winner][1]))
+    assert not torch.equal(images_of(singles[4][1]), images_of(singles[5][1]))
+
+
+def test_capturing_twice_gives_the_same_bits(tmp_path):
+    flags = ("-a", "resnet18", "-b", "9", "--upload-bn", "--seed", "2", "--target-idx", "1")
+    a, b = (load(str(capture_photos(tmp_path / name, *flags))) for name in "ab")
+    for key in ("target_gradient", "bn_mean_list", "bn_var_list"):
+        assert all(torch.equal(x, y) for x, y in zip(a[key], b[key], strict=True))
+    assert torch.equal(a["x_true"], b["x_true"])
+
+
+def test_lenet_gives_the_photographs_away(captured, tmp_path):
+    """The demo with a fifth of its iterations."""
+    path = captured("-a", "lenet", "-b", "8", "--outlayer-state", "keep")
+    result, _ = attack(
+        tmp_path, path, "--epochs", 600, "--lr", 0.05, "--TV", 1e-4, "--TV-end", 1e-6,
+        "--grad-sign", "--input-boxed", "--min-grads-loss", "--metric",
+    )  # fmt: skip
+    scores = result["metrics"]
+    assert scores["mean"]["psnr"] >= 24
+    assert scores["mean"]["psnr"] > scores["baselines"]["mean colour"]["psnr"] + 5
+    assert all(image["above_baselines"] for image in scores["images"])
+
+
+def test_a_gradient_of_other_images_gives_no_photographs(captured, tmp_path):
+    """The control: the same attack on the gradient of a batch of crops, scored on these."""
+    path = captured("-a", "lenet", "-b", "8", "--outlayer-state", "keep")
+    other = captured("-a", "lenet", "-b", "8", "--outlayer-state", "keep", "--target-idx", "1")
+    checkpoint = load(str(path))
+    checkpoint["target_gradient"] = load(str(other))["target_gradient"]
+    torch.save(checkpoint, tmp_path / "mixed.pth.tar")
+    result, _ = attack(
+        tmp_path, tmp_path / "mixed.pth.tar", "--epochs", 200, "--lr", 0.05, "--TV", 1e-4,
+        "--grad-sign", "--input-boxed", "--min-grads-loss", "--metric",
+    )  # fmt: skip
+    assert not any(image["above_baselines"] for image in result["metrics"]["images"])
+
+
+@pytest.mark.parametrize("flags", [("--optim", "LBFGS"), ("--gradient-loss-fun", "L2")])
+def test_other_choices_lower_the_loss(captured, tmp_path, flags):
+    path = captured("-a", "lenet", "-b", "3")
+    _, folder = attack(tmp_path, path, *flags, "--epochs", 15, "--lr", 0.5)
+    with open(folder / "losses.csv") as file:
+        losses = [float(row["gradient"]) for row in csv.DictReader(file)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["exact", "plain"])
+def test_both_pixel_gradients_run(captured, tmp_path, method):
+    path = captured("-a", "convnet", "-b", "4", "--upload-bn")
+    flags = ("--pixel-gradient", method, "--epochs", 3, "--TV", 0.1)
+    result, _ = attack(tmp_path, path, *flags, "--bn-grad", "detached")
+    assert result["settings"]["bn_grad"] == "detached"
+    exact, _ = attack(tmp_path, path, *flags)
+    assert exact["losses"]["gradient"] != result["losses"]["gradient"]
+
+
+def test_exact_bn_without_statistics_warns_and_records(captured, tmp_path):
+    path = captured("-a", "convnet", "-b", "4")
+    flags = ("--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--BN", 0.1)
+    warned = succeed("run.py", *flags, "--exact-bn")
+    lines = [line for line in warned.out.splitlines() if line.startswith("warning")]
+    assert len(lines) == 1
+    assert "--upload-bn" in lines[0]
+    assert "warning" not in succeed("run.py", *flags).out
+    result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
+    assert result["bn_source"] == "running"
+
+
+@pytest.mark.parametrize("script", ["training.py", "run.py"])
+def test_dry_run_prints_the_plan_and_writes_nothing(captured, tmp_path, script):
+    flags = ["--data-name", "photos", "-a", "lenet", "-b", 3, "--results", tmp_path / "new"]
+    if script == "run.py":
+        flags = ["--checkpoint", captured("-a", "lenet", "-b", "3"), "--root", tmp_path / "new",
+                 "--lr", 0.1, "--epochs", 70, "--n-seed", 3]  # fmt: skip
+    outcome = succeed(script, *flags, "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    assert "parameters" in outcome.out
+    if script == "run.py":
+        assert "3 seed(s) x 70 = 210 iterations" in outcome.out
+        assert "ms an iteration" in outcome.out
+        assert "peak memory" in outcome.out
+
+
+def test_a_loss_that_is_not_finite_is_said(captured, tmp_path, monkeypatch):
+    path = captured("-a", "lenet", "-b", "3")
+    flags = ("--root", tmp_path, "--checkpoint", path, "--epochs", 30)
+    outcome = call("run.py", *flags, "--lr", "1e30", "--TV", 1.0, "--n-seed", 2)
+    assert outcome.code == 0
+    assert outcome.out.count("a loss was not finite") == 2
+    result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
+    assert result["stopped"] == "not finite"
+    assert result["losses"]["gradient"] > 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_what_there_is(captured, tmp_path, number, code):
+    path = captured("-a", "lenet", "-b", "3")
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "--root", str(tmp_path), "--checkpoint", str(path),
+         "--epochs", "1000000", "--lr", "0.1", "-p", "20", "--n-seed", "3"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = ""
+    while "iteration 40/" not in seen:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        seen += line
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "interrupted after" in rest
+    folder = tmp_path / "results" / "exp" / "test"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["stopped"] == "interrupted"
+    assert len(result["seeds"]) == 1
+    assert images_of(folder).shape == (3, 3, 32, 32)
+    assert (folder / "pairs.png").exists()
+
+
+def test_lines_from_before_the_folder_reach_the_log(tmp_path, capsys):
+    reporter = Reporter()
+    reporter.say("early")
+    reporter.log_to(tmp_path / "log.txt")
+    reporter.say("late")
+    assert (tmp_path / "log.txt").read_text() == "early\nlate\n"
+    assert capsys.readouterr().out == "early\nlate\n"
+
+
+def test_commands_of_the_original_sections_2_1_and_2_2(tmp_path):
+    """As in its README, but for paths, --epochs and --gpu; ResNet-50 at 224 pixels."""
+    import torchvision
+
+    image_folder(tmp_path / "imagenet" / "train", classes=("n01", "n02"), count=6, size=(260, 240))
+    torch.manual_seed(0)
+    moco = moco_file(torchvision.models.resnet50(), tmp_path / "moco_v2_800ep_pretrain.pth.tar")
+    out = succeed(
+        "training.py", "-b", 8, "--pretrained", moco, "--data", tmp_path / "imagenet",
+        "--results", tmp_path,
+    ).out  # fmt: skip
+    assert "MoCo encoder_q weights" in out
+    name = "idtest_resnet50_moco_v2_800ep_pretrain.pth.tar_imagenet_b8_i0-checkpoint.pth.tar"
+    command = (
+        "--exact-bn --n-seed 1 --grad-sign --input-boxed --min-grads-loss --epochs 1 --lr 0.1046 "
+        "--TV 0.0114 --BN 0.0357 --pseudo-label-init known --metric --one-to-one-similarity "
+        "--GInfoR"
+    )
+    outcome = succeed(
+        "run.py", *command.split(), "--checkpoint", tmp_path / name, "--root", tmp_path
+    )
+    assert outcome.out.count("--GInfoR: the gradient information ratio is not computed yet") == 1
+    assert "label accuracy 100.0 %; paired by index" in outcome.out
+    result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
+    assert result["metrics"]["pairing"] == "index"
+    assert result["bn_source"] == "running"
+
+
+def test_custom_command_of_the_original(tmp_path):
+    import torchvision
+
+    celeba_folder(tmp_path / "celeba", count=12)
+    weights = torchvision.models.resnet18().state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    outcome = succeed(
+        "training.py", "-a", "resnet18", "-b", 8, "--pretrained", tmp_path / "resnet18.pth",
+        "--data-name", "celeba", "--data", tmp_path / "celeba", "--target-idx", 0,
+        "--outlayer-state", "kaiming_uniform", "--results", tmp_path / "out",
+    )  # fmt: skip
+    assert "head fc (10177, 512): kaiming_uniform" in outcome.out
+    (path,) = (tmp_path / "out").glob("*-checkpoint.pth.tar")
+    assert path.name == "idtest_resnet18_resnet18.pth_celeba_b8_i0-checkpoint.pth.tar"
+    checkpoint = load(str(path))
+    assert torch.equal(checkpoint["state_dict"]["conv1.weight"], weights["conv1.weight"])
+    assert checkpoint["dataset_setup"]["n_classes"] == 10177
+
+
+def test_a_trained_head_is_kept_or_its_loss_is_said(tmp_path):
+    import torchvision
+
+    weights = torchvision.models.resnet18(num_classes=8).state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    flags = ("--data-name", "photos", "-a", "resnet18", "-b", 2, "--pretrained",
+             tmp_path / "resnet18.pth", "--results")  # fmt: skip
+    lost = succeed("training.py", *flags, tmp_path / "a")
+    assert "head fc is overwritten" in lost.out
+    kept = succeed("training.py", *flags, tmp_path / "b", "--outlayer-state", "keep")
+    assert "overwritten" not in kept.out
+    (path,) = (tmp_path / "b").glob("*.tar")
+    assert torch.equal(load(str(path))["state_dict"]["fc.weight"], weights["fc.weight"])
+
+
+FAMILIES = {
+    "alexnet": 64, "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32,
+    "googlenet": 32, "inception_v3": 80, "maxvit_t": 224, "mnasnet0_5": 32,
+    "mobilenet_v2": 32, "mobilenet_v3_small": 32, "regnet_x_400mf": 32, "resnet18": 32,
+    "resnext50_32x4d": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32, "swin_t": 32,
+    "swin_v2_t": 32, "vgg11": 32, "vgg11_bn": 32, "vit_b_32": 32, "wide_resnet50_2": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_family_from_capture_to_result(arch, tmp_path):
+    """Two photographs, two iterations, BN prior where there is BN."""
+    flags = ("-a", arch, "-b", "2", "--image-size", str(FAMILIES[arch]), "--model-eval")
+    path = capture_photos(tmp_path, *flags)
+    result, _ = attack(tmp_path, path, "--epochs", 2, "--grad-sign", "--metric", "--TV", 1e-3)
+    assert result["iterations"] == 2
+    assert result["stopped"] is None
+    assert result["losses"]["gradient"] > 0
+    path.unlink()  # half a gigabyte for some
+
+
+def test_every_family_of_torchvision_is_covered():
+    from torchvision import models
+
+    modules = {models.get_model_builder(arch).__module__ for arch in FAMILIES}
+    every = {models.get_model_builder(a).__module__ for a in architectures()[2:]}
+    assert modules == every
+
+
+def test_time_of_day_is_not_in_the_results(captured, tmp_path):
+    """Two runs a second apart differ in nothing but their durations."""
+    path = captured("-a", "lenet", "-b", "3")
+    a, _ = attack(tmp_path, path, "--metric")
+    time.sleep(1)
+    b, _ = attack(tmp_path, path, "--metric")
+    for result in (a, b):
+        for key in ("seconds", "iterations_per_second", "peak_memory_mib"):
+            del result[key]
+    assert a == b

@@ -1,0 +1,163 @@
+"""Values of distances, priors and metrics: golden, by hand, and against other libraries."""
+
+import json
+import math
+import warnings
+from itertools import permutations
+
+import lpips
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from inversion.distances import cosine_distance, squared_l2
+from inversion.priors import Candidate, bn_statistics, l2_norm, total_variation
+from tests import golden
+from utils import metrics
+from utils.cli import InputError
+from utils.scoring import score_reconstruction
+
+GOLDEN = json.loads(golden.FILE.read_text())
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN.keys() | golden.values().keys()))
+def test_golden(name):
+    assert golden.values()[name] == pytest.approx(GOLDEN[name], rel=1e-9)
+
+
+def test_cosine_distance_is_one_minus_the_cosine():
+    a, b = [torch.tensor([3.0, 0.0])], [torch.tensor([1.0, 1.0])]
+    assert cosine_distance(a, b).item() == pytest.approx(1 - 1 / math.sqrt(2), rel=1e-6)
+    assert cosine_distance(a, [-5 * a[0]]).item() == pytest.approx(2)
+    assert cosine_distance(a, [7 * a[0]]).item() == 0
+    parts = [torch.randn(3, 4), torch.randn(5)], [torch.randn(3, 4), torch.randn(5)]
+    whole = [[torch.cat([p.flatten() for p in gradient])] for gradient in parts]
+    assert cosine_distance(*parts).item() == pytest.approx(cosine_distance(*whole).item())
+
+
+def test_cosine_distance_keeps_its_digits_near_zero():
+    """An angle of 1e-6 has distance 5e-13, far below float32's resolution of 1 − cos."""
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-6])
+    assert cosine_distance([a], [b]).item() == pytest.approx(5e-13, rel=1e-3)
+
+
+def test_squared_l2_by_hand():
+    assert squared_l2([torch.tensor([1.0, 2.0])], [torch.tensor([0.0, 4.0])]).item() == 5
+
+
+def test_total_variation_by_hand():
+    x = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]).view(1, 1, 2, 3)
+    assert total_variation(Candidate(x)).item() == pytest.approx((1 + 2 + 1 + 2) / 4)
+    assert total_variation(Candidate(x.mT)).item() == pytest.approx(1.5)
+    assert total_variation(Candidate(torch.rand(2, 3, 1, 1))).item() == 0
+
+
+def test_l2_norm_and_bn_statistics_by_hand():
+    x = torch.zeros(2, 1, 2, 2)
+    x[0, 0] = 3.0
+    assert l2_norm(Candidate(x)).item() == pytest.approx(3.0)
+    moments = [(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 1.0]))]
+    target = [(torch.tensor([0.0, 4.0]), torch.tensor([1.0, 2.0]))]
+    assert bn_statistics(Candidate(x, moments, target)).item() == pytest.approx(6.0)
+
+
+def test_mse_and_psnr_by_hand():
+    x, x_true = torch.full((2, 3, 4, 4), 0.6), torch.full((2, 3, 4, 4), 0.5)
+    assert metrics.mse(x, x_true).tolist() == pytest.approx([0.01, 0.01], rel=1e-5)
+    assert metrics.psnr(x, x_true).tolist() == pytest.approx([20, 20], rel=1e-5)
+
+
+def test_ssim_is_one_for_equal_and_missing_for_tiny_images():
+    x = torch.rand(2, 3, 16, 16)
+    assert metrics.ssim(x, x).tolist() == pytest.approx([1, 1])
+    assert metrics.ssim(x[..., :8, :8], x[..., :8, :8]).isnan().all()
+
+
+def test_label_accuracy_counts_the_overlap():
+    accuracy = lambda a, b: metrics.label_accuracy(torch.tensor(a), torch.tensor(b))  # noqa: E731
+    assert accuracy([3, 1, 1, 0], [1, 3, 0, 1]) == 1
+    assert accuracy([1, 1, 1, 1], [1, 1, 0, 2]) == 0.5
+    assert accuracy([5, 6], [0, 1]) == 0
+
+
+def test_assignment_minimises_the_summed_mse():
+    x_true = torch.rand(5, 1, 3, 3)
+    x = (x_true + 0.3 * torch.randn(5, 1, 3, 3)).roll(2, 0)
+    cost = lambda order: metrics.mse(x[list(order)], x_true).sum().item()  # noqa: E731
+    order = metrics.assign(x, x_true)
+    assert sorted(order) == list(range(5))
+    assert cost(order) == pytest.approx(min(map(cost, permutations(range(5)))))
+
+
+def test_baselines_are_flat_images():
+    x = torch.rand(2, 3, 5, 5)
+    flat = metrics.baselines(x)
+    assert (flat["grey"] == 0.5).all()
+    variance = x.var((-2, -1), correction=0).mean(1)
+    assert metrics.mse(flat["mean colour"], x).tolist() == pytest.approx(variance.tolist())
+
+
+def test_the_table_says_what_is_no_reconstruction():
+    true = torch.rand(3, 3, 16, 16)
+    found = true.clone()
+    found[1] = true[1].mean((-2, -1), keepdim=True)
+    result, text = score_reconstruction(
+        found.flip(0), true, torch.tensor([7, 5, 6]), torch.tensor([6, 5, 7]), by_index=False
+    )
+    assert [image["above_baselines"] for image in result["images"]] == [True, False, True]
+    assert [image["reconstruction"] for image in result["images"]] == [2, 1, 0]
+    assert [image["label"] for image in result["images"]] == [6, 5, 7]
+    assert "1 of 3 images score no better in PSNR than a flat image" in text
+    assert "n/a" in text  # LPIPS without its backbone
+    for line in ("mean", "std", "grey image", "mean colour image", "label accuracy 100.0 %"):
+        assert line in text
+    by_index, _ = score_reconstruction(
+        found.flip(0), true, torch.tensor([7, 5, 6]), torch.tensor([6, 5, 7]), by_index=True
+    )
+    assert [image["reconstruction"] for image in by_index["images"]] == [0, 1, 2]
+
+
+def test_grey_images_are_scored_too():
+    true = torch.rand(2, 1, 32, 32)
+    result, _ = score_reconstruction(
+        true, true * 0.9, torch.tensor([0, 1]), torch.tensor([0, 1]), by_index=True
+    )
+    assert np.isfinite([result["mean"][name] for name in ("mse", "psnr", "ssim")]).all()
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """A file of AlexNet's format; its weights are random, which equality does not mind."""
+    torch.manual_seed(0)
+    home = tmp_path_factory.mktemp("torch_home")
+    path = home / "hub" / "checkpoints" / metrics.LPIPS_BACKBONE
+    path.parent.mkdir(parents=True)
+    torch.save(torchvision.models.alexnet().state_dict(), path)
+    return path
+
+
+def test_lpips_equals_the_package_with_the_same_backbone(backbone, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(backbone.parents[2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock = lpips.LPIPS(net="alex", verbose=False).eval()  # reads the hub cache
+    x, x_true = torch.rand(2, 3, 3, 40, 40)
+    with torch.no_grad():
+        expected = stock(2 * x - 1, 2 * x_true - 1).flatten()
+    assert expected.min() > 0
+    for score in (metrics.load_lpips(str(backbone)), metrics.load_lpips(None)):
+        torch.testing.assert_close(score(x, x_true), expected)
+        assert score(x, x).abs().max() < 1e-7
+        assert score(x[..., :20, :20], x[..., :20, :20]).isnan().all()
+        assert score(x[:, :1], x_true[:, :1]).isfinite().all()
+
+
+def test_lpips_without_a_backbone_is_missing_not_random(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert metrics.load_lpips(None) is None
+    with pytest.raises(InputError, match="no such file"):
+        metrics.load_lpips(str(tmp_path / "none.pth"))
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="holds no AlexNet"):
+        metrics.load_lpips(str(tmp_path / "other.pth"))
