@@ -1,10 +1,13 @@
 """Distances between the candidate's gradient and the target's.
 
-Both take two gradients as sequences of tensors (one a parameter, same shapes) and read them as
-one long vector. They return a differentiable scalar, 0 where the gradients are equal.
+All take two gradients as sequences of tensors (one a parameter, same shapes), read them as one
+long vector, and are 0 where the gradients are equal. A distance is two functions: its value,
+differentiable, and value and cotangent ∂distance/∂gradient together in closed form, which need
+no graph over all parameters. The tests hold the second to the first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,18 +18,40 @@ def joint_norm(gradient: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient]))
 
 
+def _norms(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Both norms, kept off 0 by the smallest number whose square still counts."""
+    smallest = torch.finfo(gradient[0].dtype).tiny ** 0.5
+    return joint_norm(gradient).clamp_min(smallest), joint_norm(target).clamp_min(smallest)
+
+
 def cosine_distance(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """1 − cos of the angle between the gradients, in [0, 2] (Geiping et al., 2020, eq. 4).
 
     Computed as half the squared distance of the unit vectors, which is the same number but
     does not lose its digits near 0, where 1 − cos is a difference of nearly equal ones.
     """
-    smallest = torch.finfo(gradient[0].dtype).tiny
-    norm = joint_norm(gradient).clamp_min(smallest)
-    target_norm = joint_norm(target).clamp_min(smallest)
+    norm, target_norm = _norms(gradient, target)
     return 0.5 * sum(
         (g / norm - t / target_norm).square().sum() for g, t in zip(gradient, target, strict=True)
     )
+
+
+def cosine_with_cotangent(
+    gradient: Sequence[Tensor], target: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """`cosine_distance` d and its cotangent.
+
+    With n = ‖g‖ and m = ‖g*‖ the difference of the unit vectors is r = g/n − g*/m, and since
+    ⟨g/n, r⟩ = d the cotangent is (r − d g/n) / n.
+    """
+    norm, target_norm = _norms(gradient, target)
+    ratio = target_norm / norm
+    gaps = [torch.addcmul(t, g, ratio, value=-1) for g, t in zip(gradient, target, strict=True)]
+    distance = 0.5 * (joint_norm(gaps) / target_norm).square()  # the gaps are −m r
+    scale, share = -1 / (norm * target_norm), distance / norm.square()
+    for gap, g in zip(gaps, gradient, strict=True):
+        gap.mul_(scale).addcmul_(g, share, value=-1)
+    return distance, gaps
 
 
 def squared_l2(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
@@ -34,5 +59,24 @@ def squared_l2(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     return sum((g - t).square().sum() for g, t in zip(gradient, target, strict=True))
 
 
-#: `--gradient-loss-fun`: name → distance(gradient, target).
-GRADIENT_DISTANCES = {"sim": cosine_distance, "L2": squared_l2}
+def squared_l2_with_cotangent(
+    gradient: Sequence[Tensor], target: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """`squared_l2` and its cotangent 2 (g − g*)."""
+    gaps = [g - t for g, t in zip(gradient, target, strict=True)]
+    return joint_norm(gaps).square(), [gap.mul_(2) for gap in gaps]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """value(gradient, target), and value and cotangent of the same."""
+
+    value: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+    with_cotangent: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
+
+
+#: `--gradient-loss-fun`: name → Distance.
+GRADIENT_DISTANCES = {
+    "sim": Distance(cosine_distance, cosine_with_cotangent),
+    "L2": Distance(squared_l2, squared_l2_with_cotangent),
+}

@@ -107,8 +107,13 @@ class Objective:
             self.target_moments = _target_moments(model, target, bn_source)
 
     def distance(self, gradient: tuple[Tensor, ...]) -> Tensor:
-        """Distance of a candidate's gradient from the target's."""
-        return self._distance(gradient, self.target_gradient)
+        """Distance of a candidate's gradient from the target's, differentiable."""
+        return self._distance.value(gradient, self.target_gradient)
+
+    def distance_with_cotangent(self, gradient: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        """The same distance and its derivative by the gradient, without a graph."""
+        with torch.no_grad():
+            return self._distance.with_cotangent(gradient, self.target_gradient)
 
     def evaluate(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Gradient of the candidate batch `x` and its unweighted priors, both on the graph."""

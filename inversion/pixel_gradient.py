@@ -13,15 +13,15 @@ from inversion.objective import Losses, Objective
 def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losses, Tensor]:
     """Exact derivative as one vector-Jacobian product of the gradient.
 
-    By the chain rule ∂distance(g(x))/∂x = vᵀ ∂g/∂x with v = ∂distance/∂g. The cotangent v is
-    taken at a detached g, so no graph of the distance is kept over all parameters, and nothing
-    is accumulated for the parameters themselves.
+    By the chain rule ∂distance(g(x))/∂x = vᵀ ∂g/∂x with v = ∂distance/∂g. The cotangent v has a
+    closed form, so no graph of the distance is kept over all parameters, and nothing is
+    accumulated for the parameters themselves.
     """
     x = x.detach().requires_grad_()
     gradient, terms = objective.evaluate(x)
-    leaves = [g.detach().requires_grad_() for g in gradient]
-    distance = objective.distance(leaves)
-    cotangents = torch.autograd.grad(objective.weights.gradient * distance, leaves)
+    distance, cotangents = objective.distance_with_cotangent(gradient)
+    if objective.weights.gradient != 1:
+        cotangents = [objective.weights.gradient * v for v in cotangents]
     prior = objective.prior_sum(terms, progress)
     outputs = [(g, v) for g, v in zip(gradient, cotangents, strict=True) if g.requires_grad]
     if isinstance(prior, Tensor):
@@ -35,7 +35,7 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     )
     total = objective.weights.gradient * distance + prior
     terms = {name: term.detach() for name, term in terms.items()}
-    return Losses(total.detach(), distance.detach(), terms), derivative
+    return Losses(total.detach(), distance, terms), derivative
 
 
 def plain(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losses, Tensor]:

@@ -35,7 +35,9 @@ def values():
     )
     image = (1 + wave(2, 3, 16, 16, speed=0.05)) / 2
     true = (1 + wave(2, 3, 16, 16, speed=0.06)) / 2
-    result = {f"distance {k}": f(gradient, target).item() for k, f in GRADIENT_DISTANCES.items()}
+    result = {
+        f"distance {k}": d.value(gradient, target).item() for k, d in GRADIENT_DISTANCES.items()
+    }
     result |= {f"prior {k}": prior.function(candidate).item() for k, prior in PRIORS.items()}
     result |= {f"metric {k}": f(image, true).tolist() for k, f in metrics.METRICS.items()}
     return result

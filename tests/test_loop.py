@@ -68,7 +68,7 @@ def test_box_holds_and_the_start_is_inside():
     result = reconstruct(watched, 5 * start(), Loop(50, 0.2, box=(low, high), noise=1.0))
     assert min(a for a, _ in seen) >= -0.1 - 1e-7
     assert max(b for _, b in seen) <= 0.5 + 1e-7
-    assert result.x[0, 0, 1, 0] == pytest.approx(0.5)
+    assert result.x[0, 0, 1, 0] == pytest.approx(0.5, abs=0.01)  # its goal, 0.9, lies outside
 
 
 @pytest.mark.parametrize("keep_best", [True, False])

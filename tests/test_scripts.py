@@ -189,7 +189,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(captured, tmp_path, script):
 def test_a_loss_that_is_not_finite_is_said(captured, tmp_path, monkeypatch):
     path = captured("-a", "lenet", "-b", "3")
     flags = ("--root", tmp_path, "--checkpoint", path, "--epochs", 30)
-    outcome = call("run.py", *flags, "--lr", "1e30", "--TV", 1.0, "--n-seed", 2)
+    outcome = call("run.py", *flags, "--lr", "1e30", "--input-norm=-1e-6", "--n-seed", 2)
     assert outcome.code == 0
     assert outcome.out.count("a loss was not finite") == 2
     result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())

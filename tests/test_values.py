@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 
-from inversion.distances import cosine_distance, squared_l2
+from inversion.distances import GRADIENT_DISTANCES, cosine_distance, squared_l2
 from inversion.priors import Candidate, bn_statistics, l2_norm, total_variation
 from tests import golden
 from utils import metrics
@@ -40,6 +40,23 @@ def test_cosine_distance_keeps_its_digits_near_zero():
     """An angle of 1e-6 has distance 5e-13, far below float32's resolution of 1 − cos."""
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-6])
     assert cosine_distance([a], [b]).item() == pytest.approx(5e-13, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", GRADIENT_DISTANCES)
+@pytest.mark.parametrize("near", [1.0, 1e-4])
+def test_the_closed_form_equals_autograd(name, near):
+    distance = GRADIENT_DISTANCES[name]
+    target = [torch.randn(4, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
+    gradient = [(3 * t + near * torch.randn_like(t)).requires_grad_() for t in target]
+    value = distance.value(gradient, target)
+    derivative = torch.autograd.grad(value, gradient)
+    with torch.no_grad():
+        closed, cotangents = distance.with_cotangent(gradient, target)
+    assert closed.item() == pytest.approx(value.item(), rel=1e-9)
+    for a, b in zip(derivative, cotangents, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+    zero = [torch.zeros_like(t) for t in target]
+    assert all(v.isfinite().all() for v in distance.with_cotangent(zero, target)[1])
 
 
 def test_squared_l2_by_hand():
