@@ -12,42 +12,10 @@ import time
 
 import torch
 
-from inversion.objective import Objective, Weights
+from benchmarks.setting import photo_objective
 from inversion.pixel_gradient import exact, plain
 from inversion.restarts import initial_images
-from models.build import build_model, init_head
-from models.target import target_from_checkpoint
-from train.capture import capture
-from train.datasets import DATASETS, normalise, photo_batch
-from utils.checkpoint import make_checkpoint
 from utils.report import device_name, write_csv
-
-
-def objective_for(arch: str, size: int, batch_size: int, device: torch.device) -> Objective:
-    """The attack on random weights in train mode with TV and the exact BN prior."""
-    torch.manual_seed(0)
-    spec = DATASETS["photos"]
-    shape = (3, size, size)
-    model = build_model(arch, spec.num_classes, shape)
-    init_head(model, "normal")
-    x, y = photo_batch(batch_size, 1, size, seed=0)
-    sent = capture(model, normalise(x, spec), y, train_mode=True, capture_bn=True)
-    checkpoint = make_checkpoint(
-        model,
-        sent.gradient,
-        arch=arch,
-        batch_size=batch_size,
-        image_shape=shape,
-        num_classes=spec.num_classes,
-        mean=spec.mean,
-        std=spec.std,
-        train_mode=True,
-        bn_mean=sent.bn_mean,
-        bn_var=sent.bn_var,
-    )
-    priors = {"tv": 0.01, "bn": 0.01} if sent.bn_mean else {"tv": 0.01}
-    target = target_from_checkpoint(checkpoint)
-    return Objective(model.to(device), target, y, Weights(priors=priors), bn_source="batch")
 
 
 def main() -> None:
@@ -60,7 +28,7 @@ def main() -> None:
     parser.add_argument("--csv", help="file for the raw rows")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    objective = objective_for(args.arch, args.image_size, args.batch_size, device)
+    objective = photo_objective(args.arch, args.image_size, args.batch_size, device=device)
     shape = (3, args.image_size, args.image_size)
     x = initial_images(0, args.batch_size, shape, torch.float32).to(device)
 

@@ -14,8 +14,6 @@ from PIL import Image
 
 from models.build import architectures
 from tests.support import ROOT, attack, call, capture_photos, succeed
-from tests.test_datasets import celeba_folder, image_folder
-from tests.test_models import moco_file
 from utils.checkpoint import load
 from utils.report import Reporter
 
@@ -229,53 +227,6 @@ def test_lines_from_before_the_folder_reach_the_log(tmp_path, capsys):
     reporter.say("late")
     assert (tmp_path / "log.txt").read_text() == "early\nlate\n"
     assert capsys.readouterr().out == "early\nlate\n"
-
-
-def test_commands_of_the_original_sections_2_1_and_2_2(tmp_path):
-    """As in its README, but for paths, --epochs and --gpu; ResNet-50 at 224 pixels."""
-    import torchvision
-
-    image_folder(tmp_path / "imagenet" / "train", classes=("n01", "n02"), count=6, size=(260, 240))
-    torch.manual_seed(0)
-    moco = moco_file(torchvision.models.resnet50(), tmp_path / "moco_v2_800ep_pretrain.pth.tar")
-    out = succeed(
-        "training.py", "-b", 8, "--pretrained", moco, "--data", tmp_path / "imagenet",
-        "--results", tmp_path,
-    ).out  # fmt: skip
-    assert "MoCo encoder_q weights" in out
-    name = "idtest_resnet50_moco_v2_800ep_pretrain.pth.tar_imagenet_b8_i0-checkpoint.pth.tar"
-    command = (
-        "--exact-bn --n-seed 1 --grad-sign --input-boxed --min-grads-loss --epochs 1 --lr 0.1046 "
-        "--TV 0.0114 --BN 0.0357 --pseudo-label-init known --metric --one-to-one-similarity "
-        "--GInfoR"
-    )
-    outcome = succeed(
-        "run.py", *command.split(), "--checkpoint", tmp_path / name, "--root", tmp_path
-    )
-    assert outcome.out.count("--GInfoR: the gradient information ratio is not computed yet") == 1
-    assert "label accuracy 100.0 %; paired by index" in outcome.out
-    result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
-    assert result["metrics"]["pairing"] == "index"
-    assert result["bn_source"] == "running"
-
-
-def test_custom_command_of_the_original(tmp_path):
-    import torchvision
-
-    celeba_folder(tmp_path / "celeba", count=12)
-    weights = torchvision.models.resnet18().state_dict()
-    torch.save(weights, tmp_path / "resnet18.pth")
-    outcome = succeed(
-        "training.py", "-a", "resnet18", "-b", 8, "--pretrained", tmp_path / "resnet18.pth",
-        "--data-name", "celeba", "--data", tmp_path / "celeba", "--target-idx", 0,
-        "--outlayer-state", "kaiming_uniform", "--results", tmp_path / "out",
-    )  # fmt: skip
-    assert "head fc (10177, 512): kaiming_uniform" in outcome.out
-    (path,) = (tmp_path / "out").glob("*-checkpoint.pth.tar")
-    assert path.name == "idtest_resnet18_resnet18.pth_celeba_b8_i0-checkpoint.pth.tar"
-    checkpoint = load(str(path))
-    assert torch.equal(checkpoint["state_dict"]["conv1.weight"], weights["conv1.weight"])
-    assert checkpoint["dataset_setup"]["n_classes"] == 10177
 
 
 def test_a_trained_head_is_kept_or_its_loss_is_said(tmp_path):

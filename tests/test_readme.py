@@ -1,0 +1,153 @@
+"""The README tells the truth: its commands, its Python example, its flags and its errors."""
+
+import os
+import re
+import shlex
+
+import pytest
+import torch
+import torchvision
+
+import run
+import training
+from models.build import build_model
+from tests.support import ROOT, call, capture_photos
+from tests.test_checkpoint import Hostile
+from tests.test_datasets import celeba_folder, image_folder
+from tests.test_models import moco_file
+from utils.checkpoint import FORMAT, load, save
+
+README = (ROOT / "README.md").read_text()
+
+
+def section(title):
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def commands():
+    """(command, lines it should print) of every sh block, in order."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("# prints: "):
+                found[-1][1].append(line.removeprefix("# prints: "))
+            else:
+                found.append((line, []))
+    return found
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the files that the README's commands name, shared by all of them."""
+    folder = tmp_path_factory.mktemp("readme")
+    image_folder(folder / "imagenet" / "train", classes=("n01", "n02"), count=6, size=(250, 240))
+    image_folder(folder / "pictures")
+    celeba_folder(folder / "celeba", count=8)
+    torch.manual_seed(0)
+    moco_file(torchvision.models.resnet50(), folder / "moco_v2_800ep_pretrain.pth.tar")
+    torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
+    return folder
+
+
+@pytest.mark.parametrize(("command", "prints"), commands())
+def test_commands_run_and_print_what_is_said(command, prints, workplace, monkeypatch):
+    """As written, but with two iterations, and on the first device there is."""
+    monkeypatch.chdir(workplace)
+    command = re.sub(r"--epochs \d+", "--epochs 1" if "--BN 0.0357" in command else "--epochs 2",
+                     command).replace("--gpu 0 ", "")  # fmt: skip
+    python, script, *flags = shlex.split(command)
+    assert python == "python"
+    outcome = call(script, *flags)
+    assert outcome.code == 0, outcome.err
+    assert prints, "the README says nothing of what this command prints"
+    for text in prints:
+        assert text in outcome.out
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 9
+    assert sum("--BN 0.0357" in command for command, _ in commands()) == 1
+
+
+def test_the_python_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    space = {}
+    exec(compile(code, "README.md", "exec"), space)
+    error = (space["result"].x - space["x"]).square().mean().item()
+    flat = (space["x"].mean((-2, -1), keepdim=True) - space["x"]).square().mean().item()
+    assert error < 0.5 * flat
+
+
+def flag_rows(title):
+    rows = re.findall(r"^\| (`-.*?) \| (.*?) \| (.*?) \|$", section(title), re.MULTILINE)
+    return {tuple(re.findall(r"`(.*?)`", flags)): default for flags, default, _ in rows}
+
+
+@pytest.mark.parametrize("script", [training, run])
+def test_every_flag_is_described_with_its_default(script):
+    rows = flag_rows(f"Flags of {script.__name__}.py")
+    actions = [a for a in script.parser()._actions if "--help" not in a.option_strings]
+    assert rows.keys() == {tuple(action.option_strings) for action in actions}
+    for action in actions:
+        default = str(action.default)
+        if action.default is None or action.default is False:
+            default = "none" if action.default is None else "off"
+        assert rows[tuple(action.option_strings)] == default, action.option_strings
+
+
+@pytest.mark.parametrize("script", [training, run])
+def test_every_flag_is_used(script):
+    """Each reaches a setting: its value is read somewhere in the script."""
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    for action in script.parser()._actions:
+        if action.dest in ("help", "input_norm"):  # priors are read by the flag in PRIORS
+            continue
+        assert re.search(rf"args\.{action.dest}\b", source), action.dest
+
+
+def error_rows():
+    return re.findall(r"^\| `((?:training|run)\.py.*?)` \| (.*?) \|$", section("Errors"), re.M)
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    """A folder with the files that the table of errors names."""
+    folder = tmp_path_factory.mktemp("errors")
+    os.rename(capture_photos(folder, "-a", "lenet", "-b", "2"), folder / "lenet.tar")
+    os.rename(capture_photos(folder, "-a", "lenet", "-b", "3"), folder / "other.tar")
+    os.rename(capture_photos(folder, "-a", "lenet", "-b", "2", "--seal"), folder / "sealed.tar")
+    checkpoint = load(str(folder / "lenet.tar"))
+    save(checkpoint | {"format": FORMAT + 1}, str(folder / "newer.tar"))
+    gradient = [torch.ones(2, 2), *checkpoint["target_gradient"][1:]]
+    save(checkpoint | {"target_gradient": gradient}, str(folder / "unfit.tar"))
+    torch.save(checkpoint | {"args": Hostile(folder / "ran")}, folder / "hostile.tar")
+    (folder / "damaged.tar").write_bytes((folder / "lenet.tar").read_bytes()[:5000])
+    torch.save(build_model("convnet", 8, (3, 32, 32)).state_dict(), folder / "convnet.pth")
+    image_folder(folder / "pictures")
+    (folder / "empty").mkdir()
+    (folder / "broken" / "a").mkdir(parents=True)
+    (folder / "broken" / "a" / "x.png").write_text("no image")
+    (folder / "file.txt").write_text("a file")
+    return folder
+
+
+def everything_in(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("command", "says"), error_rows())
+def test_errors(command, says, mistakes, monkeypatch):
+    """Exit code 2, one line, as the README says it, and nothing left behind or changed."""
+    monkeypatch.chdir(mistakes)
+    before = everything_in(mistakes)
+    script, *flags = shlex.split(command)
+    outcome = call(script, *flags)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {says}")
+    assert outcome.err.count("\n") == 1
+    assert everything_in(mistakes) == before
+
+
+def test_there_are_errors():
+    assert len(error_rows()) >= 40
