@@ -9,18 +9,22 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
+from inversion.combine import Combination, combination_method
 from inversion.distances import GRADIENT_DISTANCES
+from inversion.mlco import MLCOSchedule
 from inversion.objective import Losses, Objective, Weights
-from inversion.optimise import OPTIMISERS, Loop
+from inversion.optimise import OPTIMISERS, Loop, Outcome, lowest, reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.priors import PRIORS
-from inversion.restarts import STRATEGIES, Restarts, initial_images
+from inversion.restarts import STRATEGIES, initial_images, noise_generator
 from models.batchnorm import batchnorm_layers
 from models.gradient import trainable_parameters
 from models.target import (
@@ -38,12 +42,14 @@ from utils.cli import (
     Interrupts,
     Parser,
     choose_device,
+    file_name,
     integer_from,
+    is_out_of_memory,
     number,
     run_script,
     writable_folder,
 )
-from utils.images import denormalise, save_curves, save_images, save_panels
+from utils.images import denormalise, save_choices, save_curves, save_images, save_panels
 from utils.report import (
     Progress,
     Reporter,
@@ -64,13 +70,15 @@ LPIPS_HINT = (
     "--lpips-weights FILE or in the torch hub cache"
 )
 RECORDED_STEPS = 2000
+MLCO_NOISE = 0.2
+CONSENSUS = "consensus"
 
 
 def parser() -> Parser:
     """All flags of the attacker."""
     parser = Parser(prog="run.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument_group("run").add_argument
-    add("--id", default="test", help="results go to {root}/results/exp/{id}")
+    add("--id", type=file_name, default="test", help="results go to {root}/results/exp/{id}")
     add("--root", default="./", help="folder of the results")
     add("--seed", type=integer_from(0), default=0, help="seed of the first initial images")
     add("--gpu", type=int, help="number of the GPU; default: the first, else the CPU")
@@ -90,7 +98,7 @@ def parser() -> Parser:
     add("--grads-weight", type=number(low=0), default=1.0, help="weight of the gradient distance")
     for prior in PRIORS.values():
         kind = number() if prior.signed else number(low=0)
-        add(prior.flag, type=kind, default=0.0, help=prior.help)
+        add(prior.flag, type=kind, default=prior.default, help=prior.help)
     add("--TV-end", type=number(above=0), help="weight of total variation at the end")
     add("--exact-bn", action="store_true", help="BN prior to the captured batch statistics")
     add("--bn-grad", choices=("exact", "detached"), default="exact",
@@ -105,7 +113,19 @@ def parser() -> Parser:
     add("--grad-sign", action="store_true", help="step along the derivative's sign")
     add("--input-boxed", action="store_true", help="clamp to valid colours")
     add("--min-grads-loss", action="store_true", help="keep the best iterate, not the last")
-    add("--input-noise", type=number(low=0), help="Langevin noise; default: none")
+    add("--input-noise", type=number(low=0),
+        help="Langevin noise; default: 0.2 under --MinCombine, else none")  # fmt: skip
+
+    add = parser.add_argument_group("several seeds").add_argument
+    add("--strategy", choices=STRATEGIES, default="best", help="how seeds become one result")
+    add("--MinCombine", action="store_true", help="the same as --strategy mlco")
+    add("--T-init-rate", type=number(0, 1), default=0.3, help="MLCO: share of the first stage")
+    add("--total-T-in-rate", type=number(0, 1), default=0.3, help="MLCO: share of the rounds")
+    add("--T-in", type=integer_from(1), default=1000, help="MLCO: iterations a round")
+    add("--T-end-rate", type=number(0, 1), default=0.4, help="MLCO: share of the last stage")
+    add("--combine-memory", type=number(above=0), default=4096.0,
+        help="MLCO: MiB that per-sample gradients may take")  # fmt: skip
+    add("--offload-seeds", action="store_true", help="keep idle seeds in the CPU's memory")
 
     add = parser.add_argument_group("scoring").add_argument
     add("--metric", action="store_true", help="score against the truth")
@@ -120,19 +140,38 @@ def prior_weight(args, name: str) -> float:
     return getattr(args, PRIORS[name].flag.lstrip("-").replace("-", "_"))
 
 
+def strategy_of(args) -> str:
+    """The name in STRATEGIES that the flags ask for."""
+    return "mlco" if args.MinCombine else args.strategy
+
+
 def term_names(args) -> list[str]:
     """The priors in use, in the order of their columns."""
-    return [name for name in PRIORS if prior_weight(args, name) != 0]
+    return [
+        name
+        for name, prior in PRIORS.items()
+        if prior_weight(args, name) != 0
+        and (strategy_of(args) == "mlco" or not prior.needs_consensus)
+    ]
 
 
 def weights_from(args) -> Weights:
     """The objective's weights."""
     ends = {} if args.TV_end is None else {"tv": args.TV_end}
-    return Weights(args.grads_weight, {name: prior_weight(args, name) for name in PRIORS}, ends)
+    priors = {name: prior_weight(args, name) for name in term_names(args)}
+    return Weights(args.grads_weight, priors, ends)
+
+
+def schedule_from(args) -> MLCOSchedule:
+    """The stages of MLCO."""
+    return MLCOSchedule(args.T_init_rate, args.total_T_in_rate, args.T_in, args.T_end_rate)
 
 
 def loop_from(args, target: Target) -> Loop:
     """The loop's settings."""
+    noise = args.input_noise
+    if noise is None:
+        noise = MLCO_NOISE if strategy_of(args) == "mlco" and args.optim == "Adam" else 0.0
     return Loop(
         steps=args.epochs,
         lr=args.lr,
@@ -140,7 +179,7 @@ def loop_from(args, target: Target) -> Loop:
         signed=args.grad_sign,
         box=target.box if args.input_boxed else None,
         keep_best=args.min_grads_loss,
-        noise=args.input_noise or 0.0,
+        noise=noise,
     )
 
 
@@ -155,17 +194,34 @@ def check(args) -> None:
         raise InputError(f"--lr {args.lr:g}: must be above 0; give a step size such as 0.1")
     if args.pseudo_label_init == "from_grads":
         raise InputError(
-            "--pseudo-label-init from_grads: label reconstruction is not available yet; give "
-            "known, or --labels"
+            "--pseudo-label-init from_grads: label reconstruction is not available yet; leave it "
+            "out, and give --labels where there is no truth"
         )
     if args.TV_end is not None and args.TV == 0:
         raise InputError(f"--TV-end {args.TV_end:g}: decays --TV, which is 0; give --TV as well")
-    if args.optim == "LBFGS" and args.grad_sign:
-        raise InputError("--grad-sign: L-BFGS needs the derivative itself; leave one of them out")
+    if args.optim == "LBFGS":
+        for flag in ("grad_sign", "input_boxed", "input_noise"):
+            if getattr(args, flag):
+                raise InputError(
+                    f"--{flag.replace('_', '-')}: L-BFGS learns the curvature from its own steps, "
+                    "which this would change; leave it out, or give --optim Adam"
+                )
+    if args.grads_weight == 0 and not term_names(args):
+        raise InputError("--grads-weight 0: leaves no term in the objective; give a weight")
+    if args.MinCombine and args.strategy not in ("best", "mlco"):
+        raise InputError(f"--MinCombine: is --strategy mlco, not {args.strategy}; give one of them")
+    shares = args.T_init_rate + args.total_T_in_rate + args.T_end_rate
+    if strategy_of(args) == "mlco" and abs(shares - 1) > 1e-6:
+        raise InputError(
+            f"--T-init-rate {args.T_init_rate:g}: with --total-T-in-rate and --T-end-rate it sums "
+            f"to {shares:g}; the three must sum to 1"
+        )
     if args.lpips_weights is not None and not args.metric:
         raise InputError(f"--lpips-weights {args.lpips_weights}: scores only with --metric")
-    if os.sep in args.id or args.id in ("", ".", ".."):
-        raise InputError(f"--id {args.id}: names one folder; leave {os.sep} out")
+    if args.truth is not None and args.labels is not None and not args.metric:
+        raise InputError(
+            f"--truth {args.truth}: is read only for --metric and known labels; leave it out"
+        )
     writable_folder(os.path.join(args.root, "results", "exp", args.id), "--root")
 
 
@@ -179,31 +235,17 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
     flag, source = "--checkpoint", checkpoint
     if args.truth is not None:
         flag, source = "--truth", checkpoints.load_truth(args.truth)
-    truth = truth_from_checkpoint(source)
+    truth = None
+    if source.get("x_true") is not None and source.get("y_true") is not None:
+        checkpoints.check_truth(source, checkpoint, f"{flag} {getattr(args, flag[2:])}")
+        truth = truth_from_checkpoint(source)
     if truth is None:
         needs = "--metric" if knows_labels else "--pseudo-label-init known"
         remedy = "" if knows_labels else ", or the labels by --labels"
         raise InputError(
             f"{needs}: {args.checkpoint} holds no truth; give the sealed file by --truth{remedy}"
         )
-    if truth.x.shape != (target.batch_size, *target.image_shape):
-        raise InputError(
-            f"{flag} {getattr(args, flag[2:])}: truth of shape {tuple(truth.x.shape)} for a batch "
-            f"of {(target.batch_size, *target.image_shape)}; give the truth of this checkpoint"
-        )
-    check_labels(truth.y, target, f"{flag} {getattr(args, flag[2:])}")
     return target, truth
-
-
-def check_labels(y: Tensor, target: Target, source: str) -> None:
-    """Refuse labels that are not B class indices."""
-    if y.shape != (target.batch_size,):
-        raise InputError(f"{source}: {y.numel()} labels for a batch of {target.batch_size}")
-    if int(y.min()) < 0 or int(y.max()) >= target.num_classes:
-        raise InputError(
-            f"{source}: labels {int(y.min())} to {int(y.max())}, but the classes are 0 to "
-            f"{target.num_classes - 1}"
-        )
 
 
 def labels_from(args, target: Target, truth: GroundTruth | None) -> tuple[Tensor, str]:
@@ -218,9 +260,11 @@ def labels_from(args, target: Target, truth: GroundTruth | None) -> tuple[Tensor
         y = torch.tensor([int(word) for word in text.replace(",", " ").split()])
     except ValueError as error:
         raise InputError(
-            f"--labels {args.labels}: neither a file nor integers like 3,1,2"
+            f"--labels {args.labels[:80]}: neither a file nor integers like 3,1,2"
         ) from error
-    check_labels(y, target, f"--labels {args.labels}")
+    checkpoints.check_labels(
+        y, target.batch_size, target.num_classes, f"--labels {args.labels[:80]}"
+    )
     return y, "given"
 
 
@@ -233,6 +277,8 @@ def bn_source_from(args, target: Target, model: nn.Module, reporter: Reporter) -
             "network does not use; leave it out"
         )
     if not args.BN:
+        if args.exact_bn:
+            reporter.say("note: --exact-bn says where the BN prior pulls to; --BN is 0")
         return None
     if not layers:
         raise InputError(f"--BN {args.BN:g}: {target.arch} has no BatchNorm layer; leave it out")
@@ -252,67 +298,141 @@ def bn_source_from(args, target: Target, model: nn.Module, reporter: Reporter) -
 
 @dataclass
 class Recorder:
-    """Follows the iterations: progress, loss rows for losses.csv, and the wish to stop."""
+    """Follows the iterations: progress, rows for losses.csv, rounds, and the wish to stop."""
 
     args: object
     progress: Progress
     interrupts: Interrupts
+    save_consensus: Callable[[int, Tensor], None]
     rows: list = field(default_factory=list)
+    rounds: list[dict] = field(default_factory=list)
 
-    def on_step(self, index: int, step: int, losses: Losses, rate: float) -> bool:
-        """Take note of one iteration of seed number `index`; true asks to stop."""
-        seed = self.args.seed + index
-        self.progress.step(
-            f"seed {seed}", {"total": losses.total, "gradient": losses.gradient, **losses.terms}
-        )
+    def on_step(self, index: int | None, step: int, losses: Losses, rate: float) -> bool:
+        """Take note of an iteration of seed number `index` or the consensus; true asks to stop."""
+        name = CONSENSUS if index is None else self.args.seed + index
+        values = {"total": losses.total, "gradient": losses.gradient, **losses.terms}
+        self.progress.step(name if index is None else f"seed {name}", values)
         if step % max(1, self.args.epochs // RECORDED_STEPS) == 0 or step == self.args.epochs - 1:
-            self.rows.append(
-                [seed, step, rate, losses.total, losses.gradient, *losses.terms.values()]
-            )
+            terms = [losses.terms.get(term, "") for term in term_names(self.args)]
+            self.rows.append([name, step, rate, losses.total, losses.gradient, *terms])
         return self.interrupts.signal is not None
 
+    def on_round(self, done: int, combination: Combination) -> None:
+        """Take note of a consensus formed after `done` iterations of every seed."""
+        self.save_consensus(done, combination.x)
+        self.rounds.append(
+            {
+                "iteration": done,
+                "seeds": [self.args.seed + index for index in combination.choice],
+                "gradient_loss": combination.loss,
+                "seed_gradient_losses": list(combination.seed_losses),
+                "image_gradients": combination.image_gradients,
+            }
+        )
 
-def attack(args, target, objective, device, recorder) -> Restarts:
+
+def attack(args, target, objective, device, recorder) -> Outcome:
     """Run the strategy over all seeds."""
     dtype = target.gradient[0].dtype
     seeds = range(args.seed, args.seed + args.n_seed)
-    starts = [
-        initial_images(seed, target.batch_size, target.image_shape, dtype).to(device)
-        for seed in seeds
-    ]
-    return STRATEGIES["best"](
-        partial(PIXEL_GRADIENTS[args.pixel_gradient], objective),
-        starts,
+    home = torch.device("cpu") if args.offload_seeds else device
+    options = {}
+    if strategy_of(args) == "mlco":
+        options = {
+            "schedule": schedule_from(args),
+            "memory": combine_memory(args),
+            "on_round": recorder.on_round,
+        }
+    return STRATEGIES[strategy_of(args)](
+        objective,
+        PIXEL_GRADIENTS[args.pixel_gradient],
+        [
+            initial_images(seed, target.batch_size, target.image_shape, dtype).to(home)
+            for seed in seeds
+        ],
         loop_from(args, target),
-        generators=[Generator(device).manual_seed(seed) for seed in seeds],
+        generators=[noise_generator(seed, device) for seed in seeds],
         on_step=recorder.on_step,
+        **options,
     )
 
 
-def plan(args, target: Target, model: nn.Module, device, bn_source) -> str:
+def combine_memory(args) -> int:
+    """`--combine-memory` in bytes."""
+    return int(args.combine_memory * 2**20)
+
+
+def total_iterations(args) -> int:
+    """Iterations of all seeds and stages."""
+    if strategy_of(args) == "mlco":
+        return schedule_from(args).iterations(args.epochs, args.n_seed)
+    return args.n_seed * args.epochs
+
+
+def plan(args, target: Target, objective: Objective, device, bn_source) -> str:
     """What will be done, in words."""
-    parameters = sum(p.numel() for p in trainable_parameters(model).values())
-    return (
-        f"plan: {args.n_seed} seed(s) x {args.epochs} = {args.n_seed * args.epochs} iterations, "
-        f"{target.batch_size} images {target.image_shape}, {target.arch} with {parameters:,} "
-        f"parameters in {'train' if target.train_mode else 'eval'} mode, {device_name(device)}\n"
-        f"      {args.gradient_loss_fun} gradient distance, priors: "
-        f"{', '.join(term_names(args)) or 'none'}; "
-        f"BN statistics: {bn_source or 'not used'}"
+    parameters = sum(p.numel() for p in trainable_parameters(objective.model).values())
+    stages, lines = f"{args.n_seed} seed(s) x {args.epochs:,}", []
+    if strategy_of(args) == "mlco":
+        initial, rounds, final = schedule_from(args).spans(args.epochs)
+        lengths = " + ".join(f"{len(r):,}" for r in rounds) or "none"
+        method, why = combination_method(objective, args.n_seed, combine_memory(args))
+        stages = (
+            f"{args.n_seed} seed(s) x ({len(initial):,} initial + "
+            f"{final.start - len(initial):,} in {len(rounds)} rounds) + {len(final):,} final"
+        )
+        lines += [f"rounds: {lengths}", f"combination: {method} ({why})"]
+    lines.insert(
+        0,
+        f"plan: {stages} = {total_iterations(args):,} iterations, {target.batch_size} images "
+        f"{target.image_shape}, {target.arch} with {parameters:,} parameters in "
+        f"{'train' if target.train_mode else 'eval'} mode, {device_name(device)}",
     )
+    lines.append(
+        f"{args.gradient_loss_fun} gradient distance, priors: "
+        f"{', '.join(term_names(args)) or 'none'}; BN statistics: {bn_source or 'not used'}"
+    )
+    if args.n_seed > 1:
+        numbers = args.n_seed * target.batch_size * math.prod(target.image_shape)
+        size = numbers * target.gradient[0].element_size() / 2**20
+        home = "cpu, by --offload-seeds" if args.offload_seeds else device.type
+        lines.append(f"images of all seeds: {size:,.1f} MiB, kept on {home}")
+    return "\n      ".join(lines)
+
+
+def first_evaluation(args, target, objective, device) -> None:
+    """Evaluate the objective once, so that what cannot be computed is refused at once.
+
+    Raises InputError when the network cannot process the images.
+    """
+    x = initial_images(args.seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
+    try:
+        PIXEL_GRADIENTS[args.pixel_gradient](objective, x.to(device), 0.0)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"--checkpoint {args.checkpoint}: {target.arch} cannot process its images "
+            f"{target.image_shape}: {' '.join(str(error).split())[:160]}"
+        ) from error
 
 
 def measure(args, target, objective, device) -> str:
-    """Time and memory that the plan will take, from two steps."""
+    """Time and memory that the plan will take, from two steps of the loop."""
     x = initial_images(args.seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
-    x = x.to(device)
-    seconds = 0.0
-    for _ in range(2):  # the first one warms up
-        start = time.perf_counter()
-        losses, _ = PIXEL_GRADIENTS[args.pixel_gradient](objective, x, 0.0)
-        losses.floats()  # waits for the device
-        seconds = time.perf_counter() - start
-    total = seconds * args.n_seed * args.epochs
+    times = [time.perf_counter()]
+    reconstruct(
+        partial(PIXEL_GRADIENTS[args.pixel_gradient], objective),
+        x.to(device),
+        replace(loop_from(args, target), steps=max(2, args.epochs)),
+        generator=noise_generator(args.seed, device),
+        on_step=lambda *_: times.append(time.perf_counter()),
+        span=range(2),
+    )
+    if len(times) < 3:
+        raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
+    seconds = times[2] - times[1]  # the first step warms up
+    total = seconds * total_iterations(args)
     return (
         f"estimate: {seconds * 1e3:.1f} ms an iteration, {duration(total)} in all, peak memory "
         f"{peak_memory_mib(device):.0f} MiB"
@@ -337,35 +457,116 @@ def write_pictures(folder, target, x_recon, truth, scores) -> None:
     save_images(paired, folder / "images", "reconstruction")
 
 
-def write_losses(folder, rows, terms: list[str]) -> None:
-    """losses.csv and losses.png: a row and a point a recorded iteration."""
-    header = ["seed", "iteration", "rate", "total", "gradient", *terms]
-    write_csv(header, rows, folder / "losses.csv")
+def loss_header(args) -> list[str]:
+    """The columns of losses.csv."""
+    return ["seed", "iteration", "rate", "total", "gradient", *term_names(args)]
+
+
+def draw_losses(args, recorder: Recorder, path) -> None:
+    """losses.png: a line a seed and the consensus, a dot where a consensus was formed."""
     curves = {}
-    for column, name in enumerate(header[3:], start=3):
+    for column, name in enumerate(loss_header(args)[3:], start=3):
         curves[name] = {}
-        for row in rows:
-            steps, values = curves[name].setdefault(f"seed {row[0]}", ([], []))
+        for row in recorder.rows:
+            if row[column] == "":
+                continue
+            label = CONSENSUS if row[0] == CONSENSUS else f"seed {row[0]}"
+            steps, values = curves[name].setdefault(label, ([], []))
             steps.append(row[1])
             values.append(row[column])
-    if rows:
-        save_curves(curves, folder / "losses.png")
+    dots = {}
+    if recorder.rounds:
+        dots["gradient"] = (
+            [found["iteration"] for found in recorder.rounds],
+            [found["gradient_loss"] for found in recorder.rounds],
+        )
+    if recorder.rows:
+        save_curves(curves, path, dots)
 
 
-def say_outcome(args, outcome: Restarts, reporter: Reporter) -> None:
-    """Say how every seed ended and which was chosen."""
-    for index, run in enumerate(outcome.runs):
-        if run.stopped is None:
-            continue
+def say_outcome(args, outcome: Outcome, rounds: list[dict], reporter: Reporter) -> None:
+    """Say how every seed ended, what the rounds found, and what was chosen."""
+    runs = [(f"seed {args.seed + index}", run) for index, run in enumerate(outcome.runs)]
+    if outcome.chosen is None:
+        runs.append((CONSENSUS, outcome.final))
+    for name, run in runs:
         if run.stopped == "interrupted":
-            end = f"interrupted after {run.steps} iterations; what there is will be saved"
-        else:
-            end = f"a loss was not finite after {run.steps} iterations; its best images are kept"
-        reporter.say(f"seed {args.seed + index}: {end}")
-    terms = "  ".join(f"{name} {value:.4g}" for name, value in outcome.best.losses.terms.items())
+            reporter.say(
+                f"{name}: interrupted after {run.steps} iterations; what there is will be saved"
+            )
+        elif run.stopped is not None:
+            reporter.say(
+                f"{name}: a loss was not finite after {run.steps} iterations; its best images "
+                "are kept"
+            )
+    for found in rounds:
+        counts = sorted(Counter(found["seeds"]).items())
+        losses_of_seeds = found["seed_gradient_losses"]
+        reporter.say(
+            f"consensus after {found['iteration']} iterations: gradient loss "
+            f"{found['gradient_loss']:.6g}, of the best seed "
+            f"{losses_of_seeds[lowest(losses_of_seeds)]:.6g}; images "
+            + ", ".join(f"{count} of seed {seed}" for seed, count in counts)
+        )
+    chosen = strategy_of(args) if outcome.chosen is None else f"seed {args.seed + outcome.chosen}"
+    losses = outcome.final.losses
+    terms = "  ".join(f"{name} {value:.4g}" for name, value in losses.terms.items())
+    reporter.say(f"chosen: {chosen}  gradient loss {losses.gradient:.6g}  {terms}")
+
+
+def write(
+    args, folder, target, truth, labels, outcome, recorder, facts, lpips_score, reporter
+) -> None:
+    """Score and write everything into `folder`: figures first, pictures last."""
+    y, label_method = labels
+    x_recon = outcome.final.x.cpu()
+    checkpoints.save(x_recon, str(folder / "x_recon.pth"))
+    checkpoints.save(y, str(folder / "y_recon.pth"))
+    write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
+    scores = None
+    if args.metric:
+        scores, text = score_reconstruction(
+            denormalise(x_recon, target.mean, target.std),
+            denormalise(truth.x, target.mean, target.std),
+            y,
+            truth.y,
+            by_index=args.one_to_one_similarity,
+            lpips_score=lpips_score,
+        )
+        reporter.say(text)
+    losses = outcome.final.losses
+    result = {
+        "settings": vars(args),
+        **facts,
+        "iterations": outcome.iterations,
+        "iterations_per_second": outcome.iterations / facts["seconds"],
+        "losses": {"gradient": losses.gradient, "total": losses.total, **losses.terms},
+        "labels": {
+            "method": label_method,
+            "reconstructed": y,
+            "true": truth.y if args.metric else None,
+            "accuracy": metrics.label_accuracy(y, truth.y) if args.metric else None,
+        },
+        "metrics": scores,
+        "seeds": [
+            {
+                "seed": args.seed + index,
+                "gradient_loss": run.losses.gradient,
+                "iterations": run.steps,
+                "stopped": run.stopped,
+            }
+            for index, run in enumerate(outcome.runs)
+        ],
+        "rounds": recorder.rounds,
+        "search": None,
+    }
+    write_json(result, folder / "result.json")
+    write_pictures(folder, target, x_recon, truth, scores)
+    draw_losses(args, recorder, folder / "losses.png")
+    if recorder.rounds:
+        save_choices(recorder.rounds, folder / "choices.png")
     reporter.say(
-        f"chosen: seed {args.seed + outcome.chosen}  gradient loss "
-        f"{outcome.best.losses.gradient:.6g}  {terms}"
+        f"{outcome.iterations} iterations in {duration(facts['seconds'])}; written to {folder}"
     )
 
 
@@ -390,11 +591,14 @@ def main(argv: list[str]) -> int:
         bn_grad=args.bn_grad,
     )
     reporter.say("settings\n" + setting_lines(vars(args)))
-    reporter.say(plan(args, target, model, device, bn_source))
+    reporter.say(plan(args, target, objective, device, bn_source))
     if args.GInfoR:
         reporter.say("--GInfoR: the gradient information ratio is not computed yet")
     if args.metric and lpips_score is None:
         reporter.say(LPIPS_HINT)
+    if args.one_to_one_similarity and not args.metric:
+        reporter.say("note: --one-to-one-similarity says how --metric pairs; it is not given")
+    first_evaluation(args, target, objective, device)
     if args.dry_run:
         reporter.say(measure(args, target, objective, device))
         return 0
@@ -404,70 +608,33 @@ def main(argv: list[str]) -> int:
     reporter.say(f"results: {folder}")
     with Interrupts() as interrupts:
         start = time.perf_counter()
-        progress = Progress(args.n_seed * args.epochs, args.print_freq, reporter)
-        recorder = Recorder(args, progress, interrupts)
+        progress = Progress(total_iterations(args), args.print_freq, reporter)
+
+        def save_consensus(done, x):
+            (folder / "consensus").mkdir(exist_ok=True)
+            images = denormalise(x, target.mean, target.std)
+            save_panels([(f"iteration {done}", images)], folder / "consensus" / f"{done:06d}.png")
+
+        recorder = Recorder(args, progress, interrupts, save_consensus)
         try:
             outcome = attack(args, target, objective, device, recorder)
         finally:
             progress.close()
         seconds = time.perf_counter() - start
-    say_outcome(args, outcome, reporter)
-
-    x_recon = outcome.best.x.cpu()
-    torch.save(x_recon, folder / "x_recon.pth")
-    torch.save(y, folder / "y_recon.pth")
-    scores = None
-    if args.metric:
-        scores, text = score_reconstruction(
-            denormalise(x_recon, target.mean, target.std),
-            denormalise(truth.x, target.mean, target.std),
-            y,
-            truth.y,
-            by_index=args.one_to_one_similarity,
-            lpips_score=lpips_score,
-        )
-        reporter.say(text)
-    write_pictures(folder, target, x_recon, truth, scores)
-    write_losses(folder, recorder.rows, term_names(args))
-    iterations = sum(run.steps for run in outcome.runs)
-    result = {
-        "settings": vars(args),
-        "versions": versions(),
-        "git": git_revision(),
-        "device": device_name(device),
-        "processes": 1,
-        "seconds": seconds,
-        "iterations": iterations,
-        "iterations_per_second": iterations / seconds,
-        "peak_memory_mib": peak_memory_mib(device),
-        "bn_source": bn_source,
-        "stopped": outcome.best.stopped,
-        "losses": {
-            "gradient": outcome.best.losses.gradient,
-            "total": outcome.best.losses.total,
-            **outcome.best.losses.terms,
-        },
-        "labels": {
-            "method": label_method,
-            "reconstructed": y,
-            "true": truth.y if args.metric else None,
-            "accuracy": metrics.label_accuracy(y, truth.y) if args.metric else None,
-        },
-        "metrics": scores,
-        "seeds": [
-            {
-                "seed": args.seed + index,
-                "gradient_loss": run.losses.gradient,
-                "iterations": run.steps,
-                "stopped": run.stopped,
-            }
-            for index, run in enumerate(outcome.runs)
-        ],
-        "search": None,
-    }
-    write_json(result, folder / "result.json")
-    reporter.say(f"{iterations} iterations in {duration(seconds)}; written to {folder}")
-    if math.isnan(outcome.best.losses.gradient):
+        say_outcome(args, outcome, recorder.rounds, reporter)
+        facts = {
+            "versions": versions(),
+            "git": git_revision(),
+            "device": device_name(device),
+            "processes": 1,
+            "seconds": seconds,
+            "peak_memory_mib": peak_memory_mib(device),
+            "bn_source": bn_source,
+            "stopped": "interrupted" if interrupts.signal else outcome.final.stopped,
+        }
+        write(args, folder, target, truth, (y, label_method), outcome, recorder, facts, lpips_score,
+              reporter)  # fmt: skip
+    if math.isnan(outcome.final.losses.gradient):
         raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
     return 128 + interrupts.signal if interrupts.signal is not None else 0
 

@@ -16,24 +16,34 @@ from models.gradient import trainable_parameters
 from models.pretrained import load_pretrained
 from train.capture import capture
 from train.datasets import DATASETS, Request, load_backup, load_batch
-from utils.checkpoint import free_path, make_checkpoint, save, seal
+from utils.checkpoint import free_stem, make_checkpoint, save, seal
 from utils.cli import (
     InputError,
     Parser,
     choose_device,
+    file_name,
     integer_from,
+    is_out_of_memory,
     run_script,
     writable_folder,
 )
 from utils.images import denormalise, save_panels
 from utils.report import Reporter, device_name, git_revision, setting_lines, versions
 
+#: What is written, all with one stem.
+ENDINGS = {
+    "checkpoint": "-checkpoint.pth.tar",
+    "truth": "-truth.pth.tar",
+    "picture": "-target.png",
+    "log": ".log",
+}
+
 
 def parser() -> Parser:
     """All flags of the client."""
     parser = Parser(prog="training.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument_group("run").add_argument
-    add("--id", default="test", help="name of the run, part of the file names")
+    add("--id", type=file_name, default="test", help="name of the run, part of the file names")
     add("--seed", type=integer_from(0), default=0, help="seed of all randomness")
     add("--results", default="./train/checkpoint", help="output folder")
     add("--gpu", type=int, help="number of the GPU; default: the first, else the CPU")
@@ -103,24 +113,29 @@ def load_target(args):
     return load_batch(args.data_name, request, args.batch_size, args.target_idx)
 
 
-def checkpoint_path(args) -> str:
-    """Where the checkpoint goes; the name says what it holds, a number avoids overwriting."""
+def checkpoint_stem(args) -> str:
+    """Where the files go; the name says what they hold, a number avoids overwriting."""
     weights = "random" if args.pretrained is None else os.path.basename(args.pretrained)
     name = (
-        f"id{args.id}_{args.arch}_{weights}_{args.data_name}_b{args.batch_size}"
-        f"_i{args.target_idx}-checkpoint.pth.tar"
+        f"id{args.id}_{args.arch}_{weights}_{args.data_name}_b{args.batch_size}_i{args.target_idx}"
     )
-    return free_path(os.path.join(args.results, name))
+    return free_stem(os.path.join(args.results, name), ENDINGS.values())
 
 
 def check(args) -> None:
     """Refuse what can be refused without opening any data."""
     if args.arch not in architectures():
         build_model(args.arch, 1, (3, 1, 1))  # raises with the list of choices
-    if os.sep in args.id:
-        raise InputError(f"--id {args.id}: is part of a file name; leave {os.sep} out")
-    if args.data_backup is not None and args.image_size is not None:
-        raise InputError(f"--image-size {args.image_size}: a --data-backup has its own size")
+    if args.pretrained is not None and not os.path.isfile(args.pretrained):
+        raise InputError(
+            f"--pretrained {args.pretrained}: no such file; leave it out for random weights"
+        )
+    for flag in ("image_size", "channels", "distinct_labels"):
+        if args.data_backup is not None and getattr(args, flag) is not None:
+            raise InputError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: a --data-backup is taken as "
+                "it is; leave it out"
+            )
     writable_folder(args.results, "--results")
 
 
@@ -142,11 +157,6 @@ def main(argv: list[str]) -> int:
         f"batch: {len(x)} images {tuple(x.shape[1:])}, {len(y.unique())} distinct labels of "
         f"{spec.num_classes}; {parameters:,} parameters; {device_name(device)}"
     )
-    path = checkpoint_path(args)
-    if args.dry_run:
-        reporter.say(f"dry run: would write {path}")
-        return 0
-
     model.to(device)
     try:
         sent = capture(
@@ -156,12 +166,19 @@ def main(argv: list[str]) -> int:
             train_mode=not args.model_eval,
             capture_bn=args.upload_bn,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(refusal(args, spec.shape, error)) from error
     if not all(torch.isfinite(g).all() for g in sent.gradient):
         raise InputError(
-            f"--arch {args.arch}: the gradient of this batch is not finite; check --pretrained"
+            f"--arch {args.arch}: the gradient of this batch is not finite; check the weights "
+            "and the images"
         )
+    stem = checkpoint_stem(args)
+    if args.dry_run:
+        reporter.say(f"dry run: would write {stem}{ENDINGS['checkpoint']}")
+        return 0
     checkpoint = make_checkpoint(
         model,
         sent.gradient,
@@ -177,7 +194,7 @@ def main(argv: list[str]) -> int:
         truth=(x, y),
         settings={**vars(args), "versions": versions(), "git": git_revision()},
     )
-    write(args, path, checkpoint, denormalise(x, *normalisation(spec)), reporter)
+    write(args, stem, checkpoint, denormalise(x, *normalisation(spec)), reporter)
     return 0
 
 
@@ -189,8 +206,6 @@ def refusal(args, image_shape, error: Exception) -> str:
             "--batch-size 1: BatchNorm has no batch statistics of one value; give --model-eval, "
             "a larger batch or a larger --image-size"
         )
-    if "out of memory" in text.lower():
-        return f"--batch-size {args.batch_size}: does not fit into memory; give a smaller one"
     return f"--arch {args.arch}: cannot process images {image_shape}: {text[:160]}"
 
 
@@ -199,22 +214,22 @@ def normalisation(spec) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
 
 
-def write(args, path, checkpoint, images, reporter) -> None:
+def write(args, stem, checkpoint, images, reporter) -> None:
     """Write checkpoint, truth file when sealed, picture of the batch, log."""
-    stem = path.removesuffix("-checkpoint.pth.tar")
+    paths = {kind: stem + ending for kind, ending in ENDINGS.items()}
     if args.seal:
         checkpoint, truth = seal(checkpoint)
-        save(truth, f"{stem}-truth.pth.tar")
-    save(checkpoint, path)
-    save_panels([("target", images)], f"{stem}-target.png")
+        save(truth, paths["truth"])
+    save(checkpoint, paths["checkpoint"])
+    save_panels([("target", images)], paths["picture"])
     norm = sum(float(g.double().square().sum()) for g in checkpoint["target_gradient"]) ** 0.5
     reporter.say(f"gradient: {len(checkpoint['target_gradient'])} tensors, norm {norm:.6g}")
     if checkpoint["bn_mean_list"] is not None:
         reporter.say(f"BatchNorm statistics of {len(checkpoint['bn_mean_list'])} layers")
     if args.seal:
-        reporter.say(f"truth sealed in {stem}-truth.pth.tar")
-    reporter.say(f"checkpoint written: {path}")
-    reporter.log_to(f"{stem}.log")
+        reporter.say(f"truth sealed in {paths['truth']}")
+    reporter.say(f"checkpoint written: {paths['checkpoint']}")
+    reporter.log_to(paths["log"])
 
 
 if __name__ == "__main__":

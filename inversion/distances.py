@@ -55,7 +55,7 @@ def cosine_with_cotangent(
 
 
 def squared_l2(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """Squared Euclidean distance ‖g − g*‖² (Zhu et al., 2019, eq. 4), ≥ 0."""
+    """Squared Euclidean distance ‖g − g*‖² (DLG, Zhu et al., 2019), ≥ 0."""
     return sum((g - t).square().sum() for g, t in zip(gradient, target, strict=True))
 
 
@@ -67,16 +67,33 @@ def squared_l2_with_cotangent(
     return joint_norm(gaps).square(), [gap.mul_(2) for gap in gaps]
 
 
+def cosine_from_products(square: Tensor, product: Tensor, target_square: float) -> Tensor:
+    """`cosine_distance` from ‖g‖², ⟨g, g*⟩ and ‖g*‖²; give float64."""
+    smallest = torch.finfo(square.dtype).tiny
+    return 1 - product / (square.clamp_min(smallest) * target_square).sqrt()
+
+
+def squared_l2_from_products(square: Tensor, product: Tensor, target_square: float) -> Tensor:
+    """`squared_l2` from ‖g‖², ⟨g, g*⟩ and ‖g*‖²; give float64."""
+    return square - 2 * product + target_square
+
+
 @dataclass(frozen=True)
 class Distance:
-    """value(gradient, target), and value and cotangent of the same."""
+    """value(gradient, target); value and cotangent of the same; value from inner products.
+
+    `from_products` takes tensors of ‖g‖² and ⟨g, g*⟩ for many gradients, and ‖g*‖². A distance
+    that is no function of them has None there, and combinations are then searched by evaluating
+    them.
+    """
 
     value: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
     with_cotangent: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
+    from_products: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
 
 #: `--gradient-loss-fun`: name → Distance.
 GRADIENT_DISTANCES = {
-    "sim": Distance(cosine_distance, cosine_with_cotangent),
-    "L2": Distance(squared_l2, squared_l2_with_cotangent),
+    "sim": Distance(cosine_distance, cosine_with_cotangent, cosine_from_products),
+    "L2": Distance(squared_l2, squared_l2_with_cotangent, squared_l2_from_products),
 }

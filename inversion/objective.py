@@ -1,5 +1,6 @@
 """The attack's objective: a gradient distance plus weighted priors."""
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -97,10 +98,12 @@ class Objective:
         self.train_mode = target.train_mode
         self.bn_grad = bn_grad
         self.y = y.to(like.device)
+        self.consensus: Tensor | None = None
         self.target_gradient = [g.to(like) for g in target.gradient]
         if not joint_norm(self.target_gradient) > 0:
             raise InputError("the target's gradient is zero: it says nothing about the images")
         self._distance = GRADIENT_DISTANCES[distance]
+        self.distance_from_products = self._distance.from_products
         self._needs_moments = any(PRIORS[name].needs_moments for name in weights.at(0.0))
         self.target_moments = []
         if self._needs_moments:
@@ -123,12 +126,29 @@ class Objective:
             gradient = batch_gradient(
                 self.model, x, self.y, train_mode=self.train_mode, create_graph=True
             )
-            candidate = Candidate(x, moments(), self.target_moments)
-        return gradient, {name: PRIORS[name].function(candidate) for name in self.weights.at(0.0)}
+            candidate = Candidate(x, moments(), self.target_moments, self.consensus)
+        names = [
+            name
+            for name in self.weights.at(0.0)
+            if self.consensus is not None or not PRIORS[name].needs_consensus
+        ]
+        return gradient, {name: PRIORS[name].function(candidate) for name in names}
+
+    def toward(self, consensus: Tensor | None) -> "Objective":
+        """The same objective with group consistency to `consensus` (B, C, H, W), or without."""
+        other = copy.copy(self)
+        other.consensus = consensus
+        return other
+
+    def gradient_distance(self, x: Tensor) -> float:
+        """The gradient distance of the candidate `x` alone: no priors, no graph."""
+        gradient = batch_gradient(self.model, x, self.y, train_mode=self.train_mode)
+        return self.distance_with_cotangent(gradient)[0].item()
 
     def prior_sum(self, terms: Mapping[str, Tensor], progress: float) -> Tensor | float:
         """Weighted sum of the prior terms at `progress` of the run; 0 without priors."""
-        return sum(weight * terms[name] for name, weight in self.weights.at(progress).items())
+        weights = self.weights.at(progress)
+        return sum(weights[name] * term for name, term in terms.items())
 
     def __call__(self, x: Tensor, progress: float = 0.0) -> Losses:
         """All terms for the candidate `x` (B, C, H, W), differentiable with respect to it."""

@@ -1,8 +1,8 @@
 """The optimisation loop: from initial images to a reconstruction."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor
@@ -61,8 +61,10 @@ class Loop:
     def __post_init__(self):
         if self.steps < 1 or self.lr <= 0:
             raise ValueError(f"steps {self.steps} and lr {self.lr} must be positive")
-        if self.signed and self.optimiser == "LBFGS":
-            raise ValueError("L-BFGS needs the derivative itself, not its sign")
+        if self.optimiser == "LBFGS" and (self.signed or self.box is not None or self.noise):
+            raise ValueError(
+                "L-BFGS learns the curvature from its own steps: no signs, no box, no noise"
+            )
 
     def rate(self, step: int) -> float:
         """Step size at iteration `step` of 0 … steps − 1."""
@@ -79,13 +81,35 @@ class Reconstruction:
     """x: (B, C, H, W) images. losses: of exactly these images (floats). steps: iterations done.
 
     stopped: None when all iterations ran, "not finite" when a loss was not, "interrupted" when
-    `on_step` asked to stop.
+    `on_step` asked to stop. optimiser_state: to go on from.
     """
 
     x: Tensor
     losses: Losses
     steps: int
     stopped: str | None = None
+    optimiser_state: dict | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a strategy over several seeds returns.
+
+    final: the reconstruction. runs: one a seed, with the steps of all its parts; fewer than
+    seeds when interrupted. chosen: index of the run that is the final one, None where no single
+    one is. iterations: of all seeds and stages together.
+    """
+
+    final: Reconstruction
+    runs: tuple[Reconstruction, ...]
+    chosen: int | None
+    iterations: int
+
+
+def lowest(losses: Sequence[float]) -> int:
+    """Index of the lowest loss; one that is not finite counts as the highest."""
+    finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    return finite.index(min(finite))
 
 
 class _NotFiniteError(Exception):
@@ -99,8 +123,13 @@ def reconstruct(
     *,
     generator: Generator | None = None,
     on_step: Callable[[int, Losses, float], bool | None] | None = None,
+    span: range | None = None,
+    optimiser_state: dict | None = None,
 ) -> Reconstruction:
     """Improve the images `x_init` (B, C, H, W) for `loop.steps` iterations.
+
+    With `span` only for those of the loop's iterations, at their rates and weights; with the
+    `optimiser_state` of the part before, parts in a row are one run.
 
     pixel_gradient(x, progress): losses at `x` and the derivative (inversion/pixel_gradient.py,
     with the objective bound). generator: source of the Langevin noise, on the device of
@@ -112,15 +141,19 @@ def reconstruct(
     """
     x = _boxed(x_init.detach().clone(), loop.box).requires_grad_()
     optimiser = OPTIMISERS[loop.optimiser](x, loop.lr)
-    latest = None
     scale = None if loop.optimiser in NORMALISED else 1.0
+    if optimiser_state is not None:
+        optimiser.load_state_dict(optimiser_state["optimiser"])
+        scale = optimiser_state["scale"]
+    span = range(loop.steps) if span is None else span
+    latest = None
     best_x, best = x.detach().clone(), Losses(math.nan, math.nan, {})
 
     def evaluate(progress: float) -> Tensor:
         nonlocal latest, best_x, best, scale
         losses, derivative = pixel_gradient(x.detach(), progress)
         latest = losses.floats()
-        if not (math.isfinite(latest.total) and bool(torch.isfinite(derivative).all())):
+        if not (math.isfinite(latest.total) and bool(derivative.sum().isfinite())):
             raise _NotFiniteError
         if not latest.gradient >= best.gradient:  # true for the NaN of the start as well
             best_x, best = x.detach().clone(), latest
@@ -129,9 +162,9 @@ def reconstruct(
         x.grad = derivative.sign() if loop.signed else derivative * scale
         return losses.total * scale
 
-    step, stopped = 0, None
+    step, done, stopped = span.start, 0, None
     try:
-        for step in range(loop.steps):
+        for step in span:
             rate = loop.rate(step)
             optimiser.param_groups[0]["lr"] = rate
             first = []
@@ -149,16 +182,17 @@ def reconstruct(
                     )
                     x.add_(noise, alpha=rate * loop.noise)
                 x.copy_(_boxed(x, loop.box))
+            done += 1
             if on_step is not None and on_step(step, first[0], rate):
                 stopped = "interrupted"
                 break
-        step += 1
-        evaluate(loop.progress(step - 1))
+        evaluate(loop.progress(step))
     except _NotFiniteError:
-        return Reconstruction(best_x, best, step, "not finite")
+        return Reconstruction(best_x, best, done, "not finite")
+    state = {"optimiser": optimiser.state_dict(), "scale": scale}
     if loop.keep_best:
-        return Reconstruction(best_x, best, step, stopped)
-    return Reconstruction(x.detach().clone(), latest, step, stopped)
+        return Reconstruction(best_x, best, done, stopped, state)
+    return Reconstruction(x.detach().clone(), latest, done, stopped, state)
 
 
 def _boxed(x: Tensor, box: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -24,7 +24,7 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
         cotangents = [objective.weights.gradient * v for v in cotangents]
     prior = objective.prior_sum(terms, progress)
     outputs = [(g, v) for g, v in zip(gradient, cotangents, strict=True) if g.requires_grad]
-    if isinstance(prior, Tensor):
+    if isinstance(prior, Tensor) and prior.requires_grad:
         outputs.append((prior, torch.ones_like(prior)))
     (derivative,) = torch.autograd.grad(
         [output for output, _ in outputs],

@@ -17,12 +17,14 @@ class Candidate:
 
     x: (B, C, H, W) normalised images. moments: (mean, var) of the batch at the input of every
     BatchNorm layer, on the graph; target_moments: what they are pulled towards. Both are empty
-    unless a prior that `needs_moments` has a weight.
+    unless a prior that `needs_moments` has a weight. consensus: (B, C, H, W) or None outside the
+    combination rounds of MLCO.
     """
 
     x: Tensor
     moments: Sequence[tuple[Tensor, Tensor]] = ()
     target_moments: Sequence[tuple[Tensor, Tensor]] = ()
+    consensus: Tensor | None = None
 
 
 def total_variation(candidate: Candidate) -> Tensor:
@@ -36,7 +38,7 @@ def total_variation(candidate: Candidate) -> Tensor:
 
 
 def bn_statistics(candidate: Candidate) -> Tensor:
-    """BatchNorm-statistics prior (DeepInversion, Yin et al., 2020, eq. 4).
+    """BatchNorm-statistics prior (DeepInversion, Yin et al., 2020).
 
     Σ over BN layers of ‖mean − mean*‖₂ + ‖var − var*‖₂, with the batch's mean and biased
     variance at the layer's input; ≥ 0.
@@ -50,24 +52,41 @@ def bn_statistics(candidate: Candidate) -> Tensor:
 
 
 def l2_norm(candidate: Candidate) -> Tensor:
-    """Mean over the images of ‖x_i‖₂ (GradInversion, Yin et al., 2021, eq. 4), ≥ 0."""
+    """Mean over the images of ‖x_i‖₂ (GradInversion, Yin et al., 2021), ≥ 0."""
     return torch.linalg.vector_norm(candidate.x.flatten(1), dim=1).mean()
+
+
+def group_consistency(candidate: Candidate) -> Tensor:
+    """Mean of (x − consensus)² over all elements (GradInversion, Yin et al., 2021), ≥ 0."""
+    return (candidate.x - candidate.consensus).square().mean()
 
 
 @dataclass(frozen=True)
 class Prior:
-    """An entry of PRIORS: the function, its flag, and whether its weight may be negative."""
+    """An entry of PRIORS: the function, its flag, and whether its weight may be negative.
+
+    One that `needs_consensus` counts only while there is one, whatever its weight.
+    """
 
     function: Callable[[Candidate], Tensor]
     flag: str
     help: str
     signed: bool = False
     needs_moments: bool = False
+    needs_consensus: bool = False
+    default: float = 0.0
 
 
 #: name → Prior. The name is the column in losses.csv and the key in result.json.
 PRIORS = {
     "tv": Prior(total_variation, "--TV", "weight of total variation"),
     "bn": Prior(bn_statistics, "--BN", "weight of the BN-statistics prior", needs_moments=True),
+    "group": Prior(
+        group_consistency,
+        "--Group",
+        "weight of group consistency in the rounds of --MinCombine",
+        needs_consensus=True,
+        default=0.01,
+    ),
     "norm": Prior(l2_norm, "--input-norm", "weight of the images' l2 norm", signed=True),
 }

@@ -1,13 +1,16 @@
-"""Restarts: the same attack from several random starts."""
+"""Restarts: the same attack from several random starts, and how they become one result."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
 
-from inversion.optimise import Loop, Reconstruction, reconstruct
+from inversion.mlco import mlco
+from inversion.objective import Objective
+from inversion.optimise import Loop, Outcome, Reconstruction, lowest, reconstruct
+from utils.metrics import assign
 
 
 def initial_images(
@@ -21,50 +24,72 @@ def initial_images(
     return torch.randn(batch_size, *image_shape, generator=generator).to(dtype)
 
 
-@dataclass(frozen=True)
-class Restarts:
-    """Outcome of several seeds: one Reconstruction each, and the index of the chosen one."""
+def noise_generator(seed: int, device: torch.device) -> Generator:
+    """The source of a seed's Langevin noise, on `device`: another stream than its start.
 
-    runs: tuple[Reconstruction, ...]
-    chosen: int
-
-    @property
-    def best(self) -> Reconstruction:
-        """The chosen reconstruction."""
-        return self.runs[self.chosen]
+    Seeds are below 2³¹ and torch's CPU generator reads 32 bits of them, so the streams of noise
+    are those of the upper half.
+    """
+    return Generator(device).manual_seed(seed + 2**31)
 
 
 def best(
-    pixel_gradient: Callable,
+    objective: Objective,
+    method: Callable,
     x_seeds: Sequence[Tensor],
     loop: Loop,
     *,
     generators: Sequence[Generator],
-    on_step: Callable[[int, int, object, float], bool | None],
-) -> Restarts:
+    on_step: Callable,
+) -> Outcome:
     """Run every start on its own and choose the one with the lowest gradient loss.
 
-    x_seeds: S starts (B, C, H, W), or (S, B, C, H, W). generators: one a seed, for the Langevin
-    noise. on_step(index, step, losses, rate): as in `reconstruct`, with the index of the seed;
-    a true answer ends this seed and all later ones.
+    method: a function of PIXEL_GRADIENTS. x_seeds: S starts (B, C, H, W). generators: one a
+    seed, for the Langevin noise, on the device to work on. on_step(index, step, losses, rate):
+    as in `reconstruct`, with the index of the seed; a true answer ends this seed and all later
+    ones.
     """
     runs = []
     for index, (x_init, generator) in enumerate(zip(x_seeds, generators, strict=True)):
-
-        def report(step, losses, rate, index=index):
-            return on_step(index, step, losses, rate)
-
-        run = reconstruct(pixel_gradient, x_init, loop, generator=generator, on_step=report)
-        runs.append(run)
+        run = reconstruct(
+            partial(method, objective),
+            x_init.to(generator.device),
+            loop,
+            generator=generator,
+            on_step=partial(on_step, index),
+        )
+        runs.append(replace(run, x=run.x.to(x_init.device), optimiser_state=None))
         if run.stopped == "interrupted":
             break
+    chosen = lowest([run.losses.gradient for run in runs])
+    return Outcome(runs[chosen], tuple(runs), chosen, sum(run.steps for run in runs))
 
-    def gradient_loss(index):
-        loss = runs[index].losses.gradient
-        return math.inf if math.isnan(loss) else loss
 
-    return Restarts(tuple(runs), min(range(len(runs)), key=gradient_loss))
+def mean(objective: Objective, method: Callable, x_seeds: Sequence[Tensor], loop: Loop, **options):
+    """The mean of all seeds' images, position by position: a control that costs nothing.
+
+    Runs as `best` does, whose arguments it takes. Images of one label may come in any order, so
+    within a label every seed is paired with the best one by least squares before averaging.
+    """
+    outcome = best(objective, method, x_seeds, loop, **options)
+    reference = outcome.final.x
+    total = torch.zeros_like(reference)
+    for run in outcome.runs:
+        total += _paired(run.x, reference, objective.y.to(reference.device))
+    x = total / len(outcome.runs)
+    losses = objective(x.to(objective.y.device), 1.0).floats()
+    final = Reconstruction(x, losses, outcome.final.steps, outcome.final.stopped)
+    return replace(outcome, final=final, chosen=None)
+
+
+def _paired(x: Tensor, reference: Tensor, y: Tensor) -> Tensor:
+    """`x` with the images of every label in the order that suits `reference` best."""
+    order = torch.arange(len(x), device=x.device)
+    for label in y.unique():
+        places = (y == label).nonzero().flatten()
+        order[places] = places[assign(x[places], reference[places])]
+    return x[order]
 
 
 #: How several seeds become one reconstruction: name → strategy.
-STRATEGIES = {"best": best}
+STRATEGIES = {"best": best, "mean": mean, "mlco": mlco}

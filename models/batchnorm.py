@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: Every BatchNorm of torch, SyncBatchNorm included.
+BATCHNORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
 
 
 def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
@@ -24,28 +25,42 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def recorded_moments(model: nn.Module):
     """Record `batch_moments` of the input of every BatchNorm layer during forward passes.
 
-    Yields a function that returns the (mean, var) pairs of the last forward pass, in the order
-    of `batchnorm_layers`; they are on the graph of that pass.
+    Yields a function that returns the (mean, var) pairs of the forward pass, in the order
+    of `batchnorm_layers`; they are on the graph of that pass. Raises ValueError for a layer that
+    the pass used never or twice: it has no statistics of its own.
     """
     layers = batchnorm_layers(model)
     moments = {}
 
     def record(layer, args):
+        if layer in moments:
+            raise ValueError("a BatchNorm layer is used twice in one forward pass")
         moments[layer] = batch_moments(args[0])
+
+    def recorded():
+        if len(moments) < len(layers):
+            raise ValueError("a BatchNorm layer takes no part in the forward pass")
+        return [moments[layer] for layer in layers]
 
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
-        yield lambda: [moments[layer] for layer in layers]
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
 def running_moments(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Copies of the running (mean, var) of every BatchNorm layer."""
+    """Copies of the running (mean, var) of every BatchNorm layer.
+
+    Raises ValueError for a layer that keeps none.
+    """
+    layers = batchnorm_layers(model)
+    if any(layer.running_mean is None for layer in layers):
+        raise ValueError("a BatchNorm layer keeps no running statistics")
     return [
         (layer.running_mean.detach().clone(), layer.running_var.detach().clone())
-        for layer in batchnorm_layers(model)
+        for layer in layers
     ]
 
 
@@ -64,7 +79,7 @@ class _TruncatedBatchNorm(torch.autograd.Function):
         normed = (x - _per_channel(mean, x)) * _per_channel(scale, x)
         ctx.save_for_backward(normed, scale, weight)
         if weight is None:
-            return normed
+            return normed.clone()  # an in-place layer behind must not change what is saved
         return normed * _per_channel(weight, x) + _per_channel(bias, x)
 
     @staticmethod

@@ -99,7 +99,9 @@ def _read_state(path: str) -> tuple[dict[str, Tensor], list[str]]:
             break
     if not isinstance(content, dict) or not content:
         raise InputError(f"--pretrained {path}: holds no state dict; give a file of weights")
-    not_tensors = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    not_tensors = [
+        k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))
+    ]
     if not_tensors:
         raise InputError(
             f"--pretrained {path}: not a state dict: {_some(not_tensors)} hold no tensors"

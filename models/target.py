@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batchnorm import batchnorm_layers
-from models.build import build_model, load_weights
+from models.build import architectures, build_model, load_weights
 from models.gradient import trainable_parameters
 from utils.cli import InputError
 
@@ -52,18 +52,17 @@ class GroundTruth:
 def target_from_checkpoint(checkpoint: dict) -> Target:
     """The attacker's view of a loaded checkpoint (utils/checkpoint.py); reads no truth.
 
-    Raises InputError when the gradient holds a value that is not finite.
+    Half-precision gradients are widened to float32: the attack computes in no less.
     """
     setup = checkpoint["dataset_setup"]
-    gradient = tuple(checkpoint["target_gradient"])
+    dtype = torch.float32
+    for g in checkpoint["target_gradient"]:
+        dtype = torch.promote_types(dtype, g.dtype)
+    gradient = tuple(g.to(dtype) for g in checkpoint["target_gradient"])
     names = checkpoint.get("trainable")
-    for i, g in enumerate(gradient):
-        if not torch.isfinite(g).all():
-            which = names[i] if names else f"tensor {i}"
-            raise InputError(f"--checkpoint: the gradient of {which} is not finite; capture again")
 
     def per_channel(values):
-        return torch.as_tensor(values, dtype=gradient[0].dtype).view(-1, 1, 1)
+        return torch.as_tensor(values, dtype=dtype).view(-1, 1, 1)
 
     bn_mean, bn_var = checkpoint.get("bn_mean_list"), checkpoint.get("bn_var_list")
     return Target(
@@ -94,13 +93,19 @@ def model_of(target: Target) -> nn.Module:
 
     Raises InputError when the weights do not fit the architecture.
     """
+    if target.arch not in architectures():
+        raise InputError(
+            f"--checkpoint: its network '{target.arch}' is not one that models/build.py knows; "
+            "add it there, or attack it from Python"
+        )
     model = build_model(target.arch, target.num_classes, target.image_shape)
     state = {key.removeprefix("module."): value for key, value in target.state_dict.items()}
     try:
         load_weights(model, state)
     except RuntimeError as error:
         raise InputError(
-            f"--checkpoint: its weights do not fit {target.arch}: {' '.join(str(error).split())}"
+            f"--checkpoint: its weights are not those of {target.arch} for {target.num_classes} "
+            f"classes: {' '.join(str(error).split())[:200]}"
         ) from error
     if target.trainable:
         known = dict(model.named_parameters())
@@ -135,3 +140,11 @@ def check_gradient_fits(model: nn.Module, target: Target) -> None:
             f"--checkpoint: BN statistics of {len(target.bn_mean)} means and "
             f"{len(target.bn_var)} variances for {layers} BN layers of {target.arch}"
         )
+    for layer, *pair in zip(
+        batchnorm_layers(model), target.bn_mean or (), target.bn_var or (), strict=False
+    ):
+        if any(values.shape != (layer.num_features,) for values in pair):
+            raise InputError(
+                f"--checkpoint: BN statistics of shape {tuple(pair[0].shape)} for a layer of "
+                f"{layer.num_features} channels of {target.arch}"
+            )

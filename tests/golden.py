@@ -32,6 +32,7 @@ def values():
         x,
         [(wave(4, speed=0.3), 1 + wave(4, speed=0.2)), (wave(6, speed=0.8), wave(6, speed=0.5))],
         [(wave(4, speed=0.4), 1 + wave(4, speed=0.1)), (wave(6, speed=0.7), wave(6, speed=0.6))],
+        consensus=wave(2, 3, 16, 16, speed=0.85),
     )
     image = (1 + wave(2, 3, 16, 16, speed=0.05)) / 2
     true = (1 + wave(2, 3, 16, 16, speed=0.06)) / 2

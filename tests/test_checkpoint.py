@@ -15,10 +15,11 @@ from torch import nn
 
 from models.gradient import batch_gradient
 from models.target import model_of, target_from_checkpoint, truth_from_checkpoint
-from tests.support import ROOT, attack, call, smooth_network, succeed
-from utils.checkpoint import FORMAT, free_path, load, load_truth, make_checkpoint, save, seal
+from tests.support import ROOT, Hostile, attack, call, smooth_network, succeed
+from utils.checkpoint import FORMAT, free_stem, load, load_truth, make_checkpoint, save, seal
 from utils.cli import FaultError, InputError
 
+SETUP = {"mean": [0.5] * 3, "std": [0.2] * 3, "size": (3, 32, 32), "n_classes": 8}
 KEYS = {
     "clock", "batch_size", "dataset_setup", "arch", "model_eval", "state_dict",
     "free_last_layers_list", "target_gradient", "bn_mean_list", "bn_var_list", "x_true", "y_true",
@@ -70,9 +71,9 @@ def test_a_second_capture_overwrites_nothing(tmp_path):
     assert names == [f"{stem}-2-checkpoint.pth.tar", f"{stem}-checkpoint.pth.tar"]
     assert names[1] in first.out
     assert names[0] in second.out
-    assert len(list(tmp_path.glob("*.png"))) == 2
-    assert len(list(tmp_path.glob("*.log"))) == 2
-    assert free_path(str(tmp_path / names[1])).endswith("-3-checkpoint.pth.tar")
+    assert free_stem(str(tmp_path / stem), ["-checkpoint.pth.tar"]).endswith(f"{stem}-3")
+    (tmp_path / names[0]).unlink()  # handed to the attacker: its companions still count
+    assert f"{stem}-3-checkpoint" in succeed("training.py", *flags).out
 
 
 def test_sealed_file_holds_only_what_an_attacker_has(tmp_path):
@@ -88,9 +89,10 @@ def test_sealed_file_holds_only_what_an_attacker_has(tmp_path):
     truth = truth_from_checkpoint(load_truth(str(truth_path)))
     assert truth.x.shape == (3, 3, 32, 32)
     assert truth.y.tolist() == [0, 1, 2]
-    # nothing in the attacker's file, nested or not, has the truth's shape
-    stored = [checkpoint["state_dict"].values(), checkpoint["target_gradient"]]
-    assert not any(t.shape == truth.x.shape for group in stored for t in group)
+    assert checkpoint.keys() == (KEYS | {"format", "trainable"}) - {"x_true", "y_true"}
+    values = set(truth.x.flatten().tolist())
+    stored = [*checkpoint["state_dict"].values(), *checkpoint["target_gradient"]]
+    assert not any(values & set(t.flatten().tolist()) - {0.0, 1.0} for t in stored)
 
     no_truth = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1)
     assert no_truth.code == 2
@@ -110,7 +112,7 @@ def test_without_metric_and_with_labels_the_truth_is_not_used(captured, tmp_path
     """The same run on a checkpoint with a wrong truth gives the same images."""
     path = captured("-a", "lenet", "-b", "3")
     checkpoint = load(str(path))
-    checkpoint["x_true"] = checkpoint["x_true"] * torch.nan
+    checkpoint["x_true"] = "nothing"
     checkpoint["y_true"] = torch.tensor([99, 99, 99])
     save(checkpoint, str(tmp_path / "poisoned.pth.tar"))
     images = []
@@ -118,10 +120,6 @@ def test_without_metric_and_with_labels_the_truth_is_not_used(captured, tmp_path
         _, folder = attack(tmp_path, source, "--labels", "0 1 2", "--epochs", 3)
         images.append(torch.load(folder / "x_recon.pth", weights_only=True))
     assert torch.equal(*images)
-
-
-class OriginalArguments(argparse.Namespace):
-    """Stands in for nothing: only argparse.Namespace itself is allowed."""
 
 
 def original_checkpoint(path, tmp_path, **changes):
@@ -154,14 +152,6 @@ def test_partial_gradients_of_the_original_are_refused(captured, tmp_path):
         load(str(path))
 
 
-class Hostile:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped):
     checkpoint = load(str(captured("-a", "lenet", "-b", "3")))
@@ -186,6 +176,28 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
         ({"local_steps": 5}, "an update of 5 local steps is no gradient"),
         ({"arch": None}, "missing arch"),
         ({"dataset_setup": {"mean": [0], "std": [1]}}, r"dataset_setup\[size\]"),
+        ({"dataset_setup": [1]}, r"dataset_setup\['size'\]"),
+        ({"dataset_setup": SETUP | {"size": (3, 32)}}, r"dataset_setup\['size'\] is \(3, 32\)"),
+        (
+            {"dataset_setup": SETUP | {"size": (2, 9, 9), "mean": [0] * 2, "std": [1] * 2}},
+            "2 channels cannot be shown",
+        ),
+        ({"dataset_setup": SETUP | {"mean": [0.5]}}, r"dataset_setup\['mean'\] is not 3 numbers"),
+        ({"dataset_setup": SETUP | {"mean": "abc"}}, r"dataset_setup\['mean'\] is not 3 numbers"),
+        ({"dataset_setup": SETUP | {"std": [1, 0, 1]}}, r"dataset_setup\['std'\] is not above 0"),
+        ({"dataset_setup": SETUP | {"n_classes": "8"}}, "n_classes"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"model_eval": "no"}, "model_eval"),
+        ({"state_dict": [1]}, "state_dict is not"),
+        ({"state_dict": {"w": torch.tensor([torch.nan])}}, "weights w are not finite"),
+        ({"target_gradient": []}, "target_gradient"),
+        ({"target_gradient": [1, 2]}, "target_gradient"),
+        ({"target_gradient": [torch.ones(1) / 0], "trainable": ["w"]}, "gradient of w is not fin"),
+        ({"target_gradient": [torch.ones(1).long()], "trainable": ["w"]}, "gradient of w is not"),
+        ({"trainable": 5}, "trainable is not one name"),
+        ({"local_steps": "x"}, "local steps"),
+        ({"bn_mean_list": [torch.ones(2)], "bn_var_list": None}, "bn_mean_list and bn_var_list"),
+        ({"bn_mean_list": "ab", "bn_var_list": "ab"}, "bn_mean_list and bn_var_list"),
     ],
 )
 def test_unfit_checkpoints_are_refused(captured, tmp_path, change, message):
@@ -195,6 +207,28 @@ def test_unfit_checkpoints_are_refused(captured, tmp_path, change, message):
     save(checkpoint, path)
     with pytest.raises(InputError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_true": torch.zeros(2, 3, 32, 32)}, "truth of shape"),
+        ({"x_true": [1.0]}, "truth of type list"),
+        ({"x_true": torch.zeros(3, 3, 32, 32).long()}, "not finite floating-point"),
+        ({"x_true": torch.full((3, 3, 32, 32), torch.nan)}, "not finite floating-point"),
+        ({"y_true": torch.tensor([1, 2])}, "2 labels for a batch of 3"),
+        ({"y_true": torch.tensor([1, 2, 8])}, "labels 1 to 8, but the classes are 0 to 7"),
+        ({"y_true": [1, 2, 3]}, "labels for a batch of 3"),
+    ],
+)
+def test_unfit_truths_are_refused(captured, tmp_path, change, message):
+    """Before anything is attacked or written."""
+    save(load(str(captured("-a", "lenet", "-b", "3"))) | change, str(tmp_path / "c.pth.tar"))
+    flags = ("--root", tmp_path, "--checkpoint", tmp_path / "c.pth.tar", "--lr", 0.1, "--metric")
+    outcome = call("run.py", *flags)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pth.tar"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "list", "folder", "missing"])
@@ -224,11 +258,9 @@ def test_gradients_that_do_not_fit_name_the_parameter(captured):
     refused(r"gradient of 3\.weight has shape \(2, 2\)",
             target_gradient=[*gradient[:3], torch.ones(2, 2), *gradient[4:]])  # fmt: skip
     refused("none for 14.bias", target_gradient=gradient[:-1])
-    refused("weights do not fit lenet", arch="lenet")
-    refused("gradient of 0.weight is not finite",
-            target_gradient=[gradient[0] * torch.nan, *gradient[1:]])  # fmt: skip
+    refused("weights are not those of lenet", arch="lenet")
     refused("BN statistics of 3 means", bn_mean_list=checkpoint["bn_mean_list"][:3])
-    refused("has no parameter head.weight", trainable=["head.weight"])
+    refused("has no parameter head.weight", trainable=["head.weight", *checkpoint["trainable"][1:]])
 
 
 def own_gradient():
@@ -238,7 +270,7 @@ def own_gradient():
     return model, dict(zip(names, batch_gradient(model, x, y, train_mode=True), strict=True))
 
 
-SETUP = {
+OWN = {
     "arch": "own", "batch_size": 2, "image_shape": (3, 8, 8), "num_classes": 4,
     "mean": [0] * 3, "std": [1] * 3, "train_mode": True,
 }  # fmt: skip
@@ -246,8 +278,8 @@ SETUP = {
 
 def test_an_own_gradient_makes_a_checkpoint(tmp_path):
     model, gradient = own_gradient()
-    by_name = make_checkpoint(model, gradient, **SETUP)
-    in_order = make_checkpoint(model, list(gradient.values()), **SETUP)
+    by_name = make_checkpoint(model, gradient, **OWN)
+    in_order = make_checkpoint(model, list(gradient.values()), **OWN)
     for a, b in zip(by_name["target_gradient"], in_order["target_gradient"], strict=True):
         assert torch.equal(a, b)
     save(by_name, str(tmp_path / "own.pth.tar"))
@@ -259,21 +291,43 @@ def test_an_own_gradient_makes_a_checkpoint(tmp_path):
 def test_what_is_no_gradient_of_one_step_is_refused():
     model, gradient = own_gradient()
     with pytest.raises(InputError, match="several local steps"):
-        make_checkpoint(model, gradient, **SETUP, local_steps=3)
+        make_checkpoint(model, gradient, **OWN, local_steps=3)
     with pytest.raises(InputError, match="buffer 1.running_mean.*update of local steps"):
-        make_checkpoint(model, model.state_dict(), **SETUP)
+        make_checkpoint(model, model.state_dict(), **OWN)
     with pytest.raises(InputError, match=r"differ at 0\.bias"):
-        make_checkpoint(model, {k: v for k, v in gradient.items() if k != "0.bias"}, **SETUP)
+        make_checkpoint(model, {k: v for k, v in gradient.items() if k != "0.bias"}, **OWN)
     with pytest.raises(InputError, match="11 tensors for 14"):
-        make_checkpoint(model, list(gradient.values())[:11], **SETUP)
+        make_checkpoint(model, list(gradient.values())[:11], **OWN)
     with pytest.raises(InputError, match=r"0\.weight has shape"):
-        make_checkpoint(model, list(gradient.values())[::-1], **SETUP)
+        make_checkpoint(model, list(gradient.values())[::-1], **OWN)
+
+
+def test_a_wrapped_model_and_half_precision_make_a_checkpoint():
+    """DataParallel's prefix is dropped; the attack computes in float32 at least."""
+    model, gradient = own_gradient()
+    wrapped = nn.DataParallel(model.float())
+    half = {f"module.{name}": g.half() for name, g in gradient.items()}
+    for given in (half, list(half.values())):
+        checkpoint = make_checkpoint(wrapped, given, **OWN)
+        assert checkpoint["trainable"] == list(gradient)
+        assert checkpoint["state_dict"].keys() == model.state_dict().keys()
+        assert {g.dtype for g in target_from_checkpoint(checkpoint).gradient} == {torch.float32}
+
+
+def test_own_values_are_checked():
+    model, gradient = own_gradient()
+    with pytest.raises(InputError, match="'mean'"):
+        make_checkpoint(model, gradient, **OWN | {"mean": [0]})
+    with pytest.raises(InputError, match="truth of shape"):
+        make_checkpoint(model, gradient, **OWN, truth=(torch.rand(1, 3, 8, 8), torch.tensor([0])))
+    with pytest.raises(InputError, match="bn_mean_list and bn_var_list"):
+        make_checkpoint(model, gradient, **OWN, bn_mean=[torch.ones(4)])
 
 
 def test_seal_splits_without_loss():
     model, gradient = own_gradient()
     truth = (torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
-    whole = make_checkpoint(model, gradient, **SETUP, truth=truth, settings={"seed": 3})
+    whole = make_checkpoint(model, gradient, **OWN, truth=truth, settings={"seed": 3})
     sealed, private = seal(whole)
     assert private["args"] == {"seed": 3}
     assert torch.equal(private["x_true"], truth[0])
@@ -296,12 +350,15 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["c.pth.tar"]
 
 
-def test_a_full_disk_is_a_fault(tmp_path):
+@pytest.mark.parametrize(("script", "limit"), [("training.py", 100_000), ("run.py", 20_000)])
+def test_a_full_disk_is_a_fault(captured, tmp_path, script, limit):
     """A limit on file sizes acts as a full disk: exit code 1, no half-written files."""
-    limit = 100_000
+    flags = ["--data-name", "photos", "-a", "lenet", "-b", "2", "--results", str(tmp_path)]
+    if script == "run.py":
+        path = captured("-a", "lenet", "-b", "3")
+        flags = ["--checkpoint", str(path), "--lr", "0.1", "--root", str(tmp_path)]
     outcome = subprocess.run(
-        [sys.executable, "training.py", "--data-name", "photos", "-a", "lenet", "-b", "2",
-         "--results", str(tmp_path)],
+        [sys.executable, script, *flags],
         cwd=ROOT, capture_output=True, text=True,
         preexec_fn=lambda: (
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
@@ -311,4 +368,5 @@ def test_a_full_disk_is_a_fault(tmp_path):
     assert outcome.returncode == 1, outcome.stderr
     assert "could not be written" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tar", ".pth", ".png")]
+    assert not list(tmp_path.rglob(".writing-*"))

@@ -9,6 +9,7 @@ import scipy.io
 import torch
 from PIL import Image
 
+from tests.support import Hostile
 from train import datasets
 from train.datasets import DATASETS, PHOTOS, Request, load_backup, load_batch, photo_batch
 from utils.cli import InputError
@@ -121,6 +122,19 @@ def test_deep_grey_images_keep_their_range(tmp_path, dtype):
     torch.testing.assert_close(pixels[0], torch.from_numpy(values / 65535).float())
 
 
+def test_values_out_of_range_are_refused(tmp_path):
+    Image.fromarray(np.full((9, 9), 200.0, dtype=np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match="holds 200 to 200, but images of kind F"):
+        datasets.decode(str(tmp_path / "x.tif"), 1, 9)
+
+
+def test_huge_images_are_refused_not_decoded(tmp_path, monkeypatch):
+    write_images(tmp_path, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"000\.png is no readable image .*pixels"):
+        datasets.decode(str(tmp_path / "000.png"), 3, 8)
+
+
 def test_decode_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
     values = np.zeros((20, 60, 3), dtype=np.uint8)
     values[:, 20:40] = 255
@@ -187,12 +201,15 @@ def test_cifar100(tmp_path):
     data = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
     content = {"data": data, "fine_labels": list(range(90, 100)), "coarse_labels": [0] * 10}
     (folder / "train").write_bytes(pickle.dumps(content))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
     x, y, spec = load_batch("cifar100", Request(root=str(tmp_path)), 10, 0)
     assert sorted(y.tolist()) == list(range(90, 100))
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (spec.mean, spec.std))
     raw = ((x * std + mean) * 255).round().byte().flatten(1).numpy()
     assert (raw == data[y.numpy() - 90]).all()
+    (folder / "train").write_bytes(pickle.dumps({**content, "data": Hostile(tmp_path / "ran")}))
+    with pytest.raises(InputError, match="it holds posix.system"):
+        load_batch("cifar100", Request(root=str(tmp_path)), 1, 0)
+    assert not (tmp_path / "ran").exists()
     (folder / "train").write_bytes(b"damaged")
     with pytest.raises(InputError, match="cifar-100-python/train"):
         load_batch("cifar100", Request(root=str(tmp_path)), 1, 0)
@@ -227,6 +244,12 @@ def test_backup(tmp_path):
         load_backup(str(tmp_path), "photos", 10, 0)
     with pytest.raises(InputError, match="class count comes from its files"):
         load_backup(str(tmp_path), "folder", 4, 0)
+    for bad_x, bad_y in ((x.byte(), y), (x, y / 2), (x, y[0]), (x, y[:3])):
+        torch.save(bad_x, tmp_path / "x_true.pth.bk")
+        torch.save(bad_y, tmp_path / "y_true.pth.bk")
+        with pytest.raises(InputError, match="must be normalised floats"):
+            load_backup(str(tmp_path), "cifar100", 4, 0)
+    torch.save(y[:, None], tmp_path / "y_true.pth.bk")
     torch.save(x[:, :1], tmp_path / "x_true.pth.bk")
     with pytest.raises(InputError, match="1 channels"):
         load_backup(str(tmp_path), "cifar100", 4, 0)

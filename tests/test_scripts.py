@@ -20,7 +20,7 @@ from utils.report import Reporter
 RESULT_KEYS = {
     "settings", "versions", "git", "device", "processes", "seconds", "iterations",
     "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses", "labels",
-    "metrics", "seeds", "search",
+    "metrics", "seeds", "rounds", "search",
 }  # fmt: skip
 
 
@@ -251,14 +251,24 @@ FAMILIES = {
     "resnext50_32x4d": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32, "swin_t": 32,
     "swin_v2_t": 32, "vgg11": 32, "vgg11_bn": 32, "vit_b_32": 32, "wide_resnet50_2": 32,
 }  # fmt: skip
+WITH_BN = (
+    "densenet", "efficientnet", "googlenet", "inception", "maxvit", "mnasnet", "mobilenet",
+    "regnet", "resne", "shufflenet", "_bn",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_every_family_from_capture_to_result(arch, tmp_path):
-    """Two photographs, two iterations, BN prior where there is BN."""
-    flags = ("-a", arch, "-b", "2", "--image-size", str(FAMILIES[arch]), "--model-eval")
+    """Two photographs, two iterations, train mode with the exact BN prior where there is BN."""
+    flags = ["-a", arch, "-b", "2", "--image-size", str(FAMILIES[arch])]
+    prior = []
+    if any(part in arch for part in WITH_BN):
+        flags, prior = [*flags, "--upload-bn"], ["--BN", 1e-3, "--exact-bn"]
     path = capture_photos(tmp_path, *flags)
-    result, _ = attack(tmp_path, path, "--epochs", 2, "--grad-sign", "--metric", "--TV", 1e-3)
+    result, _ = attack(
+        tmp_path, path, "--epochs", 2, "--grad-sign", "--metric", "--TV", 1e-3, *prior
+    )
+    assert result["bn_source"] == ("batch" if prior else None)
     assert result["iterations"] == 2
     assert result["stopped"] is None
     assert result["losses"]["gradient"] > 0

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.batchnorm import recorded_moments
+from models.batchnorm import batchnorm_layers, recorded_moments
 from models.gradient import batch_gradient
 
 
@@ -26,11 +26,11 @@ def capture(
     and biased variance of the batch at the input of every BatchNorm layer. The model's modes
     and buffers are left as they were.
     """
+    if not (capture_bn and batchnorm_layers(model)):
+        return Capture(batch_gradient(model, x, y, train_mode=train_mode), None, None)
     with recorded_moments(model) as moments:
         gradient = batch_gradient(model, x, y, train_mode=train_mode)
-        pairs = moments() if capture_bn else None
-    if not pairs:
-        return Capture(gradient, None, None)
+        pairs = moments()
     return Capture(
         gradient,
         tuple(mean.detach() for mean, _ in pairs),

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,7 @@ import sklearn.datasets
 import torch
 from PIL import Image
 from torch import Generator, Tensor
-from torchvision.datasets import CIFAR100, SVHN, ImageFolder
+from torchvision.datasets import SVHN, ImageFolder
 from torchvision.transforms.v2 import functional as transforms
 
 from utils.checkpoint import load_plain
@@ -138,9 +139,19 @@ def load_backup(
     x, y = (
         load_plain(os.path.join(folder, f"{which}_true.pth.bk"), "--data-backup") for which in "xy"
     )
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == 4 and len(x) == len(y)):
+    if isinstance(y, Tensor) and y.shape == (*y.shape[:1], 1):
+        y = y[:, 0]  # as the original's loaders give them
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and x.dim() == 4
+        and y.shape == x.shape[:1]
+        and x.is_floating_point()
+        and not y.is_floating_point()
+    ):
         raise InputError(
-            f"--data-backup {folder}: x_true must be (N, C, H, W) and y_true (N,) tensors"
+            f"--data-backup {folder}: x_true must be normalised floats (N, C, H, W) and y_true "
+            "integers (N,)"
         )
     if spec.num_classes is None:
         raise InputError(
@@ -179,30 +190,46 @@ def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
 def decode(path: str, channels: int, size: int) -> Tensor:
     """Read one image file: (channels, size, size) in [0, 1].
 
-    The shorter side is scaled to `size` and the centre cut out. Grey files of 8, 16 or 32 bits
-    keep their range. Raises InputError, naming the file, when it is broken or has colours and
-    one channel was asked for.
+    The shorter side is scaled to `size` and the centre cut out. Grey files of 8 bits, of 16 bits
+    (0 to 65535, also inside 32-bit integers) and floats (0 to 1) keep their range.
+
+    Raises InputError, naming the file, when it is broken or too large, holds values outside that
+    range, or has colours where one channel was asked for.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"--data: {path} is no readable image ({error}); remove it") from error
+    with _opened(path) as image:
+        image.load()
     is_grey = image.mode in GREY_MODES
     if channels == 1 and not is_grey:
         raise InputError(
             f"--data: {path} is in colour, among grey ones; give --channels 3 to read all in colour"
         )
-    if image.mode.startswith("I"):
-        pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535).clamp(0, 1)[None]
-    elif image.mode == "F":
-        pixels = torch.from_numpy(np.array(image)).clamp(0, 1)[None]
+    if image.mode.startswith(("I", "F")):
+        highest = 65535 if image.mode.startswith("I") else 1
+        values = np.asarray(image).astype(np.float32)
+        if not (values.min() >= 0 and values.max() <= highest):
+            raise InputError(
+                f"--data: {path} holds {values.min():g} to {values.max():g}, but images of kind "
+                f"{image.mode} are read from 0 to {highest}; rescale it"
+            )
+        pixels = torch.from_numpy(values / highest)[None]
     else:
         pixels = transforms.pil_to_tensor(image.convert("L" if is_grey else "RGB")).float() / 255
     if pixels.shape[0] < channels:
         pixels = pixels.expand(channels, -1, -1)
     pixels = transforms.resize(pixels, [size], antialias=True).clamp(0, 1)
     return transforms.center_crop(pixels, [size, size])
+
+
+@contextmanager
+def _opened(path: str):
+    """The image file `path`; whatever goes wrong with it becomes an InputError naming it."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--data: {path} is no readable image ({error}); remove it") from error
 
 
 def _files_source(paths: Sequence[str], labels: Sequence[int], request: Request, spec) -> Source:
@@ -227,7 +254,7 @@ def _folder_of(request: Request, name: str) -> str:
 def _image_folder(root: str) -> tuple[list[str], list[int], int]:
     try:
         folder = ImageFolder(root)
-    except FileNotFoundError as error:
+    except OSError as error:  # no class, a class without images, no permission
         raise InputError(
             f"--data {root}: needs one subfolder a class with images in each: "
             f"{' '.join(str(error).split())}"
@@ -249,11 +276,8 @@ def _open_folder(request: Request, spec: DatasetSpec) -> Source:
 
 
 def _mode(path: str) -> str:
-    try:
-        with Image.open(path) as image:
-            return image.mode
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"--data: {path} is no readable image ({error}); remove it") from error
+    with _opened(path) as image:
+        return image.mode
 
 
 def _open_imagenet(request: Request, spec: DatasetSpec) -> Source:
@@ -276,18 +300,22 @@ def _open_celeba(request: Request, spec: DatasetSpec) -> Source:
     if not (os.path.isdir(images) and os.path.isfile(listing)):
         raise InputError(f"--data {root}: celeba needs a folder x_train and a file y_train.txt")
     paths, labels = [], []
-    with open(listing) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            name, _, identity = line.strip().rpartition(" ")
-            if not name or not identity.isdigit() or not 1 <= int(identity) <= spec.num_classes:
-                raise InputError(
-                    f"--data {listing}: line {number} is not 'name identity' with an identity "
-                    f"from 1 to {spec.num_classes}"
-                )
-            paths.append(os.path.join(images, name.strip()))
-            labels.append(int(identity) - 1)
+    try:
+        with open(listing, errors="replace") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise InputError(f"--data {listing}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, _, identity = line.strip().rpartition(" ")
+        if not name or not identity.isdecimal() or not 1 <= int(identity) <= spec.num_classes:
+            raise InputError(
+                f"--data {listing}: line {number} is not 'name identity' with an identity "
+                f"from 1 to {spec.num_classes}"
+            )
+        paths.append(os.path.join(images, name.strip()))
+        labels.append(int(identity) - 1)
     if not paths:
         raise InputError(f"--data {listing}: lists no image")
     return _files_source(paths, labels, request, spec)
@@ -296,12 +324,16 @@ def _open_celeba(request: Request, spec: DatasetSpec) -> Source:
 # Arrays ------------------------------------------------------------------------------------
 
 
-class _Cifar100Files(CIFAR100):
-    """torchvision's reader, without the checksums of the published files."""
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled containers, strings, numbers and numpy arrays; refuses everything else."""
 
-    train_list = [["train", None]]
-    test_list = []
-    meta = {"filename": "meta", "key": "fine_label_names", "md5": None}
+    def find_class(self, module, name):
+        """Allow what an array is rebuilt from."""
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array or plain value")
 
 
 class _SvhnFiles(SVHN):
@@ -324,25 +356,35 @@ def _array_source(data: np.ndarray, labels: Sequence[int], request: Request, spe
 
 
 def _open_cifar100(request: Request, spec: DatasetSpec) -> Source:
-    """Folder that holds `cifar-100-python/` with the published pickles `train` and `meta`."""
+    """Folder that holds `cifar-100-python/` with the published pickle `train`."""
     root = _folder_of(request, "cifar100")
-    dataset = _read_published(_Cifar100Files, root, "cifar-100-python/train and meta", train=True)
-    return _array_source(dataset.data.transpose(0, 3, 1, 2), dataset.targets, request, spec)
+
+    def read():
+        with open(os.path.join(root, "cifar-100-python", "train"), "rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        labels = [int(label) for label in content["fine_labels"]]
+        return content["data"].reshape(len(labels), 3, 32, 32), labels
+
+    return _array_source(*_read_published(read, root, "cifar-100-python/train"), request, spec)
 
 
 def _open_svhn(request: Request, spec: DatasetSpec) -> Source:
     """Folder that holds the published `train_32x32.mat`; its digit 0 is class 0."""
     root = _folder_of(request, "svhn")
-    dataset = _read_published(_SvhnFiles, root, "train_32x32.mat", split="train")
-    return _array_source(dataset.data, dataset.labels, request, spec)
+
+    def read():
+        dataset = _SvhnFiles(root, split="train", download=False)
+        return dataset.data, dataset.labels
+
+    return _array_source(*_read_published(read, root, "train_32x32.mat"), request, spec)
 
 
-def _read_published(reader, root, files, **options):
+def _read_published(read, root, file):
     try:
-        return reader(root, download=False, **options)
-    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+        return read()
+    except Exception as error:  # scipy and pickle raise many types for damaged files
         raise InputError(
-            f"--data {root}: does not hold readable {files} "
+            f"--data {root}: does not hold a readable {file} "
             f"({' '.join(str(error).split()) or type(error).__name__})"
         ) from error
 

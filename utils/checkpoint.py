@@ -7,6 +7,7 @@ A checkpoint is a dict of plain types and tensors with the keys of the original 
 import argparse
 import collections
 import datetime
+import math
 import os
 import pickle
 import re
@@ -69,18 +70,23 @@ def make_checkpoint(
     of each BatchNorm layer, where the client sent them. truth: (x (B, C, H, W) normalised,
     y (B,)), for scoring. settings: plain values to record.
 
-    Raises InputError when the gradient does not fit the model's trainable parameters, and for
-    what is no gradient of one step: a weight difference after several local steps
-    (`local_steps` > 1, or a mapping that holds buffers, as differences of state dicts do).
+    Raises InputError when the gradient does not fit the model's trainable parameters or another
+    value is not what is said here, and for what is no gradient of one step: a weight difference
+    after several local steps (`local_steps` > 1, or a mapping that holds buffers, as differences
+    of state dicts do).
     """
     if local_steps != 1:
         raise InputError(
             f"local_steps {local_steps}: an update of several local steps is no gradient; "
             "only a single step can be inverted here: send the gradient of one batch"
         )
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {
+        name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad
+    }
     if isinstance(gradient, Mapping):
-        buffers = [name for name, _ in model.named_buffers() if name in gradient]
+        gradient = {name.removeprefix("module."): g for name, g in gradient.items()}
+        names = [name.removeprefix("module.") for name, _ in model.named_buffers()]
+        buffers = [name for name in names if name in gradient]
         if buffers:
             raise InputError(
                 f"gradient: holds the buffer {buffers[0]}, so it is a difference of state dicts, "
@@ -112,7 +118,9 @@ def make_checkpoint(
         },
         "arch": str(arch),
         "model_eval": not train_mode,
-        "state_dict": {key: _stored(value) for key, value in model.state_dict().items()},
+        "state_dict": {
+            key.removeprefix("module."): _stored(value) for key, value in model.state_dict().items()
+        },
         "free_last_layers_list": ["all"],
         "trainable": list(parameters),
         "target_gradient": [_stored(g) for g in gradient],
@@ -122,6 +130,8 @@ def make_checkpoint(
     }
     if truth is not None:
         checkpoint["x_true"], checkpoint["y_true"] = _stored(truth[0]), _stored(truth[1])
+        check_truth(checkpoint, checkpoint, "truth")
+    check_contents(checkpoint, "checkpoint")
     return checkpoint
 
 
@@ -141,8 +151,10 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
     return sealed, {"format": FORMAT, **truth}
 
 
-def save(content: dict, path: str) -> None:
-    """Write `content` to `path` under a temporary name, then rename: whole or not at all.
+def save(content, path: str) -> None:
+    """Write tensors and plain values to `path` under a temporary name, then rename it.
+
+    The file is whole or not there at all.
 
     Raises FaultError when it cannot be written; whatever stood at `path` is then untouched.
     """
@@ -221,12 +233,102 @@ def load(path: str, flag: str = "--checkpoint") -> dict:
             f"{flag} {path}: free_last_layers_list {layers}: only gradients of all parameters "
             "(['all']) of the original can be read; capture it anew with training.py"
         )
-    if int(checkpoint.get("local_steps", 1)) != 1:
+    if checkpoint.get("local_steps", 1) != 1:
         raise InputError(
             f"{flag} {path}: an update of {checkpoint['local_steps']} local steps is no gradient; "
             "capture the gradient of one batch"
         )
+    check_contents(checkpoint, f"{flag} {path}")
+    channels = checkpoint["dataset_setup"]["size"][0]
+    if channels not in (1, 3):
+        raise InputError(
+            f"{flag} {path}: images of {channels} channels cannot be shown; attack them from Python"
+        )
     return checkpoint
+
+
+def check_contents(checkpoint: dict, source: str) -> None:
+    """Raise InputError, naming `source`, unless a checkpoint's values are what they should be."""
+
+    def refuse(what: str):
+        raise InputError(f"{source}: {what}; write it again with training.py or make_checkpoint")
+
+    def numbers(values):
+        return isinstance(values, list | tuple | Tensor) and all(
+            isinstance(v, int | float | Tensor) and math.isfinite(v) for v in values
+        )
+
+    def tensors(values):
+        return isinstance(values, list | tuple) and all(isinstance(v, Tensor) for v in values)
+
+    setup = checkpoint["dataset_setup"]
+    size = setup["size"] if isinstance(setup, dict) else ()
+    if not (isinstance(size, list | tuple) and len(size) == 3 and _positive(*size)):
+        refuse(f"dataset_setup['size'] is {size}, not (C, H, W)")
+    for key in ("mean", "std"):
+        if not (numbers(setup[key]) and len(setup[key]) == size[0]):
+            refuse(f"dataset_setup['{key}'] is not {size[0]} numbers")
+    if not min(float(v) for v in setup["std"]) > 0:
+        refuse("dataset_setup['std'] is not above 0")
+    if not _positive(checkpoint["batch_size"], setup["n_classes"]):
+        refuse("batch_size and dataset_setup['n_classes'] are not positive integers")
+    if not isinstance(checkpoint["arch"], str) or not isinstance(checkpoint["model_eval"], bool):
+        refuse("arch is not a name or model_eval not true or false")
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
+        refuse("state_dict is not a mapping of names to tensors")
+    broken = [k for k, v in state.items() if not v.isfinite().all()]
+    if broken:
+        refuse(f"the weights {broken[0]} are not finite")
+    gradient = checkpoint["target_gradient"]
+    if not (tensors(gradient) and len(gradient)):
+        refuse("target_gradient is not a list of tensors")
+    names = checkpoint.get("trainable") or [f"tensor {i}" for i in range(len(gradient))]
+    if not isinstance(names, list | tuple) or len(names) != len(gradient):
+        refuse("trainable is not one name a gradient tensor")
+    for name, g in zip(names, gradient, strict=True):
+        if not g.is_floating_point() or not g.isfinite().all():
+            refuse(f"the gradient of {name} is not finite floating-point numbers")
+    means, variances = checkpoint.get("bn_mean_list"), checkpoint.get("bn_var_list")
+    for pair in ((means, variances), (variances, means)):
+        if pair[0] and not (tensors(pair[0]) and tensors(pair[1]) and len(pair[0]) == len(pair[1])):
+            refuse("bn_mean_list and bn_var_list are not lists of as many tensors")
+    if not all(v.isfinite().all() for v in [*(means or ()), *(variances or ())]):
+        refuse("the BN statistics are not finite")
+
+
+def _positive(*values) -> bool:
+    return all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+
+
+def check_truth(truth: dict, checkpoint: dict, source: str) -> None:
+    """Raise InputError unless `truth` holds the batch that belongs to the checkpoint."""
+    x, y = truth["x_true"], truth["y_true"]
+    batch_size, setup = checkpoint["batch_size"], checkpoint["dataset_setup"]
+    shape, num_classes = (batch_size, *setup["size"]), setup["n_classes"]
+    if not (isinstance(x, Tensor) and tuple(x.shape) == tuple(shape)):
+        found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+        raise InputError(
+            f"{source}: truth of {found} for a batch of {tuple(shape)}; give the truth of this "
+            "checkpoint"
+        )
+    if not (x.is_floating_point() and x.isfinite().all()):
+        raise InputError(f"{source}: x_true is not finite floating-point numbers")
+    check_labels(y, batch_size, num_classes, source)
+
+
+def check_labels(y, batch_size: int, num_classes: int, source: str) -> None:
+    """Raise InputError, naming `source`, unless `y` is B class indices."""
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (batch_size,):
+        count = y.numel() if isinstance(y, Tensor) else 0
+        raise InputError(f"{source}: {count} labels for a batch of {batch_size}")
+    if int(y.min()) < 0 or int(y.max()) >= num_classes:
+        raise InputError(
+            f"{source}: labels {int(y.min())} to {int(y.max())}, but the classes are 0 to "
+            f"{num_classes - 1}"
+        )
 
 
 def load_truth(path: str, flag: str = "--truth") -> dict:
@@ -250,16 +352,11 @@ def _check_format(content: dict, path: str, flag: str) -> None:
         )
 
 
-def free_path(path: str) -> str:
-    """`path` where nothing stands there yet, else the first of `path-2`, `path-3`, … that is free.
-
-    The number goes before the ending `-checkpoint.pth.tar`, or behind a name without it.
-    """
-    ending = "-checkpoint.pth.tar"
-    stem, end = (path[: -len(ending)], ending) if path.endswith(ending) else (path, "")
-    candidate, number = path, 2
-    while os.path.lexists(candidate):
-        candidate, number = f"{stem}-{number}{end}", number + 1
+def free_stem(stem: str, endings: Sequence[str] = ("",)) -> str:
+    """The first of `stem`, `stem-2`, `stem-3`, … with which no file of these endings exists."""
+    candidate, number = stem, 2
+    while any(os.path.lexists(candidate + ending) for ending in endings):
+        candidate, number = f"{stem}-{number}", number + 1
     return candidate
 
 

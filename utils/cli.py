@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(" ".join(message.split()))
 
 
-def integer_from(low: int):
-    """A flag type: an integer of at least `low`."""
+def integer_from(low: int, high: int = 2**31 - 1):
+    """A flag type: an integer from `low` to `high`."""
 
     def parse(text: str) -> int:
         try:
@@ -40,6 +40,8 @@ def integer_from(low: int):
             raise argparse.ArgumentTypeError(f"'{text}' is not an integer") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"{value} is below {low}; give {low} or more")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{value} is above {high}; give {high} or less")
         return value
 
     return parse
@@ -80,6 +82,23 @@ def choose_device(gpu: int | None) -> torch.device:
     if not 0 <= gpu < count:
         raise InputError(f"--gpu {gpu}: this machine has GPUs 0 to {count - 1}")
     return torch.device(f"cuda:{gpu}")
+
+
+def file_name(text: str) -> str:
+    """A flag type: something that can be part of a file's name."""
+    if os.sep in text or text in ("", ".", "..") or len(text.encode()) > 100:
+        raise argparse.ArgumentTypeError(
+            f"'{text[:120]}' is part of a file name: give 1 to 100 characters without {os.sep}"
+        )
+    return text
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch raised `error` because memory ran out, on the GPU or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        phrase in text for phrase in ("out of memory", "can't allocate memory")
+    )
 
 
 def writable_folder(path: str, flag: str) -> str:
@@ -134,6 +153,14 @@ def run_script(main, argv: list[str] | None = None) -> int:
     except (FaultError, OSError) as error:
         print(f"fault: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            print(
+                "fault: out of memory; take a smaller batch, smaller images or another device",
+                file=sys.stderr,
+            )
+            return 1
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

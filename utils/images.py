@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -43,44 +44,76 @@ def save_panels(
     count = len(rows[0][1])
     columns = min(count, PAIRS_A_ROW)
     groups = -(-count // columns)
-    figure, axes = pyplot.subplots(
-        groups * len(rows),
-        columns,
-        figsize=(1.5 * columns + 0.5, groups * (1.5 * len(rows) + 0.3)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for r, (title, images) in enumerate(rows):
+    height, width = rows[0][1].shape[-2:]
+    gap = max(1, round(0.06 * width))
+    text = 0 if captions is None else max(1, round(0.22 * height))
+    step_y, step_x = len(rows) * (height + gap) + text, width + gap
+    canvas = torch.ones(groups * step_y, columns * step_x, 3)
+
+    def corner(i, r):
+        return i // columns * step_y + r * (height + gap), i % columns * step_x
+
+    for r, (_, images) in enumerate(rows):
         for i, image in enumerate(images):
-            axis = axes[i // columns * len(rows) + r, i % columns]
-            axis.imshow(_for_imshow(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_axis_on()
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-            if i % columns == 0:
-                axis.set_ylabel(title, fontsize=9)
-            if captions is not None and r == len(rows) - 1:
-                axis.set_xlabel(captions[i], fontsize=9)
+            top, left = corner(i, r)
+            canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    inches = 1.5 / step_x  # an inch and a half an image
+    figure = pyplot.figure(figsize=(inches * canvas.shape[1] + 0.4, inches * canvas.shape[0]))
+    share = 0.4 / figure.get_figwidth()
+    axis = figure.add_axes((share, 0, 1 - share, 1))
+    axis.imshow(canvas.numpy(), interpolation="nearest")
+    axis.set_axis_off()
+    for group in range(groups):
+        for r, (title, _) in enumerate(rows):
+            top, _ = corner(group * columns, r)
+            axis.text(-gap, top + height / 2, title, rotation=90, ha="right", va="center", size=9)
+    for i, caption in enumerate(captions or ()):
+        top, left = corner(i, len(rows) - 1)
+        axis.text(left + width / 2, top + height + gap, caption, ha="center", va="top", size=9)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
-def _for_imshow(image: Tensor):
-    image = image.permute(1, 2, 0).numpy()
-    return image[..., 0] if image.shape[-1] == 1 else image
+def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
+    """Write which seed each image came from: rounds × images, coloured by seed.
+
+    rounds: dicts with `iteration` and `seeds`, a seed an image.
+    """
+    seeds = sorted({seed for found in rounds for seed in found["seeds"]})
+    colours = pyplot.get_cmap("tab20" if len(seeds) > 10 else "tab10", max(len(seeds), 10))
+    places = [[seeds.index(seed) for seed in found["seeds"]] for found in rounds]
+    width, height = max(4.0, 0.25 * len(places[0]) + 2), 0.3 * len(rounds) + 1.2
+    figure, axis = pyplot.subplots(figsize=(min(width, 30), height), layout="constrained")
+    axis.imshow(places, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, aspect="auto")
+    axis.set(xlabel="image", ylabel="after iteration")
+    axis.set_yticks(range(len(rounds)), [found["iteration"] for found in rounds])
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    patches = [
+        pyplot.Rectangle((0, 0), 1, 1, color=colours(place), label=f"seed {seed}")
+        for place, seed in enumerate(seeds)
+    ]
+    axis.legend(handles=patches, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
-def save_curves(curves: dict[str, dict[str, tuple[list, list]]], path: str | Path) -> None:
-    """Write loss curves: panel title → line label → (iterations, values), log scale if > 0."""
+def save_curves(
+    curves: dict[str, dict[str, tuple[list, list]]],
+    path: str | Path,
+    dots: dict[str, tuple[list, list]] | None = None,
+) -> None:
+    """Write loss curves: panel title → line label → (iterations, values), log scale if > 0.
+
+    dots: panel title → (iterations, values) of the consensus.
+    """
     figure, axes = pyplot.subplots(
         1, len(curves), figsize=(4 * len(curves), 3), squeeze=False, layout="constrained"
     )
     for axis, (title, lines) in zip(axes[0], curves.items(), strict=True):
         for label, (steps, values) in lines.items():
             axis.plot(steps, values, linewidth=1, label=label)
+        if dots and title in dots:
+            axis.plot(*dots[title], "ko", markersize=4, label="consensus formed")
         if all(v > 0 for _, values in lines.values() for v in values):
             axis.set_yscale("log")
         axis.set(title=title, xlabel="iteration")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -18,12 +19,15 @@ from prettytable import PrettyTable
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import free_path
+from utils.checkpoint import free_stem
 from utils.cli import FaultError
 
 
 class Reporter:
-    """Prints lines and keeps them for a log file; lines from before `log_to` go there too."""
+    """Prints lines and keeps them for a log file; lines from before `log_to` go there too.
+
+    A closed output or a full disk silences it, but never ends the work it reports on.
+    """
 
     def __init__(self):
         self._lines: list[str] = []
@@ -31,8 +35,11 @@ class Reporter:
 
     def say(self, text: str = "") -> None:
         """Print `text` and log it."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # such as `| head` that has seen enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         self._lines.append(text)
         if self._path is not None:
             self._flush()
@@ -43,9 +50,12 @@ class Reporter:
         self._flush()
 
     def _flush(self):
-        with open(self._path, "a") as log:
-            log.writelines(line + "\n" for line in self._lines)
-        self._lines.clear()
+        try:
+            with open(self._path, "a") as log:
+                log.writelines(line + "\n" for line in self._lines)
+            self._lines.clear()
+        except OSError:
+            pass  # the lines are kept for the next attempt
 
 
 class Progress:
@@ -111,7 +121,7 @@ def claim_folder(path: str | Path) -> Path:
     Raises FaultError when it cannot be created.
     """
     while True:
-        free = Path(free_path(str(path)))
+        free = Path(free_stem(str(path)))
         try:
             free.mkdir(parents=True)
             return free

@@ -1,0 +1,143 @@
+"""Minimum Loss Combinatorial Optimisation, the main contribution of E2EGI (2023).
+
+Several groups of candidates are inverted from different seeds. Image by image the group whose
+copy lowers the gradient loss enters a consensus, which pulls every group on; at the end the
+consensus alone is refined.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Generator, Tensor
+
+from inversion.combine import Combination, combine
+from inversion.objective import Objective
+from inversion.optimise import Loop, Outcome, Reconstruction, lowest, reconstruct
+
+
+@dataclass(frozen=True)
+class MLCOSchedule:
+    """The three stages of MLCO as shares of the iterations.
+
+    initial: every seed alone. inner: every seed pulled towards the consensus, which is formed
+    anew every `inner_steps` iterations. final: the consensus alone. The shares sum to 1.
+    """
+
+    initial: float = 0.3
+    inner: float = 0.3
+    inner_steps: int = 1000
+    final: float = 0.4
+
+    def __post_init__(self):
+        total = self.initial + self.inner + self.final
+        if abs(total - 1) > 1e-6 or min(self.initial, self.inner, self.final) < 0:
+            raise ValueError(f"the stages' shares must be at least 0 and sum to 1, not {total:g}")
+        if self.inner_steps < 1:
+            raise ValueError(f"inner_steps {self.inner_steps} must be positive")
+
+    def spans(self, steps: int) -> tuple[range, list[range], range]:
+        """Iterations of the initial stage, of each round, of the final stage; `steps` in all."""
+        first = round(self.initial * steps)
+        last = round((self.initial + self.inner) * steps)
+        rounds = [
+            range(start, min(start + self.inner_steps, last))
+            for start in range(first, last, self.inner_steps)
+        ]
+        return range(first), rounds, range(last, steps)
+
+    def iterations(self, steps: int, num_seeds: int) -> int:
+        """Iterations of all seeds and the consensus together."""
+        _, _, final = self.spans(steps)
+        return num_seeds * final.start + len(final)
+
+
+def mlco(
+    objective: Objective,
+    method: Callable,
+    x_seeds: Sequence[Tensor],
+    loop: Loop,
+    *,
+    generators: Sequence[Generator],
+    on_step: Callable,
+    schedule: MLCOSchedule,
+    memory: int = 4 * 2**30,
+    on_round: Callable[[int, Combination], None] | None = None,
+) -> Outcome:
+    """Run the three stages; one rate and weight schedule, that of `loop`, runs through all.
+
+    x_seeds: S starts (B, C, H, W), which may lie on the CPU while the generators are on a GPU:
+    each seed then visits the device only while it is optimised. Every seed keeps its
+    optimiser's state through the rounds; a round starts from what the part before returned.
+    Langevin noise ends with the rounds. The final stage starts from the newest consensus with a
+    fresh optimiser. A seed whose loss is not finite is left where it was best, and still
+    combined. on_step(index, step, losses, rate): index None for the final stage; a true answer
+    ends the run with the best of seeds and consensus so far. on_round(iterations, combination):
+    called with every consensus. memory: see `combine`.
+
+    The result's `runs` are the seeds; its final reconstruction is the refined consensus.
+    """
+    initial, rounds, final = schedule.spans(loop.steps)
+    runs: list[Reconstruction | None] = [None] * len(x_seeds)
+    consensus: Combination | None = None
+    iterations = 0
+    for span in [initial, *rounds]:
+        toward = consensus.x.to(generators[0].device) if consensus is not None else None
+        pixel_gradient = partial(method, objective.toward(toward))
+        for index, generator in enumerate(generators):
+            before = runs[index]
+            if before is not None and before.stopped is not None:
+                continue
+            run = reconstruct(
+                pixel_gradient,
+                (x_seeds[index] if before is None else before.x).to(generator.device),
+                loop,
+                generator=generator,
+                on_step=partial(on_step, index),
+                span=span,
+                optimiser_state=None if before is None else before.optimiser_state,
+            )
+            iterations += run.steps
+            runs[index] = _stored(run, 0 if before is None else before.steps, x_seeds[index].device)
+            if run.stopped == "interrupted":
+                return _interrupted(objective, runs, consensus, iterations)
+        consensus = combine(objective, [run.x for run in runs], memory=memory)
+        if on_round is not None:
+            on_round(span.stop, consensus)
+
+    end = reconstruct(
+        partial(method, objective),
+        consensus.x.to(generators[0].device),
+        replace(loop, noise=0.0),
+        on_step=partial(on_step, None),
+        span=final,
+    )
+    return Outcome(end, tuple(runs), None, iterations + end.steps)
+
+
+def _stored(run: Reconstruction, steps_before: int, device: torch.device) -> Reconstruction:
+    """The run so far, kept on `device`."""
+    state = _moved(run.optimiser_state, device)
+    return replace(run, x=run.x.to(device), steps=run.steps + steps_before, optimiser_state=state)
+
+
+def _moved(value, device):
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(v, device) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_moved(v, device) for v in value]
+    return value
+
+
+def _interrupted(objective, runs, consensus, iterations) -> Outcome:
+    """The best of what there is when the run was stopped during its seeds."""
+    started = [run for run in runs if run is not None]
+    chosen = lowest([run.losses.gradient for run in started])
+    final = replace(started[chosen], stopped="interrupted")
+    if consensus is not None and not consensus.loss > final.losses.gradient:
+        losses = objective.toward(None)(consensus.x.to(objective.y.device)).floats()
+        final, chosen = Reconstruction(consensus.x, losses, 0, "interrupted"), None
+    return Outcome(final, tuple(started), chosen, iterations)
