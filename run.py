@@ -629,6 +629,14 @@ def main(argv: list[str]) -> int:
             "processes": 1,
             "seconds": seconds,
             "peak_memory_mib": peak_memory_mib(device),
+            "target": {
+                "arch": target.arch,
+                "batch_size": target.batch_size,
+                "image_shape": target.image_shape,
+                "num_classes": target.num_classes,
+                "train_mode": target.train_mode,
+                "bn_statistics": target.bn_mean is not None,
+            },
             "bn_source": bn_source,
             "stopped": "interrupted" if interrupts.signal else outcome.final.stopped,
         }

@@ -1,13 +1,14 @@
-"""Gather results of run.py into one CSV and print means over runs.
+"""Gather results of run.py into one CSV and print means over seeds.
 
-    python -m benchmarks.collect RESULT_FOLDER... --by arch bn_grad --csv FILE
+    python -m benchmarks.collect FOLDER/results/exp/* --csv FILE
 
-A row a run: its settings named in --by, its seed, losses and mean scores; then a table of mean
-and standard deviation (of the sample) over the runs that share the settings.
+A row a run; then a table of mean and standard deviation (of the sample) over the runs whose
+folders differ in the number behind the last dash only: lenet-best-0, lenet-best-1, ….
 """
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -31,39 +32,28 @@ def main() -> None:
     """Read, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, help="folders with a result.json")
-    parser.add_argument("--by", nargs="+", default=["checkpoint"], help="settings that differ")
     parser.add_argument("--csv", help="file for the raw rows")
     args = parser.parse_args()
     rows, groups = [], {}
     for folder in args.folders:
         result = json.loads((folder / "result.json").read_text())
-        settings = [result["settings"][name] for name in args.by]
-        if "checkpoint" in args.by:
-            at = args.by.index("checkpoint")
-            settings[at] = Path(settings[at]).name.removesuffix("-checkpoint.pth.tar")
         found = figures(result)
-        device = result["device"]
-        rows.append([*settings, result["settings"]["seed"], *found.values(),
-                     result["iterations"], result["seconds"], device])  # fmt: skip
-        groups.setdefault(tuple(settings), []).append(found)
-    header = [*args.by, "seed", *FIGURES, "iterations", "seconds", "device"]
+        rows.append([folder.name, result["settings"]["seed"], *found.values(),
+                     result["iterations"], result["device"]])  # fmt: skip
+        groups.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(found)
 
     def summary(runs, name):
         values = [run[name] for run in runs]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         return f"{statistics.mean(values):.4g} ± {spread:.2g}"
 
-    print(
-        table(
-            [*args.by, "runs", *FIGURES],
-            [
-                [*settings, len(runs), *(summary(runs, name) for name in FIGURES)]
-                for settings, runs in groups.items()
-            ],
-        )
-    )
+    summaries = [
+        [name, len(runs), *(summary(runs, figure) for figure in FIGURES)]
+        for name, runs in groups.items()
+    ]
+    print(table(["runs", "count", *FIGURES], summaries))
     if args.csv:
-        write_csv(header, rows, args.csv)
+        write_csv(["run", "seed", *FIGURES, "iterations", "device"], rows, args.csv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from utils.checkpoint import load
 from utils.report import Reporter
 
 RESULT_KEYS = {
-    "settings", "versions", "git", "device", "processes", "seconds", "iterations",
+    "settings", "target", "versions", "git", "device", "processes", "seconds", "iterations",
     "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses", "labels",
     "metrics", "seeds", "rounds", "search",
 }  # fmt: skip
@@ -74,6 +74,75 @@ def test_everything_promised_is_written(captured, tmp_path):
     raw = images_of(folder) * std + mean
     assert raw.min() >= -1e-6
     assert raw.max() <= 1 + 1e-6
+
+
+def test_mlco_writes_its_rounds(captured, tmp_path):
+    path = captured("-a", "convnet", "-b", "4", "--upload-bn")
+    result, folder = attack(
+        tmp_path, path, "--MinCombine", "--n-seed", 3, "--epochs", 10, "--T-in", 2, "--seed", 5,
+        "--min-grads-loss", "--grad-sign", "--metric",
+    )  # fmt: skip
+    assert result["iterations"] == 3 * 6 + 4
+    assert [found["iteration"] for found in result["rounds"]] == [3, 5, 6]
+    for found in result["rounds"]:
+        assert len(found["seeds"]) == 4
+        assert set(found["seeds"]) <= {5, 6, 7}
+        assert len(found["seed_gradient_losses"]) == 3
+        assert found["gradient_loss"] <= min(found["seed_gradient_losses"])
+    assert result["losses"].keys() == {"gradient", "total"}
+    assert [seed["iterations"] for seed in result["seeds"]] == [6] * 3
+    with open(folder / "losses.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["seed"] for row in rows} == {"5", "6", "7", "consensus"}
+    assert [row["group"] == "" for row in rows if row["seed"] == "6"] == [True] * 3 + [False] * 3
+    assert sorted(os.listdir(folder / "consensus")) == ["000003.png", "000005.png", "000006.png"]
+    assert (folder / "choices.png").exists()
+    log = (folder / "log.txt").read_text()
+    assert "consensus after 3 iterations: gradient loss" in log
+    assert "combination: greedy (BatchNorm couples the images of a batch)" in log
+
+
+def test_the_plan_of_the_defaults_says_its_iterations(captured, tmp_path):
+    flags = ("--root", tmp_path, "--checkpoint", captured("-a", "lenet", "-b", "3"), "--lr", 0.1)
+    mlco = ("--MinCombine", "--epochs", 24000, "--n-seed", 8, "--dry-run")
+    out = succeed("run.py", *flags, *mlco).out
+    assert "= 124,800 iterations" in out
+    assert "rounds: 1,000 + 1,000 + 1,000 + 1,000 + 1,000 + 1,000 + 1,000 + 200" in out
+    assert "combination: gram" in out
+    out = succeed("run.py", *flags, *mlco, "--combine-memory", 1).out
+    assert "combination: greedy (24 per-sample gradients of 6 MiB in all exceed" in out
+    rates = ("--T-init-rate", 0.5, "--total-T-in-rate", 0, "--T-end-rate", 0.5)
+    out = succeed("run.py", *flags, *mlco, *rates).out
+    assert "8 seed(s) x (12,000 initial + 0 in 0 rounds) + 12,000 final = 108,000" in out
+
+
+@pytest.mark.parametrize("offload", [[], ["--offload-seeds"]])
+def test_mlco_is_repeatable(captured, tmp_path, offload):
+    path = captured("-a", "lenet", "-b", "3")
+    flags = ("--MinCombine", "--n-seed", 2, "--epochs", 10, "--T-in", 2)
+    _, first = attack(tmp_path, path, *flags)
+    _, again = attack(tmp_path, path, *flags, *offload)
+    assert torch.equal(images_of(first), images_of(again))
+
+
+def test_mean_is_said_to_be_the_mean(captured, tmp_path):
+    path = captured("-a", "lenet", "-b", "3")
+    result, folder = attack(tmp_path, path, "--strategy", "mean", "--n-seed", 2, "--epochs", 3)
+    assert "chosen: mean" in (folder / "log.txt").read_text()
+    parts = [attack(tmp_path, path, "--seed", s, "--epochs", 3)[1] for s in (0, 1)]
+    mean = sum(images_of(part) for part in parts) / 2
+    torch.testing.assert_close(images_of(folder), mean)
+    assert result["losses"]["gradient"] > 0
+
+
+def test_a_closed_output_does_not_end_the_attack(captured, tmp_path):
+    path = captured("-a", "lenet", "-b", "3")
+    command = (
+        f"{sys.executable} run.py --root {tmp_path} --checkpoint {path} --epochs 30 --lr 0.1 -p 1"
+    )
+    subprocess.run(f"{command} | head -1", cwd=ROOT, shell=True, check=True, capture_output=True)
+    result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
+    assert result["iterations"] == 30
 
 
 def test_a_second_run_replaces_nothing(captured, tmp_path):
