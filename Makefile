@@ -37,7 +37,7 @@ demo: $(READY) ## reconstruct eight photographs from one gradient (about a minut
 	@echo "pictures: Demo_images/photos_lenet.png, Demo_images/photos_lenet_losses.png"
 
 test: $(READY) ## run all tests (CPU; those that need a GPU are skipped without one)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 check: $(READY) ## lint, format and import rule
 	$(PY) -m ruff check .
@@ -54,7 +54,7 @@ golden: $(READY) ## regenerate tests/golden.json; review the difference
 lowest: ## run the tests on Python 3.12 with the oldest allowed packages (needs uv)
 	uv venv -q --allow-existing --python 3.12 .venv-lowest
 	VIRTUAL_ENV=$(abspath .venv-lowest) uv pip install -q --resolution lowest-direct -r requirements-dev.txt
-	.venv-lowest/bin/python -m pytest -q
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
 
 clean: ## remove what demo wrote, and caches
 	rm -rf $(DEMO) .pytest_cache .ruff_cache

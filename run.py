@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ from utils.cli import (
     run_script,
     writable_folder,
 )
-from utils.images import denormalise, save_choices, save_curves, save_images, save_panels
+from utils.images import denormalise, save_choices, save_losses, save_pairs, save_panels
 from utils.report import (
     Progress,
     Reporter,
@@ -253,14 +254,14 @@ def labels_from(args, target: Target, truth: GroundTruth | None) -> tuple[Tensor
     if args.labels is None:
         return truth.y, "known"
     text = args.labels
-    if os.path.isfile(text):
-        with open(text, errors="replace") as file:
-            text = file.read()
     try:
+        if os.path.isfile(text):
+            with open(text, errors="replace") as file:
+                text = file.read()
         y = torch.tensor([int(word) for word in text.replace(",", " ").split()])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InputError(
-            f"--labels {args.labels[:80]}: neither a file nor integers like 3,1,2"
+            f"--labels {args.labels[:80]}: neither a readable file nor integers like 3,1,2"
         ) from error
     checkpoints.check_labels(
         y, target.batch_size, target.num_classes, f"--labels {args.labels[:80]}"
@@ -293,6 +294,50 @@ def bn_source_from(args, target: Target, model: nn.Module, reporter: Reporter) -
     return "batch"
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Everything the attack starts from, loaded and checked."""
+
+    target: Target
+    truth: GroundTruth | None
+    y: Tensor
+    label_method: str
+    objective: Objective
+    bn_source: str | None
+    lpips_score: Callable[[Tensor, Tensor], Tensor] | None
+    device: torch.device
+
+    def start(self, seed: int) -> Tensor:
+        """The initial images of a seed, on the CPU."""
+        target = self.target
+        return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
+
+    def images(self, x: Tensor) -> Tensor:
+        """Normalised images as [0, 1] on the CPU."""
+        return denormalise(x, self.target.mean, self.target.std)
+
+
+def load_setting(args, reporter: Reporter) -> Setting:
+    """Load and check every file that the flags name."""
+    device = choose_device(args.gpu)
+    check(args)
+    target, truth = load_inputs(args)
+    y, label_method = labels_from(args, target, truth)
+    model = model_of(target).to(device)
+    bn_source = bn_source_from(args, target, model, reporter)
+    objective = Objective(
+        model,
+        target,
+        y,
+        weights_from(args),
+        distance=args.gradient_loss_fun,
+        bn_source=bn_source or "running",
+        bn_grad=args.bn_grad,
+    )
+    lpips_score = metrics.load_lpips(args.lpips_weights) if args.metric else None
+    return Setting(target, truth, y, label_method, objective, bn_source, lpips_score, device)
+
+
 # The attack --------------------------------------------------------------------------------
 
 
@@ -320,10 +365,17 @@ class Recorder:
     def on_round(self, done: int, combination: Combination) -> None:
         """Take note of a consensus formed after `done` iterations of every seed."""
         self.save_consensus(done, combination.x)
+        seeds = [self.args.seed + index for index in combination.choice]
+        best = combination.seed_losses[lowest(combination.seed_losses)]
+        self.progress.reporter.say(
+            f"consensus after {done} iterations: gradient loss {combination.loss:.6g}, of the best "
+            f"seed {best:.6g}; images "
+            + ", ".join(f"{n} of seed {seed}" for seed, n in sorted(Counter(seeds).items()))
+        )
         self.rounds.append(
             {
                 "iteration": done,
-                "seeds": [self.args.seed + index for index in combination.choice],
+                "seeds": seeds,
                 "gradient_loss": combination.loss,
                 "seed_gradient_losses": list(combination.seed_losses),
                 "image_gradients": combination.image_gradients,
@@ -331,27 +383,24 @@ class Recorder:
         )
 
 
-def attack(args, target, objective, device, recorder) -> Outcome:
+def attack(args, setting: Setting, recorder: Recorder) -> Outcome:
     """Run the strategy over all seeds."""
-    dtype = target.gradient[0].dtype
     seeds = range(args.seed, args.seed + args.n_seed)
-    home = torch.device("cpu") if args.offload_seeds else device
+    home = torch.device("cpu") if args.offload_seeds else setting.device
     options = {}
     if strategy_of(args) == "mlco":
         options = {
             "schedule": schedule_from(args),
             "memory": combine_memory(args),
             "on_round": recorder.on_round,
+            "should_stop": lambda: recorder.interrupts.signal is not None,
         }
     return STRATEGIES[strategy_of(args)](
-        objective,
+        setting.objective,
         PIXEL_GRADIENTS[args.pixel_gradient],
-        [
-            initial_images(seed, target.batch_size, target.image_shape, dtype).to(home)
-            for seed in seeds
-        ],
-        loop_from(args, target),
-        generators=[noise_generator(seed, device) for seed in seeds],
+        [setting.start(seed).to(home) for seed in seeds],
+        loop_from(args, setting.target),
+        generators=[noise_generator(seed, setting.device) for seed in seeds],
         on_step=recorder.on_step,
         **options,
     )
@@ -369,14 +418,15 @@ def total_iterations(args) -> int:
     return args.n_seed * args.epochs
 
 
-def plan(args, target: Target, objective: Objective, device, bn_source) -> str:
+def plan(args, setting: Setting) -> str:
     """What will be done, in words."""
-    parameters = sum(p.numel() for p in trainable_parameters(objective.model).values())
+    target = setting.target
+    parameters = sum(p.numel() for p in trainable_parameters(setting.objective.model).values())
     stages, lines = f"{args.n_seed} seed(s) x {args.epochs:,}", []
     if strategy_of(args) == "mlco":
         initial, rounds, final = schedule_from(args).spans(args.epochs)
         lengths = " + ".join(f"{len(r):,}" for r in rounds) or "none"
-        method, why = combination_method(objective, args.n_seed, combine_memory(args))
+        method, why = combination_method(setting.objective, args.n_seed, combine_memory(args))
         stages = (
             f"{args.n_seed} seed(s) x ({len(initial):,} initial + "
             f"{final.start - len(initial):,} in {len(rounds)} rounds) + {len(final):,} final"
@@ -386,46 +436,45 @@ def plan(args, target: Target, objective: Objective, device, bn_source) -> str:
         0,
         f"plan: {stages} = {total_iterations(args):,} iterations, {target.batch_size} images "
         f"{target.image_shape}, {target.arch} with {parameters:,} parameters in "
-        f"{'train' if target.train_mode else 'eval'} mode, {device_name(device)}",
+        f"{'train' if target.train_mode else 'eval'} mode, {device_name(setting.device)}",
     )
     lines.append(
         f"{args.gradient_loss_fun} gradient distance, priors: "
-        f"{', '.join(term_names(args)) or 'none'}; BN statistics: {bn_source or 'not used'}"
+        f"{', '.join(term_names(args)) or 'none'}; BN statistics: {setting.bn_source or 'not used'}"
     )
     if args.n_seed > 1:
         numbers = args.n_seed * target.batch_size * math.prod(target.image_shape)
         size = numbers * target.gradient[0].element_size() / 2**20
-        home = "cpu, by --offload-seeds" if args.offload_seeds else device.type
+        home = "cpu, by --offload-seeds" if args.offload_seeds else setting.device.type
         lines.append(f"images of all seeds: {size:,.1f} MiB, kept on {home}")
     return "\n      ".join(lines)
 
 
-def first_evaluation(args, target, objective, device) -> None:
+def first_evaluation(args, setting: Setting) -> None:
     """Evaluate the objective once, so that what cannot be computed is refused at once.
 
     Raises InputError when the network cannot process the images.
     """
-    x = initial_images(args.seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
+    x = setting.start(args.seed).to(setting.device)
     try:
-        PIXEL_GRADIENTS[args.pixel_gradient](objective, x.to(device), 0.0)
+        PIXEL_GRADIENTS[args.pixel_gradient](setting.objective, x, 0.0)
     except (RuntimeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"--checkpoint {args.checkpoint}: {target.arch} cannot process its images "
-            f"{target.image_shape}: {' '.join(str(error).split())[:160]}"
+            f"--checkpoint {args.checkpoint}: {setting.target.arch} cannot process its images "
+            f"{setting.target.image_shape}: {' '.join(str(error).split())[:160]}"
         ) from error
 
 
-def measure(args, target, objective, device) -> str:
+def measure(args, setting: Setting) -> str:
     """Time and memory that the plan will take, from two steps of the loop."""
-    x = initial_images(args.seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
     times = [time.perf_counter()]
     reconstruct(
-        partial(PIXEL_GRADIENTS[args.pixel_gradient], objective),
-        x.to(device),
-        replace(loop_from(args, target), steps=max(2, args.epochs)),
-        generator=noise_generator(args.seed, device),
+        partial(PIXEL_GRADIENTS[args.pixel_gradient], setting.objective),
+        setting.start(args.seed).to(setting.device),
+        replace(loop_from(args, setting.target), steps=max(2, args.epochs)),
+        generator=noise_generator(args.seed, setting.device),
         on_step=lambda *_: times.append(time.perf_counter()),
         span=range(2),
     )
@@ -433,28 +482,14 @@ def measure(args, target, objective, device) -> str:
         raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
     seconds = times[2] - times[1]  # the first step warms up
     total = seconds * total_iterations(args)
+    combining = ", combinations not counted" if strategy_of(args) == "mlco" else ""
     return (
-        f"estimate: {seconds * 1e3:.1f} ms an iteration, {duration(total)} in all, peak memory "
-        f"{peak_memory_mib(device):.0f} MiB"
+        f"estimate: {seconds * 1e3:.1f} ms an iteration, {duration(total)} in all{combining}, "
+        f"peak memory {peak_memory_mib(setting.device):.0f} MiB"
     )
 
 
 # What comes out ----------------------------------------------------------------------------
-
-
-def write_pictures(folder, target, x_recon, truth, scores) -> None:
-    """pairs.png and images/: reconstructions, above them the truth where scores are known."""
-    found = denormalise(x_recon, target.mean, target.std)
-    if scores is None:
-        save_panels([("reconstruction", found)], folder / "pairs.png")
-        save_images(found, folder / "images", "reconstruction")
-        return
-    true = denormalise(truth.x, target.mean, target.std)
-    paired = found[[image["reconstruction"] for image in scores["images"]]]
-    captions = [f"{image['psnr']:.1f} dB" for image in scores["images"]]
-    save_panels([("truth", true), ("reconstruction", paired)], folder / "pairs.png", captions)
-    save_images(true, folder / "images", "truth")
-    save_images(paired, folder / "images", "reconstruction")
 
 
 def loss_header(args) -> list[str]:
@@ -462,30 +497,8 @@ def loss_header(args) -> list[str]:
     return ["seed", "iteration", "rate", "total", "gradient", *term_names(args)]
 
 
-def draw_losses(args, recorder: Recorder, path) -> None:
-    """losses.png: a line a seed and the consensus, a dot where a consensus was formed."""
-    curves = {}
-    for column, name in enumerate(loss_header(args)[3:], start=3):
-        curves[name] = {}
-        for row in recorder.rows:
-            if row[column] == "":
-                continue
-            label = CONSENSUS if row[0] == CONSENSUS else f"seed {row[0]}"
-            steps, values = curves[name].setdefault(label, ([], []))
-            steps.append(row[1])
-            values.append(row[column])
-    dots = {}
-    if recorder.rounds:
-        dots["gradient"] = (
-            [found["iteration"] for found in recorder.rounds],
-            [found["gradient_loss"] for found in recorder.rounds],
-        )
-    if recorder.rows:
-        save_curves(curves, path, dots)
-
-
-def say_outcome(args, outcome: Outcome, rounds: list[dict], reporter: Reporter) -> None:
-    """Say how every seed ended, what the rounds found, and what was chosen."""
+def say_outcome(args, outcome: Outcome, reporter: Reporter) -> None:
+    """Say how every seed ended and what was chosen."""
     runs = [(f"seed {args.seed + index}", run) for index, run in enumerate(outcome.runs)]
     if outcome.chosen is None:
         runs.append((CONSENSUS, outcome.final))
@@ -499,15 +512,6 @@ def say_outcome(args, outcome: Outcome, rounds: list[dict], reporter: Reporter) 
                 f"{name}: a loss was not finite after {run.steps} iterations; its best images "
                 "are kept"
             )
-    for found in rounds:
-        counts = sorted(Counter(found["seeds"]).items())
-        losses_of_seeds = found["seed_gradient_losses"]
-        reporter.say(
-            f"consensus after {found['iteration']} iterations: gradient loss "
-            f"{found['gradient_loss']:.6g}, of the best seed "
-            f"{losses_of_seeds[lowest(losses_of_seeds)]:.6g}; images "
-            + ", ".join(f"{count} of seed {seed}" for seed, count in counts)
-        )
     chosen = strategy_of(args) if outcome.chosen is None else f"seed {args.seed + outcome.chosen}"
     losses = outcome.final.losses
     terms = "  ".join(f"{name} {value:.4g}" for name, value in losses.terms.items())
@@ -515,37 +519,56 @@ def say_outcome(args, outcome: Outcome, rounds: list[dict], reporter: Reporter) 
 
 
 def write(
-    args, folder, target, truth, labels, outcome, recorder, facts, lpips_score, reporter
+    args, setting: Setting, outcome: Outcome, recorder: Recorder, seconds: float, folder: Path
 ) -> None:
     """Score and write everything into `folder`: figures first, pictures last."""
-    y, label_method = labels
+    target, truth, reporter = setting.target, setting.truth, recorder.progress.reporter
     x_recon = outcome.final.x.cpu()
+    found, true = setting.images(x_recon), None
     checkpoints.save(x_recon, str(folder / "x_recon.pth"))
-    checkpoints.save(y, str(folder / "y_recon.pth"))
+    checkpoints.save(setting.y, str(folder / "y_recon.pth"))
     write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
-    scores = None
+    scores = accuracy = None
     if args.metric:
+        true = setting.images(truth.x)
         scores, text = score_reconstruction(
-            denormalise(x_recon, target.mean, target.std),
-            denormalise(truth.x, target.mean, target.std),
-            y,
+            found,
+            true,
+            setting.y,
             truth.y,
             by_index=args.one_to_one_similarity,
-            lpips_score=lpips_score,
+            lpips_score=setting.lpips_score,
         )
+        accuracy = metrics.label_accuracy(setting.y, truth.y)
         reporter.say(text)
+    stopped = "interrupted" if recorder.interrupts.signal else outcome.final.stopped
     losses = outcome.final.losses
     result = {
         "settings": vars(args),
-        **facts,
+        "target": {
+            "arch": target.arch,
+            "batch_size": target.batch_size,
+            "image_shape": target.image_shape,
+            "num_classes": target.num_classes,
+            "train_mode": target.train_mode,
+            "bn_statistics": target.bn_mean is not None,
+        },
+        "versions": versions(),
+        "git": git_revision(),
+        "device": device_name(setting.device),
+        "processes": 1,
+        "seconds": seconds,
         "iterations": outcome.iterations,
-        "iterations_per_second": outcome.iterations / facts["seconds"],
+        "iterations_per_second": outcome.iterations / seconds,
+        "peak_memory_mib": peak_memory_mib(setting.device),
+        "bn_source": setting.bn_source,
+        "stopped": stopped,
         "losses": {"gradient": losses.gradient, "total": losses.total, **losses.terms},
         "labels": {
-            "method": label_method,
-            "reconstructed": y,
+            "method": setting.label_method,
+            "reconstructed": setting.y,
             "true": truth.y if args.metric else None,
-            "accuracy": metrics.label_accuracy(y, truth.y) if args.metric else None,
+            "accuracy": accuracy,
         },
         "metrics": scores,
         "seeds": [
@@ -561,87 +584,53 @@ def write(
         "search": None,
     }
     write_json(result, folder / "result.json")
-    write_pictures(folder, target, x_recon, truth, scores)
-    draw_losses(args, recorder, folder / "losses.png")
+    save_pairs(found, true, scores, folder)
+    if recorder.rows:
+        save_losses(loss_header(args), recorder.rows, recorder.rounds, folder / "losses.png")
     if recorder.rounds:
         save_choices(recorder.rounds, folder / "choices.png")
-    reporter.say(
-        f"{outcome.iterations} iterations in {duration(facts['seconds'])}; written to {folder}"
-    )
+    reporter.say(f"{outcome.iterations} iterations in {duration(seconds)}; written to {folder}")
 
 
 def main(argv: list[str]) -> int:
     """Attack one checkpoint as the flags say; return the exit code."""
     args = parser().parse_args(argv)
     reporter = Reporter()
-    device = choose_device(args.gpu)
-    check(args)
-    target, truth = load_inputs(args)
-    y, label_method = labels_from(args, target, truth)
-    model = model_of(target).to(device)
-    bn_source = bn_source_from(args, target, model, reporter)
-    lpips_score = metrics.load_lpips(args.lpips_weights) if args.metric else None
-    objective = Objective(
-        model,
-        target,
-        y,
-        weights_from(args),
-        distance=args.gradient_loss_fun,
-        bn_source=bn_source or "running",
-        bn_grad=args.bn_grad,
-    )
+    setting = load_setting(args, reporter)
     reporter.say("settings\n" + setting_lines(vars(args)))
-    reporter.say(plan(args, target, objective, device, bn_source))
+    reporter.say(plan(args, setting))
     if args.GInfoR:
         reporter.say("--GInfoR: the gradient information ratio is not computed yet")
-    if args.metric and lpips_score is None:
+    if args.metric and setting.lpips_score is None:
         reporter.say(LPIPS_HINT)
     if args.one_to_one_similarity and not args.metric:
         reporter.say("note: --one-to-one-similarity says how --metric pairs; it is not given")
-    first_evaluation(args, target, objective, device)
+    first_evaluation(args, setting)
     if args.dry_run:
-        reporter.say(measure(args, target, objective, device))
+        reporter.say(measure(args, setting))
         return 0
 
     folder = claim_folder(os.path.join(args.root, "results", "exp", args.id))
     reporter.log_to(folder / "log.txt")
     reporter.say(f"results: {folder}")
+
+    def save_consensus(done: int, x: Tensor) -> None:
+        (folder / "consensus").mkdir(exist_ok=True)
+        save_panels(
+            [(f"iteration {done}", setting.images(x))], folder / "consensus" / f"{done:06d}.png"
+        )
+
     with Interrupts() as interrupts:
         start = time.perf_counter()
         progress = Progress(total_iterations(args), args.print_freq, reporter)
-
-        def save_consensus(done, x):
-            (folder / "consensus").mkdir(exist_ok=True)
-            images = denormalise(x, target.mean, target.std)
-            save_panels([(f"iteration {done}", images)], folder / "consensus" / f"{done:06d}.png")
-
         recorder = Recorder(args, progress, interrupts, save_consensus)
         try:
-            outcome = attack(args, target, objective, device, recorder)
+            outcome = attack(args, setting, recorder)
         finally:
             progress.close()
         seconds = time.perf_counter() - start
-        say_outcome(args, outcome, recorder.rounds, reporter)
-        facts = {
-            "versions": versions(),
-            "git": git_revision(),
-            "device": device_name(device),
-            "processes": 1,
-            "seconds": seconds,
-            "peak_memory_mib": peak_memory_mib(device),
-            "target": {
-                "arch": target.arch,
-                "batch_size": target.batch_size,
-                "image_shape": target.image_shape,
-                "num_classes": target.num_classes,
-                "train_mode": target.train_mode,
-                "bn_statistics": target.bn_mean is not None,
-            },
-            "bn_source": bn_source,
-            "stopped": "interrupted" if interrupts.signal else outcome.final.stopped,
-        }
-        write(args, folder, target, truth, (y, label_method), outcome, recorder, facts, lpips_score,
-              reporter)  # fmt: skip
+        say_outcome(args, outcome, reporter)
+        write(args, setting, outcome, recorder, seconds, folder)
     if math.isnan(outcome.final.losses.gradient):
         raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
     return 128 + interrupts.signal if interrupts.signal is not None else 0

@@ -6,7 +6,7 @@ Combinatorial Optimization"). Priors are left out of these evaluations, and no g
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,8 +57,16 @@ def combination_method(objective: Objective, num_seeds: int, memory: int) -> tup
     return "gram", stored
 
 
+class InterruptedSearchError(Exception):
+    """The search for a combination was asked to stop."""
+
+
 def combine(
-    objective: Objective, x_seeds: Sequence[Tensor], *, memory: int = 4 * 2**30
+    objective: Objective,
+    x_seeds: Sequence[Tensor],
+    *,
+    memory: int = 4 * 2**30,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Combination:
     """Combine the seeds' images `x_seeds`, S tensors (B, C, H, W), into one batch.
 
@@ -69,10 +77,15 @@ def combine(
     change improves. Either way the result is never worse than the best seed. Seeds may lie on
     another device than the model; only what is evaluated is moved. Seeds with images that are
     not finite take no part.
+
+    Raises InterruptedSearchError soon after `should_stop()` is true: with many images a greedy
+    search takes long.
     """
     usable = [s for s, x in enumerate(x_seeds) if x.isfinite().all()]
     if usable and len(usable) < len(x_seeds):
-        found = combine(objective, [x_seeds[s] for s in usable], memory=memory)
+        found = combine(
+            objective, [x_seeds[s] for s in usable], memory=memory, should_stop=should_stop
+        )
         seed_losses = dict(zip(usable, found.seed_losses, strict=True))
         return replace(
             found,
@@ -83,10 +96,10 @@ def combine(
         loss = objective.gradient_distance(x_seeds[0].to(objective.y.device))
         batch_size = len(x_seeds[0])
         return Combination(x_seeds[0], (0,) * batch_size, loss, (loss,), batch_size)
-    evaluated = _Evaluated(objective, x_seeds)
+    evaluated = _Evaluated(objective, x_seeds, should_stop)
     seeds = [(s,) * len(objective.y) for s in range(len(x_seeds))]
     if combination_method(objective, len(x_seeds), memory)[0] == "gram":
-        gram, products, target_square = _inner_products(objective, x_seeds)
+        gram, products, target_square = _inner_products(objective, x_seeds, should_stop)
         evaluated.image_gradients += len(products)
         losses = _Losses(objective, gram, products, target_square, len(x_seeds))
         seed_losses = losses.of(torch.tensor(seeds)).tolist()
@@ -109,8 +122,10 @@ def combine(
 class _Evaluated:
     """Gradient distances of combinations, each evaluated once; counts the work."""
 
-    def __init__(self, objective: Objective, x_seeds: Sequence[Tensor]):
-        self.objective, self.x_seeds = objective, x_seeds
+    def __init__(
+        self, objective: Objective, x_seeds: Sequence[Tensor], should_stop: Callable[[], bool]
+    ):
+        self.objective, self.x_seeds, self.should_stop = objective, x_seeds, should_stop
         self.image_gradients = 0
         self._losses: dict[tuple[int, ...], float] = {}
 
@@ -120,6 +135,8 @@ class _Evaluated:
 
     def __getitem__(self, choice: tuple[int, ...]) -> float:
         if choice not in self._losses:
+            if self.should_stop():
+                raise InterruptedSearchError
             x = self.batch(choice).to(self.objective.y.device)
             self._losses[choice] = self.objective.gradient_distance(x)
             self.image_gradients += len(choice)
@@ -140,7 +157,7 @@ def _greedy(evaluated: _Evaluated, choice: tuple[int, ...], num_seeds: int) -> t
 
 
 def _inner_products(
-    objective: Objective, x_seeds: Sequence[Tensor]
+    objective: Objective, x_seeds: Sequence[Tensor], should_stop: Callable[[], bool]
 ) -> tuple[Tensor, Tensor, float]:
     """Gram matrix (S·B, S·B) of the per-sample gradients over B, products with the target (S·B,).
 
@@ -152,6 +169,8 @@ def _inner_products(
     rows = target.new_empty(len(x_seeds) * batch_size, target.numel())
     for s, x in enumerate(x_seeds):
         for i in range(batch_size):
+            if should_stop():
+                raise InterruptedSearchError
             gradient = batch_gradient(
                 objective.model,
                 x[i : i + 1].to(device),

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
-from inversion.combine import Combination, combine
+from inversion.combine import Combination, InterruptedSearchError, combine
 from inversion.objective import Objective
 from inversion.optimise import Loop, Outcome, Reconstruction, lowest, reconstruct
 
@@ -64,6 +64,7 @@ def mlco(
     schedule: MLCOSchedule,
     memory: int = 4 * 2**30,
     on_round: Callable[[int, Combination], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Run the three stages; one rate and weight schedule, that of `loop`, runs through all.
 
@@ -74,7 +75,7 @@ def mlco(
     fresh optimiser. A seed whose loss is not finite is left where it was best, and still
     combined. on_step(index, step, losses, rate): index None for the final stage; a true answer
     ends the run with the best of seeds and consensus so far. on_round(iterations, combination):
-    called with every consensus. memory: see `combine`.
+    called with every consensus. memory, should_stop: see `combine`.
 
     The result's `runs` are the seeds; its final reconstruction is the refined consensus.
     """
@@ -102,7 +103,12 @@ def mlco(
             runs[index] = _stored(run, 0 if before is None else before.steps, x_seeds[index].device)
             if run.stopped == "interrupted":
                 return _interrupted(objective, runs, consensus, iterations)
-        consensus = combine(objective, [run.x for run in runs], memory=memory)
+        try:
+            consensus = combine(
+                objective, [run.x for run in runs], memory=memory, should_stop=should_stop
+            )
+        except InterruptedSearchError:
+            return _interrupted(objective, runs, consensus, iterations)
         if on_round is not None:
             on_round(span.stop, consensus)
 

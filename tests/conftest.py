@@ -1,8 +1,13 @@
+import os
+
 import matplotlib
 import pytest
 import torch
 
 matplotlib.use("Agg")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # share the cores between the workers
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def pytest_collection_modifyitems(items):

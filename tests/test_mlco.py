@@ -256,6 +256,22 @@ def test_mlco_stopped_anywhere_returns_the_best_there_is(stop):
     assert loss <= min(run.losses.gradient for run in outcome.runs) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_a_combination_can_be_interrupted(train_mode):
+    """After three questions whether to stop; the best seed is returned, nothing is lost."""
+    objective, starts, generators = attack_case(train_mode)
+    asked, schedule = [], MLCOSchedule(0.3, 0.3, 2, 0.4)
+    outcome = run_strategy(
+        "mlco", objective, starts, generators, Loop(10, 0.1), schedule=schedule,
+        should_stop=lambda: bool(asked.append(1)) or len(asked) > 2,
+    )  # fmt: skip
+    assert len(asked) == 3
+    assert outcome.final.stopped == "interrupted"
+    assert outcome.iterations == 9
+    losses = [run.losses.gradient for run in outcome.runs]
+    assert outcome.chosen == losses.index(min(losses))
+
+
 def test_a_seed_that_breaks_is_left_behind():
     objective, starts, generators = attack_case()
     starts[1] = starts[1] * torch.nan

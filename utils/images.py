@@ -74,6 +74,23 @@ def save_panels(
     pyplot.close(figure)
 
 
+def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: Path) -> None:
+    """Write `pairs.png` and `images/`: reconstructions, and above them the truth if it is given.
+
+    found, true: (B, C, H, W) in [0, 1]. scores: the metrics of result.json, which hold the
+    pairing; with them everything is in the order of the true images, else in that of `found`.
+    """
+    if scores is None:
+        save_panels([("reconstruction", found)], folder / "pairs.png")
+        save_images(found, folder / "images", "reconstruction")
+        return
+    paired = found[[image["reconstruction"] for image in scores["images"]]]
+    captions = [f"{image['psnr']:.1f} dB" for image in scores["images"]]
+    save_panels([("truth", true), ("reconstruction", paired)], folder / "pairs.png", captions)
+    save_images(true, folder / "images", "truth")
+    save_images(paired, folder / "images", "reconstruction")
+
+
 def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
     """Write which seed each image came from: rounds × images, coloured by seed.
 
@@ -97,23 +114,33 @@ def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
     pyplot.close(figure)
 
 
-def save_curves(
-    curves: dict[str, dict[str, tuple[list, list]]],
-    path: str | Path,
-    dots: dict[str, tuple[list, list]] | None = None,
+def save_losses(
+    header: Sequence[str], rows: Sequence[Sequence], rounds: Sequence[dict], path: str | Path
 ) -> None:
-    """Write loss curves: panel title → line label → (iterations, values), log scale if > 0.
+    """Write the loss curves: a panel a column from "total" on, a line a seed, log scale if > 0.
 
-    dots: panel title → (iterations, values) of the consensus.
+    header, rows: of losses.csv, its first two columns seed and iteration; empty cells are left
+    out. rounds: dicts with `iteration` and `gradient_loss`, a dot each in the panel "gradient".
     """
+    curves = {}
+    for column in range(header.index("total"), len(header)):
+        lines = curves[header[column]] = {}
+        for row in rows:
+            if row[column] != "":
+                label = row[0] if isinstance(row[0], str) else f"seed {row[0]}"
+                steps, values = lines.setdefault(label, ([], []))
+                steps.append(row[1])
+                values.append(row[column])
     figure, axes = pyplot.subplots(
         1, len(curves), figsize=(4 * len(curves), 3), squeeze=False, layout="constrained"
     )
     for axis, (title, lines) in zip(axes[0], curves.items(), strict=True):
         for label, (steps, values) in lines.items():
             axis.plot(steps, values, linewidth=1, label=label)
-        if dots and title in dots:
-            axis.plot(*dots[title], "ko", markersize=4, label="consensus formed")
+        if rounds and title == "gradient":
+            steps = [found["iteration"] for found in rounds]
+            values = [found["gradient_loss"] for found in rounds]
+            axis.plot(steps, values, "ko", markersize=4, label="consensus formed")
         if all(v > 0 for _, values in lines.values() for v in values):
             axis.set_yscale("log")
         axis.set(title=title, xlabel="iteration")
