@@ -16,6 +16,10 @@ compare() { # arch seed steps E T_in flags...
   for strategy in best mean; do
     $python run.py --id "$arch-$strategy-$seed" $common --strategy $strategy --epochs "$steps" "$@"
   done
+  if [ "$arch" = lenet ]; then
+    $python run.py --id "$arch-mlco-noise0-group1e-6-$seed" $common --strategy mlco \
+      --epochs "$long" --T-in "$inner" --input-noise 0 --Group 1e-6 "$@"
+  fi
   for noise in 0.2 0; do
     $python run.py --id "$arch-mlco-noise$noise-$seed" $common --strategy mlco --epochs "$long" \
       --T-in "$inner" --input-noise $noise "$@"

@@ -103,7 +103,8 @@ def combine(
         evaluated.image_gradients += len(products)
         losses = _Losses(objective, gram, products, target_square, len(x_seeds))
         seed_losses = losses.of(torch.tensor(seeds)).tolist()
-        best_seed = seeds[lowest(seed_losses)]
+        best = lowest(seed_losses)
+        best_seed, seed_losses[best] = seeds[best], evaluated[seeds[best]]
         choice = _best_combination(losses, seeds)
         if evaluated[choice] > evaluated[best_seed]:  # only by rounding
             choice = best_seed
