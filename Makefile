@@ -17,6 +17,7 @@ $(READY): requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "no python3 found; give PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(PY) || { uv venv -q --python $(PYTHON) $(VENV) 2>/dev/null || $(PYTHON) -m venv $(VENV); }
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give PYTHON=")'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || true
 	@if command -v uv >/dev/null && uv --version >/dev/null 2>&1; then \
 		VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -r requirements-dev.txt; \
 	elif $(PY) -m pip install -q uv && $(PY) -m uv --version >/dev/null 2>&1; then \
