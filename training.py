@@ -194,7 +194,7 @@ def main(argv: list[str]) -> int:
         truth=(x, y),
         settings={**vars(args), "versions": versions(), "git": git_revision()},
     )
-    write(args, stem, checkpoint, denormalise(x, *normalisation(spec)), reporter)
+    write(args, stem, checkpoint, denormalise(x, *spec.normalisation), reporter)
     return 0
 
 
@@ -207,11 +207,6 @@ def refusal(args, image_shape, error: Exception) -> str:
             "a larger batch or a larger --image-size"
         )
     return f"--arch {args.arch}: cannot process images {image_shape}: {text[:160]}"
-
-
-def normalisation(spec) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean and std of a data set as (C, 1, 1) tensors."""
-    return tuple(torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
 
 
 def write(args, stem, checkpoint, images, reporter) -> None:

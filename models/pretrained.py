@@ -1,6 +1,5 @@
 """Weights from files: torchvision .pth, training .tar, MoCo v2; told apart by their keys."""
 
-import os
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -88,8 +87,6 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
 
 
 def _read_state(path: str) -> tuple[dict[str, Tensor], list[str]]:
-    if not os.path.isfile(path):
-        raise InputError(f"--pretrained {path}: no such file; leave it out for random weights")
     content = load_plain(path, "--pretrained")
     remarks = []
     for wrapper in ("state_dict", "model"):

@@ -71,6 +71,11 @@ class DatasetSpec:
     std: tuple[float, ...]
     open: Callable[[Request, "DatasetSpec"], Source]
 
+    @property
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        """mean and std as (C, 1, 1) tensors."""
+        return tuple(torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+
 
 def load_batch(
     name: str, request: Request, batch_size: int, target_idx: int
@@ -180,7 +185,7 @@ def load_backup(
 
 def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
     """Images (B, C, H, W) in [0, 1] → (x − mean) / std a channel."""
-    mean, std = (torch.tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in (spec.mean, spec.std))
+    mean, std = spec.normalisation
     return (x - mean) / std
 
 
