@@ -20,6 +20,13 @@ from torch import Tensor, nn
 
 from inversion.combine import Combination, combination_method
 from inversion.distances import GRADIENT_DISTANCES
+from inversion.labels import (
+    AUTO,
+    LABEL_STRATEGIES,
+    LabelInputs,
+    LabelResult,
+    reconstruct_labels,
+)
 from inversion.mlco import MLCOSchedule
 from inversion.objective import Losses, Objective, Weights
 from inversion.optimise import OPTIMISERS, Loop, Outcome, lowest, reconstruct
@@ -50,7 +57,15 @@ from utils.cli import (
     run_script,
     writable_folder,
 )
-from utils.images import denormalise, save_choices, save_losses, save_pairs, save_panels
+from utils.image_files import load_auxiliary, public_photographs
+from utils.images import (
+    denormalise,
+    normalise,
+    save_choices,
+    save_losses,
+    save_pairs,
+    save_panels,
+)
 from utils.report import (
     Progress,
     Reporter,
@@ -64,13 +79,14 @@ from utils.report import (
     write_csv,
     write_json,
 )
-from utils.scoring import score_reconstruction
+from utils.scoring import label_table, score_reconstruction
 
 LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {metrics.LPIPS_BACKBONE} of torchvision, by "
     "--lpips-weights FILE or in the torch hub cache"
 )
 RECORDED_STEPS = 2000
+PUBLIC_IMAGES = 128
 MLCO_NOISE = 0.2
 CONSENSUS = "consensus"
 
@@ -92,6 +108,13 @@ def parser() -> Parser:
     add("--labels", help="labels by hand: 3,1,… or a file of them")
     add("--pseudo-label-init", choices=("known", "from_grads"), default="known",
         help="where labels come from")  # fmt: skip
+
+    add = parser.add_argument_group("label reconstruction").add_argument
+    add("--label-method", choices=(AUTO, *LABEL_STRATEGIES), default=AUTO,
+        help="how from_grads finds labels")  # fmt: skip
+    add("--label-aux", help="folder of labelled images of the attacker's own, a subfolder a class")
+    add("--label-prior", choices=("none", "uniform"), default="none",
+        help="uniform: labels are known to be drawn evenly from all classes")  # fmt: skip
 
     add = parser.add_argument_group("objective").add_argument
     add("--gradient-loss-fun", choices=GRADIENT_DISTANCES, default="sim",
@@ -193,10 +216,27 @@ def check(args) -> None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
     if not (math.isfinite(args.lr) and args.lr > 0):
         raise InputError(f"--lr {args.lr:g}: must be above 0; give a step size such as 0.1")
-    if args.pseudo_label_init == "from_grads":
+    if args.pseudo_label_init == "from_grads" and args.labels is not None:
         raise InputError(
-            "--pseudo-label-init from_grads: label reconstruction is not available yet; leave it "
-            "out, and give --labels where there is no truth"
+            f"--labels {args.labels[:80]}: --pseudo-label-init from_grads finds the labels; give "
+            "one of them"
+        )
+    for flag, unused in (("method", AUTO), ("aux", None), ("prior", "none")):
+        value = getattr(args, f"label_{flag}")
+        if args.pseudo_label_init != "from_grads" and value != unused:
+            raise InputError(
+                f"--label-{flag} {value}: says how labels are reconstructed; give "
+                "--pseudo-label-init from_grads as well"
+            )
+    if args.label_method in ("counts-aux", "counts-bn") and args.label_aux is None:
+        raise InputError(
+            f"--label-method {args.label_method}: needs labelled images; give their folder by "
+            "--label-aux"
+        )
+    if args.label_prior == "uniform" and args.label_method not in (AUTO, "counts"):
+        raise InputError(
+            f"--label-prior uniform: concerns counts, not --label-method {args.label_method}; "
+            "leave it out"
         )
     if args.TV_end is not None and args.TV == 0:
         raise InputError(f"--TV-end {args.TV_end:g}: decays --TV, which is 0; give --TV as well")
@@ -230,7 +270,7 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
     """The attacker's view of the checkpoint, and the truth only where the flags call for it."""
     checkpoint = checkpoints.load(args.checkpoint)
     target = target_from_checkpoint(checkpoint)
-    knows_labels = args.labels is not None
+    knows_labels = args.labels is not None or args.pseudo_label_init == "from_grads"
     if not args.metric and knows_labels:
         return target, None
     flag, source = "--checkpoint", checkpoint
@@ -249,10 +289,8 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
     return target, truth
 
 
-def labels_from(args, target: Target, truth: GroundTruth | None) -> tuple[Tensor, str]:
-    """The labels that the attack goes on with, and where they come from."""
-    if args.labels is None:
-        return truth.y, "known"
+def given_labels(args, target: Target) -> Tensor:
+    """The labels of `--labels`, (B,)."""
     text = args.labels
     try:
         if os.path.isfile(text):
@@ -266,7 +304,39 @@ def labels_from(args, target: Target, truth: GroundTruth | None) -> tuple[Tensor
     checkpoints.check_labels(
         y, target.batch_size, target.num_classes, f"--labels {args.labels[:80]}"
     )
-    return y, "given"
+    return y
+
+
+def found_labels(args, target: Target, model: nn.Module) -> LabelResult:
+    """The labels that the gradient gives away, by `--label-method`."""
+    shape = target.image_shape
+    public = normalise(public_photographs(PUBLIC_IMAGES, shape), target.mean, target.std)
+    auxiliary = None
+    if args.label_aux is not None:
+        x, y = load_auxiliary(args.label_aux, target.num_classes, shape, "--label-aux")
+        auxiliary = normalise(x, target.mean, target.std), y
+    inputs = LabelInputs(model, public, auxiliary, args.label_prior == "uniform")
+    try:
+        return reconstruct_labels(target, inputs, args.label_method)
+    except ValueError as error:
+        raise InputError(
+            f"--pseudo-label-init from_grads: {error}; give the labels by --labels"
+        ) from error
+
+
+def say_labels(found: LabelResult, truth: GroundTruth | None, reporter: Reporter) -> None:
+    """Print the reconstructed labels, with the true ones where scoring may see them."""
+    text = label_table(
+        found.labels,
+        found.lower_bounds,
+        certain=found.certain,
+        y_true=None if truth is None else truth.y,
+    )
+    regime = f", {found.regime} regime" if found.regime else ""
+    reporter.say(
+        f"labels from the gradient: {found.method} ({found.reason}){regime}, "
+        f"{found.seconds:.2f} s\n{text}"
+    )
 
 
 def bn_source_from(args, target: Target, model: nn.Module, reporter: Reporter) -> str | None:
@@ -301,7 +371,7 @@ class Setting:
     target: Target
     truth: GroundTruth | None
     y: Tensor
-    label_method: str
+    labels: LabelResult | None
     objective: Objective
     bn_source: str | None
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None
@@ -322,8 +392,13 @@ def load_setting(args, reporter: Reporter) -> Setting:
     device = choose_device(args.gpu)
     check(args)
     target, truth = load_inputs(args)
-    y, label_method = labels_from(args, target, truth)
     model = model_of(target).to(device)
+    found = None
+    if args.pseudo_label_init == "from_grads":
+        found = found_labels(args, target, model)
+        y = found.labels
+    else:
+        y = given_labels(args, target) if args.labels is not None else truth.y
     bn_source = bn_source_from(args, target, model, reporter)
     objective = Objective(
         model,
@@ -335,7 +410,7 @@ def load_setting(args, reporter: Reporter) -> Setting:
         bn_grad=args.bn_grad,
     )
     lpips_score = metrics.load_lpips(args.lpips_weights) if args.metric else None
-    return Setting(target, truth, y, label_method, objective, bn_source, lpips_score, device)
+    return Setting(target, truth, y, found, objective, bn_source, lpips_score, device)
 
 
 # The attack --------------------------------------------------------------------------------
@@ -518,6 +593,32 @@ def say_outcome(args, outcome: Outcome, reporter: Reporter) -> None:
     reporter.say(f"chosen: {chosen}  gradient loss {losses.gradient:.6g}  {terms}")
 
 
+def label_record(args, setting: Setting) -> dict:
+    """The entry `labels` of result.json."""
+    found, true = setting.labels, setting.truth.y if args.metric else None
+    record = {
+        "method": "known" if args.labels is None else "given",
+        "reconstructed": setting.y,
+        "true": true,
+        "accuracy": None if true is None else metrics.label_accuracy(setting.y, true),
+    }
+    if found is None:
+        return record
+    if true is not None:
+        record["existence_accuracy"] = metrics.existence_accuracy(
+            setting.y, true, setting.target.num_classes
+        )
+    bounds = found.lower_bounds
+    return record | {
+        "method": found.method,
+        "reason": found.reason,
+        "regime": found.regime,
+        "lower_bounds": {int(k): int(bounds[k]) for k in bounds.nonzero().flatten()},
+        "certain": found.certain,
+        "seconds": found.seconds,
+    }
+
+
 def write(
     args, setting: Setting, outcome: Outcome, recorder: Recorder, seconds: float, folder: Path
 ) -> None:
@@ -528,7 +629,7 @@ def write(
     checkpoints.save(x_recon, str(folder / "x_recon.pth"))
     checkpoints.save(setting.y, str(folder / "y_recon.pth"))
     write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
-    scores = accuracy = None
+    scores = None
     if args.metric:
         true = setting.images(truth.x)
         scores, text = score_reconstruction(
@@ -539,7 +640,6 @@ def write(
             by_index=args.one_to_one_similarity,
             lpips_score=setting.lpips_score,
         )
-        accuracy = metrics.label_accuracy(setting.y, truth.y)
         reporter.say(text)
     stopped = "interrupted" if recorder.interrupts.signal else outcome.final.stopped
     losses = outcome.final.losses
@@ -564,12 +664,7 @@ def write(
         "bn_source": setting.bn_source,
         "stopped": stopped,
         "losses": {"gradient": losses.gradient, "total": losses.total, **losses.terms},
-        "labels": {
-            "method": setting.label_method,
-            "reconstructed": setting.y,
-            "true": truth.y if args.metric else None,
-            "accuracy": accuracy,
-        },
+        "labels": label_record(args, setting),
         "metrics": scores,
         "seeds": [
             {
@@ -598,6 +693,13 @@ def main(argv: list[str]) -> int:
     reporter = Reporter()
     setting = load_setting(args, reporter)
     reporter.say("settings\n" + setting_lines(vars(args)))
+    if setting.labels is not None:
+        say_labels(setting.labels, setting.truth if args.metric else None, reporter)
+        if args.one_to_one_similarity and args.metric:
+            reporter.say(
+                "note: reconstructed labels are in ascending order, so pairing by index compares "
+                "images of different labels unless the true ones are sorted too"
+            )
     reporter.say(plan(args, setting))
     if args.GInfoR:
         reporter.say("--GInfoR: the gradient information ratio is not computed yet")

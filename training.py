@@ -24,6 +24,7 @@ from utils.cli import (
     file_name,
     integer_from,
     is_out_of_memory,
+    number,
     run_script,
     writable_folder,
 )
@@ -69,6 +70,8 @@ def parser() -> Parser:
     add = parser.add_argument_group("what is sent").add_argument
     add("--upload-bn", action="store_true", help="store the batch's BatchNorm statistics")
     add("--seal", action="store_true", help="write the truth to a file of its own")
+    add("--label-smoothing", type=number(0, below=1), default=0.0,
+        help="share of every label that the loss moves to all classes")  # fmt: skip
     return parser
 
 
@@ -164,6 +167,7 @@ def main(argv: list[str]) -> int:
             x.to(device),
             y.to(device),
             train_mode=not args.model_eval,
+            label_smoothing=args.label_smoothing,
             capture_bn=args.upload_bn,
         )
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -191,6 +195,7 @@ def main(argv: list[str]) -> int:
         train_mode=not args.model_eval,
         bn_mean=sent.bn_mean,
         bn_var=sent.bn_var,
+        label_smoothing=args.label_smoothing,
         truth=(x, y),
         settings={**vars(args), "versions": versions(), "git": git_revision()},
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from inversion.objective import Objective
 from inversion.optimise import lowest
 from models.batchnorm import batchnorm_layers
-from models.gradient import batch_gradient, trainable_parameters
+from models.gradient import trainable_parameters
 
 #: Up to this many combinations all are tried, where their losses cost nothing.
 EXHAUSTIVE = 4096
@@ -172,12 +172,7 @@ def _inner_products(
         for i in range(batch_size):
             if should_stop():
                 raise InterruptedSearchError
-            gradient = batch_gradient(
-                objective.model,
-                x[i : i + 1].to(device),
-                objective.y[i : i + 1],
-                train_mode=objective.train_mode,
-            )
+            gradient = objective.gradient(x[i : i + 1].to(device), objective.y[i : i + 1])
             torch.cat([g.flatten() for g in gradient], out=rows[s * batch_size + i])
     rows /= batch_size
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)

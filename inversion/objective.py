@@ -96,6 +96,7 @@ class Objective:
         self.model = model
         self.weights = weights
         self.train_mode = target.train_mode
+        self.label_smoothing = target.label_smoothing
         self.bn_grad = bn_grad
         self.y = y.to(like.device)
         self.consensus: Tensor | None = None
@@ -118,14 +119,25 @@ class Objective:
         with torch.no_grad():
             return self._distance.with_cotangent(gradient, self.target_gradient)
 
+    def gradient(
+        self, x: Tensor, y: Tensor | None = None, *, create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Gradient that a client with images `x` and labels `y` (all the target's) would send."""
+        return batch_gradient(
+            self.model,
+            x,
+            self.y if y is None else y,
+            train_mode=self.train_mode,
+            label_smoothing=self.label_smoothing,
+            create_graph=create_graph,
+        )
+
     def evaluate(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Gradient of the candidate batch `x` and its unweighted priors, both on the graph."""
         truncated = truncated_derivative if self.bn_grad == "detached" else nullcontext
         recorded = recorded_moments if self._needs_moments else _nothing_recorded
         with truncated(self.model), recorded(self.model) as moments:
-            gradient = batch_gradient(
-                self.model, x, self.y, train_mode=self.train_mode, create_graph=True
-            )
+            gradient = self.gradient(x, create_graph=True)
             candidate = Candidate(x, moments(), self.target_moments, self.consensus)
         names = [
             name
@@ -142,8 +154,7 @@ class Objective:
 
     def gradient_distance(self, x: Tensor) -> float:
         """The gradient distance of the candidate `x` alone: no priors, no graph."""
-        gradient = batch_gradient(self.model, x, self.y, train_mode=self.train_mode)
-        return self.distance_with_cotangent(gradient)[0].item()
+        return self.distance_with_cotangent(self.gradient(x))[0].item()
 
     def prior_sum(self, terms: Mapping[str, Tensor], progress: float) -> Tensor | float:
         """Weighted sum of the prior terms at `progress` of the run; 0 without priors."""

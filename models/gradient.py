@@ -54,17 +54,24 @@ def _hard_sigmoid(x: Tensor) -> Tensor:
 
 
 def batch_gradient(
-    model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool, create_graph: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    train_mode: bool,
+    label_smoothing: float = 0.0,
+    create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradient of the batch's mean cross-entropy with respect to the trainable parameters.
 
-    `x` (B, C, H, W) normalised images, `y` (B,) class indices. Returns one tensor a trainable
+    `x` (B, C, H, W) normalised images, `y` (B,) class indices; `label_smoothing` ε in [0, 1) moves
+    a share ε of every label evenly to all classes. Returns one tensor a trainable
     parameter, in the model's order, shaped like it; zeros where a parameter takes no part.
     With `create_graph` the result can be differentiated once more with respect to `x`.
     """
     parameters = list(trainable_parameters(model).values())
     with gradient_mode(model, train_mode), torch.enable_grad():
-        loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(model(x), y, label_smoothing=label_smoothing)
         return torch.autograd.grad(
             loss, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )

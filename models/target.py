@@ -12,6 +12,19 @@ from utils.cli import InputError
 
 
 @dataclass(frozen=True)
+class Protection:
+    """What the client did to the gradient before sending it, as it tells.
+
+    mode: "batch" clips the mean gradient, "per-sample" every sample's. clip: their largest norm C,
+    None without clipping. sigma: standard deviation of the noise in every number sent.
+    """
+
+    mode: str
+    sigma: float
+    clip: float | None
+
+
+@dataclass(frozen=True)
 class Target:
     """All that an attacker sees of one client step.
 
@@ -19,7 +32,8 @@ class Target:
     mean, std: (C, 1, 1), the normalisation of the images. train_mode: BatchNorm used batch
     statistics. trainable: names of the trainable parameters. bn_mean, bn_var: mean and biased
     variance of the whole batch at the input of every BatchNorm layer, one (C_l,) tensor each,
-    or None when the client did not send them.
+    or None when the client did not send them. label_smoothing: the share ε of every label that the
+    loss moved evenly to all classes. protection: noise and clipping, None without.
     """
 
     gradient: tuple[Tensor, ...]
@@ -34,6 +48,8 @@ class Target:
     trainable: tuple[str, ...]
     bn_mean: tuple[Tensor, ...] | None = None
     bn_var: tuple[Tensor, ...] | None = None
+    label_smoothing: float = 0.0
+    protection: Protection | None = None
 
     @property
     def box(self) -> tuple[Tensor, Tensor]:
@@ -64,6 +80,7 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
     def per_channel(values):
         return torch.as_tensor(values, dtype=dtype).view(-1, 1, 1)
 
+    record = checkpoint.get("protection")
     bn_mean, bn_var = checkpoint.get("bn_mean_list"), checkpoint.get("bn_var_list")
     return Target(
         gradient=gradient,
@@ -78,6 +95,8 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
         trainable=tuple(names) if names else (),
         bn_mean=tuple(bn_mean) if bn_mean else None,
         bn_var=tuple(bn_var) if bn_var else None,
+        label_smoothing=float(checkpoint.get("label_smoothing", 0.0)),
+        protection=Protection(**record) if record else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Golden values of every distance, prior and metric.
+"""Golden values of every distance, prior, label method and metric.
 
     python -m tests.golden        writes tests/golden.json anew; review the difference
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from inversion.distances import GRADIENT_DISTANCES
+from inversion.evidence import Auxiliary, Evidence
+from inversion.labels import LABEL_STRATEGIES, LabelInputs
 from inversion.priors import PRIORS, Candidate
 from utils import metrics
 
@@ -21,6 +23,24 @@ def wave(*shape, speed):
     """sin(speed · index), shaped; in [−1, 1]."""
     count = torch.Size(shape).numel()
     return torch.sin(speed * torch.arange(count, dtype=torch.float64)).view(shape)
+
+
+def label_evidence():
+    """A head of four classes that saw twelve samples, its gradient and an auxiliary set."""
+    weight, bias = 3 * wave(4, 5, speed=1.7), 0.1 * wave(4, speed=0.9)
+    y = torch.tensor([0, 2, 2, 1, 2, 0, 2, 2, 0, 2, 2, 2])
+    h = 1 + wave(12, 5, speed=2.3)
+    residual = (h @ weight.T + bias).softmax(1) - torch.nn.functional.one_hot(y, 4)
+    features, labels = 1 + wave(24, 5, speed=2.9), torch.arange(24) % 4
+    return Evidence(
+        weight_grad=residual.T @ h / 12,
+        bias_grad=residual.mean(0),
+        weight=weight,
+        bias=bias,
+        batch_size=12,
+        public=features,
+        auxiliary=Auxiliary(features, labels, features, h.mean(0)),
+    )
 
 
 def values():
@@ -40,6 +60,11 @@ def values():
         f"distance {k}": d.value(gradient, target).item() for k, d in GRADIENT_DISTANCES.items()
     }
     result |= {f"prior {k}": prior.function(candidate).item() for k, prior in PRIORS.items()}
+    inputs = LabelInputs(torch.nn.Identity())
+    result |= {
+        f"labels {k}": method(label_evidence(), inputs).counts.tolist()
+        for k, method in LABEL_STRATEGIES.items()
+    }
     result |= {f"metric {k}": f(image, true).tolist() for k, f in metrics.METRICS.items()}
     return result
 

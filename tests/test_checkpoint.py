@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from models.gradient import batch_gradient
-from models.target import model_of, target_from_checkpoint, truth_from_checkpoint
+from models.target import Protection, model_of, target_from_checkpoint, truth_from_checkpoint
 from tests.support import ROOT, Hostile, attack, call, smooth_network, succeed
 from utils.checkpoint import FORMAT, free_stem, load, load_truth, make_checkpoint, save, seal
 from utils.cli import FaultError, InputError
@@ -25,12 +25,13 @@ KEYS = {
     "free_last_layers_list", "target_gradient", "bn_mean_list", "bn_var_list", "x_true", "y_true",
     "args",
 }  # fmt: skip
+NEW_KEYS = {"format", "trainable", "label_smoothing", "protection"}
 
 
 def test_keys_and_plain_types(captured):
     path = captured("-a", "convnet", "-b", "4", "--upload-bn")
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint.keys() == KEYS | {"format", "trainable"}
+    assert checkpoint.keys() == KEYS | NEW_KEYS
     assert checkpoint["format"] == FORMAT
     assert datetime.datetime.fromisoformat(checkpoint["clock"])
     assert checkpoint["dataset_setup"].keys() == {"mean", "std", "size", "n_classes"}
@@ -89,7 +90,7 @@ def test_sealed_file_holds_only_what_an_attacker_has(tmp_path):
     truth = truth_from_checkpoint(load_truth(str(truth_path)))
     assert truth.x.shape == (3, 3, 32, 32)
     assert truth.y.tolist() == [0, 1, 2]
-    assert checkpoint.keys() == (KEYS | {"format", "trainable"}) - {"x_true", "y_true"}
+    assert checkpoint.keys() == (KEYS | NEW_KEYS) - {"x_true", "y_true"}
     values = set(truth.x.flatten().tolist())
     stored = [*checkpoint["state_dict"].values(), *checkpoint["target_gradient"]]
     assert not any(values & set(t.flatten().tolist()) - {0.0, 1.0} for t in stored)
@@ -125,7 +126,7 @@ def test_without_metric_and_with_labels_the_truth_is_not_used(captured, tmp_path
 def original_checkpoint(path, tmp_path, **changes):
     """A file with the keys of the original project and an argparse.Namespace inside."""
     checkpoint = load(str(path))
-    for key in ("format", "trainable"):
+    for key in NEW_KEYS:
         del checkpoint[key]
     checkpoint["args"] = argparse.Namespace(arch="convnet", free_last_layers_list=["all"], gpu=0)
     checkpoint["clock"] = str(datetime.datetime.now())
@@ -143,6 +144,16 @@ def test_files_of_the_original_load(captured, tmp_path, clock):
         torch.load(path, weights_only=True)
     result, _ = attack(tmp_path, path, "--epochs", 2, "--BN", 0.01, "--exact-bn", "--metric")
     assert result["bn_source"] == "batch"
+
+
+def test_protection_in_files_of_the_original(captured, tmp_path):
+    settings = argparse.Namespace(enable_dp=True, sigma=0.01, max_per_sample_grad_norm=0.5)
+    path = original_checkpoint(captured("-a", "lenet", "-b", "2"), tmp_path, args=settings)
+    record = target_from_checkpoint(load(str(path))).protection
+    assert record == Protection("batch", sigma=0.01, clip=0.5)
+    settings.enable_dp = False
+    path = original_checkpoint(captured("-a", "lenet", "-b", "2"), tmp_path, args=settings)
+    assert target_from_checkpoint(load(str(path))).protection is None
 
 
 def test_partial_gradients_of_the_original_are_refused(captured, tmp_path):
@@ -171,7 +182,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": FORMAT + 1}, r"format 2, written by a newer version"),
+        ({"format": FORMAT + 1}, r"format 3, written by a newer version"),
         ({"format": "x"}, "newer version"),
         ({"local_steps": 5}, "an update of 5 local steps is no gradient"),
         ({"arch": None}, "missing arch"),
@@ -196,6 +207,11 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
         ({"target_gradient": [torch.ones(1).long()], "trainable": ["w"]}, "gradient of w is not"),
         ({"trainable": 5}, "trainable is not one name"),
         ({"local_steps": "x"}, "local steps"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, not from 0 to below 1"),
+        ({"label_smoothing": "0"}, "label_smoothing is 0"),
+        ({"protection": {"mode": "batch", "sigma": 1.0}}, "protection is no record"),
+        ({"protection": {"mode": "batch", "sigma": -1.0, "clip": None}}, "protection is no record"),
+        ({"protection": {"mode": "all", "sigma": 1.0, "clip": 1.0}}, "protection is no record"),
         ({"bn_mean_list": [torch.ones(2)], "bn_var_list": None}, "bn_mean_list and bn_var_list"),
         ({"bn_mean_list": "ab", "bn_var_list": "ab"}, "bn_mean_list and bn_var_list"),
     ],

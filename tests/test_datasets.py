@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from tests.support import Hostile
-from train import datasets
 from train.datasets import DATASETS, PHOTOS, Request, load_backup, load_batch, photo_batch
+from utils import image_files
 from utils.cli import InputError
 
 
@@ -79,8 +79,8 @@ def test_normalisation():
 def test_folder_batches_are_disjoint_and_decoded_alone(tmp_path, monkeypatch):
     root = image_folder(tmp_path)
     decoded = []
-    real = datasets.decode
-    monkeypatch.setattr(datasets, "decode", lambda p, *a: (decoded.append(p), real(p, *a))[1])
+    real = image_files.decode
+    monkeypatch.setattr(image_files, "decode", lambda p, *a: (decoded.append(p), real(p, *a))[1])
     request = Request(root=str(root), size=16, seed=3)
     batches = [load_batch("folder", request, 5, index) for index in range(2)]
     assert len(decoded) == 10
@@ -118,28 +118,28 @@ def test_deep_grey_images_keep_their_range(tmp_path, dtype):
     values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(dtype)
     (tmp_path / "a").mkdir()
     Image.fromarray(values).save(tmp_path / "a" / "x.tif")
-    pixels = datasets.decode(str(tmp_path / "a" / "x.tif"), 1, 64)
+    pixels = image_files.decode(str(tmp_path / "a" / "x.tif"), 1, 64)
     torch.testing.assert_close(pixels[0], torch.from_numpy(values / 65535).float())
 
 
 def test_values_out_of_range_are_refused(tmp_path):
     Image.fromarray(np.full((9, 9), 200.0, dtype=np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(InputError, match="holds 200 to 200, but images of kind F"):
-        datasets.decode(str(tmp_path / "x.tif"), 1, 9)
+        image_files.decode(str(tmp_path / "x.tif"), 1, 9)
 
 
 def test_huge_images_are_refused_not_decoded(tmp_path, monkeypatch):
     write_images(tmp_path, 1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(InputError, match=r"000\.png is no readable image .*pixels"):
-        datasets.decode(str(tmp_path / "000.png"), 3, 8)
+        image_files.decode(str(tmp_path / "000.png"), 3, 8)
 
 
 def test_decode_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
     values = np.zeros((20, 60, 3), dtype=np.uint8)
     values[:, 20:40] = 255
     Image.fromarray(values).save(tmp_path / "x.png")
-    assert (datasets.decode(str(tmp_path / "x.png"), 3, 20) == 1).all()
+    assert (image_files.decode(str(tmp_path / "x.png"), 3, 20) == 1).all()
 
 
 def test_broken_images_are_named(tmp_path):

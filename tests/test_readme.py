@@ -127,6 +127,8 @@ def mistakes(tmp_path_factory):
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2"), folder / "lenet.tar")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "3"), folder / "other.tar")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2", "--seal"), folder / "sealed.tar")
+    squeezenet = ("-a", "squeezenet1_1", "-b", "2", "--image-size", "64")
+    os.rename(capture_photos(folder, *squeezenet), folder / "squeezenet.tar")
     checkpoint = load(str(folder / "lenet.tar"))
     save(checkpoint | {"format": FORMAT + 1}, str(folder / "newer.tar"))
     gradient = [torch.ones(2, 2), *checkpoint["target_gradient"][1:]]

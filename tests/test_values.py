@@ -1,4 +1,4 @@
-"""Values of distances, priors and metrics: golden, by hand, and against other libraries."""
+"""Values of distances, priors, label methods, metrics: golden, by hand, by other libraries."""
 
 import json
 import math

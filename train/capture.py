@@ -18,18 +18,26 @@ class Capture:
 
 
 def capture(
-    model: nn.Module, x: Tensor, y: Tensor, *, train_mode: bool, capture_bn: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    train_mode: bool,
+    label_smoothing: float = 0.0,
+    capture_bn: bool = False,
 ) -> Capture:
     """Compute what a client sends for the batch `x` (B, C, H, W) normalised, `y` (B,).
 
-    The gradient is that of the mean cross-entropy (models/gradient.py). `capture_bn` adds mean
+    The gradient is that of the mean cross-entropy (models/gradient.py), whose labels
+    `label_smoothing` in [0, 1) smooths. `capture_bn` adds mean
     and biased variance of the batch at the input of every BatchNorm layer. The model's modes
     and buffers are left as they were.
     """
+    options = {"train_mode": train_mode, "label_smoothing": label_smoothing}
     if not (capture_bn and batchnorm_layers(model)):
-        return Capture(batch_gradient(model, x, y, train_mode=train_mode), None, None)
+        return Capture(batch_gradient(model, x, y, **options), None, None)
     with recorded_moments(model) as moments:
-        gradient = batch_gradient(model, x, y, train_mode=train_mode)
+        gradient = batch_gradient(model, x, y, **options)
         pairs = moments()
     return Capture(
         gradient,

@@ -7,8 +7,6 @@ the batch asked for.
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,16 +15,17 @@ import sklearn.datasets
 import torch
 from PIL import Image
 from torch import Generator, Tensor
-from torchvision.datasets import SVHN, ImageFolder
+from torchvision.datasets import SVHN
 from torchvision.transforms.v2 import functional as transforms
 
+import utils.images
 from utils.checkpoint import load_plain
 from utils.cli import InputError
+from utils.image_files import centre_crop, decode_all, image_folder, is_grey, random_crop
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 
 
 @dataclass(frozen=True)
@@ -185,65 +184,19 @@ def load_backup(
 
 def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
     """Images (B, C, H, W) in [0, 1] → (x − mean) / std a channel."""
-    mean, std = spec.normalisation
-    return (x - mean) / std
+    return utils.images.normalise(x, *spec.normalisation)
 
 
 # Image files -------------------------------------------------------------------------------
-
-
-def decode(path: str, channels: int, size: int) -> Tensor:
-    """Read one image file: (channels, size, size) in [0, 1].
-
-    The shorter side is scaled to `size` and the centre cut out. Grey files of 8 bits, of 16 bits
-    (0 to 65535, also inside 32-bit integers) and floats (0 to 1) keep their range.
-
-    Raises InputError, naming the file, when it is broken or too large, holds values outside that
-    range, or has colours where one channel was asked for.
-    """
-    with _opened(path) as image:
-        image.load()
-    is_grey = image.mode in GREY_MODES
-    if channels == 1 and not is_grey:
-        raise InputError(
-            f"--data: {path} is in colour, among grey ones; give --channels 3 to read all in colour"
-        )
-    if image.mode.startswith(("I", "F")):
-        highest = 65535 if image.mode.startswith("I") else 1
-        values = np.asarray(image).astype(np.float32)
-        if not (values.min() >= 0 and values.max() <= highest):
-            raise InputError(
-                f"--data: {path} holds {values.min():g} to {values.max():g}, but images of kind "
-                f"{image.mode} are read from 0 to {highest}; rescale it"
-            )
-        pixels = torch.from_numpy(values / highest)[None]
-    else:
-        pixels = transforms.pil_to_tensor(image.convert("L" if is_grey else "RGB")).float() / 255
-    if pixels.shape[0] < channels:
-        pixels = pixels.expand(channels, -1, -1)
-    pixels = transforms.resize(pixels, [size], antialias=True).clamp(0, 1)
-    return transforms.center_crop(pixels, [size, size])
-
-
-@contextmanager
-def _opened(path: str):
-    """The image file `path`; whatever goes wrong with it becomes an InputError naming it."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"--data: {path} is no readable image ({error}); remove it") from error
 
 
 def _files_source(paths: Sequence[str], labels: Sequence[int], request: Request, spec) -> Source:
     channels, size, _ = spec.shape
 
     def batch(indices):
-        with ThreadPoolExecutor(max(1, request.workers)) as pool:
-            images = list(pool.map(lambda i: decode(paths[i], channels, size), indices))
-        return torch.stack(images), torch.tensor([labels[i] for i in indices])
+        chosen = [paths[i] for i in indices]
+        images = decode_all(chosen, channels, size, workers=request.workers)
+        return images, torch.tensor([labels[i] for i in indices])
 
     return Source(len(paths), batch, spec)
 
@@ -256,40 +209,24 @@ def _folder_of(request: Request, name: str) -> str:
     return request.root
 
 
-def _image_folder(root: str) -> tuple[list[str], list[int], int]:
-    try:
-        folder = ImageFolder(root)
-    except OSError as error:  # no class, a class without images, no permission
-        raise InputError(
-            f"--data {root}: needs one subfolder a class with images in each: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    return [p for p, _ in folder.samples], [c for _, c in folder.samples], len(folder.classes)
-
-
 def _open_folder(request: Request, spec: DatasetSpec) -> Source:
     """Any ImageFolder. Grey where the first file of every class is, unless channels are given."""
-    paths, labels, num_classes = _image_folder(_folder_of(request, "folder"))
+    paths, labels, num_classes = image_folder(_folder_of(request, "folder"))
     channels = request.channels
     if channels is None:
         firsts = [paths[labels.index(c)] for c in range(num_classes)]
-        channels = 1 if all(_mode(path) in GREY_MODES for path in firsts) else 3
+        channels = 1 if all(is_grey(path) for path in firsts) else 3
     spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=num_classes)
     if channels == 1:
         spec = replace(spec, mean=GREY_MEAN, std=GREY_STD)
     return _files_source(paths, labels, request, spec)
 
 
-def _mode(path: str) -> str:
-    with _opened(path) as image:
-        return image.mode
-
-
 def _open_imagenet(request: Request, spec: DatasetSpec) -> Source:
     """ImageFolder in `root/train`, or in `root` itself; class indices are its sorted folders."""
     root = _folder_of(request, "imagenet")
     inner = os.path.join(root, "train")
-    paths, labels, num_classes = _image_folder(inner if os.path.isdir(inner) else root)
+    paths, labels, num_classes = image_folder(inner if os.path.isdir(inner) else root)
     if num_classes > spec.num_classes:
         raise InputError(
             f"--data {root}: {num_classes} class folders, imagenet has {spec.num_classes}; give "
@@ -423,19 +360,15 @@ def photo_batch(
     names = list(PHOTOS)
     photos = {}
 
-    def crop(label, side_share, x_share, y_share):
+    def photo(label):
         if label not in photos:
             photos[label] = Image.fromarray(PHOTOS[names[label]]())
-        photo = photos[label]
-        side = side_share * min(photo.size)
-        left, top = (x_share * (photo.width - side), y_share * (photo.height - side))
-        box = (left, top, left + side, top + side)
-        small = photo.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        return transforms.pil_to_tensor(small).float() / 255
+        return photos[label]
 
     if target_idx == 0 and batch_size <= len(names) and distinct_labels is None:
         labels = list(range(batch_size))
-        return torch.stack([crop(label, 1.0, 0.5, 0.5) for label in labels]), torch.tensor(labels)
+        images = [centre_crop(photo(label), size) for label in labels]
+        return torch.stack(images), torch.tensor(labels)
     classes = None
     if distinct_labels is not None:
         draw = np.random.default_rng([seed, target_idx])
@@ -447,7 +380,7 @@ def photo_batch(
         if classes is not None:
             label = classes[position % len(classes)]
         labels.append(label)
-        crops.append(crop(label, draw.uniform(0.5, 1.0), draw.uniform(), draw.uniform()))
+        crops.append(random_crop(photo(label), size, draw))
     return torch.stack(crops), torch.tensor(labels)
 
 

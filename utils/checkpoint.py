@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from utils.cli import FaultError, InputError
 
 #: Raised by one whenever a reader of the number before could misread the file.
-FORMAT = 1
+FORMAT = 2
 REQUIRED = (
     "batch_size",
     "dataset_setup",
@@ -30,6 +30,7 @@ REQUIRED = (
     "state_dict",
     "target_gradient",
 )
+PROTECTION_MODES = ("batch", "per-sample")
 SETUP_KEYS = ("mean", "std", "size", "n_classes")
 #: What checkpoints of the original hold besides tensors and plain types.
 ORIGINAL_TYPES = [
@@ -53,6 +54,8 @@ def make_checkpoint(
     train_mode: bool,
     bn_mean: Sequence[Tensor] | None = None,
     bn_var: Sequence[Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    protection: Mapping | None = None,
     truth: tuple[Tensor, Tensor] | None = None,
     settings: Mapping | None = None,
     local_steps: int = 1,
@@ -67,7 +70,10 @@ def make_checkpoint(
     any word when only the Python interface is used. image_shape: (C, H, W). mean, std: C
     numbers each, the normalisation the network was fed with. train_mode: whether BatchNorm
     used batch statistics. bn_mean, bn_var: mean and biased variance of the batch at the input
-    of each BatchNorm layer, where the client sent them. truth: (x (B, C, H, W) normalised,
+    of each BatchNorm layer, where the client sent them. label_smoothing: of the cross-entropy, in
+    [0, 1). protection: what was done to the gradient, a mapping with `mode` ("batch" or
+    "per-sample"), `sigma` (standard deviation of the added noise) and `clip` (largest norm, or
+    None). truth: (x (B, C, H, W) normalised,
     y (B,)), for scoring. settings: plain values to record.
 
     Raises InputError when the gradient does not fit the model's trainable parameters or another
@@ -126,6 +132,8 @@ def make_checkpoint(
         "target_gradient": [_stored(g) for g in gradient],
         "bn_mean_list": None if bn_mean is None else [_stored(m) for m in bn_mean],
         "bn_var_list": None if bn_var is None else [_stored(v) for v in bn_var],
+        "label_smoothing": float(label_smoothing),
+        "protection": None if protection is None else dict(protection),
         "args": dict(settings or {}),
     }
     if truth is not None:
@@ -219,6 +227,8 @@ def load(path: str, flag: str = "--checkpoint") -> dict:
     if not isinstance(checkpoint, dict):
         raise InputError(f"{flag} {path}: not a checkpoint of training.py")
     _check_format(checkpoint, path, flag)
+    if "format" not in checkpoint:
+        checkpoint = {**checkpoint, "protection": _original_protection(checkpoint.get("args"))}
     missing = [key for key in REQUIRED if key not in checkpoint]
     setup = checkpoint.get("dataset_setup")
     if isinstance(setup, dict):
@@ -245,6 +255,19 @@ def load(path: str, flag: str = "--checkpoint") -> dict:
             f"{flag} {path}: images of {channels} channels cannot be shown; attack them from Python"
         )
     return checkpoint
+
+
+def _original_protection(settings) -> dict | None:
+    """What the settings in a checkpoint of the original say about noise and clipping."""
+    settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+    if not settings.get("enable_dp"):
+        return None
+    sigma = settings.get("sigma")
+    return {
+        "mode": "batch",
+        "sigma": 0.0 if sigma is None else sigma,
+        "clip": settings.get("max_per_sample_grad_norm"),
+    }
 
 
 def check_contents(checkpoint: dict, source: str) -> None:
@@ -297,6 +320,22 @@ def check_contents(checkpoint: dict, source: str) -> None:
             refuse("bn_mean_list and bn_var_list are not lists of as many tensors")
     if not all(v.isfinite().all() for v in [*(means or ()), *(variances or ())]):
         refuse("the BN statistics are not finite")
+    smoothing = checkpoint.get("label_smoothing", 0.0)
+    if not (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
+        refuse(f"label_smoothing is {smoothing}, not from 0 to below 1")
+    record = checkpoint.get("protection")
+    if record is not None and not (
+        isinstance(record, dict)
+        and record.keys() == {"mode", "sigma", "clip"}
+        and record["mode"] in PROTECTION_MODES
+        and _at_least_zero(record["sigma"])
+        and (record["clip"] is None or _at_least_zero(record["clip"]))
+    ):
+        refuse("protection is no record with mode, sigma and clip")
+
+
+def _at_least_zero(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _positive(*values) -> bool:

@@ -47,8 +47,14 @@ def integer_from(low: int, high: int = 2**31 - 1):
     return parse
 
 
-def number(low: float = -math.inf, high: float = math.inf, *, above: float | None = None):
-    """A flag type: a finite number in [low, high], strictly above `above` where it is given."""
+def number(
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+):
+    """A flag type: a finite number in [low, high], strictly above `above` and below `below`."""
 
     def parse(text: str) -> float:
         try:
@@ -59,6 +65,8 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: float | Non
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"{text} must be above {above:g}")
+        if below is not None and value >= below:
+            raise argparse.ArgumentTypeError(f"{text} must be below {below:g}")
         if not low <= value <= high:
             allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is out of range; give {allowed}")

@@ -20,6 +20,11 @@ def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (x * std.to(x) + mean.to(x)).clamp(0, 1)
 
 
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] → (x − mean) / std. mean, std: (C, 1, 1)."""
+    return (images.to(mean) - mean) / std
+
+
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one image (C, H, W) in [0, 1], C 1 or 3, as an 8-bit PNG."""
     pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()

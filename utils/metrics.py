@@ -103,6 +103,16 @@ def label_accuracy(y: Tensor, y_true: Tensor) -> float:
     return torch.minimum(counts, true).sum().item() / len(y_true)
 
 
+def existence_accuracy(y: Tensor, y_true: Tensor, num_classes: int) -> float:
+    """Share of the classes whose presence or absence in the batch is right, in [0, 1].
+
+    LeAcc of iLRG (Ma et al., ICLR 2023). Absent classes count: with many more classes than
+    labels it is near 1 whatever was found.
+    """
+    found, true = (torch.bincount(v.cpu(), minlength=num_classes) > 0 for v in (y, y_true))
+    return (found == true).double().mean().item()
+
+
 def assign(x: Tensor, x_true: Tensor) -> list[int]:
     """Optimal one-to-one pairing: for true image i the index of its reconstruction.
 

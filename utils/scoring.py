@@ -3,10 +3,60 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from utils import metrics
 from utils.report import table
+
+#: Classes that are printed, the most frequent ones first.
+PRINTED_CLASSES = 40
+
+
+def label_table(
+    y: Tensor, lower_bounds: Tensor, *, certain: bool, y_true: Tensor | None = None
+) -> str:
+    """A table of reconstructed labels to print: class, count, lower bound, true count.
+
+    y: (B,) labels. lower_bounds: (C,) least number of every class. y_true: for scoring.
+    """
+    num_classes = len(lower_bounds)
+    n = torch.bincount(y.cpu(), minlength=num_classes)
+    true = None if y_true is None else torch.bincount(y_true.cpu(), minlength=num_classes)
+    involved = (n > 0) | (lower_bounds > 0)
+    if true is not None:
+        involved |= true > 0
+    classes = involved.nonzero().flatten()
+    order = n[classes].argsort(descending=True, stable=True)
+    classes = classes[order].tolist()
+    header = ["class", "labels", "at least" if certain else "likely at least"]
+    columns = [n, lower_bounds]
+    if true is not None:
+        header.append("true")
+        columns.append(true)
+    rows = [[k, *(int(column[k]) for column in columns)] for k in classes[:PRINTED_CLASSES]]
+    lines = [table(header, rows)]
+    if len(classes) > PRINTED_CLASSES:
+        lines.append(f"and {len(classes) - PRINTED_CLASSES} more classes, in result.json")
+    kind = "certain" if certain else "likely"
+    lines.append(
+        f"{int(torch.minimum(lower_bounds, n).sum())} of {len(y)} labels are {kind} from the "
+        "gradient alone"
+    )
+    if true is not None:
+        distinct = int((true > 0).sum())
+        lines.append(
+            f"label accuracy {100 * metrics.label_accuracy(y, y_true):.1f} % (overlap of the two "
+            f"label multisets); classes: {int(((n > 0) & (true > 0)).sum())} of {distinct} found, "
+            f"{int(((n > 0) & (true == 0)).sum())} wrong, existence accuracy "
+            f"{100 * metrics.existence_accuracy(y, y_true, num_classes):.1f} % of {num_classes}"
+        )
+        shared = int(true[true > 1].sum())
+        lines.append(
+            f"repetition rate: {100 * (1 - distinct / len(y)):.1f} % as 1 − distinct / B, "
+            f"{100 * shared / len(y):.1f} % as the share of images whose label another one has"
+        )
+    return "\n".join(lines)
 
 
 def score_reconstruction(

@@ -1,0 +1,264 @@
+"""How often each class occurs in a batch, from the gradient of the classifier head alone.
+
+The gradient of the mean cross-entropy by the logits' bias is g_k = q_k − n_k / B with q_k the
+mean predicted probability of class k, so that n_k = B (q_k − g_k) exactly: all that is missing is
+q. An untrained or fresh head sees nearly the same probabilities for every sample (the homogeneous
+regime), and q follows from one shared embedding. A trained head is nearly always sure of itself
+(the saturated regime), and only bounds and plausible spreads are left.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from inversion.evidence import Evidence
+
+#: Spread of the logits over samples from which on a head counts as trained (saturated).
+SPREAD_LIMIT = 1.0
+#: The same for the spread guessed from the gradient, where there are no public images.
+GUESSED_SPREAD_LIMIT = 0.7
+#: Standard errors by which noise widens the bounds.
+NOISE_MARGIN = 4.0
+#: Labels by which rounding may shift −B g_k, for gradients in float32.
+ROUNDING_MARGIN = 1e-3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """counts: (C,) integers ≥ 0 that sum to B. regime: "homogeneous", "saturated" or None."""
+
+    counts: Tensor
+    regime: str | None = None
+
+
+# Hard facts --------------------------------------------------------------------------------
+
+
+def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
+    """Least number of samples of every class, and whether that is certain.
+
+    n_k > −B g_k because probabilities are positive; a class whose row of G has a negative entry
+    occurs, where features are never negative. Certain without noise and
+    with a bias gradient of its own; otherwise likely. Needs a bias gradient
+    (`with_bias_gradient`). Returns (C,) integers.
+    """
+    e = evidence
+    slack = NOISE_MARGIN * e.sigma + (0.5 / e.batch_size if e.is_surrogate else 0.0)
+    counts = -e.batch_size * (e.hard_bias_grad + slack / (1 - e.label_smoothing))
+    if e.resolution < 1e-12 and not (slack or e.label_smoothing):
+        nearest = counts.round()
+        # a saturated class makes −B g_k an integer but for rounding
+        whole = (counts - nearest).abs() < 1e-9 * e.batch_size
+        bounds = torch.where(whole, nearest, counts.floor() + 1)
+    else:
+        bounds = (counts - ROUNDING_MARGIN - e.resolution * counts.abs()).ceil()
+    bounds = torch.maximum(bounds.clamp(min=0), _occurs(e).double())
+    return bounds.long(), not (e.sigma or e.is_surrogate)
+
+
+def _occurs(e: Evidence) -> Tensor:
+    """Classes that a negative entry in their row of G gives away: (C,) of bool."""
+    if not e.non_negative:
+        return torch.zeros(e.num_classes, dtype=torch.bool)
+    lifted = e.label_smoothing / e.num_classes * e.shared_embedding
+    limit = 0.0
+    if e.sigma:
+        limit -= e.sigma * math.sqrt(2 * math.log(e.weight_grad.numel() / 0.01))
+    if e.label_smoothing:  # the shared embedding is an estimate
+        limit -= 0.02 * lifted.abs().max().item() + ROUNDING_MARGIN / e.batch_size
+    return (e.weight_grad + lifted).min(1).values < limit
+
+
+def round_counts(x: Tensor, bounds: Tensor, total: int) -> Tensor:
+    """The integers n ≥ bounds with Σ n = total that are nearest to x: argmin Σ (n_k − x_k)².
+
+    Exact. Where the bounds alone exceed `total` they are lowered, most where they stand most
+    above x. x: (C,), bounds: (C,) integers ≥ 0. Returns (C,) integers.
+    """
+    if bounds.sum() > total:
+        return _lowered(bounds, bounds - x, total)
+    low, high = (x - bounds).min().item() - total - 1, x.max().item() + 1
+
+    def counts(shift):
+        return torch.maximum(bounds.double(), (x - shift).round())
+
+    for _ in range(200):
+        middle = (low + high) / 2
+        if counts(middle).sum() > total:
+            low = middle
+        else:
+            high = middle
+    n = counts(high)
+    while n.sum() < total:
+        n[(x - n).argmax()] += 1
+    return n.long()
+
+
+def _lowered(bounds: Tensor, excess: Tensor, total: int) -> Tensor:
+    """`bounds` lowered one by one to the sum `total`, always where `excess` is largest."""
+    n, excess = bounds.clone(), excess.clone()
+    while n.sum() > total:
+        k = excess.masked_fill(n == 0, -torch.inf).argmax()
+        n[k] -= 1
+        excess[k] -= 1
+    return n
+
+
+# What is missing ---------------------------------------------------------------------------
+
+
+def with_bias_gradient(evidence: Evidence) -> Evidence:
+    """The evidence with a stand-in for the bias gradient where the head has no bias.
+
+    g := G v with h · v ≈ 1 for every sample: v ∝ (Cov + 0.02 · mean eigenvalue · I)⁻¹ mean of
+    public features. Without public images v is the first right singular vector of G, scaled by
+    the mean feature of noise images, which is weak.
+
+    Raises ValueError when neither public nor noise features are at hand.
+    """
+    e = evidence
+    if e.bias_grad is not None:
+        return e
+    if e.public is not None:
+        mean = e.public.mean(0)
+        covariance = torch.cov(e.public.T, correction=0).view(len(mean), len(mean))
+        ridge = 0.02 * covariance.diagonal().mean() + 1e-12
+        direction = torch.linalg.solve(covariance + ridge * torch.eye(len(mean)).double(), mean)
+    elif e.noise is not None:
+        mean = e.noise.mean(0)
+        direction = torch.linalg.svd(e.weight_grad, full_matrices=False).Vh[0]
+    else:
+        raise ValueError("a head without bias needs features of public images or of noise")
+    length = mean @ direction
+    if not length.abs() > 0:
+        length = torch.ones(())
+    g = e.weight_grad @ (direction / length)
+    return replace(e, bias_grad=g - g.mean(), is_surrogate=True)
+
+
+def logit_spread(evidence: Evidence) -> tuple[float, float]:
+    """How much the logits differ between samples, and the limit from which a head is trained.
+
+    With public images: rms over samples and classes of (h − mean h) · (w_k − mean w). Without:
+    a guess from G_k / g_k of the classes that occur, whose values for trained and untrained
+    networks overlap.
+    """
+    e = evidence
+    if e.public is not None:
+        logits = (e.public - e.public.mean(0)) @ (e.weight - e.weight.mean(0)).T
+        return logits.square().mean().sqrt().item(), SPREAD_LIMIT
+    present = (e.bias_grad < 0).nonzero().flatten()
+    if not len(present):
+        return 0.0, GUESSED_SPREAD_LIMIT
+    g = e.bias_grad[present]
+    embeddings = e.weight_grad[present] / g[:, None]
+    if e.non_negative:
+        embeddings = embeddings.clamp(min=0)
+    logits = (embeddings - e.shared_embedding) @ e.weight.T  # (|N|, C)
+    weights = (g.abs() / g.abs().sum())[:, None]
+    centred = logits - (weights * logits).sum(0)
+    variance = (weights * centred.square()).sum(0)
+    return variance.mean().sqrt().item(), GUESSED_SPREAD_LIMIT
+
+
+def without_clipping(evidence: Evidence) -> Evidence:
+    """The evidence with the clipping factor c divided out.
+
+    Absent classes have g_k = c q_k: c is the median of g_k / q_k over g_k > 0, weighted by q_k,
+    at most 1. Where under 30 % of the classes have g_k > 0 the evidence is returned as it is.
+    """
+    e = evidence
+    if not e.clipped:
+        return e
+    q = e.probabilities(e.shared_embedding) - e.label_smoothing / e.num_classes
+    usable = (e.bias_grad > 0) & (q > 0)
+    if usable.sum() < 0.3 * e.num_classes:
+        return e
+    ratios, order = (e.bias_grad[usable] / q[usable]).sort()
+    weights = q[usable][order].cumsum(0)
+    factor = ratios[(weights >= weights[-1] / 2).nonzero()[0, 0]].item()
+    return e.scaled(min(factor, 1.0))
+
+
+# The two regimes ---------------------------------------------------------------------------
+
+
+def homogeneous(evidence: Evidence) -> Tensor:
+    """Real-valued counts (C,) where all samples have nearly the same probabilities.
+
+    From the identity with q = softmax(W h̄ + b); then twice refined by an embedding for every
+    class that seems to occur, fitted to G.
+    """
+    e, eps = evidence, evidence.label_smoothing
+    total, share = e.batch_size, evidence.label_smoothing / e.num_classes
+    p_shared = e.probabilities(e.shared_embedding)
+
+    def counts(q):
+        return total * (q - e.bias_grad - share) / (1 - eps)
+
+    x = counts(p_shared)
+    embeddings = e.shared_embedding.repeat(e.num_classes, 1)
+    for _ in range(2):
+        found = (x > 0.3).nonzero().flatten()
+        if not len(found):
+            break
+        n = x[found]
+        residual = e.probabilities(embeddings[found]).T - share
+        residual[found, torch.arange(len(found))] -= 1 - eps
+        residual *= n  # (C, |S|)
+        rest = total * e.weight_grad - torch.outer(residual.sum(1), e.shared_embedding)
+        ridge = 0.01 * residual.square().sum(0).mean()
+        system = residual.T @ residual + ridge * torch.eye(len(found)).double()
+        fitted = e.shared_embedding + torch.linalg.solve(system, residual.T @ rest)
+        embeddings[found] = fitted.clamp(min=0) if e.non_negative else fitted
+        q = n @ e.probabilities(embeddings[found]) + (total - n.sum()).clamp(min=0) * p_shared
+        x = counts(q / q.sum())
+    return x.clamp(min=0)
+
+
+def plausible_spread(evidence: Evidence, bounds: Tensor) -> Tensor:
+    """A guess of the counts (C,), from which classes the bias gradient says something about."""
+    e = evidence
+    present = bounds > 0
+    if not present.any():
+        return torch.full((e.num_classes,), e.batch_size / e.num_classes, dtype=torch.float64)
+    absent = (2 * present.sum() * e.hard_bias_grad).clamp(0, 1).square()
+    weights = torch.where(present, 1.0, absent)
+    return e.batch_size * weights / weights.sum()
+
+
+def saturated(evidence: Evidence, bounds: Tensor) -> Tensor:
+    """Real-valued counts (C,) where a trained head is sure of itself for most samples."""
+    e = evidence
+    excess = e.batch_size * e.hard_bias_grad
+    surplus = torch.where(bounds > 0, excess.clamp(min=0), 0.0)
+    return plausible_spread(e, bounds) + (-excess).clamp(min=0) - surplus
+
+
+def prepared(evidence: Evidence) -> tuple[Evidence, Tensor]:
+    """The evidence with a bias gradient and without clipping, and the lower bounds (C,).
+
+    The bounds are those of the clipped gradient: a shorter gradient only lowers them.
+    """
+    e = with_bias_gradient(evidence)
+    bounds, _ = lower_bounds(e)
+    return without_clipping(e), bounds
+
+
+def counts(evidence: Evidence, *, uniform_labels: bool = False) -> Estimate:
+    """Counts by the identity, in the regime that the spread of the logits tells.
+
+    uniform_labels: the attacker knows that labels are drawn uniformly from the C classes. In the
+    saturated regime with B ≥ 4 C that alone says more than the gradient, and equal counts within
+    the bounds are returned.
+    """
+    e, bounds = prepared(evidence)
+    spread, limit = logit_spread(e)
+    if spread < limit:
+        return Estimate(round_counts(homogeneous(e), bounds, e.batch_size), "homogeneous")
+    x = saturated(e, bounds)
+    if uniform_labels and e.batch_size >= 4 * e.num_classes:
+        x = torch.full_like(x, e.batch_size / e.num_classes)
+    return Estimate(round_counts(x, bounds, e.batch_size), "saturated")
