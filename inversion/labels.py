@@ -48,7 +48,7 @@ class LabelResult:
 
 
 def e2egi(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """The original rule (E2EGI, JBHI 2023): row sums s, a label's share m = C · max s / B."""
+    """E2EGI's rule (JBHI 2023): row sums s, a label's share m = C · max s / B."""
     s = evidence.weight_grad.sum(1)
     m = evidence.num_classes * s.max().clamp(min=0) / evidence.batch_size
     return Estimate(_one_by_one(s, m, evidence.batch_size))
