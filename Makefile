@@ -19,9 +19,9 @@ $(READY): requirements.txt requirements-dev.txt
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give PYTHON=")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || true
 	@if command -v uv >/dev/null && uv --version >/dev/null 2>&1; then \
-		VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -r requirements-dev.txt; \
+		VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q --compile-bytecode -r requirements-dev.txt; \
 	elif $(PY) -m pip install -q uv && $(PY) -m uv --version >/dev/null 2>&1; then \
-		VIRTUAL_ENV=$(abspath $(VENV)) $(PY) -m uv pip install -q -r requirements-dev.txt; \
+		VIRTUAL_ENV=$(abspath $(VENV)) $(PY) -m uv pip install -q --compile-bytecode -r requirements-dev.txt; \
 	else \
 		$(PY) -m pip install -q -r requirements-dev.txt; \
 	fi
@@ -54,7 +54,7 @@ golden: $(READY) ## regenerate tests/golden.json; review the difference
 
 lowest: ## run the tests on Python 3.12 with the oldest allowed packages (needs uv)
 	uv venv -q --allow-existing --python 3.12 .venv-lowest
-	VIRTUAL_ENV=$(abspath .venv-lowest) uv pip install -q --resolution lowest-direct -r requirements-dev.txt
+	VIRTUAL_ENV=$(abspath .venv-lowest) uv pip install -q --compile-bytecode --resolution lowest-direct -r requirements-dev.txt
 	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
 
 clean: ## remove what demo wrote, and caches

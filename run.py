@@ -57,6 +57,7 @@ from utils.cli import (
     run_script,
     writable_folder,
 )
+from utils.distributed import ALONE, Shard, add_flags, group_from, launch
 from utils.image_files import load_auxiliary, public_photographs
 from utils.images import (
     denormalise,
@@ -69,6 +70,7 @@ from utils.images import (
 from utils.report import (
     Progress,
     Reporter,
+    Silent,
     claim_folder,
     device_name,
     duration,
@@ -88,6 +90,8 @@ LPIPS_HINT = (
 RECORDED_STEPS = 2000
 PUBLIC_IMAGES = 128
 MLCO_NOISE = 0.2
+#: `--shard`: the images of a batch, or whole seeds.
+SHARDS = ("batch", "seeds")
 CONSENSUS = "consensus"
 
 
@@ -156,6 +160,10 @@ def parser() -> Parser:
     add("--one-to-one-similarity", action="store_true", help="pair by index, not by assignment")
     add("--lpips-weights", help=f"backbone of LPIPS, {metrics.LPIPS_BACKBONE}")
     add("--GInfoR", action="store_true", help="gradient information ratio (not computed yet)")
+    add_flags(parser)
+    parser.add_argument_group("several processes").add_argument(
+        "--shard", choices=SHARDS, default="batch", help="what the processes share out"
+    )
     return parser
 
 
@@ -210,7 +218,7 @@ def loop_from(args, target: Target) -> Loop:
 # What goes in ------------------------------------------------------------------------------
 
 
-def check(args) -> None:
+def check(args, processes: int = 1) -> None:
     """Refuse what can be refused without opening any file."""
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
@@ -247,6 +255,11 @@ def check(args) -> None:
                     f"--{flag.replace('_', '-')}: L-BFGS learns the curvature from its own steps, "
                     "which this would change; leave it out, or give --optim Adam"
                 )
+        if processes > 1 and args.shard == "batch":
+            raise InputError(
+                "--optim LBFGS: its line search needs the whole batch in one process; give --shard "
+                "seeds, or --optim Adam"
+            )
     if args.grads_weight == 0 and not term_names(args):
         raise InputError("--grads-weight 0: leaves no term in the objective; give a weight")
     if args.MinCombine and args.strategy not in ("best", "mlco"):
@@ -376,6 +389,7 @@ class Setting:
     bn_source: str | None
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None
     device: torch.device
+    shard: Shard = ALONE
 
     def start(self, seed: int) -> Tensor:
         """The initial images of a seed, on the CPU."""
@@ -387,15 +401,17 @@ class Setting:
         return denormalise(x, self.target.mean, self.target.std)
 
 
-def load_setting(args, reporter: Reporter) -> Setting:
+def load_setting(args, reporter: Reporter, shard: Shard, local_rank: int) -> Setting:
     """Load and check every file that the flags name."""
-    device = choose_device(args.gpu)
-    check(args)
+    device = choose_device(args.gpu, local_rank)
+    check(args, shard.size)
     target, truth = load_inputs(args)
     model = model_of(target).to(device)
     found = None
     if args.pseudo_label_init == "from_grads":
-        found = found_labels(args, target, model)
+        if shard.is_main:  # rounding may differ between machines, labels may not
+            found = found_labels(args, target, model)
+        found = shard.objects(found)[0]
         y = found.labels
     else:
         y = given_labels(args, target) if args.labels is not None else truth.y
@@ -408,9 +424,10 @@ def load_setting(args, reporter: Reporter) -> Setting:
         distance=args.gradient_loss_fun,
         bn_source=bn_source or "running",
         bn_grad=args.bn_grad,
+        shard=shard if args.shard == "batch" else ALONE,
     )
     lpips_score = metrics.load_lpips(args.lpips_weights) if args.metric else None
-    return Setting(target, truth, y, found, objective, bn_source, lpips_score, device)
+    return Setting(target, truth, y, found, objective, bn_source, lpips_score, device, shard)
 
 
 # The attack --------------------------------------------------------------------------------
@@ -468,7 +485,9 @@ def attack(args, setting: Setting, recorder: Recorder) -> Outcome:
             "schedule": schedule_from(args),
             "memory": combine_memory(args),
             "on_round": recorder.on_round,
-            "should_stop": lambda: recorder.interrupts.signal is not None,
+            "should_stop": lambda: setting.objective.shard.any(
+                recorder.interrupts.signal is not None
+            ),
         }
     return STRATEGIES[strategy_of(args)](
         setting.objective,
@@ -477,6 +496,7 @@ def attack(args, setting: Setting, recorder: Recorder) -> Outcome:
         loop_from(args, setting.target),
         generators=[noise_generator(seed, setting.device) for seed in seeds],
         on_step=recorder.on_step,
+        seeds=ALONE if args.shard == "batch" else setting.shard,
         **options,
     )
 
@@ -486,11 +506,26 @@ def combine_memory(args) -> int:
     return int(args.combine_memory * 2**20)
 
 
-def total_iterations(args) -> int:
-    """Iterations of all seeds and stages."""
+def total_iterations(args, num_seeds: int) -> int:
+    """Iterations of all stages with that many seeds."""
     if strategy_of(args) == "mlco":
-        return schedule_from(args).iterations(args.epochs, args.n_seed)
-    return args.n_seed * args.epochs
+        return schedule_from(args).iterations(args.epochs, num_seeds)
+    return num_seeds * args.epochs
+
+
+def own_seeds(args, shard: Shard) -> int:
+    """Number of seeds that this process runs."""
+    if args.shard == "batch":
+        return args.n_seed
+    return sum(shard.owns(index) for index in range(args.n_seed))
+
+
+def all_rows(rows: list, shard: Shard) -> list:
+    """Rows of losses.csv of all processes that ran whole seeds, the consensus only once."""
+    parts = shard.objects(rows)
+    return [
+        row for rank, part in enumerate(parts) for row in part if row[0] != CONSENSUS or rank == 0
+    ]
 
 
 def plan(args, setting: Setting) -> str:
@@ -509,14 +544,17 @@ def plan(args, setting: Setting) -> str:
         lines += [f"rounds: {lengths}", f"combination: {method} ({why})"]
     lines.insert(
         0,
-        f"plan: {stages} = {total_iterations(args):,} iterations, {target.batch_size} images "
-        f"{target.image_shape}, {target.arch} with {parameters:,} parameters in "
-        f"{'train' if target.train_mode else 'eval'} mode, {device_name(setting.device)}",
+        f"plan: {stages} = {total_iterations(args, args.n_seed):,} iterations, "
+        f"{target.batch_size} images {target.image_shape}, {target.arch} with {parameters:,} "
+        f"parameters in {'train' if target.train_mode else 'eval'} mode, "
+        f"{device_name(setting.device)}",
     )
     lines.append(
         f"{args.gradient_loss_fun} gradient distance, priors: "
         f"{', '.join(term_names(args)) or 'none'}; BN statistics: {setting.bn_source or 'not used'}"
     )
+    if setting.shard.size > 1:
+        lines.append(f"{setting.shard.size} processes, each with a part of the {args.shard}")
     if args.n_seed > 1:
         numbers = args.n_seed * target.batch_size * math.prod(target.image_shape)
         size = numbers * target.gradient[0].element_size() / 2**20
@@ -532,7 +570,7 @@ def first_evaluation(args, setting: Setting) -> None:
     """
     x = setting.start(args.seed).to(setting.device)
     try:
-        PIXEL_GRADIENTS[args.pixel_gradient](setting.objective, x, 0.0)
+        PIXEL_GRADIENTS[args.pixel_gradient](setting.objective, setting.objective.own(x), 0.0)
     except (RuntimeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
@@ -552,11 +590,12 @@ def measure(args, setting: Setting) -> str:
         generator=noise_generator(args.seed, setting.device),
         on_step=lambda *_: times.append(time.perf_counter()),
         span=range(2),
+        shard=setting.objective.shard,
     )
     if len(times) < 3:
         raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
     seconds = times[2] - times[1]  # the first step warms up
-    total = seconds * total_iterations(args)
+    total = seconds * total_iterations(args, own_seeds(args, setting.shard))
     combining = ", combinations not counted" if strategy_of(args) == "mlco" else ""
     return (
         f"estimate: {seconds * 1e3:.1f} ms an iteration, {duration(total)} in all{combining}, "
@@ -656,7 +695,7 @@ def write(
         "versions": versions(),
         "git": git_revision(),
         "device": device_name(setting.device),
-        "processes": 1,
+        "processes": setting.shard.size,
         "seconds": seconds,
         "iterations": outcome.iterations,
         "iterations_per_second": outcome.iterations / seconds,
@@ -688,10 +727,18 @@ def write(
 
 
 def main(argv: list[str]) -> int:
-    """Attack one checkpoint as the flags say; return the exit code."""
+    """Attack one checkpoint as the flags say, in one process or several; return the exit code."""
     args = parser().parse_args(argv)
-    reporter = Reporter()
-    setting = load_setting(args, reporter)
+    group = group_from(args)
+    check(args, group.size)
+    return launch(work, argv, group)
+
+
+def work(argv: list[str], shard: Shard, local_rank: int) -> int:
+    """What each process does; the first one reports and writes."""
+    args = parser().parse_args(argv)
+    reporter = Reporter() if shard.is_main else Silent()
+    setting = load_setting(args, reporter, shard, local_rank)
     reporter.say("settings\n" + setting_lines(vars(args)))
     if setting.labels is not None:
         say_labels(setting.labels, setting.truth if args.metric else None, reporter)
@@ -712,11 +759,15 @@ def main(argv: list[str]) -> int:
         reporter.say(measure(args, setting))
         return 0
 
-    folder = claim_folder(os.path.join(args.root, "results", "exp", args.id))
-    reporter.log_to(folder / "log.txt")
-    reporter.say(f"results: {folder}")
+    folder = None
+    if shard.is_main:
+        folder = claim_folder(os.path.join(args.root, "results", "exp", args.id))
+        reporter.log_to(folder / "log.txt")
+        reporter.say(f"results: {folder}")
 
     def save_consensus(done: int, x: Tensor) -> None:
+        if folder is None:
+            return
         (folder / "consensus").mkdir(exist_ok=True)
         save_panels(
             [(f"iteration {done}", setting.images(x))], folder / "consensus" / f"{done:06d}.png"
@@ -724,15 +775,19 @@ def main(argv: list[str]) -> int:
 
     with Interrupts() as interrupts:
         start = time.perf_counter()
-        progress = Progress(total_iterations(args), args.print_freq, reporter)
+        total = total_iterations(args, own_seeds(args, shard))
+        progress = Progress(total, args.print_freq, reporter)
         recorder = Recorder(args, progress, interrupts, save_consensus)
         try:
             outcome = attack(args, setting, recorder)
         finally:
             progress.close()
         seconds = time.perf_counter() - start
+        if args.shard == "seeds":
+            recorder.rows = all_rows(recorder.rows, shard)
         say_outcome(args, outcome, reporter)
-        write(args, setting, outcome, recorder, seconds, folder)
+        if shard.is_main:
+            write(args, setting, outcome, recorder, seconds, folder)
     if math.isnan(outcome.final.losses.gradient):
         raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
     return 128 + interrupts.signal if interrupts.signal is not None else 0

@@ -28,8 +28,9 @@ from utils.cli import (
     run_script,
     writable_folder,
 )
+from utils.distributed import Shard, add_flags, group_from, launch
 from utils.images import denormalise, save_panels
-from utils.report import Reporter, device_name, git_revision, setting_lines, versions
+from utils.report import Reporter, Silent, device_name, git_revision, setting_lines, versions
 
 #: What is written, all with one stem.
 ENDINGS = {
@@ -72,6 +73,7 @@ def parser() -> Parser:
     add("--seal", action="store_true", help="write the truth to a file of its own")
     add("--label-smoothing", type=number(0, below=1), default=0.0,
         help="share of every label that the loss moves to all classes")  # fmt: skip
+    add_flags(parser)
     return parser
 
 
@@ -143,10 +145,17 @@ def check(args) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Capture one batch as the flags say; return the exit code."""
+    """Capture one batch as the flags say, in one process or several; return the exit code."""
     args = parser().parse_args(argv)
-    reporter = Reporter()
-    device = choose_device(args.gpu)
+    check(args)
+    return launch(work, argv, group_from(args))
+
+
+def work(argv: list[str], shard: Shard, local_rank: int) -> int:
+    """What each process does; the first one reports and writes."""
+    args = parser().parse_args(argv)
+    reporter = Reporter() if shard.is_main else Silent()
+    device = choose_device(args.gpu, local_rank)
     check(args)
     reporter.say("settings\n" + setting_lines(vars(args)))
 
@@ -160,6 +169,8 @@ def main(argv: list[str]) -> int:
         f"batch: {len(x)} images {tuple(x.shape[1:])}, {len(y.unique())} distinct labels of "
         f"{spec.num_classes}; {parameters:,} parameters; {device_name(device)}"
     )
+    if shard.size > 1:
+        reporter.say(f"{shard.size} processes share the batch")
     model.to(device)
     try:
         sent = capture(
@@ -169,6 +180,7 @@ def main(argv: list[str]) -> int:
             train_mode=not args.model_eval,
             label_smoothing=args.label_smoothing,
             capture_bn=args.upload_bn,
+            shard=shard,
         )
     except (RuntimeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error):
@@ -179,6 +191,8 @@ def main(argv: list[str]) -> int:
             f"--arch {args.arch}: the gradient of this batch is not finite; check the weights "
             "and the images"
         )
+    if not shard.is_main:
+        return 0
     stem = checkpoint_stem(args)
     if args.dry_run:
         reporter.say(f"dry run: would write {stem}{ENDINGS['checkpoint']}")

@@ -16,6 +16,7 @@ from inversion.objective import Objective
 from inversion.optimise import lowest
 from models.batchnorm import batchnorm_layers
 from models.gradient import trainable_parameters
+from utils.distributed import Shard
 
 #: Up to this many combinations all are tried, where their losses cost nothing.
 EXHAUSTIVE = 4096
@@ -46,12 +47,14 @@ def combination_method(objective: Objective, num_seeds: int, memory: int) -> tup
     """
     parameters = list(trainable_parameters(objective.model).values())
     count = num_seeds * len(objective.y)
-    size = count * sum(p.numel() * p.element_size() for p in parameters)
+    size = count * sum(p.numel() * p.element_size() for p in parameters) // objective.shard.size
     if objective.train_mode and batchnorm_layers(objective.model):
         return "greedy", "BatchNorm couples the images of a batch"
     if objective.distance_from_products is None:
         return "greedy", "this gradient distance is no function of inner products"
     stored = f"{count} per-sample gradients of {size / 2**20:,.0f} MiB in all"
+    if objective.shard.size > 1:
+        stored = stored.replace("in all", "a process")
     if size > memory:
         return "greedy", f"{stored} exceed --combine-memory {memory / 2**20:,.0f}"
     return "gram", stored
@@ -163,26 +166,35 @@ def _inner_products(
     """Gram matrix (S·B, S·B) of the per-sample gradients over B, products with the target (S·B,).
 
     Row s·B + i is image i of seed s. Also the target's squared norm. All in float64 on the CPU,
-    summed in blocks of parameters.
+    summed in blocks of parameters. Several processes have a part of the rows each.
     """
-    batch_size, device = len(objective.y), objective.y.device
+    batch_size, device, shard = len(objective.y), objective.y.device, objective.shard
     target = torch.cat([g.flatten() for g in objective.target_gradient])
-    rows = target.new_empty(len(x_seeds) * batch_size, target.numel())
-    for s, x in enumerate(x_seeds):
-        for i in range(batch_size):
-            if should_stop():
-                raise InterruptedSearchError
-            gradient = objective.gradient(x[i : i + 1].to(device), objective.y[i : i + 1])
-            torch.cat([g.flatten() for g in gradient], out=rows[s * batch_size + i])
+    count = len(x_seeds) * batch_size
+    own = shard.block(count)
+    rows = target.new_empty(own.stop - own.start, target.numel())
+    for place, number in enumerate(range(own.start, own.start + _largest_block(shard, count))):
+        if should_stop():  # all processes ask equally often
+            raise InterruptedSearchError
+        if place < len(rows):
+            s, i = divmod(number, batch_size)
+            gradient = objective.image_gradient(x_seeds[s][i : i + 1].to(device), i)
+            torch.cat([g.flatten() for g in gradient], out=rows[place])
     rows /= batch_size
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+    gram = torch.zeros(len(rows), count, dtype=torch.float64, device=device)
     products = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    width = max(1, BLOCK_BYTES // (8 * len(rows)))
-    for start in range(0, rows.shape[1], width):
+    width = max(1, BLOCK_BYTES // (8 * count))
+    for start in range(0, target.numel(), width):
         block = rows[:, start : start + width].double()
-        gram += block @ block.T
+        gram += block @ shard.gather(block, count).T
         products += block @ target[start : start + width].double()
+    gram, products = shard.gather(gram, count), shard.gather(products, count)
     return gram.cpu(), products.cpu(), target.double().square().sum().item()
+
+
+def _largest_block(shard: Shard, count: int) -> int:
+    first = shard.block(count, rank=0)
+    return first.stop - first.start
 
 
 class _Losses:

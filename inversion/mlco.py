@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 
 from inversion.combine import Combination, InterruptedSearchError, combine
 from inversion.objective import Objective
-from inversion.optimise import Loop, Outcome, Reconstruction, lowest, reconstruct
+from inversion.optimise import Loop, Outcome, Reconstruction, exchange, lowest, reconstruct
+from utils.distributed import ALONE, Shard
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def mlco(
     memory: int = 4 * 2**30,
     on_round: Callable[[int, Combination], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    seeds: Shard = ALONE,
 ) -> Outcome:
     """Run the three stages; one rate and weight schedule, that of `loop`, runs through all.
 
@@ -75,20 +77,20 @@ def mlco(
     fresh optimiser. A seed whose loss is not finite is left where it was best, and still
     combined. on_step(index, step, losses, rate): index None for the final stage; a true answer
     ends the run with the best of seeds and consensus so far. on_round(iterations, combination):
-    called with every consensus. memory, should_stop: see `combine`.
+    called with every consensus. memory, should_stop: see `combine`. seeds: processes that run
+    whole seeds in turn; combinations and the final stage every one computes.
 
     The result's `runs` are the seeds; its final reconstruction is the refined consensus.
     """
     initial, rounds, final = schedule.spans(loop.steps)
     runs: list[Reconstruction | None] = [None] * len(x_seeds)
     consensus: Combination | None = None
-    iterations = 0
     for span in [initial, *rounds]:
         toward = consensus.x.to(generators[0].device) if consensus is not None else None
         pixel_gradient = partial(method, objective.toward(toward))
         for index, generator in enumerate(generators):
             before = runs[index]
-            if before is not None and before.stopped is not None:
+            if not seeds.owns(index) or (before is not None and before.stopped is not None):
                 continue
             run = reconstruct(
                 pixel_gradient,
@@ -98,17 +100,19 @@ def mlco(
                 on_step=partial(on_step, index),
                 span=span,
                 optimiser_state=None if before is None else before.optimiser_state,
+                shard=objective.shard,
             )
-            iterations += run.steps
             runs[index] = _stored(run, 0 if before is None else before.steps, x_seeds[index].device)
             if run.stopped == "interrupted":
-                return _interrupted(objective, runs, consensus, iterations)
-        try:
-            consensus = combine(
-                objective, [run.x for run in runs], memory=memory, should_stop=should_stop
-            )
-        except InterruptedSearchError:
-            return _interrupted(objective, runs, consensus, iterations)
+                break
+        if seeds.size > 1:
+            runs = exchange(runs, x_seeds, seeds)
+        if any(run is not None and run.stopped == "interrupted" for run in runs):
+            return _interrupted(objective, runs, consensus)
+        found = _combined(objective, [run.x for run in runs], seeds, memory, should_stop)
+        if found is None:
+            return _interrupted(objective, runs, consensus)
+        consensus = found
         if on_round is not None:
             on_round(span.stop, consensus)
 
@@ -118,8 +122,26 @@ def mlco(
         replace(loop, noise=0.0),
         on_step=partial(on_step, None),
         span=final,
+        shard=objective.shard,
     )
-    return Outcome(end, tuple(runs), None, iterations + end.steps)
+    return Outcome(end, tuple(runs), None, sum(run.steps for run in runs) + end.steps)
+
+
+def _combined(objective, x_seeds, seeds: Shard, memory, should_stop) -> Combination | None:
+    """The combination, None when it was interrupted.
+
+    Processes that share out seeds all compute it; should rounding differ, the first one's counts.
+    """
+    try:
+        found = combine(objective, x_seeds, memory=memory, should_stop=should_stop)
+    except InterruptedSearchError:
+        found = None
+    if seeds.size == 1:
+        return found
+    found = seeds.objects(None if found is None else replace(found, x=None))[0]
+    if found is None:
+        return None
+    return replace(found, x=torch.stack([x_seeds[s][i] for i, s in enumerate(found.choice)]))
 
 
 def _stored(run: Reconstruction, steps_before: int, device: torch.device) -> Reconstruction:
@@ -138,12 +160,13 @@ def _moved(value, device):
     return value
 
 
-def _interrupted(objective, runs, consensus, iterations) -> Outcome:
+def _interrupted(objective, runs, consensus) -> Outcome:
     """The best of what there is when the run was stopped during its seeds."""
     started = [run for run in runs if run is not None]
     chosen = lowest([run.losses.gradient for run in started])
     final = replace(started[chosen], stopped="interrupted")
     if consensus is not None and not consensus.loss > final.losses.gradient:
-        losses = objective.toward(None)(consensus.x.to(objective.y.device)).floats()
+        x = objective.own(consensus.x.to(objective.y.device))
+        losses = objective.toward(None)(x).floats()
         final, chosen = Reconstruction(consensus.x, losses, 0, "interrupted"), None
-    return Outcome(final, tuple(started), chosen, iterations)
+    return Outcome(final, tuple(started), chosen, sum(run.steps for run in started))

@@ -1,19 +1,19 @@
 """The attack's objective: a gradient distance plus weighted priors."""
 
 import copy
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from inversion.distances import GRADIENT_DISTANCES, joint_norm
-from inversion.priors import PRIORS, Candidate
-from models.batchnorm import recorded_moments, running_moments, truncated_derivative
+from inversion.priors import PRIORS, Candidate, Prior
+from models.batchnorm import batch_statistics, running_moments
 from models.gradient import batch_gradient
 from models.target import Target, check_gradient_fits
 from utils.cli import InputError
+from utils.distributed import ALONE, Shard, differentiable_sum, sum_tensors
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Objective:
     y: (B,) labels. distance: a name in GRADIENT_DISTANCES. bn_source: where the BN prior pulls
     to, "running" statistics of the model or the "batch" statistics that the client sent.
     bn_grad: "exact", or "detached" for the original's truncated second derivative of
-    BatchNorm in train mode.
+    BatchNorm in train mode. shard: this process's part of the batch where several share the work;
+    every one has the whole `target` and `y`, and all losses are those of the whole batch.
 
     Raises InputError when the gradient is zero or does not fit the model, and ValueError when B
     labels are not given or the BN prior has nothing to pull to.
@@ -86,6 +87,7 @@ class Objective:
         distance: str = "sim",
         bn_source: str = "running",
         bn_grad: str = "exact",
+        shard: Shard = ALONE,
     ):
         check_gradient_fits(model, target)
         if len(y) != target.batch_size:
@@ -98,6 +100,7 @@ class Objective:
         self.train_mode = target.train_mode
         self.label_smoothing = target.label_smoothing
         self.bn_grad = bn_grad
+        self.shard = shard
         self.y = y.to(like.device)
         self.consensus: Tensor | None = None
         self.target_gradient = [g.to(like) for g in target.gradient]
@@ -119,32 +122,76 @@ class Objective:
         with torch.no_grad():
             return self._distance.with_cotangent(gradient, self.target_gradient)
 
-    def gradient(
-        self, x: Tensor, y: Tensor | None = None, *, create_graph: bool = False
-    ) -> tuple[Tensor, ...]:
-        """Gradient that a client with images `x` and labels `y` (all the target's) would send."""
+    def own(self, x: Tensor) -> Tensor:
+        """This process's part of a whole batch `x` (B, C, H, W)."""
+        return self.shard.split(x)
+
+    def image_gradient(self, x: Tensor, index: int) -> tuple[Tensor, ...]:
+        """Gradient of the image `x` (1, C, H, W) alone with label number `index`, eval mode."""
+        return self._batch_gradient(x, self.y[index : index + 1])
+
+    def _batch_gradient(self, x, y, **options) -> tuple[Tensor, ...]:
         return batch_gradient(
             self.model,
             x,
-            self.y if y is None else y,
+            y,
             train_mode=self.train_mode,
             label_smoothing=self.label_smoothing,
-            create_graph=create_graph,
+            **options,
         )
 
+    def _share(self, x: Tensor, *, create_graph: bool, with_moments: bool):
+        """This process's share of the gradient of its images `x`, and BN moments of the batch."""
+        context = batch_statistics(
+            self.model,
+            self.shard,
+            train_mode=self.train_mode,
+            needed=with_moments,
+            truncated=self.bn_grad == "detached",
+        )
+        total = len(self.y) if self.shard.size > 1 else None
+        with context as moments:
+            gradient = self._batch_gradient(
+                x, self.own(self.y), create_graph=create_graph, total=total
+            )
+            return gradient, moments() if with_moments else []
+
     def evaluate(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """Gradient of the candidate batch `x` and its unweighted priors, both on the graph."""
-        truncated = truncated_derivative if self.bn_grad == "detached" else nullcontext
-        recorded = recorded_moments if self._needs_moments else _nothing_recorded
-        with truncated(self.model), recorded(self.model) as moments:
-            gradient = self.gradient(x, create_graph=True)
-            candidate = Candidate(x, moments(), self.target_moments, self.consensus)
+        """Gradient of the candidate batch `x` and its unweighted priors, both on the graph.
+
+        With several processes `x` is this one's part, and so are the results: their sums over
+        processes (`whole`) are the gradient and the priors.
+        """
+        gradient, moments = self._share(x, create_graph=True, with_moments=self._needs_moments)
+        consensus = None if self.consensus is None else self.own(self.consensus)
+        candidate = Candidate(x, moments, self.target_moments, consensus)
         names = [
             name
             for name in self.weights.at(0.0)
             if self.consensus is not None or not PRIORS[name].needs_consensus
         ]
-        return gradient, {name: PRIORS[name].function(candidate) for name in names}
+        return gradient, {name: self._prior_share(PRIORS[name], candidate) for name in names}
+
+    def _prior_share(self, prior: Prior, candidate: Candidate) -> Tensor:
+        """Priors are means over images, but for those of the whole batch's moments."""
+        if self.shard.size == 1:
+            return prior.function(candidate)
+        if prior.needs_moments:
+            return prior.function(candidate) / self.shard.size
+        if not len(candidate.x):
+            return candidate.x.sum()
+        return prior.function(candidate) * (len(candidate.x) / len(self.y))
+
+    def whole(
+        self, gradient: Sequence[Tensor], terms: Mapping[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Gradient and priors of the whole batch from all processes' shares, without a graph."""
+        if self.shard.size == 1:
+            return tuple(gradient), {name: term.detach() for name, term in terms.items()}
+        values = [term.to(gradient[0]).view(1) for term in terms.values()]
+        summed = sum_tensors([*gradient, *values], self.shard)
+        scalars = (value[0] for value in summed[len(gradient) :])
+        return summed[: len(gradient)], dict(zip(terms, scalars, strict=True))
 
     def toward(self, consensus: Tensor | None) -> "Objective":
         """The same objective with group consistency to `consensus` (B, C, H, W), or without."""
@@ -153,8 +200,9 @@ class Objective:
         return other
 
     def gradient_distance(self, x: Tensor) -> float:
-        """The gradient distance of the candidate `x` alone: no priors, no graph."""
-        return self.distance_with_cotangent(self.gradient(x))[0].item()
+        """The gradient distance of the whole candidate batch `x` alone: no priors, no graph."""
+        gradient, _ = self._share(self.own(x), create_graph=False, with_moments=False)
+        return self.distance_with_cotangent(sum_tensors(gradient, self.shard))[0].item()
 
     def prior_sum(self, terms: Mapping[str, Tensor], progress: float) -> Tensor | float:
         """Weighted sum of the prior terms at `progress` of the run; 0 without priors."""
@@ -162,15 +210,20 @@ class Objective:
         return sum(weights[name] * term for name, term in terms.items())
 
     def __call__(self, x: Tensor, progress: float = 0.0) -> Losses:
-        """All terms for the candidate `x` (B, C, H, W), differentiable with respect to it."""
+        """All terms for the candidate `x` (B, C, H, W), differentiable with respect to it.
+
+        With several processes `x` is this one's part and the losses are the whole batch's, but
+        the derivative of the total holds this process's share of what all compute alike.
+        """
         gradient, terms = self.evaluate(x)
-        distance = self.distance(gradient)
-        total = self.weights.gradient * distance + self.prior_sum(terms, progress)
+        count = self.shard.size
+        distance = self.distance([differentiable_sum(g, self.shard) for g in gradient])
+        total = self.weights.gradient * distance / count + self.prior_sum(terms, progress)
+        if count > 1:
+            _, terms = self.whole(gradient, terms)
+            value = self.weights.gradient * distance + self.prior_sum(terms, progress)
+            total = total + (value - total).detach()
         return Losses(total, distance, terms)
-
-
-def _nothing_recorded(model: nn.Module):
-    return nullcontext(list)
 
 
 def _target_moments(model, target, bn_source):

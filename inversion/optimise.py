@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor
 
 from inversion.objective import Losses
+from utils.distributed import ALONE, Shard
 
 
 def _adam(x: Tensor, lr: float) -> torch.optim.Optimizer:
@@ -112,6 +113,31 @@ def lowest(losses: Sequence[float]) -> int:
     return finite.index(min(finite))
 
 
+def exchange(
+    runs: Sequence[Reconstruction | None], x_seeds: Sequence[Tensor], seeds: Shard
+) -> list[Reconstruction]:
+    """All seeds' runs on every process, each of which has run its own of them in turn.
+
+    runs: one a seed, None where another process ran it. One that nobody started, after an
+    interruption, is its start `x_seeds[index]` with NaN losses. Optimisers' states stay where
+    they are.
+    """
+    mine = {
+        i: replace(run, x=run.x.cpu(), optimiser_state=None)
+        for i, run in enumerate(runs)
+        if run is not None and seeds.owns(i)
+    }
+    found = {i: run for part in seeds.objects(mine) for i, run in part.items()}
+    whole = []
+    for index, (run, x_init) in enumerate(zip(runs, x_seeds, strict=True)):
+        if index not in found:
+            run = Reconstruction(x_init, Losses(math.nan, math.nan, {}), 0, "interrupted")
+        elif not seeds.owns(index):
+            run = replace(found[index], x=found[index].x.to(x_init.device))
+        whole.append(run)
+    return whole
+
+
 class _NotFiniteError(Exception):
     pass
 
@@ -125,6 +151,7 @@ def reconstruct(
     on_step: Callable[[int, Losses, float], bool | None] | None = None,
     span: range | None = None,
     optimiser_state: dict | None = None,
+    shard: Shard = ALONE,
 ) -> Reconstruction:
     """Improve the images `x_init` (B, C, H, W) for `loop.steps` iterations.
 
@@ -136,10 +163,14 @@ def reconstruct(
     `x_init`. on_step(step, losses, rate): called after every iteration with the losses before
     its update, as floats; a true answer ends the loop.
 
+    shard: with several processes each is given the whole `x_init` and improves its part of it;
+    noise is drawn for the whole batch, all end the loop together, and the result is whole. Only
+    the optimiser's state is this process's own.
+
     Every loss is paired with the images it was computed at. A loss that is not finite ends the
     loop and returns the best images until then, `x_init` with NaN losses if there were none.
     """
-    x = _boxed(x_init.detach().clone(), loop.box).requires_grad_()
+    x = _boxed(shard.split(x_init.detach()).clone(), loop.box).requires_grad_()
     optimiser = OPTIMISERS[loop.optimiser](x, loop.lr)
     scale = None if loop.optimiser in NORMALISED else 1.0
     if optimiser_state is not None:
@@ -153,7 +184,7 @@ def reconstruct(
         nonlocal latest, best_x, best, scale
         losses, derivative = pixel_gradient(x.detach(), progress)
         latest = losses.floats()
-        if not (math.isfinite(latest.total) and bool(derivative.sum().isfinite())):
+        if shard.any(not (math.isfinite(latest.total) and bool(derivative.sum().isfinite()))):
             raise _NotFiniteError
         if not latest.gradient >= best.gradient:  # true for the NaN of the start as well
             best_x, best = x.detach().clone(), latest
@@ -178,21 +209,22 @@ def reconstruct(
             with torch.no_grad():
                 if loop.noise:
                     noise = torch.randn(
-                        x.shape, dtype=x.dtype, device=x.device, generator=generator
+                        x_init.shape, dtype=x.dtype, device=x.device, generator=generator
                     )
-                    x.add_(noise, alpha=rate * loop.noise)
+                    x.add_(shard.split(noise), alpha=rate * loop.noise)
                 x.copy_(_boxed(x, loop.box))
             done += 1
-            if on_step is not None and on_step(step, first[0], rate):
+            if shard.any(on_step is not None and on_step(step, first[0], rate)):
                 stopped = "interrupted"
                 break
         evaluate(loop.progress(step))
     except _NotFiniteError:
-        return Reconstruction(best_x, best, done, "not finite")
+        return Reconstruction(shard.gather(best_x, len(x_init)), best, done, "not finite")
     state = {"optimiser": optimiser.state_dict(), "scale": scale}
     if loop.keep_best:
-        return Reconstruction(best_x, best, done, stopped, state)
-    return Reconstruction(x.detach().clone(), latest, done, stopped, state)
+        return Reconstruction(shard.gather(best_x, len(x_init)), best, done, stopped, state)
+    latest_x = shard.gather(x.detach().clone(), len(x_init))
+    return Reconstruction(latest_x, latest, done, stopped, state)
 
 
 def _boxed(x: Tensor, box: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Ways to ∂objective/∂x, the direction in which the candidate images are improved.
 
 Each takes the objective, the candidate `x` (B, C, H, W) and the progress of the run in [0, 1],
-and returns the losses (detached) and the derivative, shaped like `x`.
+and returns the losses (detached) and the derivative, shaped like `x`. With several processes `x`
+is this one's part of the batch, and the losses are those of the whole.
 """
 
 import torch
@@ -19,7 +20,8 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     """
     x = x.detach().requires_grad_()
     gradient, terms = objective.evaluate(x)
-    distance, cotangents = objective.distance_with_cotangent(gradient)
+    whole, values = objective.whole(gradient, terms)
+    distance, cotangents = objective.distance_with_cotangent(whole)
     if objective.weights.gradient != 1:
         cotangents = [objective.weights.gradient * v for v in cotangents]
     prior = objective.prior_sum(terms, progress)
@@ -33,9 +35,8 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
         allow_unused=True,
         materialize_grads=True,
     )
-    total = objective.weights.gradient * distance + prior
-    terms = {name: term.detach() for name, term in terms.items()}
-    return Losses(total.detach(), distance, terms), derivative
+    total = objective.weights.gradient * distance + objective.prior_sum(values, progress)
+    return Losses(total, distance, values), derivative
 
 
 def plain(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losses, Tensor]:

@@ -9,7 +9,8 @@ from torch import Generator, Tensor
 
 from inversion.mlco import mlco
 from inversion.objective import Objective
-from inversion.optimise import Loop, Outcome, Reconstruction, lowest, reconstruct
+from inversion.optimise import Loop, Outcome, Reconstruction, exchange, lowest, reconstruct
+from utils.distributed import ALONE, Shard
 from utils.metrics import assign
 
 
@@ -41,26 +42,33 @@ def best(
     *,
     generators: Sequence[Generator],
     on_step: Callable,
+    seeds: Shard = ALONE,
 ) -> Outcome:
     """Run every start on its own and choose the one with the lowest gradient loss.
 
     method: a function of PIXEL_GRADIENTS. x_seeds: S starts (B, C, H, W). generators: one a
     seed, for the Langevin noise, on the device to work on. on_step(index, step, losses, rate):
     as in `reconstruct`, with the index of the seed; a true answer ends this seed and all later
-    ones.
+    ones. seeds: processes that run whole seeds in turn, each on its own; all return the same.
     """
-    runs = []
+    runs: list[Reconstruction | None] = [None] * len(x_seeds)
     for index, (x_init, generator) in enumerate(zip(x_seeds, generators, strict=True)):
+        if not seeds.owns(index):
+            continue
         run = reconstruct(
             partial(method, objective),
             x_init.to(generator.device),
             loop,
             generator=generator,
             on_step=partial(on_step, index),
+            shard=objective.shard,
         )
-        runs.append(replace(run, x=run.x.to(x_init.device), optimiser_state=None))
+        runs[index] = replace(run, x=run.x.to(x_init.device), optimiser_state=None)
         if run.stopped == "interrupted":
             break
+    if seeds.size > 1:
+        runs = exchange(runs, x_seeds, seeds)
+    runs = [run for run in runs if run is not None]
     chosen = lowest([run.losses.gradient for run in runs])
     return Outcome(runs[chosen], tuple(runs), chosen, sum(run.steps for run in runs))
 
@@ -77,7 +85,7 @@ def mean(objective: Objective, method: Callable, x_seeds: Sequence[Tensor], loop
     for run in outcome.runs:
         total += _paired(run.x, reference, objective.y.to(reference.device))
     x = total / len(outcome.runs)
-    losses = objective(x.to(objective.y.device), 1.0).floats()
+    losses = objective(objective.own(x.to(objective.y.device)), 1.0).floats()
     final = Reconstruction(x, losses, outcome.final.steps, outcome.final.stopped)
     return replace(outcome, final=final, chosen=None)
 

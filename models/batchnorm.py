@@ -1,9 +1,11 @@
 """BatchNorm: statistics of a batch at every layer, and the derivative of the original attack."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from utils.distributed import ALONE, Shard, differentiable_sum
 
 #: Every BatchNorm of torch, SyncBatchNorm included.
 BATCHNORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
@@ -14,40 +16,135 @@ def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BATCHNORM_TYPES)]
 
 
-def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance a channel of a layer's input `x` (B, C, ...): two (C,) tensors."""
+def batch_moments(x: Tensor, shard: Shard = ALONE) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance a channel of a layer's input `x` (B, C, ...): two (C,) tensors.
+
+    With several processes, each holding its part of the batch (none at all, maybe): those of the
+    whole batch, differentiable any number of times, by one collective. The parts' means and
+    centred squares are merged (Chan et al., 1979), so nothing cancels.
+    """
     dims = [0, *range(2, x.dim())]
-    var, mean = torch.var_mean(x, dims, correction=0)
-    return mean, var
+    if shard.size == 1:
+        var, mean = torch.var_mean(x, dims, correction=0)
+        return mean, var
+    count = x.new_full((1,), x.numel() // x.shape[1])
+    mean = x.sum(dims) / count.clamp(min=1)
+    squares = (x - _per_channel(mean, x)).square().sum(dims)
+    own = torch.cat([mean, squares, count])
+    others = torch.zeros_like(own)
+    rows = torch.stack([own if rank == shard.rank else others for rank in range(shard.size)])
+    means, squares, counts = differentiable_sum(rows, shard).split([len(mean), len(mean), 1], 1)
+    counts = counts.detach()
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    return mean, (squares + counts * (means - mean).square()).sum(0) / total
+
+
+class _Moments:
+    """Moments of every BatchNorm layer's input in one forward pass, by pre-forward hooks."""
+
+    def __init__(self, model: nn.Module, shard: Shard):
+        self.layers, self.shard = batchnorm_layers(model), shard
+        self.of: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._repeated = False
+
+    def _record(self, layer, args):
+        self._repeated |= layer in self.of
+        self.of[layer] = batch_moments(args[0], self.shard)
+
+    def __call__(self) -> list[tuple[Tensor, Tensor]]:
+        if self._repeated:
+            raise ValueError("a BatchNorm layer is used twice in one forward pass")
+        if len(self.of) < len(self.layers):
+            raise ValueError("a BatchNorm layer takes no part in the forward pass")
+        return [self.of[layer] for layer in self.layers]
+
+    def __enter__(self):
+        self._handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers]
+        return self
+
+    def __exit__(self, *exc):
+        for handle in self._handles:
+            handle.remove()
+
+
+def recorded_moments(model: nn.Module, shard: Shard = ALONE) -> _Moments:
+    """A context that records `batch_moments` of the input of every BatchNorm layer.
+
+    Yields a function that returns the (mean, var) pairs of the forward pass, in the order
+    of `batchnorm_layers`; they are on the graph of that pass. It raises ValueError for a layer
+    that the pass used never or twice: it has no statistics of its own.
+    """
+    return _Moments(model, shard)
 
 
 @contextmanager
-def recorded_moments(model: nn.Module):
-    """Record `batch_moments` of the input of every BatchNorm layer during forward passes.
+def whole_batch_normalisation(model: nn.Module, shard: Shard, *, truncated: bool = False):
+    """Within this context BatchNorm in train mode normalises by the whole batch's statistics.
 
-    Yields a function that returns the (mean, var) pairs of the forward pass, in the order
-    of `batchnorm_layers`; they are on the graph of that pass. Raises ValueError for a layer that
-    the pass used never or twice: it has no statistics of its own.
+    Every process passes its part of the batch through its copy of the model. Outputs and all
+    derivatives are those of one process with the whole batch. truncated: with the second
+    derivative of the original attack (`truncated_derivative`). Yields what `recorded_moments` does.
     """
-    layers = batchnorm_layers(model)
-    moments = {}
+    moments = recorded_moments(model, shard)
 
-    def record(layer, args):
-        if layer in moments:
-            raise ValueError("a BatchNorm layer is used twice in one forward pass")
-        moments[layer] = batch_moments(args[0])
+    def replaced(layer):
+        def forward(x):
+            if not layer.training:
+                return type(layer).forward(layer, x)
+            mean, var = moments.of[layer]
+            if truncated:
+                options = (mean.detach(), var.detach(), layer.eps, shard)
+                return _TruncatedBatchNorm.apply(x, layer.weight, layer.bias, *options)
+            scale = (var + layer.eps).rsqrt()
+            centred = x - _per_channel(mean, x)
+            if layer.weight is None:
+                return centred * _per_channel(scale, x)
+            scale = _per_channel(scale * layer.weight, x)
+            return torch.addcmul(_per_channel(layer.bias, x), centred, scale)
 
-    def recorded():
-        if len(moments) < len(layers):
-            raise ValueError("a BatchNorm layer takes no part in the forward pass")
-        return [moments[layer] for layer in layers]
+        return forward
 
-    handles = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
+    with moments:
+        try:
+            for layer in moments.layers:
+                layer.forward = replaced(layer)
+            yield moments
+        finally:
+            for layer in moments.layers:
+                del layer.forward
+
+
+def batch_statistics(
+    model: nn.Module,
+    shard: Shard = ALONE,
+    *,
+    train_mode: bool,
+    needed: bool,
+    truncated: bool = False,
+):
+    """The context in which a gradient of a batch is taken that is spread over processes.
+
+    The plainest that will do: `whole_batch_normalisation` where BatchNorm in train mode must look
+    at the whole batch or have the truncated derivative, `recorded_moments` where the moments are
+    `needed`, else nothing.
+    """
+    if train_mode and (shard.size > 1 or truncated):
+        return whole_batch_normalisation(model, shard, truncated=truncated)
+    return recorded_moments(model, shard) if needed else nullcontext()
+
+
+@contextmanager
+def truncated_derivative(model: nn.Module):
+    """Within this context BatchNorm in train mode has the original attack's second derivative.
+
+    The original replaced every BatchNorm by apex's SyncBatchNorm, whose Python backward pass
+    works on saved copies of the input and of the batch statistics that autograd does not
+    follow. Outputs and gradients (first derivatives) are unchanged; what is differentiated
+    twice is not exact. For comparison only.
+    """
+    with whole_batch_normalisation(model, ALONE, truncated=True):
+        yield
 
 
 def running_moments(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -73,11 +170,11 @@ class _TruncatedBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        mean, var = batch_moments(x)
+    def forward(ctx, x, weight, bias, mean, var, eps, shard):
         scale = (var + eps).rsqrt()
         normed = (x - _per_channel(mean, x)) * _per_channel(scale, x)
         ctx.save_for_backward(normed, scale, weight)
+        ctx.shard = shard
         if weight is None:
             return normed.clone()  # an in-place layer behind must not change what is saved
         return normed * _per_channel(weight, x) + _per_channel(bias, x)
@@ -92,41 +189,14 @@ class _TruncatedBatchNorm(torch.autograd.Function):
             d_weight = (cotangent * normed).sum(dims)
             d_bias = cotangent.sum(dims)
             d_normed = cotangent * _per_channel(weight, normed)
+        sums = torch.stack([d_normed.sum(dims), (d_normed * normed).sum(dims)])
+        count = ctx.shard.sum(normed.new_full((1,), normed.numel() // normed.shape[1]))
+        means = differentiable_sum(sums, ctx.shard) / count
         d_x = _per_channel(scale, normed) * (
-            d_normed
-            - d_normed.mean(dims, keepdim=True)
-            - normed * (d_normed * normed).mean(dims, keepdim=True)
+            d_normed - _per_channel(means[0], normed) - normed * _per_channel(means[1], normed)
         )
-        return d_x, d_weight, d_bias, None
+        return d_x, d_weight, d_bias, None, None, None, None
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.dim() - 2))
-
-
-@contextmanager
-def truncated_derivative(model: nn.Module):
-    """Within this context BatchNorm in train mode has the original attack's second derivative.
-
-    The original replaced every BatchNorm by apex's SyncBatchNorm, whose Python backward pass
-    works on saved copies of the input and of the batch statistics that autograd does not
-    follow. Outputs and gradients (first derivatives) are unchanged; what is differentiated
-    twice is not exact. For comparison only.
-    """
-    layers = batchnorm_layers(model)
-
-    def replaced(layer):
-        def forward(x):
-            if not layer.training:
-                return type(layer).forward(layer, x)
-            return _TruncatedBatchNorm.apply(x, layer.weight, layer.bias, layer.eps)
-
-        return forward
-
-    try:
-        for layer in layers:
-            layer.forward = replaced(layer)
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward

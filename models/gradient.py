@@ -61,17 +61,24 @@ def batch_gradient(
     train_mode: bool,
     label_smoothing: float = 0.0,
     create_graph: bool = False,
+    total: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradient of the batch's mean cross-entropy with respect to the trainable parameters.
 
     `x` (B, C, H, W) normalised images, `y` (B,) class indices; `label_smoothing` ε in [0, 1) moves
     a share ε of every label evenly to all classes. Returns one tensor a trainable
     parameter, in the model's order, shaped like it; zeros where a parameter takes no part.
-    With `create_graph` the result can be differentiated once more with respect to `x`.
+    With `create_graph` the result can be differentiated once more with respect to `x`. `total`:
+    images of the whole batch where `x` is a part of it; the result is then this part's share, and
+    the shares of all parts sum to the gradient.
     """
     parameters = list(trainable_parameters(model).values())
     with gradient_mode(model, train_mode), torch.enable_grad():
-        loss = F.cross_entropy(model(x), y, label_smoothing=label_smoothing)
+        options = {"label_smoothing": label_smoothing}
+        if total is None:
+            loss = F.cross_entropy(model(x), y, **options)
+        else:
+            loss = F.cross_entropy(model(x), y, reduction="sum", **options) / total
         return torch.autograd.grad(
             loss, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )

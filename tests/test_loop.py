@@ -1,6 +1,7 @@
 """The loop: what it does to images, and which losses it pairs them with."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,13 @@ import torch
 from inversion.objective import Losses, Weights
 from inversion.optimise import OPTIMISERS, Loop, reconstruct
 from inversion.restarts import best, initial_images, noise_generator
+from utils.distributed import ALONE
 
 GOAL = torch.tensor([0.3, -0.2, 0.9, 0.0]).view(1, 1, 2, 2)
+
+
+#: What a strategy asks of an objective beside its pixel gradient.
+ALONE_OBJECTIVE = SimpleNamespace(shard=ALONE)
 
 
 def bowl(x, progress):
@@ -150,8 +156,8 @@ def test_a_wish_to_stop_is_granted_and_later_seeds_do_not_start():
         return (index, step) == (1, 2)
 
     outcome = best(
-        None, anywhere, [start(s) for s in range(3)], Loop(5, 0.1), generators=generators,
-        on_step=on_step,
+        ALONE_OBJECTIVE, anywhere, [start(s) for s in range(3)], Loop(5, 0.1),
+        generators=generators, on_step=on_step,
     )  # fmt: skip
     assert seen == [(0, s) for s in range(5)] + [(1, s) for s in range(3)]
     assert [run.stopped for run in outcome.runs] == [None, "interrupted"]
@@ -161,7 +167,7 @@ def test_a_wish_to_stop_is_granted_and_later_seeds_do_not_start():
 def test_the_seed_with_the_lowest_gradient_loss_wins():
     starts = [GOAL + 3, GOAL * math.nan, GOAL + 0.1, GOAL + 1]
     outcome = best(
-        None,
+        ALONE_OBJECTIVE,
         anywhere,
         starts,
         Loop(1, 1e-6),

@@ -75,21 +75,23 @@ def number(
     return parse
 
 
-def choose_device(gpu: int | None) -> torch.device:
-    """The device of `--gpu`: that GPU, else the first one, else the CPU.
+def choose_device(gpu: int | None, local_rank: int = 0) -> torch.device:
+    """The device of `--gpu`: that GPU, else number `local_rank` (in turn), else the CPU.
 
     TensorFloat-32 is switched off: it rounds inputs to 10 bits, and a gradient match below
     about 1e-3 would measure that rounding.
     """
     torch.backends.cudnn.allow_tf32 = False
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu is None:
-        return torch.device("cuda:0" if count else "cpu")
-    if count == 0:
+    if gpu is not None and count == 0:
         raise InputError(f"--gpu {gpu}: no CUDA device here; leave --gpu out to run on the CPU")
-    if not 0 <= gpu < count:
+    if gpu is not None and not 0 <= gpu < count:
         raise InputError(f"--gpu {gpu}: this machine has GPUs 0 to {count - 1}")
-    return torch.device(f"cuda:{gpu}")
+    if count == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % count if gpu is None else gpu)
+    torch.cuda.set_device(device)  # where collectives look
+    return device
 
 
 def file_name(text: str) -> str:
@@ -147,28 +149,30 @@ class Interrupts:
         self._restore()
 
 
-def run_script(main, argv: list[str] | None = None) -> int:
+def run_script(main, argv: list[str] | None = None, complain=None) -> int:
     """Call `main(argv)` and turn what it raises into the documented exit codes.
 
     0 done, 2 a refused input (one line on stderr), 1 a fault, 130 interrupted. An integer
-    that `main` returns is the exit code itself.
+    that `main` returns is the exit code itself. complain(line): instead of stderr.
     """
+    if complain is None:
+
+        def complain(line):
+            print(line, file=sys.stderr)
+
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except (FaultError, OSError) as error:
-        print(f"fault: {error}", file=sys.stderr)
+        complain(f"fault: {error}")
         return 1
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or is_out_of_memory(error):
-            print(
-                "fault: out of memory; take a smaller batch, smaller images or another device",
-                file=sys.stderr,
-            )
+            complain("fault: out of memory; take a smaller batch, smaller images or another device")
             return 1
         raise
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130

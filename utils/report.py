@@ -58,6 +58,16 @@ class Reporter:
             pass  # the lines are kept for the next attempt
 
 
+class Silent(Reporter):
+    """The reporter of every process but the first."""
+
+    def say(self, text: str = "") -> None:
+        """Say nothing."""
+
+    def log_to(self, path: str | Path) -> None:
+        """Write nothing."""
+
+
 class Progress:
     """Progress of `total` iterations: a bar on a terminal, else a line every `every` iterations."""
 
@@ -65,7 +75,8 @@ class Progress:
         self.total, self.every, self.reporter = total, every, reporter
         self.done = 0
         self.start = time.perf_counter()
-        self._bar = tqdm(total=total, unit="it") if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and not isinstance(reporter, Silent)
+        self._bar = tqdm(total=total, unit="it") if shown else None
 
     def step(self, prefix: str, values: Mapping[str, float]) -> None:
         """Count one iteration; `prefix` and `values` are shown with it."""

@@ -1,0 +1,184 @@
+"""What several processes and one compute alike; started by tests/test_distributed.py."""
+
+import os
+import sys
+import time
+
+import torch
+from torch import nn
+
+from inversion.combine import combine
+from inversion.mlco import MLCOSchedule, mlco
+from inversion.objective import Objective, Weights
+from inversion.optimise import Loop, reconstruct
+from inversion.pixel_gradient import exact, plain
+from inversion.restarts import best, initial_images, mean, noise_generator
+from models.build import build_model
+from tests.support import photos, smooth_network, target_of
+from train.capture import capture
+from utils.cli import InputError
+from utils.distributed import ALONE, Group, launch
+
+SIZE = 16
+WEIGHTS = Weights(2.0, {"tv": 0.1, "bn": 0.01, "norm": -1e-3, "group": 0.5})
+
+
+def network(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = smooth_network(8) if name == "conv" else build_model("resnet18", 8, (3, SIZE, SIZE))
+    if name == "no affine":
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Softplus(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 8),
+        )  # fmt: skip
+    return model.to(dtype)
+
+
+def batch(batch_size, dtype=torch.float64):
+    x, y = photos(batch_size, SIZE, target_idx=1)
+    return x.to(dtype), y
+
+
+def objective_of(shard, name, batch_size, dtype=torch.float64, *, train_mode=True, **options):
+    model, (x, y) = network(name, dtype), batch(batch_size, dtype)
+    target = target_of(model, x, y, train_mode=train_mode)
+    options = {"weights": WEIGHTS, "bn_source": "batch"} | options
+    return Objective(model, target, y, shard=shard, **options)
+
+
+def start(seed, batch_size, dtype=torch.float64):
+    return initial_images(seed, batch_size, (3, SIZE, SIZE), dtype)
+
+
+def derivatives(shard):
+    """Losses and ∂objective/∂x of every kind of objective, whole: name → tensor."""
+    found = {}
+    cases = [("conv", size, method, {}) for size in (6, 7) for method in (exact, plain)]
+    cases += [("resnet18", 7, exact, {})]
+    cases += [("conv", 2, exact, {}), ("no affine", 7, exact, {})]
+    cases += [("conv", 7, exact, {"train_mode": False}), ("conv", 7, plain, {"distance": "L2"})]
+    cases += [("resnet18", 6, exact, {"bn_grad": "detached"})]
+    for name, size, method, options in cases:
+        objective = objective_of(shard, name, size, **options)
+        objective = objective.toward(start(9, size))
+        losses, own = method(objective, objective.own(start(1, size)), 0.5)
+        key = f"{name} {size} {method.__name__} {options}"
+        found[key] = shard.gather(own, size)
+        values = [losses.total, losses.gradient, *losses.terms.values()]
+        found[f"{key} losses"] = torch.stack(values)
+    return found
+
+
+def captures(shard):
+    """What a client sends: gradients and BN statistics, whole."""
+    found = {}
+    for name, size in (("conv", 7), ("resnet18", 6), ("conv", 2)):
+        model = network(name)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        for mode in (True, False):
+            sent = capture(
+                model, *batch(size), train_mode=mode, capture_bn=True, shard=shard,
+                label_smoothing=0.1,
+            )  # fmt: skip
+            for part in ("gradient", "bn_mean", "bn_var"):
+                flat = torch.cat([t.flatten() for t in getattr(sent, part)])
+                found[f"{name} {size} {mode} {part}"] = flat
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return found
+
+
+def runs(shard):
+    """Twenty steps without signs, with noise and box; combinations; MLCO."""
+    objective = objective_of(shard, "conv", 7)
+    loop = Loop(20, 0.02, noise=0.1, box=(torch.full((3, 1, 1), -3.0), torch.full((3, 1, 1), 3.0)))
+    result = reconstruct(
+        lambda x, p: exact(objective, x, p), start(1, 7), loop,
+        generator=noise_generator(1, torch.device("cpu")), shard=shard,
+    )  # fmt: skip
+    found = {"run": result.x, "run loss": torch.tensor([result.losses.total])}
+    for mode in (True, False):
+        objective = objective_of(shard, "conv", 7, train_mode=mode)
+        chosen = combine(objective, [start(seed, 7) for seed in range(3)])
+        found[f"combine {mode}"] = torch.tensor(chosen.choice)
+        found[f"combine {mode} loss"] = torch.tensor([chosen.loss, *chosen.seed_losses])
+    outcome = strategy(mlco, objective, schedule=MLCOSchedule(inner_steps=2))
+    found["mlco"] = outcome.final.x
+    return found
+
+
+def strategy(which, objective, **options):
+    return which(
+        objective, exact, [start(seed, 7) for seed in range(3)], Loop(8, 0.02, noise=0.1),
+        generators=[noise_generator(seed, torch.device("cpu")) for seed in range(3)],
+        on_step=lambda *_: False, **options,
+    )  # fmt: skip
+
+
+def whole_seeds(shard):
+    """Whole seeds shared out: the same bits as in one process."""
+    found = {}
+    objective = objective_of(ALONE, "conv", 7)
+    schedule = {"schedule": MLCOSchedule(inner_steps=2)}
+    for which, options in ((best, {}), (mean, {}), (mlco, schedule)):
+        outcome = strategy(which, objective, seeds=shard, **options)
+        found[which.__name__] = outcome.final.x
+        found[f"{which.__name__} runs"] = torch.stack([run.x for run in outcome.runs])
+        found[f"{which.__name__} iterations"] = torch.tensor([float(outcome.iterations)])
+    return found
+
+
+def sign_objective(shard):
+    weights = Weights(1.0, {"tv": 1e-2, "bn": 1e-2})
+    return objective_of(shard, "resnet18", 8, torch.float32, weights=weights)
+
+
+def sign_descent():
+    """Twenty iterates of a sign-descent run of one process, float32, and the signs there."""
+    objective, x = sign_objective(ALONE), start(3, 8, torch.float32)
+    iterates, signs = [], []
+    for _ in range(20):
+        iterates.append(x)
+        signs.append(exact(objective, x)[1].sign())
+        x = x - 0.05 * signs[-1]
+    return torch.stack(iterates), torch.stack(signs)
+
+
+def signs_at(shard, iterates):
+    objective = sign_objective(shard)
+    found = [shard.gather(exact(objective, objective.own(x))[1], 8).sign() for x in iterates]
+    return torch.stack(found)
+
+
+def everything(shard, iterates=None):
+    found = {part.__name__: part(shard) for part in (derivatives, captures, runs, whole_seeds)}
+    if iterates is not None:
+        found["signs"] = signs_at(shard, iterates)
+    return found
+
+
+def work(argv, shard, local_rank):
+    """Compute everything and leave it in argv[0].rank; argv[1], if given, holds the iterates."""
+    iterates = torch.load(argv[1]) if len(argv) > 1 else None
+    torch.save(everything(shard, iterates), f"{argv[0]}.{shard.rank}")
+    return 0
+
+
+def one_fails(argv, shard, local_rank):
+    """Process 1 fails while the others wait for it."""
+    if shard.rank == 1:
+        raise InputError("--flag: only process 1 objects")
+    shard.sum(torch.ones(1))
+    return 0
+
+
+def wait_forever(argv, shard, local_rank):
+    """Leave this process's number in argv[0].rank and go on until ended."""
+    with open(f"{argv[0]}.{shard.rank}", "w") as file:
+        file.write(str(os.getpid()))
+    while True:
+        shard.sum(torch.ones(1))
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":  # python -m tests.shared_work FILE URL: two processes that wait
+    sys.exit(launch(wait_forever, sys.argv[1:], Group(2, 2, 0, sys.argv[2], "gloo")))

@@ -1,0 +1,301 @@
+"""Several processes compute what one computes, share the work, and end together."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import shared_work
+from tests.support import ROOT, attack, call
+from utils import distributed
+from utils.checkpoint import load
+from utils.cli import FaultError, InputError
+from utils.distributed import ALONE, Group, Shard, group_from, launch
+
+
+def group(size):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return Group(size, size, 0, f"tcp://127.0.0.1:{port}", "gloo")
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """Number of processes → what each of them computed."""
+    folder = tmp_path_factory.mktemp("figures")
+    iterates, signs = shared_work.sign_descent()
+    torch.save(iterates, folder / "iterates")
+    found = {1: [shared_work.everything(ALONE) | {"signs": signs}]}
+    for size in (2, 3):
+        path = folder / f"of_{size}"
+        argv = [str(path), str(folder / "iterates")][: 2 if size == 2 else 1]
+        assert launch(shared_work.work, argv, group(size)) == 0
+        found[size] = [torch.load(f"{path}.{rank}") for rank in range(size)]
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("part", "tolerance"), [("derivatives", 1e-10), ("captures", 1e-10), ("runs", 1e-8)]
+)
+def test_several_processes_equal_one(figures, size, part, tolerance):
+    (alone,) = figures[1]
+    assert len(alone[part]) >= 7
+    for others in figures[size]:
+        for key, value in alone[part].items():
+            error = (others[part][key].double() - value.double()).abs().max().item()
+            assert error <= tolerance * max(1, value.abs().max().item()), key
+
+
+def test_whole_seeds_give_the_same_bits(figures):
+    (alone,) = figures[1]
+    for size in (2, 3):
+        for others in figures[size]:
+            for key, value in alone["whole_seeds"].items():
+                assert torch.equal(others["whole_seeds"][key], value), key
+
+
+def test_signs_agree_in_float32(figures):
+    ours = figures[1][0]["signs"]
+    assert len(ours) == 20
+    agree = (figures[2][0]["signs"] == ours).float().mean().item()
+    assert agree >= 0.999
+    assert ours.unique().numel() >= 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 7, 256])
+def test_blocks_cover_the_batch(count):
+    for size in (1, 2, 3, 8):
+        shards = [Shard(rank, size) for rank in range(size)]
+        whole = torch.arange(count)
+        assert torch.equal(torch.cat([shard.split(whole) for shard in shards]), whole)
+        lengths = [len(shard.split(whole)) for shard in shards]
+        assert max(lengths) - min(lengths) <= 1
+        assert [sum(s.owns(i) for s in shards) for i in range(count)] == [1] * count
+
+
+def test_an_error_of_one_process_ends_all(capfd):
+    begin = time.monotonic()
+    assert launch(shared_work.one_fails, [], group(2)) == 2
+    assert time.monotonic() - begin < 30
+    assert "error: --flag: only process 1 objects (process 1)" in capfd.readouterr().err
+
+
+# The scripts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [8, 7])
+def test_training_in_two_processes(tmp_path, captured, batch_size):
+    flags = ("-a", "convnet", "-b", str(batch_size), "--target-idx", "1", "--upload-bn")
+    alone, shared = (load(str(captured(*flags, "--nproc", str(n)))) for n in (1, 2))
+    for key in ("target_gradient", "bn_mean_list", "bn_var_list"):
+        for a, b in zip(alone[key], shared[key], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert torch.equal(alone["x_true"], shared["x_true"])
+
+
+def test_attack_in_two_processes(tmp_path, captured):
+    path = captured("-a", "convnet", "-b", "5", "--upload-bn")
+    flags = (
+        "--epochs", "10", "--MinCombine", "--n-seed", "3", "--T-in", "2", "--TV", "0.01",
+        "--BN", "0.01", "--exact-bn", "--metric", "--pseudo-label-init", "from_grads",
+    )  # fmt: skip
+    alone, one = attack(tmp_path / "1", path, *flags)
+    found = {}
+    for shard in ("batch", "seeds"):
+        extra = ("--nproc", "2", "--shard", shard)
+        result, folder = attack(tmp_path / shard, path, *flags, *extra)
+        assert result["processes"] == 2
+        assert result["iterations"] == alone["iterations"]
+        assert result["labels"]["reconstructed"] == alone["labels"]["reconstructed"]
+        assert len(result["rounds"]) == len(alone["rounds"])
+        found[shard] = torch.load(folder / "x_recon.pth", weights_only=True)
+        lines = [(f / "losses.csv").read_text().splitlines() for f in (one, folder)]
+        assert len(lines[0]) == len(lines[1])
+    ours = torch.load(one / "x_recon.pth", weights_only=True)
+    # one thread or two sum in another order: float32 to rounding
+    torch.testing.assert_close(found["seeds"], ours, rtol=0, atol=1e-2)
+    torch.testing.assert_close(found["batch"], ours, rtol=0, atol=1e-2)
+
+
+@pytest.fixture
+def script():
+    """script(*words): a started process, which is ended with the test whatever happens."""
+    started = []
+
+    def start(*words):
+        process = subprocess.Popen(
+            [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_torchrun(tmp_path, captured, script):
+    path = captured("-a", "lenet", "-b", "5")
+    process = script(
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
+        group(1).url.rpartition(":")[2], ROOT / "run.py", "--root", tmp_path, "--checkpoint", path,
+        "--epochs", 3, "--lr", 0.1, "--metric",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("plan: ") == 1
+    assert "2 processes, each with a part of the batch" in out
+    assert (tmp_path / "results" / "exp" / "test" / "result.json").exists()
+
+
+def children_of(pid):
+    """The processes that share the work of `pid`, not multiprocessing's own helpers."""
+    found = []
+    for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"spawn_main" in Path(f"/proc/{text}/cmdline").read_bytes():
+            found.append(int(text))
+    return found
+
+
+def running(script, tmp_path, path, *flags):
+    """run.py with two processes, in the middle of its work."""
+    process = script(
+        sys.executable, "run.py", "--root", tmp_path, "--checkpoint", path, "--epochs", 100000,
+        "--lr", 0.1, "-p", 5, "--nproc", 2, *flags,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "iteration 10/" in line:
+            break
+    return process, children_of(process.pid)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids, seconds=30):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_killing_one_process_ends_the_other(tmp_path, captured, script):
+    process, children = running(script, tmp_path, captured("-a", "lenet", "-b", "5"))
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert re.search("fault: process .* (ended by signal 9|lost another one)", err), err
+    assert gone(children)
+
+
+def test_nothing_outlives_a_killed_launcher(tmp_path, script):
+    path = tmp_path / "pid"
+    process = script(sys.executable, "-m", "tests.shared_work", path, group(2).url)
+    children = [Path(f"{path}.{rank}") for rank in range(2)]
+    deadline = time.monotonic() + 60
+    while not all(child.exists() and child.read_text() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = [int(child.read_text()) for child in children]
+    assert all(alive(pid) for pid in children)
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(children)
+
+
+def test_an_interruption_saves_what_there_is(tmp_path, captured, script):
+    process, children = running(script, tmp_path, captured("-a", "lenet", "-b", "5"))
+    assert len(children) == 2
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted after" in out
+    x = torch.load(tmp_path / "results" / "exp" / "test" / "x_recon.pth", weights_only=True)
+    assert x.shape == (5, 3, 32, 32)
+    assert gone(children)
+
+
+# What is refused ----------------------------------------------------------------------------
+
+
+def flags(**given):
+    defaults = {
+        "multiprocessing_distributed": False, "nproc": None, "world_size": -1, "rank": -1,
+        "dist_url": None, "dist_backend": None,
+    }  # fmt: skip
+    return SimpleNamespace(**(defaults | given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"world_size": 2, "rank": 2}, "--rank 2: --world-size 2 has nodes 0 to 1"),
+        ({"world_size": 0}, "--world-size 0: give the number of nodes"),
+        ({"world_size": 2, "rank": 0}, "several nodes need a place to meet; give --dist-url"),
+        ({"nproc": 2, "dist_url": "localhost:80"}, "not of the form tcp://HOST:PORT"),
+        ({"nproc": 2, "dist_url": "env://"}, "RANK is not in the environment"),
+        ({"nproc": 2, "dist_url": "tcp://192.0.2.1:2345"}, "cannot be opened here"),
+    ],
+)
+def test_what_cannot_be_is_refused(given, message, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match=re.escape(message)):
+        group_from(flags(**given))
+
+
+def test_a_taken_port_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(InputError, match=r"cannot be opened here \(Address already in use\)"):
+            group_from(flags(nproc=2, dist_url=url))
+
+
+def test_usable_defaults():
+    assert group_from(flags()) == Group()
+    found = group_from(flags(nproc=2, dist_backend="gloo"))
+    assert (found.size, found.local, found.first) == (2, 2, 0)
+    assert re.fullmatch(r"tcp://127\.0\.0\.1:\d+", found.url)
+    second = group_from(
+        flags(nproc=2, world_size=2, rank=1, dist_url="tcp://10.0.0.1:99", dist_backend="gloo")
+    )
+    assert (second.size, second.local, second.first) == (4, 2, 2)
+
+
+def test_a_peer_that_does_not_come(monkeypatch):
+    """A timeout that names the address."""
+    monkeypatch.setattr(distributed, "MEETING_TIMEOUT", 2)
+    lonely = Group(2, 1, 0, group(1).url, "gloo")
+    with (
+        pytest.raises(FaultError, match=rf"did not meet the others at {lonely.url} within 2 s"),
+        distributed._joined(lonely, 0),
+    ):
+        pass
+
+
+def test_lbfgs_is_refused_on_a_shared_batch(captured, tmp_path):
+    path = captured("-a", "lenet", "-b", "5")
+    base = ("--checkpoint", path, "--root", tmp_path, "--lr", "1", "--optim", "LBFGS")
+    outcome = call("run.py", *base, "--nproc", "2")
+    assert outcome.code == 2
+    assert "--optim LBFGS: its line search needs the whole batch" in outcome.err

@@ -1,0 +1,404 @@
+"""Several processes that share one computation: starting them, splitting, summing.
+
+A `Shard` is what the rest of the code sees; for one process all it does is the identity. This is
+the only file that knows torch.distributed.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, get_context
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.cli import FaultError, InputError, integer_from, run_script
+
+#: How long processes wait for one another, in seconds: to meet, and in a collective. The latter is
+#: long because one may still run a whole seed; a process that ended is noticed by its closed
+#: connection or by whoever started it.
+MEETING_TIMEOUT = 300
+COLLECTIVE_TIMEOUT = 24 * 3600
+#: How long the others may take to end when one process has failed, in seconds.
+GRACE = 3.0
+#: What a process says that can only report the end of another.
+LOST = "lost another one"
+#: What torch.distributed says when another process is gone.
+LOST_PEER = ("peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process's place among `size` processes: rank 0 … size − 1.
+
+    Batches are split into contiguous blocks, the first ones larger by one image where the batch
+    does not divide; blocks may be empty. Every method but `split`, `block` and `owns` is a
+    collective: all processes call it, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process reports and writes."""
+        return self.rank == 0
+
+    def block(self, count: int, rank: int | None = None) -> slice:
+        """The part of `count` items that a process (this one) has."""
+        rank = self.rank if rank is None else rank
+        share, more = divmod(count, self.size)
+        start = rank * share + min(rank, more)
+        return slice(start, start + share + (rank < more))
+
+    def split(self, whole: Tensor) -> Tensor:
+        """This process's block of the first dimension, a view."""
+        return whole[self.block(len(whole))]
+
+    def owns(self, index: int) -> bool:
+        """Whether item `index` of items dealt out in turn is this process's."""
+        return index % self.size == self.rank
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over processes; `x` itself is untouched."""
+        if self.size == 1:
+            return x
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, own: Tensor, count: int) -> Tensor:
+        """The whole (count, ...) of which every process has its block."""
+        if self.size == 1:
+            return own
+        whole = own.new_zeros(count, *own.shape[1:])
+        whole[self.block(count)] = own.detach()
+        dist.all_reduce(whole)
+        return whole
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any process."""
+        if self.size == 1:
+            return bool(flag)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(total)
+        return bool(total.item() > 0)
+
+    def objects(self, own) -> list:
+        """A small picklable object of every process, in the order of ranks."""
+        if self.size == 1:
+            return [own]
+        found = [None] * self.size
+        dist.all_gather_object(found, own)
+        return found
+
+
+#: The only process.
+ALONE = Shard()
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes, any number of times differentiable: it is its own derivative."""
+
+    @staticmethod
+    def forward(ctx, x, shard):
+        ctx.shard = shard
+        return shard.sum(x)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return _Sum.apply(cotangent, ctx.shard), None
+
+
+def differentiable_sum(x: Tensor, shard: Shard) -> Tensor:
+    """`shard.sum` on the graph.
+
+    A cotangent is summed over processes as well. What every process computes alike from the sum
+    must therefore enter a derivative divided by the number of processes.
+    """
+    return x if shard.size == 1 else _Sum.apply(x, shard)
+
+
+def sum_tensors(tensors: Sequence[Tensor], shard: Shard) -> tuple[Tensor, ...]:
+    """Sums over processes of several tensors of one type, in one collective."""
+    if shard.size == 1:
+        return tuple(tensors)
+    flat = shard.sum(torch.cat([t.detach().flatten() for t in tensors]))
+    parts = flat.split([t.numel() for t in tensors])
+    return tuple(part.view(t.shape) for part, t in zip(parts, tensors, strict=True))
+
+
+# Flags -------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags by which both scripts are run in several processes."""
+    add = parser.add_argument_group("several processes").add_argument
+    add("--multiprocessing-distributed", action="store_true",
+        help="one process a GPU on every node")  # fmt: skip
+    add("--nproc", type=integer_from(1), help="processes on this node")
+    add("--world-size", type=int, default=-1, help="nodes; default: this one alone")
+    add("--rank", type=int, default=-1, help="number of this node; default: 0")
+    add("--dist-url", help="where they meet: tcp://HOST:PORT or env://; default: a local port")
+    add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl with CUDA, else gloo")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that a command line asks for.
+
+    local: on this node, numbers first … first + local − 1 of `size`. url: where they meet.
+    joined: an outer launcher (torchrun) has started this process as rank `first`.
+    """
+
+    size: int = 1
+    local: int = 1
+    first: int = 0
+    url: str = ""
+    backend: str = "gloo"
+    joined: bool = False
+
+
+def group_from(args) -> Group:
+    """The processes that the flags, or torchrun's environment, ask for.
+
+    Raises InputError for what cannot be.
+    """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    backend = args.dist_backend or ("nccl" if gpus else "gloo")
+    if args.dist_backend == "nccl" and not gpus:
+        raise InputError(
+            "--dist-backend nccl: no CUDA device here; give --dist-backend gloo"
+            + ("" if args.nproc else " and a number of processes, --nproc 2")
+        )
+    if under_torchrun or args.dist_url == "env://":
+        return _group_of_environment(args, backend)
+    nodes = 1 if args.world_size == -1 else args.world_size
+    rank = 0 if args.rank == -1 else args.rank
+    if nodes < 1:
+        raise InputError(f"--world-size {args.world_size}: give the number of nodes, 1 or more")
+    if not 0 <= rank < nodes:
+        raise InputError(f"--rank {rank}: --world-size {nodes} has nodes 0 to {nodes - 1}")
+    local = args.nproc or (gpus if args.multiprocessing_distributed and gpus else 1)
+    if backend == "nccl" and local > gpus:
+        raise InputError(
+            f"--nproc {local}: nccl takes one process a GPU and here are {gpus}; give fewer, or "
+            "--dist-backend gloo"
+        )
+    size = nodes * local
+    if size == 1:
+        return Group()
+    if args.dist_url is None and nodes > 1:
+        raise InputError(
+            f"--world-size {nodes}: several nodes need a place to meet; give --dist-url "
+            "tcp://HOST:PORT of node 0"
+        )
+    url = args.dist_url or f"tcp://127.0.0.1:{_free_port()}"
+    host, port = _address(url)
+    if rank == 0 and args.dist_url is not None:
+        _check_port_is_free(host, port, url)
+    return Group(size, local, rank * local, url, backend)
+
+
+def _group_of_environment(args, backend: str) -> Group:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"--dist-url env://: {missing[0]} is not in the environment; start with torchrun, or "
+            "give tcp://HOST:PORT"
+        )
+    for flag, value in (("--nproc", args.nproc), ("--multiprocessing-distributed",
+                                                  args.multiprocessing_distributed)):  # fmt: skip
+        if value:
+            raise InputError(f"{flag}: torchrun starts the processes; leave it out")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size == 1:
+        return Group()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Group(size, local, rank, "env://", backend, joined=True)
+
+
+def _address(url: str) -> tuple[str, int]:
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    if not url.startswith("tcp://") or not host or not port.isdecimal() or int(port) > 65535:
+        raise InputError(f"--dist-url {url}: not of the form tcp://HOST:PORT or env://")
+    return host, int(port)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _check_port_is_free(host: str, port: int, url: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"--dist-url {url}: cannot be opened here ({error.strerror}); give another port"
+            ) from error
+
+
+# Starting ----------------------------------------------------------------------------------
+
+
+def launch(work: Callable[[list[str], Shard, int], int], argv: list[str], group: Group) -> int:
+    """Run `work(argv, shard, local_rank)` in every process of `group`; return the exit code.
+
+    One process: it is called here. Several: children are started and watched. Signals go on to
+    them. When one fails its message is printed, once, and the others are ended; none outlives
+    this process.
+    """
+    if group.size == 1:
+        return work(argv, ALONE, 0)
+    if group.joined:
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        with _joined(group, group.first):
+            return work(argv, Shard(group.first, group.size), local)
+    context = get_context("spawn")
+    failures = context.SimpleQueue()
+    children = [
+        context.Process(target=_child, args=(work, argv, group, local, failures, os.getpid()))
+        for local in range(group.local)
+    ]
+    with _forwarded_signals(children):
+        for child in children:
+            child.start()
+        return _watch(children, failures, group)
+
+
+def _child(work, argv, group, local, failures, parent) -> None:
+    """Body of a started process: join the others, work, report what went wrong."""
+    os.setpgrp()  # a terminal's Ctrl-C reaches the parent, which passes it on once
+    _die_with(parent)
+    torch.set_num_threads(max(1, torch.get_num_threads() // group.local))
+    rank = group.first + local
+
+    def run(argv):
+        with _joined(group, rank):
+            return work(argv, Shard(rank, group.size), local)
+
+    def report(text):
+        failures.put((rank, text))
+
+    sys.exit(run_script(run, argv, complain=report))
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, however that happens (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _joined(group: Group, rank: int):
+    """Within this context the process is `rank` of the group."""
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT)
+    try:
+        if group.url == "env://":
+            dist.init_process_group(group.backend, "env://", timeout=timeout)
+        else:
+            host, port = _address(group.url)
+            store = dist.TCPStore(
+                host,
+                port,
+                group.size,
+                is_master=rank == 0,
+                timeout=datetime.timedelta(seconds=MEETING_TIMEOUT),
+            )
+            dist.init_process_group(
+                group.backend, store=store, rank=rank, world_size=group.size, timeout=timeout
+            )
+    except (RuntimeError, ValueError) as error:
+        raise FaultError(
+            f"process {rank} of {group.size} did not meet the others at {group.url} within "
+            f"{MEETING_TIMEOUT} s: {' '.join(str(error).split())[:160]}"
+        ) from error
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST_PEER):
+            raise FaultError(
+                f"process {rank} of {group.size} {LOST}: {' '.join(str(error).split())[-160:]}"
+            ) from error
+        raise
+    finally:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _forwarded_signals(children):
+    """Pass SIGINT and SIGTERM on to the children."""
+
+    def forward(number, frame):
+        for child in children:
+            if child.is_alive():
+                os.kill(child.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(children, failures, group: Group) -> int:
+    """Wait for the children; end all when one fails. Returns the exit code."""
+    while all(child.exitcode in (None, 0) for child in children):
+        if all(child.exitcode == 0 for child in children):
+            return 0
+        connection.wait([c.sentinel for c in children if c.exitcode is None], 1.0)
+    first = next(c for c in children if c.exitcode not in (None, 0))
+    interrupted = first.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    _wait(children, GRACE if not interrupted else COLLECTIVE_TIMEOUT)
+    for end in (lambda child: child.terminate(), lambda child: child.kill()):
+        for child in children:
+            if child.is_alive():
+                end(child)
+        _wait(children, GRACE)
+    complaints = []
+    while not failures.empty():
+        complaints.append(failures.get())
+    # who lost a peer only suffers from what happened to that one
+    complaints.sort(key=lambda complaint: LOST in complaint[1])
+    if complaints and LOST not in complaints[0][1]:
+        first = children[complaints[0][0] - group.first]
+    said = set()
+    for rank, text in complaints:
+        if text not in said and (not said or LOST not in text):
+            print(text if rank == 0 or group.size == 1 else f"{text} (process {rank})",
+                  file=sys.stderr)  # fmt: skip
+        said.add(text)
+    if first.exitcode < 0 and not said:
+        number = children.index(first) + group.first
+        print(
+            f"fault: process {number} of {group.size} was ended by signal {-first.exitcode}; the "
+            "others were ended too",
+            file=sys.stderr,
+        )
+    return first.exitcode if first.exitcode > 0 else 1
+
+
+def _wait(children, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
