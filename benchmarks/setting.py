@@ -8,6 +8,7 @@ from models.target import target_from_checkpoint
 from train.capture import capture
 from train.datasets import DATASETS, normalise, photo_batch
 from utils.checkpoint import make_checkpoint
+from utils.distributed import ALONE, Shard
 
 
 def photo_objective(
@@ -20,6 +21,7 @@ def photo_objective(
     train_mode: bool = True,
     bn_grad: str = "exact",
     device: torch.device | str = "cpu",
+    shard: Shard = ALONE,
 ) -> Objective:
     """The objective for batch 1 of the photographs and random weights drawn from `seed`.
 
@@ -55,4 +57,5 @@ def photo_objective(
         weights,
         bn_source="batch",
         bn_grad=bn_grad,
+        shard=shard,
     )

@@ -39,18 +39,20 @@ def batch(batch_size, dtype=torch.float64):
     return x.to(dtype), y
 
 
-def objective_of(shard, name, batch_size, dtype=torch.float64, *, train_mode=True, **options):
+def objective_of(
+    shard, name, batch_size, dtype=torch.float64, *, train_mode=True, device="cpu", **options
+):
     model, (x, y) = network(name, dtype), batch(batch_size, dtype)
     target = target_of(model, x, y, train_mode=train_mode)
     options = {"weights": WEIGHTS, "bn_source": "batch"} | options
-    return Objective(model, target, y, shard=shard, **options)
+    return Objective(model.to(device), target, y, shard=shard, **options)
 
 
 def start(seed, batch_size, dtype=torch.float64):
     return initial_images(seed, batch_size, (3, SIZE, SIZE), dtype)
 
 
-def derivatives(shard):
+def derivatives(shard, device="cpu"):
     """Losses and ∂objective/∂x of every kind of objective, whole: name → tensor."""
     found = {}
     cases = [("conv", size, method, {}) for size in (6, 7) for method in (exact, plain)]
@@ -59,9 +61,9 @@ def derivatives(shard):
     cases += [("conv", 7, exact, {"train_mode": False}), ("conv", 7, plain, {"distance": "L2"})]
     cases += [("resnet18", 6, exact, {"bn_grad": "detached"})]
     for name, size, method, options in cases:
-        objective = objective_of(shard, name, size, **options)
-        objective = objective.toward(start(9, size))
-        losses, own = method(objective, objective.own(start(1, size)), 0.5)
+        objective = objective_of(shard, name, size, device=device, **options)
+        objective = objective.toward(start(9, size).to(device))
+        losses, own = method(objective, objective.own(start(1, size).to(device)), 0.5)
         key = f"{name} {size} {method.__name__} {options}"
         found[key] = shard.gather(own, size)
         values = [losses.total, losses.gradient, *losses.terms.values()]
@@ -160,6 +162,12 @@ def work(argv, shard, local_rank):
     """Compute everything and leave it in argv[0].rank; argv[1], if given, holds the iterates."""
     iterates = torch.load(argv[1]) if len(argv) > 1 else None
     torch.save(everything(shard, iterates), f"{argv[0]}.{shard.rank}")
+    return 0
+
+
+def on_the_gpu(argv, shard, local_rank):
+    """The derivatives on CUDA tensors, left in argv[0].rank."""
+    torch.save(derivatives(shard, "cuda"), f"{argv[0]}.{shard.rank}")
     return 0
 
 

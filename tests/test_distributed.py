@@ -18,14 +18,11 @@ from tests.support import ROOT, attack, call
 from utils import distributed
 from utils.checkpoint import load
 from utils.cli import FaultError, InputError
-from utils.distributed import ALONE, Group, Shard, group_from, launch
+from utils.distributed import ALONE, Group, Shard, free_address, group_from, launch
 
 
 def group(size):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return Group(size, size, 0, f"tcp://127.0.0.1:{port}", "gloo")
+    return Group(size, size, 0, free_address(), "gloo")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ import torch
 from inversion.objective import Objective, Weights
 from inversion.pixel_gradient import exact, plain
 from models.build import build_model
+from tests import shared_work
 from tests.support import attack, cosine, photos, target_of
+from utils.distributed import ALONE, Group, Shard, _joined, free_address, launch
 
 pytestmark = pytest.mark.gpu
 
@@ -40,3 +42,29 @@ def test_mlco_on_the_gpu(captured, tmp_path, offload):
     assert result["device"].startswith("cuda:0")
     assert result["iterations"] == 3 * 12 + 8
     assert result["peak_memory_mib"] > 0
+
+
+def test_two_processes_on_one_gpu(tmp_path):
+    """gloo over CUDA tensors: the same derivatives and gradients as one process."""
+    path = tmp_path / "figures"
+    group = Group(2, 2, 0, free_address(), "gloo")
+    assert launch(shared_work.on_the_gpu, [str(path)], group) == 0
+    alone = shared_work.derivatives(ALONE, "cuda")
+    for rank in range(2):
+        others = torch.load(f"{path}.{rank}")
+        for key, value in alone.items():
+            torch.testing.assert_close(others[key].cuda(), value, rtol=0, atol=1e-8)
+
+
+def test_nccl_with_one_process(captured, tmp_path):
+    """The backend sums what one process has to what one process has."""
+    with _joined(Group(1, 1, 0, free_address(), "nccl"), 0):
+        x = torch.randn(5, device="cuda")
+        assert torch.equal(Shard(0, 1).sum(x), x)
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        assert torch.equal(total, x)
+    path = captured("-a", "lenet", "-b", "3")
+    flags = ("--multiprocessing-distributed", "--dist-backend", "nccl", "--nproc", "1")
+    result, _ = attack(tmp_path, path, "--epochs", 3, *flags)
+    assert result["processes"] == 1

@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ import run
 import training
 from inversion.priors import PRIORS
 from models.build import build_model
-from tests.support import ROOT, Hostile, call, capture_photos
+from tests.support import ROOT, Hostile, Outcome, call, capture_photos
 from tests.test_datasets import celeba_folder, image_folder
 from tests.test_models import moco_file
 from utils.checkpoint import FORMAT, load, save
+from utils.distributed import free_address
 
 PRIOR_FLAGS = {prior.flag for prior in PRIORS.values()}
 README = (ROOT / "README.md").read_text()
@@ -64,17 +67,40 @@ def test_commands_run_and_print_what_is_said(command, prints, workplace, monkeyp
         if "--MinCombine" in command:  # eight seeds and a greedy search: on a small network
             command = re.sub(r"--checkpoint \S+", f"--checkpoint {workplace}/convnet.tar", command)
     command = command.replace("--gpu 0 ", "")
-    python, script, *flags = shlex.split(command)
-    assert python == "python"
-    outcome = call(script, *flags)
+    if "--multiprocessing-distributed" in command or command.startswith("torchrun"):
+        outcome = in_several_processes(command, workplace)
+    else:
+        python, script, *flags = shlex.split(command)
+        assert python == "python"
+        outcome = call(script, *flags)
     assert outcome.code == 0, outcome.err
     assert prints, "the README says nothing of what this command prints"
     for text in prints:
         assert text in outcome.out
 
 
+def in_several_processes(command, workplace):
+    """As the README says for a machine without CUDA, with a small batch and a free port."""
+    program, *words = shlex.split(command.replace(" -b 256", " -b 3").replace("_b256_", "_b3_"))
+    if not torch.cuda.is_available():
+        words = (
+            " ".join(words).replace("--dist-backend nccl", "--dist-backend gloo --nproc 2").split()
+        )
+    words = [free_address() if word.startswith("tcp://") else word for word in words]
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    words[script] = str(ROOT / words[script])
+    if program == "torchrun":
+        port = free_address().rpartition(":")[2]
+        words = ["-m", "torch.distributed.run", "--master-port", port, *words]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=workplace,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout.replace("_b3_", "_b256_"), done.stderr)
+
+
 def test_there_are_commands():
-    assert len(commands()) >= 9
+    assert len(commands()) >= 14
     assert len(TINY) == 1
     assert sum("--MinCombine --checkpoint" in command for command, _ in commands()) == 1
 
@@ -110,6 +136,7 @@ def test_every_flag_is_described_with_its_default(script):
 def test_every_flag_is_used(script):
     """Each reaches a setting: its value is read somewhere in the script."""
     source = (ROOT / f"{script.__name__}.py").read_text()
+    source += (ROOT / "utils" / "distributed.py").read_text()  # its own group of flags
     for action in script.parser()._actions:
         if action.dest == "help" or action.option_strings[0] in PRIOR_FLAGS:
             continue  # priors are read by the flag in PRIORS

@@ -72,9 +72,13 @@ class Shard:
         """Sum over processes; `x` itself is untouched."""
         if self.size == 1:
             return x
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return self.sum_(x.detach().clone(memory_format=torch.contiguous_format))
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum over processes in place of the contiguous `x`, which is returned."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
 
     def gather(self, own: Tensor, count: int) -> Tensor:
         """The whole (count, ...) of which every process has its block."""
@@ -82,17 +86,14 @@ class Shard:
             return own
         whole = own.new_zeros(count, *own.shape[1:])
         whole[self.block(count)] = own.detach()
-        dist.all_reduce(whole)
-        return whole
+        return self.sum_(whole)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process."""
         if self.size == 1:
             return bool(flag)
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        total = torch.tensor([float(flag)], device=device)
-        dist.all_reduce(total)
-        return bool(total.item() > 0)
+        return bool(self.sum_(torch.tensor([float(flag)], device=device)).item() > 0)
 
     def objects(self, own) -> list:
         """A small picklable object of every process, in the order of ranks."""
@@ -133,7 +134,7 @@ def sum_tensors(tensors: Sequence[Tensor], shard: Shard) -> tuple[Tensor, ...]:
     """Sums over processes of several tensors of one type, in one collective."""
     if shard.size == 1:
         return tuple(tensors)
-    flat = shard.sum(torch.cat([t.detach().flatten() for t in tensors]))
+    flat = shard.sum_(torch.cat([t.detach().flatten() for t in tensors]))
     parts = flat.split([t.numel() for t in tensors])
     return tuple(part.view(t.shape) for part, t in zip(parts, tensors, strict=True))
 
@@ -204,7 +205,7 @@ def group_from(args) -> Group:
             f"--world-size {nodes}: several nodes need a place to meet; give --dist-url "
             "tcp://HOST:PORT of node 0"
         )
-    url = args.dist_url or f"tcp://127.0.0.1:{_free_port()}"
+    url = args.dist_url or free_address()
     host, port = _address(url)
     if rank == 0 and args.dist_url is not None:
         _check_port_is_free(host, port, url)
@@ -237,10 +238,11 @@ def _address(url: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _free_port() -> int:
+def free_address() -> str:
+    """A local address, tcp://127.0.0.1:PORT, at which processes of this node can meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def _check_port_is_free(host: str, port: int, url: str) -> None:
