@@ -5,6 +5,7 @@
 Reads what training.py wrote. Run with --help for all flags, --dry-run to check them.
 """
 
+import argparse
 import math
 import os
 import sys
@@ -33,6 +34,17 @@ from inversion.optimise import OPTIMISERS, Loop, Outcome, lowest, reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.priors import PRIORS
 from inversion.restarts import STRATEGIES, initial_images, noise_generator
+from inversion.search import (
+    ALGORITHMS,
+    RANGES,
+    Budget,
+    Problem,
+    Resources,
+    SearchResult,
+    SearchUnavailableError,
+    available,
+    search,
+)
 from models.batchnorm import batchnorm_layers
 from models.gradient import trainable_parameters
 from models.target import (
@@ -49,6 +61,7 @@ from utils.cli import (
     InputError,
     Interrupts,
     Parser,
+    check_reachable,
     choose_device,
     file_name,
     integer_from,
@@ -57,7 +70,7 @@ from utils.cli import (
     run_script,
     writable_folder,
 )
-from utils.distributed import ALONE, Shard, add_flags, group_from, launch
+from utils.distributed import ALONE, Shard, add_flags, group_from, is_lost_peer, launch
 from utils.image_files import load_auxiliary, public_photographs
 from utils.images import (
     denormalise,
@@ -66,6 +79,7 @@ from utils.images import (
     save_losses,
     save_pairs,
     save_panels,
+    save_trials,
 )
 from utils.report import (
     Progress,
@@ -77,6 +91,7 @@ from utils.report import (
     git_revision,
     peak_memory_mib,
     setting_lines,
+    table,
     versions,
     write_csv,
     write_json,
@@ -89,6 +104,15 @@ LPIPS_HINT = (
 )
 RECORDED_STEPS = 2000
 PUBLIC_IMAGES = 128
+#: Ray: no usage reports, nothing written beside the search, trials saved as they report.
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+}
+#: What a cluster's machines need not get of this folder.
+RAY_EXCLUDED = [".git", ".venv*", "results", "train/checkpoint", "Demo_images", "docs", "tests"]
 MLCO_NOISE = 0.2
 #: `--shard`: the images of a batch, or whole seeds.
 SHARDS = ("batch", "seeds")
@@ -160,6 +184,28 @@ def parser() -> Parser:
     add("--one-to-one-similarity", action="store_true", help="pair by index, not by assignment")
     add("--lpips-weights", help=f"backbone of LPIPS, {metrics.LPIPS_BACKBONE}")
     add("--GInfoR", action="store_true", help="gradient information ratio (not computed yet)")
+    add = parser.add_argument_group("search of hyper-parameters").add_argument
+    add("--superparameters-search", action="store_true",
+        help="search on --simulation-checkpoint, then attack with what was found")  # fmt: skip
+    add("--simulation-checkpoint", help="checkpoint with truth, of the attacker's own images")
+    add("--search-alg", choices=("auto", *ALGORITHMS), default="auto", help="search algorithm")
+    add("--num-samples", type=integer_from(1), default=64, help="trials")
+    add("--HP-epochs", type=integer_from(1), default=5000,
+        help="iterations that a trial's rate schedule is made for")  # fmt: skip
+    add("--min-t", type=integer_from(1), default=2000, help="iteration of a trial's first report")
+    add("--max-t", type=integer_from(1), default=3000, help="iteration at which a trial ends")
+    for name in RANGES:
+        add(f"{tuned_flag(name)}-tune", action="store_true", help=f"search {name}")
+    add("--max-concurrent", type=integer_from(1), default=16, help="trials at once")
+    add("--cpus-per-trial", type=number(above=0), default=1.0, help="CPUs a trial")
+    add("--ngpus-per-trial", type=number(low=0),
+        help="share of a GPU a trial; default: 0.5 with CUDA, else 0")  # fmt: skip
+    add("--ray-address", help="join the Ray cluster at HOST:PORT; default: this machine alone")
+    add("--search-resume", action="store_true", help="go on with the interrupted search of --id")
+    add("--search-only", action="store_true", help="stop after the search")
+    add("--allow-target-as-simulation", action="store_true",
+        help="let the search read the target's own truth")  # fmt: skip
+    add("--verbose", type=integer_from(0, 3), default=3, help="how much Ray Tune prints")
     add_flags(parser)
     parser.add_argument_group("several processes").add_argument(
         "--shard", choices=SHARDS, default="batch", help="what the processes share out"
@@ -169,7 +215,22 @@ def parser() -> Parser:
 
 def prior_weight(args, name: str) -> float:
     """The weight that the prior's own flag was given."""
-    return getattr(args, PRIORS[name].flag.lstrip("-").replace("-", "_"))
+    return getattr(args, attribute_of(PRIORS[name].flag))
+
+
+def tuned_flag(name: str) -> str:
+    """The flag of a parameter that can be searched, a name in RANGES."""
+    return PRIORS[name].flag if name in PRIORS else f"--{name.replace('_', '-')}"
+
+
+def attribute_of(flag: str) -> str:
+    """Where argparse keeps a flag's value."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def tuned_names(args) -> list[str]:
+    """The parameters that are searched."""
+    return [name for name in RANGES if getattr(args, attribute_of(f"{tuned_flag(name)}-tune"))]
 
 
 def strategy_of(args) -> str:
@@ -222,7 +283,8 @@ def check(args, processes: int = 1) -> None:
     """Refuse what can be refused without opening any file."""
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
-    if not (math.isfinite(args.lr) and args.lr > 0):
+    check_search(args, processes)
+    if not (math.isfinite(args.lr) and args.lr > 0) and "lr" not in tuned_names(args):
         raise InputError(f"--lr {args.lr:g}: must be above 0; give a step size such as 0.1")
     if args.pseudo_label_init == "from_grads" and args.labels is not None:
         raise InputError(
@@ -246,7 +308,7 @@ def check(args, processes: int = 1) -> None:
             f"--label-prior uniform: concerns counts, not --label-method {args.label_method}; "
             "leave it out"
         )
-    if args.TV_end is not None and args.TV == 0:
+    if args.TV_end is not None and args.TV == 0 and "tv" not in tuned_names(args):
         raise InputError(f"--TV-end {args.TV_end:g}: decays --TV, which is 0; give --TV as well")
     if args.optim == "LBFGS":
         for flag in ("grad_sign", "input_boxed", "input_noise"):
@@ -260,7 +322,7 @@ def check(args, processes: int = 1) -> None:
                 "--optim LBFGS: its line search needs the whole batch in one process; give --shard "
                 "seeds, or --optim Adam"
             )
-    if args.grads_weight == 0 and not term_names(args):
+    if args.grads_weight == 0 and not (term_names(args) or tuned_names(args)):
         raise InputError("--grads-weight 0: leaves no term in the objective; give a weight")
     if args.MinCombine and args.strategy not in ("best", "mlco"):
         raise InputError(f"--MinCombine: is --strategy mlco, not {args.strategy}; give one of them")
@@ -277,6 +339,52 @@ def check(args, processes: int = 1) -> None:
             f"--truth {args.truth}: is read only for --metric and known labels; leave it out"
         )
     writable_folder(os.path.join(args.root, "results", "exp", args.id), "--root")
+
+
+def check_search(args, processes: int) -> None:
+    """Refuse a search that cannot be."""
+    names = tuned_names(args)
+    if not args.superparameters_search:
+        flags = [f"{tuned_flag(name)}-tune" for name in names]
+        given = ("simulation_checkpoint", "ray_address", "search_resume", "search_only")
+        flags += [f"--{flag.replace('_', '-')}" for flag in given if getattr(args, flag)]
+        if flags:
+            raise InputError(
+                f"{flags[0]}: belongs to a search; give --superparameters-search as well"
+            )
+        return
+    if args.simulation_checkpoint is None:
+        raise InputError(
+            "--superparameters-search: needs a batch of the attacker's own; capture one with "
+            "training.py and give it by --simulation-checkpoint"
+        )
+    if not names:
+        raise InputError(
+            "--superparameters-search: nothing to search; give "
+            + ", ".join(f"{tuned_flag(name)}-tune" for name in RANGES)
+        )
+    shortest = RANGES["epochs"].low if "epochs" in names else args.HP_epochs
+    if not args.min_t <= args.max_t <= shortest:
+        raise InputError(
+            f"--max-t {args.max_t}: must lie from --min-t {args.min_t} to the {shortest:g} "
+            "iterations of a trial's schedule, --HP-epochs"
+        )
+    if args.ngpus_per_trial and not torch.cuda.is_available():
+        raise InputError(
+            f"--ngpus-per-trial {args.ngpus_per_trial:g}: no CUDA device here, trials would wait "
+            "for ever; leave it out"
+        )
+    if processes > 1:
+        raise InputError(
+            f"--superparameters-search: Ray runs the trials, not {processes} processes of a group; "
+            "search with --search-only first, in one process"
+        )
+    try:
+        available(args.search_alg)
+    except SearchUnavailableError as error:
+        raise InputError(f"--search-alg {args.search_alg}: {error}") from error
+    if args.ray_address is not None:
+        check_reachable(args.ray_address, "--ray-address")
 
 
 def load_inputs(args) -> tuple[Target, GroundTruth | None]:
@@ -390,6 +498,7 @@ class Setting:
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None
     device: torch.device
     shard: Shard = ALONE
+    search: SearchResult | None = None
 
     def start(self, seed: int) -> Tensor:
         """The initial images of a seed, on the CPU."""
@@ -428,6 +537,125 @@ def load_setting(args, reporter: Reporter, shard: Shard, local_rank: int) -> Set
     )
     lpips_score = metrics.load_lpips(args.lpips_weights) if args.metric else None
     return Setting(target, truth, y, found, objective, bn_source, lpips_score, device, shard)
+
+
+# The search --------------------------------------------------------------------------------
+
+
+def load_problem(args) -> Problem:
+    """The attack on the simulated client, which trials run."""
+    flag = "--simulation-checkpoint"
+    simulation = checkpoints.load(args.simulation_checkpoint, flag)
+    source = f"{flag} {args.simulation_checkpoint}"
+    target = target_from_checkpoint(checkpoints.load(args.checkpoint))
+    simulated, truth = target_from_checkpoint(simulation), truth_from_checkpoint(simulation)
+    if truth is None:
+        raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
+    checkpoints.check_truth(simulation, simulation, source)
+    for what in ("arch", "num_classes", "image_shape", "train_mode"):
+        ours, theirs = getattr(simulated, what), getattr(target, what)
+        if ours != theirs:
+            raise InputError(
+                f"{source}: its {what} is {ours}, the target's {theirs}; capture it as the target"
+            )
+    same = all(torch.equal(a, b) for a, b in zip(simulated.gradient, target.gradient, strict=True))
+    if same and not args.allow_target_as_simulation:
+        raise InputError(
+            f"{source}: is the target itself, and the search reads its truth; capture other images "
+            "of your own, or give --allow-target-as-simulation"
+        )
+    model = model_of(simulated)
+    if "bn" in tuned_names(args) and not batchnorm_layers(model):
+        raise InputError(f"--BN-tune: {simulated.arch} has no BatchNorm layer; leave it out")
+    stand_in = argparse.Namespace(**vars(args))  # every trial has values of its own
+    for name in tuned_names(args):
+        setattr(stand_in, attribute_of(tuned_flag(name)), RANGES[name].low)
+    return Problem(
+        model=model,
+        target=simulated,
+        truth=truth,
+        y=truth.y,
+        weights=weights_from(stand_in),
+        loop=replace(loop_from(stand_in, simulated), steps=args.HP_epochs),
+        pixel_gradient=args.pixel_gradient,
+        distance=args.gradient_loss_fun,
+        bn_source="batch" if args.exact_bn and simulated.bn_mean is not None else "running",
+        bn_grad=args.bn_grad,
+        seed=args.seed,
+    )
+
+
+def search_folder(args) -> Path:
+    """Where the search is kept: a new folder, or with --search-resume the newest of this --id."""
+    path = Path(args.root).resolve() / "results" / "search" / args.id
+    if not args.search_resume:
+        return claim_folder(path)
+    found = [*path.parent.glob(args.id), *path.parent.glob(f"{args.id}-[0-9]*")]
+    if not found:
+        raise InputError(f"--search-resume: {path} holds no search to go on with; leave it out")
+    return max(found, key=lambda folder: folder.stat().st_mtime_ns)
+
+
+def run_search(args, reporter: Reporter) -> SearchResult | None:
+    """Search, report, write, and put what was found into `args`; None under --dry-run."""
+    problem, names = load_problem(args), tuned_names(args)
+    algorithm, why = available(args.search_alg)
+    gpus = args.ngpus_per_trial
+    if gpus is None:
+        gpus = 0.5 if torch.cuda.is_available() else 0.0
+    budget = Budget(args.num_samples, args.min_t, args.max_t)
+    reporter.say(
+        f"search: {algorithm} ({why}), {args.num_samples} trials of {args.min_t} to {args.max_t} "
+        f"iterations over {', '.join(names)}; {args.cpus_per_trial:g} CPUs and {gpus:g} GPUs each"
+    )
+    if args.dry_run:
+        return None
+    folder = search_folder(args)
+    reporter.say(f"search kept in {folder}; go on with it by --search-resume")
+    os.environ.update(RAY_ENVIRONMENT)
+    root = str(Path(__file__).resolve().parent)
+    packages = {"working_dir": root, "excludes": RAY_EXCLUDED}
+    if args.ray_address is None:
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        packages = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+    resources = Resources(
+        args.cpus_per_trial, gpus, args.max_concurrent, args.ray_address, packages
+    )
+    try:
+        found = search(
+            problem, names, budget, resources, algorithm=algorithm, storage=str(folder),
+            name="tune", resume=args.search_resume, verbose=args.verbose,
+        )  # fmt: skip
+    except (SearchUnavailableError, ConnectionError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise FaultError(f"the search in {folder} ended without a result: {text}") from error
+    header = list(found.trials[0])
+    rows = [[trial[key] for key in header] for trial in found.trials]
+    write_csv(header, rows, folder / "trials.csv")
+    save_trials(found.trials, names, folder / "trials.png")
+    write_json(search_record(found), folder / "search.json")
+    shown = [key for key in header if key != "error"]
+    reporter.say(table(shown, [[trial[key] for key in shown] for trial in found.trials]))
+    if found.model_based is not None:
+        reporter.say(f"picks from BOHB's model: {found.model_based}")
+    failed = [trial for trial in found.trials if trial["status"] == "failed"]
+    for trial in failed:
+        reporter.say(f"trial {trial['trial']} failed twice: {trial['error']}")
+    best = "  ".join(f"{tuned_flag(name)} {value:.6g}" for name, value in found.best.items())
+    reporter.say(f"best settings: {best}")
+    for name, value in found.best.items():
+        setattr(args, attribute_of(tuned_flag(name)), value)
+    return found
+
+
+def search_record(found: SearchResult) -> dict:
+    """The entry `search` of result.json."""
+    return {
+        "algorithm": found.algorithm,
+        "best": found.best,
+        "model_based_picks": found.model_based,
+        "trials": found.trials,
+    }
 
 
 # The attack --------------------------------------------------------------------------------
@@ -572,7 +800,7 @@ def first_evaluation(args, setting: Setting) -> None:
     try:
         PIXEL_GRADIENTS[args.pixel_gradient](setting.objective, setting.objective.own(x), 0.0)
     except (RuntimeError, ValueError, AssertionError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_lost_peer(error):
             raise
         raise InputError(
             f"--checkpoint {args.checkpoint}: {setting.target.arch} cannot process its images "
@@ -715,7 +943,7 @@ def write(
             for index, run in enumerate(outcome.runs)
         ],
         "rounds": recorder.rounds,
-        "search": None,
+        "search": None if setting.search is None else search_record(setting.search),
     }
     write_json(result, folder / "result.json")
     save_pairs(found, true, scores, folder)
@@ -738,7 +966,13 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     """What each process does; the first one reports and writes."""
     args = parser().parse_args(argv)
     reporter = Reporter() if shard.is_main else Silent()
-    setting = load_setting(args, reporter, shard, local_rank)
+    found = None
+    if args.superparameters_search:
+        check(args)
+        found = run_search(args, reporter)
+        if found is None or args.search_only:
+            return 0
+    setting = replace(load_setting(args, reporter, shard, local_rank), search=found)
     reporter.say("settings\n" + setting_lines(vars(args)))
     if setting.labels is not None:
         say_labels(setting.labels, setting.truth if args.metric else None, reporter)

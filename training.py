@@ -28,7 +28,7 @@ from utils.cli import (
     run_script,
     writable_folder,
 )
-from utils.distributed import Shard, add_flags, group_from, launch
+from utils.distributed import Shard, add_flags, group_from, is_lost_peer, launch
 from utils.images import denormalise, save_panels
 from utils.report import Reporter, Silent, device_name, git_revision, setting_lines, versions
 
@@ -183,7 +183,7 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
             shard=shard,
         )
     except (RuntimeError, ValueError, AssertionError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_lost_peer(error):
             raise
         raise InputError(refusal(args, spec.shape, error)) from error
     if not all(torch.isfinite(g).all() for g in sent.gradient):

@@ -3,7 +3,8 @@
     python -m benchmarks.scaling --csv FILE
 
 Both in one run, in turn: process 0 computes a step with the whole batch while the other waits, then
-both compute it together. The time in collectives includes waiting for the other process.
+both compute it together. The time in collectives includes waiting for the other process. A
+process's part of the batch alone, without the other, shows what sharing could give at most.
 """
 
 import argparse
@@ -54,38 +55,44 @@ def work(argv: list[str], place: Shard, local_rank: int) -> int:
     shard = TimedShard(place.rank, place.size)
     setting = (args.arch, args.image_size, args.batch_size)
     alone, shared = photo_objective(*setting), photo_objective(*setting, shard=shard)
+    part = photo_objective(args.arch, args.image_size, max(1, args.batch_size // place.size))
     x = initial_images(0, args.batch_size, (3, args.image_size, args.image_size), torch.float32)
     rows = []
     for pair in range(-1, args.pairs):  # the first warms up
-        single = 0.0
+        single = fraction = 0.0
         if shard.is_main:
             begin = time.perf_counter()
             exact(alone, x)
-            single = time.perf_counter() - begin
+            middle = time.perf_counter()
+            exact(part, x[: len(part.y)])
+            single, fraction = middle - begin, time.perf_counter() - middle
         shard.any(False)
         shard.seconds.clear()
         begin = time.perf_counter()
         exact(shared, shared.own(x))
         together = time.perf_counter() - begin
         if pair >= 0:
-            rows.append([pair, single, together, sum(shard.seconds), len(shard.seconds)])
+            sums = [sum(shard.seconds), len(shard.seconds)]
+            rows.append([pair, single, fraction, together, *sums])
     if not shard.is_main:
         return 0
     header = [
         "pair",
         "one process s",
+        "one process, its part alone s",
         f"{place.size} processes s",
         "in collectives s",
         "collectives",
     ]
     print(table(header, rows))
-    speedups = [row[1] / row[2] for row in rows]
+    speedups = [row[1] / row[3] for row in rows]
+    ideal = statistics.median(row[1] / row[2] for row in rows)
     quartiles = statistics.quantiles(speedups, n=4)
-    share = statistics.median(row[3] / row[2] for row in rows)
+    share = statistics.median(row[4] / row[3] for row in rows)
     print(
         f"{args.arch} {args.image_size} px B {args.batch_size}: speed-up {quartiles[1]:.2f} "
-        f"({quartiles[0]:.2f}-{quartiles[2]:.2f}), {100 * share:.0f} % of a step in "
-        f"{rows[0][4]} collectives"
+        f"({quartiles[0]:.2f}-{quartiles[2]:.2f}) of at most {ideal:.2f}, {100 * share:.0f} % of a "
+        f"step in {rows[0][5]} collectives"
     )
     if args.csv:
         write_csv(header, rows, args.csv)

@@ -9,7 +9,13 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from inversion.counts import Estimate, plausible_spread, prepared, round_counts
+from inversion.counts import (
+    Estimate,
+    clipping_remark,
+    plausible_spread,
+    prepared,
+    round_counts,
+)
 from inversion.evidence import Evidence
 
 #: Up to this many classes all statistics are used, with their covariances.
@@ -51,7 +57,7 @@ def auxiliary_counts(evidence: Evidence) -> Estimate:
             key=lambda variance: _log_evidence(sums, start, variance, covariance),
         )
         n = _most_probable(sums, start, tau, covariance, bounds, e.batch_size)
-    return Estimate(round_counts(n, bounds, e.batch_size), "auxiliary")
+    return Estimate(round_counts(n, bounds, e.batch_size), "auxiliary", clipping_remark(e))
 
 
 class _Sums:
@@ -137,5 +143,8 @@ def _most_probable(sums, start, variance, covariance, bounds, total) -> Tensor:
     heavy = 1e3 * upper.diagonal().max()
     matrix = torch.cat([upper, heavy.expand(1, len(bounds))])
     vector = torch.cat([right, heavy[None] * free])
-    z, _ = scipy.optimize.nnls(matrix.numpy(), vector.numpy(), maxiter=30 * len(bounds))
+    try:
+        z, _ = scipy.optimize.nnls(matrix.numpy(), vector.numpy(), maxiter=30 * len(bounds))
+    except RuntimeError as error:
+        raise ValueError(f"the auxiliary images give no solution: {error}") from error
     return bounds + torch.from_numpy(np.asarray(z))

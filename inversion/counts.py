@@ -27,10 +27,12 @@ ROUNDING_MARGIN = 1e-3
 
 @dataclass(frozen=True)
 class Estimate:
-    """counts: (C,) integers ≥ 0 that sum to B. regime: "homogeneous", "saturated" or None."""
+    """counts: (C,) integers ≥ 0 that sum to B. regime: "homogeneous", "saturated" or None. remark:
+    what the reader of the counts should know."""
 
     counts: Tensor
     regime: str | None = None
+    remark: str = ""
 
 
 # Hard facts --------------------------------------------------------------------------------
@@ -45,7 +47,7 @@ def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
     (`with_bias_gradient`). Returns (C,) integers.
     """
     e = evidence
-    slack = NOISE_MARGIN * e.sigma + (0.5 / e.batch_size if e.is_surrogate else 0.0)
+    slack = NOISE_MARGIN * e.bias_sigma + (0.5 / e.batch_size if e.is_surrogate else 0.0)
     counts = -e.batch_size * (e.hard_bias_grad + slack / (1 - e.label_smoothing))
     if e.resolution < 1e-12 and not (slack or e.label_smoothing):
         nearest = counts.round()
@@ -59,16 +61,16 @@ def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
 
 
 def _occurs(e: Evidence) -> Tensor:
-    """Classes that a negative entry in their row of G gives away: (C,) of bool."""
-    if not e.non_negative:
+    """Classes that a negative entry in their row of G gives away: (C,) of bool.
+
+    None under label smoothing, which makes every entry negative by an amount that is not known.
+    """
+    if not e.non_negative or e.label_smoothing:
         return torch.zeros(e.num_classes, dtype=torch.bool)
-    lifted = e.label_smoothing / e.num_classes * e.shared_embedding
     limit = 0.0
     if e.sigma:
         limit -= e.sigma * math.sqrt(2 * math.log(e.weight_grad.numel() / 0.01))
-    if e.label_smoothing:  # the shared embedding is an estimate
-        limit -= 0.02 * lifted.abs().max().item() + ROUNDING_MARGIN / e.batch_size
-    return (e.weight_grad + lifted).min(1).values < limit
+    return e.weight_grad.min(1).values < limit
 
 
 def round_counts(x: Tensor, bounds: Tensor, total: int) -> Tensor:
@@ -134,8 +136,10 @@ def with_bias_gradient(evidence: Evidence) -> Evidence:
     length = mean @ direction
     if not length.abs() > 0:
         length = torch.ones(())
-    g = e.weight_grad @ (direction / length)
-    return replace(e, bias_grad=g - g.mean(), is_surrogate=True)
+    direction = direction / length
+    g = e.weight_grad @ direction
+    noise = e.sigma * torch.linalg.vector_norm(direction).item()
+    return replace(e, bias_grad=g - g.mean(), is_surrogate=True, surrogate_sigma=noise)
 
 
 def logit_spread(evidence: Evidence) -> tuple[float, float]:
@@ -167,7 +171,7 @@ def without_clipping(evidence: Evidence) -> Evidence:
     """The evidence with the clipping factor c divided out.
 
     Absent classes have g_k = c q_k: c is the median of g_k / q_k over g_k > 0, weighted by q_k,
-    at most 1. Where under 30 % of the classes have g_k > 0 the evidence is returned as it is.
+    at most 1. Where under 30 % of the classes have g_k > 0 the evidence stays `clipped`.
     """
     e = evidence
     if not e.clipped:
@@ -180,6 +184,15 @@ def without_clipping(evidence: Evidence) -> Evidence:
     weights = q[usable][order].cumsum(0)
     factor = ratios[(weights >= weights[-1] / 2).nonzero()[0, 0]].item()
     return e.scaled(min(factor, 1.0))
+
+
+def clipping_remark(e: Evidence) -> str:
+    """What became of clipping, for the reader; empty where there was none."""
+    if e.clipped:
+        return "clipping could not be undone, too few classes are absent: expect errors"
+    if e.clip_factor is not None:
+        return f"clipping undone by an estimated factor of {e.clip_factor:.3g}"
+    return ""
 
 
 # The two regimes ---------------------------------------------------------------------------
@@ -209,7 +222,7 @@ def homogeneous(evidence: Evidence) -> Tensor:
         residual[found, torch.arange(len(found))] -= 1 - eps
         residual *= n  # (C, |S|)
         rest = total * e.weight_grad - torch.outer(residual.sum(1), e.shared_embedding)
-        ridge = 0.01 * residual.square().sum(0).mean()
+        ridge = 0.01 * residual.square().sum(0).mean() + 1e-12
         system = residual.T @ residual + ridge * torch.eye(len(found)).double()
         fitted = e.shared_embedding + torch.linalg.solve(system, residual.T @ rest)
         embeddings[found] = fitted.clamp(min=0) if e.non_negative else fitted
@@ -256,9 +269,10 @@ def counts(evidence: Evidence, *, uniform_labels: bool = False) -> Estimate:
     """
     e, bounds = prepared(evidence)
     spread, limit = logit_spread(e)
+    remark = clipping_remark(e)
     if spread < limit:
-        return Estimate(round_counts(homogeneous(e), bounds, e.batch_size), "homogeneous")
+        return Estimate(round_counts(homogeneous(e), bounds, e.batch_size), "homogeneous", remark)
     x = saturated(e, bounds)
     if uniform_labels and e.batch_size >= 4 * e.num_classes:
         x = torch.full_like(x, e.batch_size / e.num_classes)
-    return Estimate(round_counts(x, bounds, e.batch_size), "saturated")
+    return Estimate(round_counts(x, bounds, e.batch_size), "saturated", remark)

@@ -41,10 +41,11 @@ class Evidence:
     weight_grad: G (C, d), gradient of the head's weight. bias_grad: g (C,) of its bias, None where
     the head has none. weight, bias: W (C, d), b (C,). batch_size: B. label_smoothing: ε in [0, 1).
     sigma: standard deviation of noise added to the gradient. clipped: the gradient was scaled
-    down by an unknown factor. resolution: relative rounding error of the gradient's numbers.
-    public: (N, d) features of unlabelled public images, noise: (M, d) of noise images, as the
-    attacked network makes them. non_negative: the head's inputs are never negative. is_surrogate:
-    bias_grad is no gradient that was sent, but a stand-in (inversion/counts.py).
+    down by an unknown factor; clip_factor: the one that was divided out. resolution: relative
+    rounding error of the gradient's numbers. public: (N, d) features of unlabelled public images,
+    noise: (M, d) of noise images, as the attacked network makes them. non_negative: the head's
+    inputs are never negative. is_surrogate: bias_grad is no gradient that was sent, but a stand-in
+    (inversion/counts.py), with noise of surrogate_sigma.
     """
 
     weight_grad: Tensor
@@ -55,17 +56,24 @@ class Evidence:
     label_smoothing: float = 0.0
     sigma: float = 0.0
     clipped: bool = False
+    clip_factor: float | None = None
     resolution: float = 2.0**-24
     public: Tensor | None = None
     noise: Tensor | None = None
     auxiliary: Auxiliary | None = None
     non_negative: bool = True
     is_surrogate: bool = False
+    surrogate_sigma: float = 0.0
 
     @property
     def num_classes(self) -> int:
         """C."""
         return len(self.weight)
+
+    @property
+    def bias_sigma(self) -> float:
+        """Standard deviation of the noise in bias_grad."""
+        return self.surrogate_sigma if self.is_surrogate else self.sigma
 
     @cached_property
     def hard_bias_grad(self) -> Tensor:
@@ -93,7 +101,9 @@ class Evidence:
             weight_grad=self.weight_grad / factor,
             bias_grad=self.bias_grad / factor,
             sigma=self.sigma / factor,
+            surrogate_sigma=self.surrogate_sigma / factor,
             clipped=False,
+            clip_factor=factor,
         )
 
 
@@ -213,15 +223,19 @@ def _double(values: Tensor) -> Tensor:
 
 
 def _was_clipped(target: Target) -> bool:
-    """Whether clipping scaled the gradient down: its norm then equals the bound."""
+    """Whether clipping may have scaled the gradient down: its norm then equals the bound.
+
+    With noise true unless the norm is below the bound by three standard deviations.
+    """
     protection = target.protection
     if protection is None or protection.clip is None:
         return False
     if protection.mode == "per-sample":
         return True
     square = sum(g.double().square().sum().item() for g in target.gradient)
-    square -= sum(g.numel() for g in target.gradient) * protection.sigma**2
-    return math.sqrt(max(square, 0.0)) > 0.99 * protection.clip
+    count, variance = sum(g.numel() for g in target.gradient), protection.sigma**2
+    deviation = variance * math.sqrt(2 * count)
+    return square - count * variance + 3 * deviation > (0.99 * protection.clip) ** 2
 
 
 def _resolution(gradient: Tensor) -> float:

@@ -14,6 +14,8 @@ from torch import Generator, Tensor, nn
 from inversion.auxiliary_counts import IMAGES_FOR_BN, auxiliary_counts
 from inversion.counts import Estimate, counts, lower_bounds, round_counts, with_bias_gradient
 from inversion.evidence import Evidence, gather_evidence
+from models.build import find_head
+from models.gradient import trainable_parameters
 from models.target import Target
 
 
@@ -165,6 +167,11 @@ def choose_method(target: Target, auxiliary: tuple[Tensor, Tensor] | None) -> tu
     )
 
 
+def _has_bias_gradient(model: nn.Module) -> bool:
+    name, _ = find_head(model)
+    return f"{name}.bias" in trainable_parameters(model)
+
+
 def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) -> LabelResult:
     """Reconstruct the labels of the target's batch by `method`, a name in LABEL_STRATEGIES or auto.
 
@@ -177,6 +184,8 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
     reason = "asked for"
     if method == AUTO:
         method, reason = choose_method(target, inputs.auxiliary)
+    if method in ("counts-aux", "counts-bn") and not _has_bias_gradient(inputs.model):
+        method, reason = "counts", f"the head has no bias gradient, which {method} needs"
     use_bn = method == "counts-bn"
     if use_bn and target.bn_mean is None:
         raise ValueError("the client uploaded no BatchNorm statistics")
@@ -187,9 +196,12 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
         auxiliary=inputs.auxiliary if method.startswith("counts-") else None,
         use_uploaded_bn=use_bn,
     )
-    if method == "counts-aux" and evidence.bias_grad is None:
-        method, reason = "counts", "the head has no bias, which counts-aux needs"
-    estimate = LABEL_STRATEGIES[method](evidence, inputs)
+    try:
+        estimate = LABEL_STRATEGIES[method](evidence, inputs)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"the equations of {method} have no solution here") from error
+    if estimate.remark:
+        reason = f"{reason}; {estimate.remark}"
     bounds, certain = lower_bounds(with_bias_gradient(evidence))
     return LabelResult(
         labels=torch.repeat_interleave(torch.arange(evidence.num_classes), estimate.counts),

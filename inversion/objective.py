@@ -148,6 +148,7 @@ class Objective:
             train_mode=self.train_mode,
             needed=with_moments,
             truncated=self.bn_grad == "detached",
+            images=len(self.y),
         )
         total = len(self.y) if self.shard.size > 1 else None
         with context as moments:

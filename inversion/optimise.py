@@ -122,19 +122,17 @@ def exchange(
     interruption, is its start `x_seeds[index]` with NaN losses. Optimisers' states stay where
     they are.
     """
-    mine = {
-        i: replace(run, x=run.x.cpu(), optimiser_state=None)
-        for i, run in enumerate(runs)
-        if run is not None and seeds.owns(i)
-    }
+    owned = [i for i, run in enumerate(runs) if run is not None and seeds.owns(i)]
+    mine = {i: replace(runs[i], x=None, optimiser_state=None) for i in owned}
     found = {i: run for part in seeds.objects(mine) for i, run in part.items()}
     whole = []
     for index, (run, x_init) in enumerate(zip(runs, x_seeds, strict=True)):
         if index not in found:
-            run = Reconstruction(x_init, Losses(math.nan, math.nan, {}), 0, "interrupted")
-        elif not seeds.owns(index):
-            run = replace(found[index], x=found[index].x.to(x_init.device))
-        whole.append(run)
+            whole.append(Reconstruction(x_init, Losses(math.nan, math.nan, {}), 0, "interrupted"))
+            continue
+        x = run.x if seeds.owns(index) else torch.zeros_like(x_init)
+        x = seeds.sum(x.to(seeds.device)).to(x_init.device)  # one seed at a time
+        whole.append(run if seeds.owns(index) else replace(found[index], x=x))
     return whole
 
 

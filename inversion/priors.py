@@ -62,10 +62,20 @@ def group_consistency(candidate: Candidate) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Where a search looks: kind "uniform", "loguniform" or "integer", from low to high."""
+
+    kind: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Prior:
     """An entry of PRIORS: the function, its flag, and whether its weight may be negative.
 
-    One that `needs_consensus` counts only while there is one, whatever its weight.
+    One that `needs_consensus` counts only while there is one, whatever its weight. range: where a
+    search looks for the weight, None where none does.
     """
 
     function: Callable[[Candidate], Tensor]
@@ -75,12 +85,21 @@ class Prior:
     needs_moments: bool = False
     needs_consensus: bool = False
     default: float = 0.0
+    range: Range | None = None
 
 
 #: name → Prior. The name is the column in losses.csv and the key in result.json.
 PRIORS = {
-    "tv": Prior(total_variation, "--TV", "weight of total variation"),
-    "bn": Prior(bn_statistics, "--BN", "weight of the BN-statistics prior", needs_moments=True),
+    "tv": Prior(
+        total_variation, "--TV", "weight of total variation", range=Range("loguniform", 1e-6, 0.1)
+    ),
+    "bn": Prior(
+        bn_statistics,
+        "--BN",
+        "weight of the BN-statistics prior",
+        needs_moments=True,
+        range=Range("loguniform", 1e-6, 0.1),
+    ),
     "group": Prior(
         group_consistency,
         "--Group",
@@ -88,5 +107,11 @@ PRIORS = {
         needs_consensus=True,
         default=0.01,
     ),
-    "norm": Prior(l2_norm, "--input-norm", "weight of the images' l2 norm", signed=True),
+    "norm": Prior(
+        l2_norm,
+        "--input-norm",
+        "weight of the images' l2 norm",
+        signed=True,
+        range=Range("uniform", -1e-6, 0.0),
+    ),
 }

@@ -82,9 +82,10 @@ def mean(objective: Objective, method: Callable, x_seeds: Sequence[Tensor], loop
     outcome = best(objective, method, x_seeds, loop, **options)
     reference = outcome.final.x
     total = torch.zeros_like(reference)
-    for run in outcome.runs:
+    started = [run for run in outcome.runs if run.steps] or [outcome.final]
+    for run in started:
         total += _paired(run.x, reference, objective.y.to(reference.device))
-    x = total / len(outcome.runs)
+    x = total / len(started)
     losses = objective(objective.own(x.to(objective.y.device)), 1.0).floats()
     final = Reconstruction(x, losses, outcome.final.steps, outcome.final.stopped)
     return replace(outcome, final=final, chosen=None)

@@ -1,5 +1,6 @@
 """BatchNorm: statistics of a batch at every layer, and the derivative of the original attack."""
 
+import math
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -79,12 +80,17 @@ def recorded_moments(model: nn.Module, shard: Shard = ALONE) -> _Moments:
 
 
 @contextmanager
-def whole_batch_normalisation(model: nn.Module, shard: Shard, *, truncated: bool = False):
+def whole_batch_normalisation(
+    model: nn.Module, shard: Shard, *, truncated: bool = False, images: int | None = None
+):
     """Within this context BatchNorm in train mode normalises by the whole batch's statistics.
 
     Every process passes its part of the batch through its copy of the model. Outputs and all
     derivatives are those of one process with the whole batch. truncated: with the second
-    derivative of the original attack (`truncated_derivative`). Yields what `recorded_moments` does.
+    derivative of the original attack (`truncated_derivative`). images: of the whole batch, where
+    this process has a part. Yields what `recorded_moments` does.
+
+    Like torch's own, raises ValueError for one value a channel: it has no spread.
     """
     moments = recorded_moments(model, shard)
 
@@ -93,6 +99,8 @@ def whole_batch_normalisation(model: nn.Module, shard: Shard, *, truncated: bool
             if not layer.training:
                 return type(layer).forward(layer, x)
             mean, var = moments.of[layer]
+            if (len(x) if images is None else images) * math.prod(x.shape[2:]) == 1:
+                raise ValueError("Expected more than 1 value per channel when training")
             if truncated:
                 options = (mean.detach(), var.detach(), layer.eps, shard)
                 return _TruncatedBatchNorm.apply(x, layer.weight, layer.bias, *options)
@@ -122,6 +130,7 @@ def batch_statistics(
     train_mode: bool,
     needed: bool,
     truncated: bool = False,
+    images: int | None = None,
 ):
     """The context in which a gradient of a batch is taken that is spread over processes.
 
@@ -130,7 +139,7 @@ def batch_statistics(
     `needed`, else nothing.
     """
     if train_mode and (shard.size > 1 or truncated):
-        return whole_batch_normalisation(model, shard, truncated=truncated)
+        return whole_batch_normalisation(model, shard, truncated=truncated, images=images)
     return recorded_moments(model, shard) if needed else nullcontext()
 
 

@@ -13,6 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import run
+from inversion.optimise import Loop
+from inversion.pixel_gradient import exact
+from inversion.restarts import mean, noise_generator
+from models.batchnorm import whole_batch_normalisation
 from tests import shared_work
 from tests.support import ROOT, attack, call
 from utils import distributed
@@ -237,7 +242,7 @@ def test_an_interruption_saves_what_there_is(tmp_path, captured, script):
 def flags(**given):
     defaults = {
         "multiprocessing_distributed": False, "nproc": None, "world_size": -1, "rank": -1,
-        "dist_url": None, "dist_backend": None,
+        "dist_url": None, "dist_backend": None, "gpu": None,
     }  # fmt: skip
     return SimpleNamespace(**(defaults | given))
 
@@ -246,6 +251,7 @@ def flags(**given):
     ("given", "message"),
     [
         ({"world_size": 2, "rank": 2}, "--rank 2: --world-size 2 has nodes 0 to 1"),
+        ({"multiprocessing_distributed": True}, "here is none; give the number of processes"),
         ({"world_size": 0}, "--world-size 0: give the number of nodes"),
         ({"world_size": 2, "rank": 0}, "several nodes need a place to meet; give --dist-url"),
         ({"nproc": 2, "dist_url": "localhost:80"}, "not of the form tcp://HOST:PORT"),
@@ -255,6 +261,7 @@ def flags(**given):
 )
 def test_what_cannot_be_is_refused(given, message, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=re.escape(message)):
         group_from(flags(**given))
 
@@ -288,6 +295,80 @@ def test_a_peer_that_does_not_come(monkeypatch):
         distributed._joined(lonely, 0),
     ):
         pass
+
+
+def test_nccl_takes_one_process_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert group_from(flags(multiprocessing_distributed=True)).size == 2
+    with pytest.raises(InputError, match="--nproc 3: nccl takes one process a GPU and here are 2"):
+        group_from(flags(nproc=3))
+    with pytest.raises(InputError, match="--nproc 2: nccl takes one process a GPU and --gpu 0"):
+        group_from(flags(nproc=2, gpu=0))
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 3), ("MASTER_ADDR", "a"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="nccl takes one process a GPU"):
+        group_from(flags(dist_url="env://"))
+
+
+def test_a_lost_peer_is_no_bad_checkpoint(monkeypatch):
+    """What breaks off the first evaluation is told from what the network cannot process."""
+
+    def lost(*_):
+        raise RuntimeError("[gloo] Read error [127.0.0.1]:1: Connection reset by peer")
+
+    monkeypatch.setitem(run.PIXEL_GRADIENTS, "exact", lost)
+    args = SimpleNamespace(pixel_gradient="exact", seed=0, checkpoint="file")
+    setting = SimpleNamespace(
+        objective=SimpleNamespace(own=lambda x: x), start=lambda seed: torch.zeros(1),
+        device="cpu",
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="reset by peer") as caught:
+        run.first_evaluation(args, setting)
+    assert not isinstance(caught.value, InputError)
+
+
+def test_one_value_a_channel_is_refused_as_by_one_process():
+    x = torch.randn(1, 3)
+    layer = torch.nn.BatchNorm1d(3)
+    for images, fails in ((1, True), (2, False)):
+        with whole_batch_normalisation(layer, ALONE, truncated=True, images=images):
+            if fails:
+                with pytest.raises(ValueError, match="more than 1 value per channel"):
+                    layer(x)
+            else:
+                layer(x)
+
+
+def test_seeds_that_nobody_started_are_left_out_of_the_mean():
+    objective = shared_work.objective_of(ALONE, "conv", 7)
+    stopped = []
+
+    def stop_the_second(index, step, losses, rate):
+        stopped.append(index)
+        return index == 1
+
+    class Pair(Shard):
+        """The first of two processes; the other never started its seed."""
+
+        device = "cpu"
+
+        def objects(self, own):
+            return [own, {}]
+
+        def sum(self, x):
+            return x
+
+    starts = [shared_work.start(seed, 7) for seed in range(2)]
+    outcome = mean(
+        objective, exact, starts, Loop(3, 0.02), on_step=stop_the_second, seeds=Pair(0, 2),
+        generators=[noise_generator(seed, torch.device("cpu")) for seed in range(2)],
+    )  # fmt: skip
+    assert outcome.runs[1].steps == 0
+    assert torch.equal(outcome.runs[1].x, starts[1])
+    assert torch.equal(outcome.final.x, outcome.runs[0].x)
+    assert set(stopped) == {0}
 
 
 def test_lbfgs_is_refused_on_a_shared_batch(captured, tmp_path):

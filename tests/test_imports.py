@@ -40,6 +40,16 @@ def test_imports_run_one_way(path):
         assert not tops & FORBIDDEN_IN_INVERSION
 
 
+def test_ray_is_imported_by_a_search_alone():
+    """Without ray everything but a search works: it is imported inside functions of one file."""
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        if path.name != "search.py":
+            assert not any(name.split(".")[0] == "ray" for name in imported(tree))
+        top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+        assert not {"ray", "optuna", "hpbandster"} & {n.split(".")[0] for n in imported(top)}
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "inversion").glob("*.py")), ids=lambda path: path.name
 )

@@ -13,6 +13,7 @@ import torchvision
 import run
 import training
 from inversion.priors import PRIORS
+from inversion.search import RANGES
 from models.build import build_model
 from tests.support import ROOT, Hostile, Outcome, call, capture_photos
 from tests.test_datasets import celeba_folder, image_folder
@@ -20,7 +21,8 @@ from tests.test_models import moco_file
 from utils.checkpoint import FORMAT, load, save
 from utils.distributed import free_address
 
-PRIOR_FLAGS = {prior.flag for prior in PRIORS.values()}
+LOOKED_UP = {prior.flag for prior in PRIORS.values()}
+LOOKED_UP |= {f"{run.tuned_flag(name)}-tune" for name in RANGES}
 README = (ROOT / "README.md").read_text()
 
 
@@ -51,11 +53,14 @@ def workplace(tmp_path_factory):
     moco_file(torchvision.models.resnet50(), folder / "moco_v2_800ep_pretrain.pth.tar")
     torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
     os.rename(capture_photos(folder, "-a", "convnet", "-b", "4"), folder / "convnet.tar")
+    own = ("-a", "convnet", "-b", "4", "--target-idx", "1")
+    os.rename(capture_photos(folder, *own), folder / "simulation.tar")
     return folder
 
 
+SMALL_SEARCH = " --num-samples 2 --HP-epochs 4 --min-t 2 --max-t 4 --max-concurrent 2 --verbose 0"
 #: ResNet-50 at 224 pixels is slow here: one iteration.
-TINY = {command: 1 for command, _ in commands() if "--n-seed 1 " in command}
+TINY = {c: 1 for c, _ in commands() if "--n-seed 1 " in c and "--superp" not in c}
 
 
 @pytest.mark.parametrize(("command", "prints"), commands())
@@ -64,8 +69,14 @@ def test_commands_run_and_print_what_is_said(command, prints, workplace, monkeyp
     monkeypatch.chdir(workplace)
     if "--dry-run" not in command:
         command = re.sub(r"--epochs \d+", f"--epochs {TINY.get(command, 2)}", command)
-        if "--MinCombine" in command:  # eight seeds and a greedy search: on a small network
-            command = re.sub(r"--checkpoint \S+", f"--checkpoint {workplace}/convnet.tar", command)
+        if "--superparameters-search" in command:
+            command += SMALL_SEARCH
+            simulation = f"--simulation-checkpoint {workplace}/simulation.tar"
+            command = re.sub(r"--simulation-checkpoint \S+", simulation, command)
+        if "--MinCombine" in command or "--superp" in command:  # many attacks: a small network
+            command = re.sub(
+                r" --checkpoint \S+", f" --checkpoint {workplace}/convnet.tar", command
+            )
     command = command.replace("--gpu 0 ", "")
     if "--multiprocessing-distributed" in command or command.startswith("torchrun"):
         outcome = in_several_processes(command, workplace)
@@ -138,8 +149,8 @@ def test_every_flag_is_used(script):
     source = (ROOT / f"{script.__name__}.py").read_text()
     source += (ROOT / "utils" / "distributed.py").read_text()  # its own group of flags
     for action in script.parser()._actions:
-        if action.dest == "help" or action.option_strings[0] in PRIOR_FLAGS:
-            continue  # priors are read by the flag in PRIORS
+        if action.dest == "help" or action.option_strings[0] in LOOKED_UP:
+            continue  # read by the flag in PRIORS or in RANGES
         assert re.search(rf"args\.{action.dest}\b", source), action.dest
 
 
@@ -157,6 +168,8 @@ def mistakes(tmp_path_factory):
     squeezenet = ("-a", "squeezenet1_1", "-b", "2", "--image-size", "64")
     os.rename(capture_photos(folder, *squeezenet), folder / "squeezenet.tar")
     checkpoint = load(str(folder / "lenet.tar"))
+    setup = checkpoint["dataset_setup"] | {"n_classes": 10}
+    save(checkpoint | {"dataset_setup": setup}, str(folder / "ten.tar"))
     save(checkpoint | {"format": FORMAT + 1}, str(folder / "newer.tar"))
     gradient = [torch.ones(2, 2), *checkpoint["target_gradient"][1:]]
     save(checkpoint | {"target_gradient": gradient}, str(folder / "unfit.tar"))

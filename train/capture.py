@@ -41,7 +41,10 @@ def capture(
         options["total"] = len(x)
     capture_bn = capture_bn and bool(batchnorm_layers(model))
     pairs = []
-    with batch_statistics(model, shard, train_mode=train_mode, needed=capture_bn) as moments:
+    context = batch_statistics(
+        model, shard, train_mode=train_mode, needed=capture_bn, images=len(x)
+    )
+    with context as moments:
         gradient = batch_gradient(model, shard.split(x), shard.split(y), **options)
         if capture_bn:
             pairs = moments()

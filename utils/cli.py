@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import signal
+import socket
 import sys
 
 import torch
@@ -101,6 +102,18 @@ def file_name(text: str) -> str:
             f"'{text[:120]}' is part of a file name: give 1 to 100 characters without {os.sep}"
         )
     return text
+
+
+def check_reachable(address: str, flag: str, seconds: float = 5.0) -> None:
+    """Raise InputError, naming `flag`, unless something listens at HOST:PORT or ray://HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InputError(f"{flag} {address}: not of the form HOST:PORT or ray://HOST:PORT")
+    try:
+        with socket.create_connection((host, int(port)), seconds):
+            return
+    except OSError as error:
+        raise InputError(f"{flag} {address}: cannot be reached ({error}); check it") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -88,12 +88,16 @@ class Shard:
         whole[self.block(count)] = own.detach()
         return self.sum_(whole)
 
+    @property
+    def device(self) -> str:
+        """Where tensors must lie to be summed, if they may lie anywhere."""
+        return "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process."""
         if self.size == 1:
             return bool(flag)
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return bool(self.sum_(torch.tensor([float(flag)], device=device)).item() > 0)
+        return bool(self.sum_(torch.tensor([float(flag)], device=self.device)).item() > 0)
 
     def objects(self, own) -> list:
         """A small picklable object of every process, in the order of ranks."""
@@ -102,6 +106,11 @@ class Shard:
         found = [None] * self.size
         dist.all_gather_object(found, own)
         return found
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether torch.distributed raised `error` because another process is gone."""
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST_PEER)
 
 
 #: The only process.
@@ -183,6 +192,11 @@ def group_from(args) -> Group:
             "--dist-backend nccl: no CUDA device here; give --dist-backend gloo"
             + ("" if args.nproc else " and a number of processes, --nproc 2")
         )
+    if args.multiprocessing_distributed and not (gpus or args.nproc):
+        raise InputError(
+            "--multiprocessing-distributed: one process a GPU, and here is none; give the number "
+            "of processes, --nproc 2"
+        )
     if under_torchrun or args.dist_url == "env://":
         return _group_of_environment(args, backend)
     nodes = 1 if args.world_size == -1 else args.world_size
@@ -192,11 +206,7 @@ def group_from(args) -> Group:
     if not 0 <= rank < nodes:
         raise InputError(f"--rank {rank}: --world-size {nodes} has nodes 0 to {nodes - 1}")
     local = args.nproc or (gpus if args.multiprocessing_distributed and gpus else 1)
-    if backend == "nccl" and local > gpus:
-        raise InputError(
-            f"--nproc {local}: nccl takes one process a GPU and here are {gpus}; give fewer, or "
-            "--dist-backend gloo"
-        )
+    _check_gpus(args, backend, local, gpus)
     size = nodes * local
     if size == 1:
         return Group()
@@ -228,7 +238,18 @@ def _group_of_environment(args, backend: str) -> Group:
     if size == 1:
         return Group()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _check_gpus(args, backend, local, torch.cuda.device_count())
     return Group(size, local, rank, "env://", backend, joined=True)
+
+
+def _check_gpus(args, backend: str, local: int, gpus: int) -> None:
+    available = 1 if args.gpu is not None else gpus
+    if backend == "nccl" and local > available:
+        which = f"--gpu {args.gpu} is one" if args.gpu is not None else f"here are {gpus}"
+        raise InputError(
+            f"--nproc {local}: nccl takes one process a GPU and {which}; give fewer, or "
+            "--dist-backend gloo"
+        )
 
 
 def _address(url: str) -> tuple[str, int]:
@@ -278,10 +299,10 @@ def launch(work: Callable[[list[str], Shard, int], int], argv: list[str], group:
         context.Process(target=_child, args=(work, argv, group, local, failures, os.getpid()))
         for local in range(group.local)
     ]
-    with _forwarded_signals(children):
+    with _forwarded_signals(children) as signals:
         for child in children:
             child.start()
-        return _watch(children, failures, group)
+        return _watch(children, failures, group, signals)
 
 
 def _child(work, argv, group, local, failures, parent) -> None:
@@ -336,7 +357,7 @@ def _joined(group: Group, rank: int):
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST_PEER):
+        if is_lost_peer(error):
             raise FaultError(
                 f"process {rank} of {group.size} {LOST}: {' '.join(str(error).split())[-160:]}"
             ) from error
@@ -348,35 +369,44 @@ def _joined(group: Group, rank: int):
 
 @contextlib.contextmanager
 def _forwarded_signals(children):
-    """Pass SIGINT and SIGTERM on to the children."""
+    """Pass SIGINT and SIGTERM on to the children; yields the list of those that came."""
+    came = []
 
     def forward(number, frame):
+        came.append(number)
         for child in children:
             if child.is_alive():
                 os.kill(child.pid, number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _watch(children, failures, group: Group) -> int:
-    """Wait for the children; end all when one fails. Returns the exit code."""
+def _watch(children, failures, group: Group, signals: Sequence[int]) -> int:
+    """Wait for the children; end all when one fails. Returns the exit code.
+
+    signals: those that were passed on; children may need a while to save what there is.
+    """
     while all(child.exitcode in (None, 0) for child in children):
         if all(child.exitcode == 0 for child in children):
             return 0
         connection.wait([c.sentinel for c in children if c.exitcode is None], 1.0)
     first = next(c for c in children if c.exitcode not in (None, 0))
-    interrupted = first.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-    _wait(children, GRACE if not interrupted else COLLECTIVE_TIMEOUT)
+    saving = first.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    _wait(children, COLLECTIVE_TIMEOUT if saving else GRACE)
     for end in (lambda child: child.terminate(), lambda child: child.kill()):
         for child in children:
             if child.is_alive():
                 end(child)
         _wait(children, GRACE)
+    if signals:
+        if not saving:
+            print("interrupted", file=sys.stderr)
+        return 128 + signals[0]
     complaints = []
     while not failures.empty():
         complaints.append(failures.get())

@@ -119,6 +119,29 @@ def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
     pyplot.close(figure)
 
 
+def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) -> None:
+    """Write error against every searched parameter, a dot a trial, coloured by its iterations.
+
+    trials: dicts with `mse`, `iterations` and a value for every name; unscored ones are left out.
+    """
+    scored = [trial for trial in trials if trial["mse"] is not None]
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(3.5 * len(names) + 1, 3), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        values = [trial[name] for trial in scored]
+        dots = axis.scatter(
+            values, [t["mse"] for t in scored], c=[t["iterations"] for t in scored], s=18
+        )
+        axis.set(xlabel=name, ylabel="mean squared error", yscale="log")
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axis.set_xscale("log")
+        axis.grid(alpha=0.3)
+    figure.colorbar(dots, ax=axes[0, -1], label="iterations")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def save_losses(
     header: Sequence[str], rows: Sequence[Sequence], rounds: Sequence[dict], path: str | Path
 ) -> None:

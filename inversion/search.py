@@ -1,0 +1,401 @@
+"""Hyper-parameter search with Ray Tune on a batch of the attacker's own.
+
+Every trial is the attack itself with other weights and step sizes, on a simulated client whose
+images the attacker knows, scored by the error of its images. The only file that imports ray, and
+only when a search runs.
+"""
+
+import importlib.util
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inversion.objective import Objective, Weights
+from inversion.optimise import Loop, reconstruct
+from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.priors import PRIORS, Range
+from inversion.restarts import initial_images, noise_generator
+from models.target import GroundTruth, Target
+from utils.metrics import assign, mse
+
+#: Parameter → range, for those that are no prior's weight.
+LOOP_RANGES = {
+    "epochs": Range("integer", 5000, 20000),
+    "lr": Range("uniform", 0.1, 1.0),
+    "grads_weight": Range("uniform", 0.01, 1.0),
+}
+#: Every parameter that can be searched → range.
+RANGES: dict[str, Range] = LOOP_RANGES | {
+    name: prior.range for name, prior in PRIORS.items() if prior.range is not None
+}
+#: How often a trial reports between its first report and its end.
+REPORTS = 10
+STATE_FILE = "state.pth"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The attack that trials run: a simulated client with the truth, and all that is not searched.
+
+    y: (B,) labels that the attack goes by. loop.steps: iterations that the rate schedule is made
+    for. bn_source and the like as in `Objective`.
+    """
+
+    model: nn.Module
+    target: Target
+    truth: GroundTruth
+    y: Tensor
+    weights: Weights
+    loop: Loop
+    pixel_gradient: str = "exact"
+    distance: str = "sim"
+    bn_source: str = "running"
+    bn_grad: str = "exact"
+    seed: int = 0
+
+    def with_settings(self, settings: Mapping[str, float]) -> tuple[Weights, Loop]:
+        """Weights and loop of a trial with the searched parameters at these values."""
+        priors = {name: value for name, value in settings.items() if name in PRIORS}
+        weights = replace(
+            self.weights,
+            gradient=settings.get("grads_weight", self.weights.gradient),
+            priors={**self.weights.priors, **priors},
+        )
+        loop = replace(
+            self.loop,
+            lr=settings.get("lr", self.loop.lr),
+            steps=int(settings.get("epochs", self.loop.steps)),
+            keep_best=False,
+        )
+        return weights, loop
+
+
+@dataclass(frozen=True)
+class Budget:
+    """num_samples trials; each reports from iteration `first` on and ends at `last`."""
+
+    num_samples: int
+    first: int
+    last: int
+
+    def reports(self) -> list[int]:
+        """Iterations after which a trial reports."""
+        every = max(1, math.ceil((self.last - self.first) / REPORTS))
+        return [*range(self.first, self.last, every), self.last]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a trial may use, and where: a cluster's address, or this machine. packages: Ray's
+    runtime environment, by which trials find this project."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    max_concurrent: int = 16
+    address: str | None = None
+    packages: Mapping | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """best: parameter → value. trials: a dict a trial. model_based: picks that BOHB's model made,
+    None for other algorithms."""
+
+    algorithm: str
+    best: dict[str, float]
+    trials: list[dict] = field(default_factory=list)
+    model_based: int | None = None
+
+
+class SearchUnavailableError(Exception):
+    """What a search needs is not there."""
+
+
+def available(algorithm: str) -> tuple[str, str]:
+    """The algorithm that "auto", or a name in ALGORITHMS, comes to here, and why.
+
+    Raises SearchUnavailableError, saying what to install.
+    """
+
+    def installed(*modules):
+        return all(importlib.util.find_spec(module) for module in modules)
+
+    if not installed("ray"):
+        raise SearchUnavailableError("needs ray: pip install 'ray[tune]'")
+    has_bohb, has_optuna = installed("hpbandster", "ConfigSpace"), installed("optuna")
+    if algorithm == "bohb" and not has_bohb:
+        raise SearchUnavailableError(
+            "bohb needs hpbandster and ConfigSpace: pip install -r requirements-bohb.txt"
+        )
+    if algorithm == "optuna" and not has_optuna:
+        raise SearchUnavailableError("optuna is not installed: pip install optuna")
+    if algorithm != "auto":
+        return algorithm, "asked for"
+    if has_bohb:
+        return "bohb", "hpbandster and ConfigSpace are installed"
+    if has_optuna:
+        return "optuna", "hpbandster is not installed (requirements-bohb.txt)"
+    return "random", "neither hpbandster nor optuna is installed"
+
+
+# A trial -----------------------------------------------------------------------------------
+
+
+def image_error(x: Tensor, problem: Problem) -> float:
+    """Mean squared error of normalised images against the truth, in [0, 1] colours, paired by the
+    best assignment."""
+    mean, std = problem.target.mean, problem.target.std
+    found, true = ((v.cpu() * std + mean).clamp(0, 1) for v in (x, problem.truth.x))
+    return mse(found[assign(found, true)], true).mean().item()
+
+
+def run_trial(
+    settings: Mapping[str, float],
+    problem: Problem,
+    reports: Sequence[int],
+    report: Callable[[dict, dict], None],
+    state: dict | None = None,
+) -> None:
+    """Run the attack with `settings`, from `state` on, and report after the given iterations.
+
+    report(figures, state): figures are floats, `state` is what a later call goes on from.
+
+    Raises FloatingPointError when a loss is not finite.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights, loop = problem.with_settings(settings)
+    target = problem.target
+    objective = Objective(
+        problem.model.to(device),
+        target,
+        problem.y,
+        weights,
+        distance=problem.distance,
+        bn_source=problem.bn_source,
+        bn_grad=problem.bn_grad,
+    )
+    generator = noise_generator(problem.seed, device)
+    dtype = target.gradient[0].dtype
+    x = initial_images(problem.seed, target.batch_size, target.image_shape, dtype).to(device)
+    done, optimiser_state = 0, None
+    if state is not None:
+        x, done, optimiser_state = state["x"].to(device), state["done"], state["optimiser"]
+        generator.set_state(state["generator"])
+    begun = done
+    for end in reports:
+        if end <= done:
+            continue
+        run = reconstruct(
+            partial(PIXEL_GRADIENTS[problem.pixel_gradient], objective),
+            x,
+            loop,
+            generator=generator,
+            span=range(done, end),
+            optimiser_state=optimiser_state,
+        )
+        if run.stopped is not None:
+            raise FloatingPointError(f"a loss was not finite after {done + run.steps} iterations")
+        x, done, optimiser_state = run.x, end, run.optimiser_state
+        report(
+            {
+                "mse": image_error(x, problem),
+                "gradient_loss": run.losses.gradient,
+                "iterations": done,
+                "begun_at": begun,
+            },
+            {
+                "x": x.cpu(),
+                "done": done,
+                "optimiser": optimiser_state,
+                "generator": generator.get_state(),
+            },
+        )
+
+
+def _tune_trial(config, problem: Problem, reports: Sequence[int]) -> None:
+    """`run_trial` inside Ray Tune: checkpoints go where Tune keeps them."""
+    from ray import tune
+
+    state = None
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            state = torch.load(f"{folder}/{STATE_FILE}", map_location="cpu", weights_only=True)
+
+    def report(figures, state):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state, f"{folder}/{STATE_FILE}")
+            tune.report(figures, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    run_trial(config, problem, reports, report, state)
+
+
+# The search --------------------------------------------------------------------------------
+
+
+def _random(seed, reports):
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    return BasicVariantGenerator(random_state=seed), ASHAScheduler(max_t=reports)
+
+
+def _optuna(seed, reports):
+    import optuna
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return OptunaSearch(sampler=optuna.samplers.TPESampler(seed=seed)), ASHAScheduler(max_t=reports)
+
+
+def _bohb(seed, reports):
+    from hpbandster.optimizers.config_generators.bohb import BOHB
+    from ray.tune.schedulers import HyperBandForBOHB
+    from ray.tune.search.bohb import TuneBOHB
+
+    np.random.seed(seed)  # what hpbandster draws from
+
+    class Generator(BOHB):
+        """Counts the picks that come from its model rather than at random."""
+
+        model_based = 0
+
+        def get_config(self, budget):
+            config, info = super().get_config(budget)
+            self.model_based += bool(info.get("model_based_pick"))
+            return config, info
+
+    class Search(TuneBOHB):
+        """TuneBOHB that survives a restart, after which it knows no trial's parameters."""
+
+        def _setup_bohb(self):
+            super()._setup_bohb()
+            self.bohber = Generator(self._space, **(self._bohb_config or {}))
+
+        def on_trial_result(self, trial_id, result):
+            known = {k[7:]: v for k, v in result.items() if k.startswith("config/")}
+            self.trial_to_params.setdefault(trial_id, known)
+            super().on_trial_result(trial_id, result)
+
+        def on_trial_complete(self, trial_id, result=None, error=False):
+            self.trial_to_params.setdefault(trial_id, {})
+            super().on_trial_complete(trial_id, result, error)
+
+    return Search(seed=seed), HyperBandForBOHB(max_t=reports, reduction_factor=3)
+
+
+#: `--search-alg`: name → function(seed, number of reports) → searcher and scheduler of Ray Tune.
+#: BOHB (Falkner et al., 2018), as the original; TPE (Bergstra et al., 2011) by optuna with ASHA (Li
+#: et al., 2020); random search with ASHA.
+ALGORITHMS = {"bohb": _bohb, "optuna": _optuna, "random": _random}
+
+
+def search(
+    problem: Problem,
+    parameters: Sequence[str],
+    budget: Budget,
+    resources: Resources,
+    *,
+    algorithm: str,
+    storage: str,
+    name: str,
+    resume: bool = False,
+    verbose: int = 1,
+) -> SearchResult:
+    """Find values of `parameters` (names in RANGES) with the least error of images.
+
+    storage: absolute path of a folder in which Tune keeps the search as `name`; with `resume` the
+    one that lies there goes on, unfinished trials from their last report. A failed trial is tried
+    once more. Ray runs on this machine without dashboard, or on the cluster at
+    `resources.address`.
+
+    Raises SearchUnavailableError when nothing can be restored or no trial succeeded.
+    """
+    import ray
+    from ray import tune
+
+    options = {"address": resources.address or "local", "runtime_env": resources.packages}
+    if resources.address is None:
+        options["include_dashboard"] = False
+    ray.init(log_to_driver=verbose > 1, logging_level="ERROR", **options)
+    try:
+        reports = budget.reports()
+        searcher, scheduler = ALGORITHMS[algorithm](problem.seed, len(reports))
+        trainable = tune.with_resources(
+            tune.with_parameters(_tune_trial, problem=problem, reports=reports),
+            {"cpu": resources.cpus, "gpu": resources.gpus},
+        )
+        path = f"{storage}/{name}"
+        space = {parameter: _domain(tune, RANGES[parameter]) for parameter in parameters}
+        if resume:
+            if not tune.Tuner.can_restore(path):
+                raise SearchUnavailableError(f"{path} holds no search that can go on")
+            tuner = tune.Tuner.restore(path, trainable=trainable, restart_errored=False)
+        else:
+            tuner = tune.Tuner(
+                trainable,
+                param_space=space,
+                tune_config=tune.TuneConfig(
+                    metric="mse",
+                    mode="min",
+                    search_alg=searcher,
+                    scheduler=scheduler,
+                    num_samples=budget.num_samples,
+                    max_concurrent_trials=resources.max_concurrent,
+                ),
+                run_config=tune.RunConfig(
+                    name=name,
+                    storage_path=storage,
+                    verbose=min(verbose, 1),
+                    failure_config=tune.FailureConfig(max_failures=1),
+                ),
+            )
+        results = tuner.fit()
+        trials = [_row(result, parameters) for result in results]
+        # Tune has no public way to the searcher that really ran, nor any on a Ray client
+        local = getattr(tuner, "_local_tuner", None)
+        live = None if local is None else local._tune_config.search_alg
+        return _summary(algorithm, trials, parameters, live)
+    finally:
+        ray.shutdown()
+
+
+def _domain(tune, found: Range):
+    if found.kind == "integer":
+        return tune.randint(int(found.low), int(found.high) + 1)
+    return getattr(tune, found.kind)(found.low, found.high)
+
+
+def _row(result, parameters) -> dict:
+    """A trial: its parameters, its last report, and how it ended."""
+    figures = result.metrics or {}
+    row = {"trial": str(figures.get("trial_id", ""))}
+    row |= {name: (result.config or {}).get(name) for name in parameters}
+    for key in ("mse", "gradient_loss", "iterations", "begun_at"):
+        row[key] = figures.get(key)
+    error = "" if result.error is None else " ".join(str(result.error).split())[-200:]
+    return row | {"status": "failed" if error else "done", "error": error}
+
+
+def _summary(algorithm, trials, parameters, searcher) -> SearchResult:
+    good = [row for row in trials if row["status"] == "done" and row["mse"] is not None]
+    if not good:
+        errors = sorted({row["error"] for row in trials})
+        raise SearchUnavailableError(f"no trial succeeded: {'; '.join(errors)[:300]}")
+    best = min(good, key=lambda row: row["mse"])
+    while hasattr(searcher, "searcher"):  # a limiter of concurrency around it
+        searcher = searcher.searcher
+    generator = getattr(searcher, "bohber", None)
+    return SearchResult(
+        algorithm,
+        {name: best[name] for name in parameters},
+        sorted(trials, key=lambda row: math.inf if row["mse"] is None else row["mse"]),
+        None if generator is None else generator.model_based,
+    )

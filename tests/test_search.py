@@ -1,0 +1,226 @@
+"""The search: trials go on where they were, a killed search too, and what is found is used."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from inversion import search as searching
+from inversion.objective import Weights
+from inversion.optimise import Loop
+from inversion.priors import PRIORS
+from inversion.search import (
+    RANGES,
+    Budget,
+    Problem,
+    SearchUnavailableError,
+    available,
+    image_error,
+    run_trial,
+)
+from models.build import build_model
+from models.target import GroundTruth
+from tests.support import ROOT, attack, call, photos, succeed, target_of
+
+TARGET = ("-a", "convnet", "-b", "4", "--upload-bn")
+SIMULATION = (*TARGET, "--target-idx", "3")
+
+
+def problem():
+    torch.manual_seed(0)
+    model = build_model("convnet", 8, (3, 16, 16))
+    x, y = photos(4, 16)
+    target = target_of(model, x, y)
+    return Problem(
+        model, target, GroundTruth(x, y), y, Weights(priors={"tv": 1e-3}),
+        Loop(30, 0.1, signed=True, noise=0.1),
+    )  # fmt: skip
+
+
+def test_a_trial_goes_on_where_it_was():
+    reports = [10, 15, 20]
+    whole, first, rest = [], [], []
+    settings = {"lr": 0.2, "bn": 1e-3, "grads_weight": 0.5}
+    run_trial(settings, problem(), reports, lambda *report: whole.append(report))
+    run_trial(settings, problem(), reports[:1], lambda *report: first.append(report))
+    run_trial(settings, problem(), reports, lambda *report: rest.append(report), first[0][1])
+    assert [figures["iterations"] for figures, _ in whole] == reports
+    assert [figures["begun_at"] for figures, _ in rest] == [10, 10]
+    assert torch.equal(whole[-1][1]["x"], rest[-1][1]["x"])
+    assert whole[-1][0]["mse"] == rest[-1][0]["mse"] > 0
+    other = []
+    run_trial({**settings, "lr": 0.3}, problem(), reports, lambda *report: other.append(report))
+    assert not torch.equal(other[-1][1]["x"], whole[-1][1]["x"])
+
+
+def test_a_loss_that_is_not_finite_fails_the_trial():
+    with pytest.raises(FloatingPointError, match="not finite after"):
+        run_trial({"lr": 0.1, "tv": 1e39}, problem(), [10], lambda *report: None)
+
+
+def test_the_error_is_paired_and_in_colours():
+    given = problem()
+    assert image_error(given.truth.x.flip(0), given) == pytest.approx(0, abs=1e-12)
+    assert image_error(given.truth.x.flip(0) + 0.1, given) == pytest.approx(
+        (0.1 * given.target.std).square().mean().item(), rel=0.2
+    )
+
+
+@pytest.mark.parametrize("first", [1, 20, 2000])
+def test_reports_start_and_end_as_asked(first):
+    reports = Budget(1, first, 3000).reports()
+    assert reports[0] == first
+    assert reports[-1] == 3000
+    assert reports == sorted(set(reports))
+    assert len(reports) <= 12
+
+
+def test_ranges_are_those_of_the_original():
+    found = {name: (r.kind, r.low, r.high) for name, r in RANGES.items()}
+    assert found == {
+        "epochs": ("integer", 5000, 20000), "lr": ("uniform", 0.1, 1.0),
+        "grads_weight": ("uniform", 0.01, 1.0), "tv": ("loguniform", 1e-6, 0.1),
+        "bn": ("loguniform", 1e-6, 0.1), "norm": ("uniform", -1e-6, 0.0),
+    }  # fmt: skip
+    assert all(PRIORS[name].range is RANGES[name] for name in ("tv", "bn", "norm"))
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    there = set()
+    monkeypatch.setattr(
+        searching.importlib.util, "find_spec", lambda name: name if name in there else None
+    )
+    with pytest.raises(SearchUnavailableError, match=r"pip install 'ray\[tune\]'"):
+        available("auto")
+    there |= {"ray"}
+    assert available("auto")[0] == "random"
+    with pytest.raises(SearchUnavailableError, match=r"requirements-bohb\.txt"):
+        available("bohb")
+    with pytest.raises(SearchUnavailableError, match="pip install optuna"):
+        available("optuna")
+    there |= {"optuna"}
+    assert available("auto")[0] == "optuna"
+    there |= {"hpbandster", "ConfigSpace"}
+    assert available("auto")[0] == "bohb"
+    assert available("random") == ("random", "asked for")
+
+
+BUDGET = ("--num-samples", "8", "--max-t", "60", "--min-t", "20", "--HP-epochs", "60",
+          "--max-concurrent", "2", "--verbose", "0")  # fmt: skip
+
+
+def test_search_then_attack(captured, tmp_path):
+    """The original's command of section 2.3, with Optuna."""
+    result, _ = attack(
+        tmp_path, captured(*TARGET), "--exact-bn", "--grad-sign", "--input-boxed",
+        "--min-grads-loss", "--epochs", "30", "--metric", "--superparameters-search", "--lr-tune",
+        "--TV-tune", "--BN-tune", "--simulation-checkpoint", captured(*SIMULATION),
+        "--search-alg", "optuna", *BUDGET,
+    )  # fmt: skip
+    found = result["search"]
+    assert found["algorithm"] == "optuna"
+    assert len(found["trials"]) == 8
+    best = min(trial["mse"] for trial in found["trials"])
+    (first,) = [trial for trial in found["trials"] if trial["mse"] == best]
+    assert found["best"] == {name: first[name] for name in ("lr", "tv", "bn")}
+    for flag, name in (("lr", "lr"), ("TV", "tv"), ("BN", "bn")):
+        assert result["settings"][flag] == found["best"][name]
+        assert RANGES[name].low <= found["best"][name] <= RANGES[name].high
+    assert {trial["iterations"] for trial in found["trials"]} <= set(Budget(8, 20, 60).reports())
+    folder = tmp_path / "results" / "search" / "test"
+    with open(folder / "trials.csv") as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert json.loads((folder / "search.json").read_text()) == found
+    assert (folder / "trials.png").stat().st_size > 5000
+
+
+def saved_iterations(folder):
+    """Trial id → iterations in its newest checkpoint, of a search on disk."""
+    found = {}
+    for file in folder.glob("tune/_tune_trial_*/checkpoint_*/state.pth"):
+        trial = file.parts[-3].split("_")[3]
+        done = torch.load(file, weights_only=True)["done"]
+        found[trial] = max(done, found.get(trial, 0))
+    return found
+
+
+def test_a_killed_search_goes_on(captured, tmp_path):
+    """SIGKILL in the middle: all trials are accounted for, none that was saved starts from 0."""
+    words = [
+        "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET), "--grad-sign",
+        "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
+        captured(*SIMULATION), "--search-alg", "optuna", "--num-samples", 4, "--max-t", 600,
+        "--min-t", 60, "--HP-epochs", 600, "--max-concurrent", 2, "--verbose", 0, "--search-only",
+    ]  # fmt: skip
+    words = [str(word) for word in words]
+    folder = tmp_path / "results" / "search" / "test"
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while not any(done >= 120 for done in saved_iterations(folder).values()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(1.5)  # Tune notes what it has every second
+    finally:
+        process.kill()
+        process.wait()
+    before = saved_iterations(folder)
+    assert 1 <= len(before) < 4
+    outcome = succeed(*words, "--search-resume")
+    assert "best settings: --lr" in outcome.out
+    trials = json.loads((folder / "search.json").read_text())["trials"]
+    assert len(trials) == 4
+    assert {trial["status"] for trial in trials} == {"done"}
+    went_on = [trial for trial in trials if trial["trial"] in before]
+    assert went_on
+    for trial in went_on:  # ended before the kill, or went on from its last report
+        assert trial["iterations"] == before[trial["trial"]] or trial["begun_at"] >= 60
+    assert any(trial["begun_at"] > 0 for trial in trials)
+
+
+@pytest.mark.bohb
+def test_bohb_models(captured, tmp_path):
+    """At least one of 24 picks comes from its model, by the generator's own count."""
+    outcome = succeed(
+        "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET), "--grad-sign",
+        "--superparameters-search", "--lr-tune", "--TV-tune", "--simulation-checkpoint",
+        captured(*SIMULATION), "--search-alg", "bohb", "--num-samples", 24, "--max-t", 30,
+        "--min-t", 10, "--HP-epochs", 30, "--max-concurrent", 2, "--verbose", 0, "--search-only",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "results" / "search" / "test" / "search.json").read_text())
+    assert len(found["trials"]) == 24
+    assert found["model_based_picks"] >= 1
+    assert f"picks from BOHB's model: {found['model_based_picks']}" in outcome.out
+    assert any(trial["begun_at"] > 0 for trial in found["trials"])  # paused trials went on
+
+
+def test_a_dry_run_searches_nothing(captured, tmp_path):
+    outcome = succeed(
+        "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET), "--dry-run",
+        "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
+        captured(*SIMULATION), "--search-alg", "random", *BUDGET,
+    )  # fmt: skip
+    assert "search: random (asked for), 8 trials of 20 to 60 iterations over lr" in outcome.out
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_the_target_is_no_simulation_unless_allowed(captured, tmp_path):
+    path = captured(*TARGET)
+    flags = (
+        "--root", tmp_path, "--checkpoint", path, "--superparameters-search", "--lr-tune",
+        "--simulation-checkpoint", path, "--dry-run",
+    )  # fmt: skip
+    outcome = call("run.py", *flags)
+    assert outcome.code == 2
+    assert "is the target itself, and the search reads its truth" in outcome.err
+    succeed("run.py", *flags, "--allow-target-as-simulation")
