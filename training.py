@@ -16,6 +16,7 @@ from models.gradient import trainable_parameters
 from models.pretrained import load_pretrained
 from train.capture import capture
 from train.datasets import DATASETS, Request, load_backup, load_batch
+from train.privacy import protect_batch
 from utils.checkpoint import free_stem, make_checkpoint, save, seal
 from utils.cli import (
     InputError,
@@ -73,6 +74,11 @@ def parser() -> Parser:
     add("--seal", action="store_true", help="write the truth to a file of its own")
     add("--label-smoothing", type=number(0, below=1), default=0.0,
         help="share of every label that the loss moves to all classes")  # fmt: skip
+
+    add = parser.add_argument_group("protection").add_argument
+    add("--enable-dp", action="store_true", help="clip the gradient and add noise, as the original")
+    add("--sigma", type=number(low=0), help="standard deviation of the noise")
+    add("-C", "--max-per-sample-grad-norm", type=number(above=0), help="clip to this norm")
     add_flags(parser)
     return parser
 
@@ -141,6 +147,11 @@ def check(args) -> None:
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: a --data-backup is taken as "
                 "it is; leave it out"
             )
+    for flag, value in (("--sigma", args.sigma), ("-C", args.max_per_sample_grad_norm)):
+        if value is not None and not args.enable_dp:
+            raise InputError(f"{flag} {value:g}: belongs to --enable-dp; give it as well")
+    if args.enable_dp and args.sigma is None and args.max_per_sample_grad_norm is None:
+        raise InputError("--enable-dp: does nothing by itself; give --sigma, -C or both")
     writable_folder(args.results, "--results")
 
 
@@ -193,13 +204,16 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         )
     if not shard.is_main:
         return 0
+    gradient, protection = sent.gradient, None
+    if args.enable_dp:
+        gradient, protection = protect(args, sent.gradient, reporter)
     stem = checkpoint_stem(args)
     if args.dry_run:
         reporter.say(f"dry run: would write {stem}{ENDINGS['checkpoint']}")
         return 0
     checkpoint = make_checkpoint(
         model,
-        sent.gradient,
+        gradient,
         arch=args.arch,
         batch_size=args.batch_size,
         image_shape=spec.shape,
@@ -210,11 +224,29 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         bn_mean=sent.bn_mean,
         bn_var=sent.bn_var,
         label_smoothing=args.label_smoothing,
+        protection=protection,
         truth=(x, y),
         settings={**vars(args), "versions": versions(), "git": git_revision()},
     )
     write(args, stem, checkpoint, denormalise(x, *spec.normalisation), reporter)
     return 0
+
+
+def protect(args, gradient, reporter):
+    """The gradient as it is sent under --enable-dp, and the record of what was done to it."""
+    sigma, clip = args.sigma or 0.0, args.max_per_sample_grad_norm
+    generator = torch.Generator().manual_seed(args.seed + 2**31)  # not that of the weights
+    sent = protect_batch(gradient, sigma, clip, generator)
+    reporter.say(
+        f"protection of the batch's mean gradient: norm {sent.norm:.6g}, clipped "
+        f"{sent.clipped_norm:.6g}, sent {sent.sent_norm:.6g} with noise of {sigma:g} a number"
+    )
+    reporter.say(
+        "  this carries no differential-privacy guarantee: the batch is clipped, not each image"
+    )
+    if args.upload_bn:
+        reporter.say("  the BatchNorm statistics beside it are sent without any protection")
+    return sent.gradient, {"mode": "batch", "sigma": sigma, "clip": clip}
 
 
 def refusal(args, image_shape, error: Exception) -> str:
