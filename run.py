@@ -542,7 +542,7 @@ def load_setting(args, reporter: Reporter, shard: Shard, local_rank: int) -> Set
 # The search --------------------------------------------------------------------------------
 
 
-def load_problem(args) -> Problem:
+def load_problem(args, device: str) -> Problem:
     """The attack on the simulated client, which trials run."""
     flag = "--simulation-checkpoint"
     simulation = checkpoints.load(args.simulation_checkpoint, flag)
@@ -582,6 +582,7 @@ def load_problem(args) -> Problem:
         bn_source="batch" if args.exact_bn and simulated.bn_mean is not None else "running",
         bn_grad=args.bn_grad,
         seed=args.seed,
+        device=device,
     )
 
 
@@ -598,11 +599,11 @@ def search_folder(args) -> Path:
 
 def run_search(args, reporter: Reporter) -> SearchResult | None:
     """Search, report, write, and put what was found into `args`; None under --dry-run."""
-    problem, names = load_problem(args), tuned_names(args)
-    algorithm, why = available(args.search_alg)
     gpus = args.ngpus_per_trial
     if gpus is None:
         gpus = 0.5 if torch.cuda.is_available() else 0.0
+    problem, names = load_problem(args, "cuda" if gpus else "cpu"), tuned_names(args)
+    algorithm, why = available(args.search_alg)
     budget = Budget(args.num_samples, args.min_t, args.max_t)
     reporter.say(
         f"search: {algorithm} ({why}), {args.num_samples} trials of {args.min_t} to {args.max_t} "

@@ -44,7 +44,7 @@ class Problem:
     """The attack that trials run: a simulated client with the truth, and all that is not searched.
 
     y: (B,) labels that the attack goes by. loop.steps: iterations that the rate schedule is made
-    for. bn_source and the like as in `Objective`.
+    for. bn_source and the like as in `Objective`. device: where trials compute.
     """
 
     model: nn.Module
@@ -58,6 +58,7 @@ class Problem:
     bn_source: str = "running"
     bn_grad: str = "exact"
     seed: int = 0
+    device: str = "cpu"
 
     def with_settings(self, settings: Mapping[str, float]) -> tuple[Weights, Loop]:
         """Weights and loop of a trial with the searched parameters at these values."""
@@ -168,7 +169,7 @@ def run_trial(
 
     Raises FloatingPointError when a loss is not finite.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(problem.device)
     weights, loop = problem.with_settings(settings)
     target = problem.target
     objective = Objective(
@@ -390,6 +391,11 @@ def _summary(algorithm, trials, parameters, searcher) -> SearchResult:
         errors = sorted({row["error"] for row in trials})
         raise SearchUnavailableError(f"no trial succeeded: {'; '.join(errors)[:300]}")
     best = min(good, key=lambda row: row["mse"])
+    unknown = [name for name in parameters if best[name] is None]
+    if unknown:
+        raise SearchUnavailableError(
+            f"this search was not over {', '.join(unknown)}; resume it with the flags it began with"
+        )
     while hasattr(searcher, "searcher"):  # a limiter of concurrency around it
         searcher = searcher.searcher
     generator = getattr(searcher, "bohber", None)

@@ -204,6 +204,16 @@ def test_bohb_models(captured, tmp_path):
     assert any(trial["begun_at"] > 0 for trial in found["trials"])  # paused trials went on
 
 
+def test_a_search_over_other_parameters_is_not_resumed():
+    trials = [{"trial": "a", "lr": 0.1, "tv": None, "mse": 0.1, "status": "done", "error": ""}]
+    with pytest.raises(SearchUnavailableError, match="this search was not over tv"):
+        searching._summary("optuna", trials, ["lr", "tv"], None)
+    failed = [{**trials[0], "status": "failed", "error": "why"}]
+    with pytest.raises(SearchUnavailableError, match="no trial succeeded: why"):
+        searching._summary("optuna", failed, ["lr"], None)
+    assert searching._summary("optuna", trials, ["lr"], None).best == {"lr": 0.1}
+
+
 def test_a_dry_run_searches_nothing(captured, tmp_path):
     outcome = succeed(
         "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET), "--dry-run",
