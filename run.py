@@ -6,6 +6,7 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -110,7 +111,17 @@ RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupted search is no finished one
 }
+#: Flags that may differ when a search is resumed; all others must be as at its start.
+FREE_ON_RESUME = {
+    "id", "root", "gpu", "print_freq", "dry_run", "checkpoint", "truth", "labels",
+    "pseudo_label_init", "label_method", "label_aux", "label_prior", "n_seed", "strategy",
+    "combine_memory", "offload_seeds", "metric", "one_to_one_similarity", "lpips_weights",
+    "GInfoR", "max_concurrent", "cpus_per_trial", "ngpus_per_trial", "ray_address",
+    "search_resume", "search_only", "verbose", "allow_target_as_simulation", "nproc",
+    "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "shard",
+}  # fmt: skip
 #: What a cluster's machines need not get of this folder.
 RAY_EXCLUDED = [".git", ".venv*", "results", "train/checkpoint", "Demo_images", "docs", "tests"]
 MLCO_NOISE = 0.2
@@ -369,6 +380,21 @@ def check_search(args, processes: int) -> None:
             f"--max-t {args.max_t}: must lie from --min-t {args.min_t} to the {shortest:g} "
             "iterations of a trial's schedule, --HP-epochs"
         )
+    if args.gpu is not None and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        raise InputError(
+            f"--gpu {args.gpu}: trials take every GPU; set CUDA_VISIBLE_DEVICES={args.gpu} instead"
+        )
+    cores = os.cpu_count() or 1
+    if args.ray_address is None and args.cpus_per_trial > cores:
+        raise InputError(
+            f"--cpus-per-trial {args.cpus_per_trial:g}: this machine has {cores}, trials would "
+            "wait for ever; give fewer"
+        )
+    if args.ngpus_per_trial and args.ngpus_per_trial > max(1, torch.cuda.device_count()):
+        raise InputError(
+            f"--ngpus-per-trial {args.ngpus_per_trial:g}: this machine has "
+            f"{torch.cuda.device_count()}, trials would wait for ever; give less"
+        )
     if args.ngpus_per_trial and not torch.cuda.is_available():
         raise InputError(
             f"--ngpus-per-trial {args.ngpus_per_trial:g}: no CUDA device here, trials would wait "
@@ -542,6 +568,14 @@ def load_setting(args, reporter: Reporter, shard: Shard, local_rank: int) -> Set
 # The search --------------------------------------------------------------------------------
 
 
+def untuned(args) -> argparse.Namespace:
+    """The flags with some value for every searched parameter, to check all the others by."""
+    stand_in = argparse.Namespace(**vars(args))
+    for name in tuned_names(args):
+        setattr(stand_in, attribute_of(tuned_flag(name)), RANGES[name].low)
+    return stand_in
+
+
 def load_problem(args, device: str) -> Problem:
     """The attack on the simulated client, which trials run."""
     flag = "--simulation-checkpoint"
@@ -552,7 +586,9 @@ def load_problem(args, device: str) -> Problem:
     if truth is None:
         raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
     checkpoints.check_truth(simulation, simulation, source)
-    for what in ("arch", "num_classes", "image_shape", "train_mode"):
+    if args.exact_bn and target.bn_mean is not None and simulated.bn_mean is None:
+        raise InputError(f"{source}: holds no BN statistics, which the target has; --upload-bn")
+    for what in ("arch", "num_classes", "image_shape", "train_mode", "label_smoothing"):
         ours, theirs = getattr(simulated, what), getattr(target, what)
         if ours != theirs:
             raise InputError(
@@ -567,9 +603,7 @@ def load_problem(args, device: str) -> Problem:
     model = model_of(simulated)
     if "bn" in tuned_names(args) and not batchnorm_layers(model):
         raise InputError(f"--BN-tune: {simulated.arch} has no BatchNorm layer; leave it out")
-    stand_in = argparse.Namespace(**vars(args))  # every trial has values of its own
-    for name in tuned_names(args):
-        setattr(stand_in, attribute_of(tuned_flag(name)), RANGES[name].low)
+    stand_in = untuned(args)  # every trial has values of its own
     return Problem(
         model=model,
         target=simulated,
@@ -589,12 +623,26 @@ def load_problem(args, device: str) -> Problem:
 def search_folder(args) -> Path:
     """Where the search is kept: a new folder, or with --search-resume the newest of this --id."""
     path = Path(args.root).resolve() / "results" / "search" / args.id
+    flags = {key: value for key, value in vars(args).items() if key not in FREE_ON_RESUME}
     if not args.search_resume:
-        return claim_folder(path)
-    found = [*path.parent.glob(args.id), *path.parent.glob(f"{args.id}-[0-9]*")]
+        folder = claim_folder(path)
+        write_json({"id": args.id, **flags}, folder / "flags.json")
+        return folder
+    found = {}
+    for file in path.parent.glob("*/flags.json"):
+        content = json.loads(file.read_text())
+        if content.pop("id") == args.id:
+            found[file] = content
     if not found:
         raise InputError(f"--search-resume: {path} holds no search to go on with; leave it out")
-    return max(found, key=lambda folder: folder.stat().st_mtime_ns)
+    newest = max(found, key=lambda file: file.stat().st_mtime_ns)
+    for key, value in flags.items():
+        if found[newest].get(key) != value:
+            raise InputError(
+                f"--search-resume: {newest.parent} was begun with {key} {found[newest].get(key)}, "
+                f"not {value}; give the flags it was begun with"
+            )
+    return newest.parent
 
 
 def run_search(args, reporter: Reporter) -> SearchResult | None:
@@ -603,6 +651,7 @@ def run_search(args, reporter: Reporter) -> SearchResult | None:
     if gpus is None:
         gpus = 0.5 if torch.cuda.is_available() else 0.0
     problem, names = load_problem(args, "cuda" if gpus else "cpu"), tuned_names(args)
+    load_setting(untuned(args), Silent(), ALONE, 0)  # refuse before the long work
     algorithm, why = available(args.search_alg)
     budget = Budget(args.num_samples, args.min_t, args.max_t)
     reporter.say(

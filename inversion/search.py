@@ -169,6 +169,7 @@ def run_trial(
 
     Raises FloatingPointError when a loss is not finite.
     """
+    torch.backends.cudnn.allow_tf32 = False  # as in the attack (utils.cli.choose_device)
     device = torch.device(problem.device)
     weights, loop = problem.with_settings(settings)
     target = problem.target

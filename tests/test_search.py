@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -176,6 +177,9 @@ def test_a_killed_search_goes_on(captured, tmp_path):
         process.wait()
     before = saved_iterations(folder)
     assert 1 <= len(before) < 4
+    outcome = call(*words, "--search-resume", "--max-t", "500")
+    assert outcome.code == 2
+    assert "was begun with max_t 600, not 500" in outcome.err
     outcome = succeed(*words, "--search-resume")
     assert "best settings: --lr" in outcome.out
     trials = json.loads((folder / "search.json").read_text())["trials"]
@@ -202,6 +206,32 @@ def test_bohb_models(captured, tmp_path):
     assert found["model_based_picks"] >= 1
     assert f"picks from BOHB's model: {found['model_based_picks']}" in outcome.out
     assert any(trial["begun_at"] > 0 for trial in found["trials"])  # paused trials went on
+
+
+def test_an_interrupted_search_is_no_finished_one(captured, tmp_path):
+    words = [
+        "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET),
+        "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
+        captured(*SIMULATION), "--search-alg", "random", "--num-samples", 8, "--max-t", 3000,
+        "--min-t", 60, "--HP-epochs", 3000, "--max-concurrent", 2, "--verbose", 0,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    folder = tmp_path / "results" / "search" / "test"
+    try:
+        deadline = time.monotonic() + 90
+        while not saved_iterations(folder):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    assert not (folder / "search.json").exists()
+    assert not (tmp_path / "results" / "exp").exists()
 
 
 def test_a_search_over_other_parameters_is_not_resumed():
