@@ -1018,7 +1018,6 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     reporter = Reporter() if shard.is_main else Silent()
     found = None
     if args.superparameters_search:
-        check(args)
         found = run_search(args, reporter)
         if found is None or args.search_only:
             return 0

@@ -52,9 +52,8 @@ def combination_method(objective: Objective, num_seeds: int, memory: int) -> tup
         return "greedy", "BatchNorm couples the images of a batch"
     if objective.distance_from_products is None:
         return "greedy", "this gradient distance is no function of inner products"
-    stored = f"{count} per-sample gradients of {size / 2**20:,.0f} MiB in all"
-    if objective.shard.size > 1:
-        stored = stored.replace("in all", "a process")
+    where = "in all" if objective.shard.size == 1 else "a process"
+    stored = f"{count} per-sample gradients of {size / 2**20:,.0f} MiB {where}"
     if size > memory:
         return "greedy", f"{stored} exceed --combine-memory {memory / 2**20:,.0f}"
     return "gram", stored

@@ -42,9 +42,8 @@ def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
     """Least number of samples of every class, and whether that is certain.
 
     n_k > −B g_k because probabilities are positive; a class whose row of G has a negative entry
-    occurs, where features are never negative. Certain without noise and
-    with a bias gradient of its own; otherwise likely. Needs a bias gradient
-    (`with_bias_gradient`). Returns (C,) integers.
+    occurs, where features are never negative. Certain without noise and with a bias gradient of
+    its own; otherwise likely. Needs a bias gradient (`with_bias_gradient`). Returns (C,) integers.
     """
     e = evidence
     slack = NOISE_MARGIN * e.bias_sigma + (0.5 / e.batch_size if e.is_surrogate else 0.0)
