@@ -7,16 +7,27 @@ The checkpoint is what run.py attacks. Run with --help for all flags, --dry-run 
 
 import os
 import sys
+from dataclasses import asdict
 
 import torch
 
-from models.batchnorm import batchnorm_layers
+from models.batchnorm import BATCHNORM_REPLACEMENTS, batchnorm_layers, replace_batchnorm
 from models.build import HEAD_INITS, architectures, build_model, find_head, init_head
-from models.gradient import trainable_parameters
+from models.gradient import couples_samples, trainable_parameters
 from models.pretrained import load_pretrained
-from train.capture import capture
-from train.datasets import DATASETS, Request, load_backup, load_batch
-from train.privacy import protect_batch
+from models.rank_analysis import MODES, rank_analysis
+from models.target import OtherUpdate, Protection
+from train.capture import Capture, capture
+from train.datasets import (
+    DATASETS,
+    Request,
+    dataset_spec,
+    load_backup,
+    load_backup_control,
+    load_batch,
+    load_control,
+)
+from train.privacy import Protected, epsilon, protect_batch, protect_per_sample
 from utils.checkpoint import free_stem, make_checkpoint, save, seal
 from utils.cli import (
     InputError,
@@ -31,7 +42,15 @@ from utils.cli import (
 )
 from utils.distributed import Shard, add_flags, group_from, is_lost_peer, launch
 from utils.images import denormalise, save_panels
-from utils.report import Reporter, Silent, device_name, git_revision, setting_lines, versions
+from utils.report import (
+    Reporter,
+    Silent,
+    device_name,
+    git_revision,
+    setting_lines,
+    table,
+    versions,
+)
 
 #: What is written, all with one stem.
 ENDINGS = {
@@ -40,6 +59,8 @@ ENDINGS = {
     "picture": "-target.png",
     "log": ".log",
 }
+#: `--dp-mode`: what is clipped.
+DP_MODES = ("batch", "per-sample")
 
 
 def parser() -> Parser:
@@ -68,17 +89,31 @@ def parser() -> Parser:
     add("--pretrained", help="weights: .pth, .tar or MoCo v2; default: random")
     add("--outlayer-state", choices=HEAD_INITS, default="normal", help="classifier head")
     add("--model-eval", action="store_true", help="BatchNorm in eval mode")
+    add("--replace-bn", choices=BATCHNORM_REPLACEMENTS, help="put this in BatchNorm's place")
 
     add = parser.add_argument_group("what is sent").add_argument
     add("--upload-bn", action="store_true", help="store the batch's BatchNorm statistics")
     add("--seal", action="store_true", help="write the truth to a file of its own")
     add("--label-smoothing", type=number(0, below=1), default=0.0,
         help="share of every label that the loss moves to all classes")  # fmt: skip
+    add("--with-control", action="store_true",
+        help="store the same of other images, for scoring")  # fmt: skip
 
     add = parser.add_argument_group("protection").add_argument
-    add("--enable-dp", action="store_true", help="clip the gradient and add noise, as the original")
-    add("--sigma", type=number(low=0), help="standard deviation of the noise")
+    add("--enable-dp", action="store_true", help="clip the gradient and add noise")
+    add("--dp-mode", choices=DP_MODES, default="batch",
+        help="clip the batch's gradient as the original, or every sample's")  # fmt: skip
+    add("--sigma", type=number(low=0), help="standard deviation of the noise in the mean gradient")
     add("-C", "--max-per-sample-grad-norm", type=number(above=0), help="clip to this norm")
+    add("--delta", type=number(above=0, below=1), default=1e-5, help="of (epsilon, delta)")
+    add("--dp-steps", type=integer_from(1), default=1, help="gradients that epsilon is for")
+    add("--sample-rate", type=number(above=0, high=1), default=1.0,
+        help="chance of a sample to be in a batch, for epsilon")  # fmt: skip
+
+    add = parser.add_argument_group("rank analysis").add_argument
+    add("--ra", action="store_true", help="print RA-i of the network and stop")
+    add("--ra-mode", choices=MODES, default="all",
+        help="count all convolutions of a block, or as the original")  # fmt: skip
     add_flags(parser)
     return parser
 
@@ -104,16 +139,40 @@ def client_model(args, num_classes, image_shape, reporter):
             reporter.say(
                 f"  the file's head {head_name} is overwritten; --outlayer-state keep keeps it"
             )
+    if args.replace_bn is not None:
+        count = put_in_place_of_batchnorm(model, args)
+        lost = " and the running statistics of the weights dropped" if args.pretrained else ""
+        reporter.say(f"  {count} BatchNorm layers replaced by {args.replace_bn}{lost}")
     init_head(model, args.outlayer_state)
     reporter.say(f"  head {head_name} {tuple(head.weight.shape)}: {args.outlayer_state}")
     return model
+
+
+def put_in_place_of_batchnorm(model, args) -> int:
+    """Replace every BatchNorm layer as --replace-bn says; their number."""
+    count = replace_batchnorm(model, args.replace_bn)
+    if not count:
+        raise InputError(f"--replace-bn: {args.arch} has no BatchNorm layer; leave it out")
+    return count
 
 
 def load_target(args):
     """The private batch: x (B, C, H, W) normalised, y (B,), and its data set's spec."""
     if args.data_backup is not None:
         return load_backup(args.data_backup, args.data_name, args.batch_size, args.target_idx)
-    request = Request(
+    return load_batch(args.data_name, request_from(args), args.batch_size, args.target_idx)
+
+
+def load_other_images(args, y):
+    """Other images (B, C, H, W), normalised, under the labels `y` of the batch."""
+    if args.data_backup is not None:
+        return load_backup_control(args.data_backup, args.data_name, args.target_idx, y)
+    return load_control(args.data_name, request_from(args), args.target_idx, y)
+
+
+def request_from(args) -> Request:
+    """What the flags ask of the data set."""
+    return Request(
         root=args.data,
         size=args.image_size,
         channels=args.channels,
@@ -121,7 +180,6 @@ def load_target(args):
         seed=args.seed,
         workers=args.workers,
     )
-    return load_batch(args.data_name, request, args.batch_size, args.target_idx)
 
 
 def checkpoint_stem(args) -> str:
@@ -152,6 +210,16 @@ def check(args) -> None:
             raise InputError(f"{flag} {value:g}: belongs to --enable-dp; give it as well")
     if args.enable_dp and args.sigma is None and args.max_per_sample_grad_norm is None:
         raise InputError("--enable-dp: does nothing by itself; give --sigma, -C or both")
+    if args.dp_mode == "per-sample":
+        if not args.enable_dp:
+            raise InputError("--dp-mode per-sample: belongs to --enable-dp; give it as well")
+        if args.max_per_sample_grad_norm is None:
+            raise InputError("--dp-mode per-sample: clips every sample's gradient; give -C")
+    elif args.dp_steps != 1 or args.sample_rate != 1:
+        flag = "--dp-steps" if args.dp_steps != 1 else "--sample-rate"
+        raise InputError(f"{flag}: is for epsilon, and there is none without --dp-mode per-sample")
+    if args.ra_mode != "all" and not args.ra:
+        raise InputError(f"--ra-mode {args.ra_mode}: belongs to --ra; give it as well")
     writable_folder(args.results, "--results")
 
 
@@ -159,7 +227,38 @@ def main(argv: list[str]) -> int:
     """Capture one batch as the flags say, in one process or several; return the exit code."""
     args = parser().parse_args(argv)
     check(args)
+    if args.ra:
+        return report_ranks(args, Reporter())
     return launch(work, argv, group_from(args))
+
+
+def report_ranks(args, reporter: Reporter) -> int:
+    """Print the rank analysis of the network, which needs no images; return the exit code."""
+    spec = dataset_spec(args.data_name, request_from(args))
+    model = build_model(args.arch, spec.num_classes, spec.shape)
+    if args.replace_bn is not None:
+        put_in_place_of_batchnorm(model, args)
+    try:
+        layers = rank_analysis(model, args.batch_size, spec.shape, args.ra_mode)
+    except ValueError as error:
+        raise InputError(f"--ra: {args.arch} cannot be analysed: {error}") from error
+    rows = [
+        [r.name, r.kind, *map("{:,}".format, (r.inputs, r.outputs, r.weights, r.virtual, r.index))]
+        for r in layers
+    ]
+    header = ["layer", "kind", "inputs", "outputs", "weights", "virtual constraints", "RA-i"]
+    highest = max(layers, key=lambda layer: layer.index)
+    verdict = (
+        "more unknowns than equations there: not all of its input is determined"
+        if highest.index > 0
+        else "no layer has more unknowns than equations: counting does not rule recovery out"
+    )
+    reporter.say(
+        f"rank analysis (R-GAP) of {args.arch}, {args.batch_size} images {spec.shape}, "
+        f"{spec.num_classes} classes; mode {args.ra_mode}\n{table(header, rows)}\n"
+        f"RA-i of the network: {highest.index:,} at {highest.name}; {verdict}"
+    )
+    return 0
 
 
 def work(argv: list[str], shard: Shard, local_rank: int) -> int:
@@ -171,10 +270,17 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     reporter.say("settings\n" + setting_lines(vars(args)))
 
     x, y, spec = load_target(args)
+    x_other = load_other_images(args, y) if args.with_control else None
     model = client_model(args, spec.num_classes, spec.shape, reporter)
     layers = len(batchnorm_layers(model))
     if args.upload_bn and not layers:
         raise InputError(f"--upload-bn: {args.arch} has no BatchNorm layer; leave it out")
+    if args.dp_mode == "per-sample" and couples_samples(model, not args.model_eval):
+        raise InputError(
+            f"--dp-mode per-sample: BatchNorm in train mode mixes the samples of the batch, so "
+            f"none of {args.arch} has a gradient of its own to clip; give --replace-bn groupnorm, "
+            "or --model-eval"
+        )
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     reporter.say(
         f"batch: {len(x)} images {tuple(x.shape[1:])}, {len(y.unique())} distinct labels of "
@@ -183,16 +289,15 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     if shard.size > 1:
         reporter.say(f"{shard.size} processes share the batch")
     model.to(device)
+    # Another stream than that of the weights; the control goes on with it.
+    noise = torch.Generator().manual_seed(args.seed + 2**31)
     try:
-        sent = capture(
-            model,
-            x.to(device),
-            y.to(device),
-            train_mode=not args.model_eval,
-            label_smoothing=args.label_smoothing,
-            capture_bn=args.upload_bn,
-            shard=shard,
-        )
+        sent, protected = update(args, model, x.to(device), y.to(device), noise, shard)
+        other = None
+        if x_other is not None:
+            other, changed = update(args, model, x_other.to(device), y.to(device), noise, shard)
+            gradient = other.gradient if changed is None else changed.gradient
+            other = OtherUpdate(gradient, other.bn_mean, other.bn_var)
     except (RuntimeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error) or is_lost_peer(error):
             raise
@@ -204,9 +309,18 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         )
     if not shard.is_main:
         return 0
-    gradient, protection = sent.gradient, None
-    if args.enable_dp:
-        gradient, protection = protect(args, sent.gradient, reporter)
+    gradient, protection, norms = sent.gradient, None, None
+    if protected is not None:
+        gradient, protection = protected.gradient, protection_from(args)
+        norms = {
+            "mean": protected.norm,
+            "clipped": protected.clipped_norm,
+            "sent": protected.sent_norm,
+            "samples": protected.sample_norms,
+        }
+        say_protection(args, protected, protection, reporter)
+    if x_other is not None:
+        reporter.say("control: the same of other images with the same labels, for scoring alone")
     stem = checkpoint_stem(args)
     if args.dry_run:
         reporter.say(f"dry run: would write {stem}{ENDINGS['checkpoint']}")
@@ -224,7 +338,10 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         bn_mean=sent.bn_mean,
         bn_var=sent.bn_var,
         label_smoothing=args.label_smoothing,
-        protection=protection,
+        protection=None if protection is None else asdict(protection),
+        protection_norms=norms,
+        replace_bn=args.replace_bn,
+        control=None if other is None else vars(other),
         truth=(x, y),
         settings={**vars(args), "versions": versions(), "git": git_revision()},
     )
@@ -232,21 +349,55 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     return 0
 
 
-def protect(args, gradient, reporter):
-    """The gradient as it is sent under --enable-dp, and the record of what was done to it."""
+def update(args, model, x, y, noise, shard: Shard) -> tuple[Capture, Protected | None]:
+    """What the client computes for a batch, and its gradient as protected under --enable-dp."""
+    options = {"train_mode": not args.model_eval, "label_smoothing": args.label_smoothing}
+    sent = capture(model, x, y, capture_bn=args.upload_bn, shard=shard, **options)
+    if not args.enable_dp:
+        return sent, None
+    how = (sent.gradient, args.sigma or 0.0, args.max_per_sample_grad_norm, noise)
+    if args.dp_mode == "batch":
+        return sent, protect_batch(*how)
+    return sent, protect_per_sample(*how, model=model, x=x, y=y, shard=shard, **options)
+
+
+def protection_from(args) -> Protection:
+    """The record of what the flags do to the gradient, with the ε that follows."""
     sigma, clip = args.sigma or 0.0, args.max_per_sample_grad_norm
-    generator = torch.Generator().manual_seed(args.seed + 2**31)  # not that of the weights
-    sent = protect_batch(gradient, sigma, clip, generator)
-    reporter.say(
-        f"protection of the batch's mean gradient: norm {sent.norm:.6g}, clipped "
-        f"{sent.clipped_norm:.6g}, sent {sent.sent_norm:.6g} with noise of {sigma:g} a number"
+    if args.dp_mode == "batch":
+        return Protection("batch", sigma, clip)
+    multiplier = sigma * args.batch_size / clip
+    bound = None
+    if multiplier > 0:
+        bound = epsilon(multiplier, args.sample_rate, args.dp_steps, args.delta)
+    return Protection(
+        "per-sample", sigma, clip, multiplier, bound, args.delta, args.dp_steps, args.sample_rate
     )
+
+
+def say_protection(args, protected: Protected, protection: Protection, reporter) -> None:
+    """Report norms before and after, noise, and what privacy that gives."""
+    rows = []
+    if protected.sample_norms is not None:
+        before = protected.sample_norms
+        after = before.clamp(max=protection.clip)
+        for name, of in (("lowest", torch.amin), ("median", torch.median), ("highest", torch.amax)):
+            rows.append([f"one sample, {name}", *(of(v).item() for v in (before, after)), ""])
+    rows.append(["mean", protected.norm, protected.clipped_norm, protected.sent_norm])
+    header = ["gradient norm", "before", "clipped", "sent"]
     reporter.say(
-        "  this carries no differential-privacy guarantee: the batch is clipped, not each image"
+        f"protection ({protection.mode}): clipping to "
+        f"{'nothing' if protection.clip is None else format(protection.clip, 'g')}, noise of "
+        f"{protection.sigma:g} a number\n{table(header, rows)}"
     )
+    if protected.sample_norms is not None:
+        clipped = int((protected.sample_norms > protection.clip).sum())
+        reporter.say(f"  {clipped} of {len(protected.sample_norms)} samples clipped")
+    reporter.say(f"  {protection.guarantee}")
+    if protection.epsilon is not None:
+        reporter.say("  that holds as long as nobody knows --seed, which draws the noise")
     if args.upload_bn:
         reporter.say("  the BatchNorm statistics beside it are sent without any protection")
-    return sent.gradient, {"mode": "batch", "sigma": sigma, "clip": clip}
 
 
 def refusal(args, image_shape, error: Exception) -> str:

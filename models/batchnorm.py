@@ -1,4 +1,5 @@
-"""BatchNorm: statistics of a batch at every layer, and the derivative of the original attack."""
+"""BatchNorm: statistics of a batch at every layer, the derivative of the original attack, and
+layers that take its place."""
 
 import math
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,35 @@ BATCHNORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
 def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
     """The model's BatchNorm layers in the order of `model.modules()`."""
     return [module for module in model.modules() if isinstance(module, BATCHNORM_TYPES)]
+
+
+def _group_norm(layer: nn.Module) -> nn.GroupNorm:
+    """GroupNorm (Wu & He, 2018) for a BatchNorm layer: 32 groups of two channels or more.
+
+    Fewer groups where the channels do not divide so. Scale and shift are the layer's own; its
+    running statistics are lost.
+    """
+    channels = layer.num_features
+    groups = math.gcd(32, channels // 2) if channels % 2 == 0 else 1
+    new = nn.GroupNorm(groups, channels, eps=layer.eps, affine=layer.affine)
+    new.load_state_dict({name: p.detach() for name, p in layer.named_parameters()})
+    return new
+
+
+#: `--replace-bn`: name → function that makes the layer to put in a BatchNorm's place.
+BATCHNORM_REPLACEMENTS = {"groupnorm": _group_norm}
+
+
+def replace_batchnorm(model: nn.Module, replacement: str) -> int:
+    """Put a layer of BATCHNORM_REPLACEMENTS in the place of every BatchNorm; return how many.
+
+    In such a model samples do not depend on one another, so each has a gradient of its own.
+    """
+    names = [name for name, m in model.named_modules() if isinstance(m, BATCHNORM_TYPES)]
+    for name in names:
+        layer = BATCHNORM_REPLACEMENTS[replacement](model.get_submodule(name))
+        model.set_submodule(name, layer)
+    return len(names)
 
 
 def batch_moments(x: Tensor, shard: Shard = ALONE) -> tuple[Tensor, Tensor]:

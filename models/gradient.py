@@ -1,13 +1,18 @@
 """The one definition of "the gradient", used by the client and by the attacker."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.batchnorm import BATCHNORM_TYPES
+from models.batchnorm import BATCHNORM_TYPES, batchnorm_layers
+
+#: Bytes that the per-sample gradients of one chunk may take.
+CHUNK_BYTES = 2**29
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,3 +87,44 @@ def batch_gradient(
         return torch.autograd.grad(
             loss, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
+
+
+def couples_samples(model: nn.Module, train_mode: bool) -> bool:
+    """Whether a sample's output depends on the others of its batch: BatchNorm in train mode."""
+    return train_mode and bool(batchnorm_layers(model))
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    train_mode: bool,
+    label_smoothing: float = 0.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Gradients of every sample's own cross-entropy, chunk by chunk in the order of the batch.
+
+    `x` (B, C, H, W) and `y` (B,) as in `batch_gradient`, which is their mean. A chunk is one
+    tensor (n, *shape) a trainable parameter, of as many samples as `chunk_bytes` hold, one at
+    least; computed by torch.func (vmap of grad). Nothing is on a graph.
+
+    Raises ValueError where samples are coupled (BatchNorm in train mode): a sample then has no
+    gradient of its own.
+    """
+    if couples_samples(model, train_mode):
+        raise ValueError("BatchNorm in train mode couples the samples of a batch")
+    parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
+
+    def loss(values, image, label):
+        logits = functional_call(model, values, (image[None],))
+        return F.cross_entropy(logits, label[None], label_smoothing=label_smoothing)
+
+    of_samples = vmap(grad(loss), in_dims=(None, 0, 0))
+    size = sum(p.numel() * p.element_size() for p in parameters.values())
+    count = max(1, chunk_bytes // size)
+    for start in range(0, len(x), count):
+        part = slice(start, start + count)
+        with gradient_mode(model, train_mode):
+            chunk = of_samples(parameters, x[part], y[part])
+        yield tuple(chunk[name] for name in parameters)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.batchnorm import batchnorm_layers
+from models.batchnorm import BATCHNORM_REPLACEMENTS, batchnorm_layers, replace_batchnorm
 from models.build import architectures, build_model, load_weights
 from models.gradient import trainable_parameters
 from utils.cli import InputError
@@ -17,11 +17,37 @@ class Protection:
 
     mode: "batch" clips the mean gradient, "per-sample" every sample's. clip: their largest norm C,
     None without clipping. sigma: standard deviation of the noise in every number sent.
+
+    Of "per-sample" alone, where (ε, delta)-differential privacy follows: noise_multiplier
+    sigma · B / C; epsilon over `steps` such gradients, each of a share `sample_rate` of the
+    client's data; None where there is no bound or none was told.
     """
 
     mode: str
     sigma: float
     clip: float | None
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    steps: int | None = None
+    sample_rate: float | None = None
+
+    @property
+    def guarantee(self) -> str:
+        """What differential privacy follows, in words."""
+        if self.mode == "batch":
+            return (
+                "this carries no differential-privacy guarantee: the batch is clipped, not each "
+                "image"
+            )
+        if self.epsilon is None:
+            why = "its epsilon was not told" if self.sigma else "without noise epsilon is infinite"
+            return f"this carries no differential-privacy guarantee: {why}"
+        return (
+            f"noise multiplier {self.noise_multiplier:.4g}: epsilon {self.epsilon:.4g} at delta "
+            f"{self.delta:g} over {self.steps} step(s) of sample rate {self.sample_rate:g}, for "
+            "one sample more or less"
+        )
 
 
 @dataclass(frozen=True)
@@ -33,7 +59,8 @@ class Target:
     statistics. trainable: names of the trainable parameters. bn_mean, bn_var: mean and biased
     variance of the whole batch at the input of every BatchNorm layer, one (C_l,) tensor each,
     or None when the client did not send them. label_smoothing: the share ε of every label that the
-    loss moved evenly to all classes. protection: noise and clipping, None without.
+    loss moved evenly to all classes. protection: noise and clipping, None without. replace_bn: what
+    stands in the place of the architecture's BatchNorm layers, a name in BATCHNORM_REPLACEMENTS.
     """
 
     gradient: tuple[Tensor, ...]
@@ -50,6 +77,12 @@ class Target:
     bn_var: tuple[Tensor, ...] | None = None
     label_smoothing: float = 0.0
     protection: Protection | None = None
+    replace_bn: str | None = None
+
+    @property
+    def network(self) -> str:
+        """The architecture in words."""
+        return self.arch if self.replace_bn is None else f"{self.arch} with {self.replace_bn}"
 
     @property
     def box(self) -> tuple[Tensor, Tensor]:
@@ -58,11 +91,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class OtherUpdate:
+    """What the client would have sent for other images with the same labels; as in `Target`."""
+
+    gradient: tuple[Tensor, ...]
+    bn_mean: tuple[Tensor, ...] | None = None
+    bn_var: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
 class GroundTruth:
-    """The private batch, for scoring only: x (B, C, H, W) normalised, y (B,)."""
+    """For scoring only: the private batch, x (B, C, H, W) normalised, y (B,), and a control."""
 
     x: Tensor
     y: Tensor
+    control: OtherUpdate | None = None
 
 
 def target_from_checkpoint(checkpoint: dict) -> Target:
@@ -97,6 +140,7 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
         bn_var=tuple(bn_var) if bn_var else None,
         label_smoothing=float(checkpoint.get("label_smoothing", 0.0)),
         protection=Protection(**record) if record else None,
+        replace_bn=checkpoint.get("replace_bn"),
     )
 
 
@@ -104,7 +148,15 @@ def truth_from_checkpoint(checkpoint: dict) -> GroundTruth | None:
     """The truth in a loaded checkpoint or truth file, None where it holds none."""
     if checkpoint.get("x_true") is None or checkpoint.get("y_true") is None:
         return None
-    return GroundTruth(checkpoint["x_true"], checkpoint["y_true"].long())
+    control = checkpoint.get("control")
+    if control is not None:
+        mean, var = control["bn_mean_list"], control["bn_var_list"]
+        control = OtherUpdate(
+            tuple(control["target_gradient"]),
+            tuple(mean) if mean else None,
+            tuple(var) if var else None,
+        )
+    return GroundTruth(checkpoint["x_true"], checkpoint["y_true"].long(), control)
 
 
 def model_of(target: Target) -> nn.Module:
@@ -118,6 +170,13 @@ def model_of(target: Target) -> nn.Module:
             "add it there, or attack it from Python"
         )
     model = build_model(target.arch, target.num_classes, target.image_shape)
+    if target.replace_bn is not None:
+        if target.replace_bn not in BATCHNORM_REPLACEMENTS:
+            raise InputError(
+                f"--checkpoint: BatchNorm was replaced by '{target.replace_bn}', which is not one "
+                f"of {', '.join(BATCHNORM_REPLACEMENTS)}"
+            )
+        replace_batchnorm(model, target.replace_bn)
     state = {key.removeprefix("module."): value for key, value in target.state_dict.items()}
     try:
         load_weights(model, state)

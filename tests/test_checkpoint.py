@@ -25,7 +25,7 @@ KEYS = {
     "free_last_layers_list", "target_gradient", "bn_mean_list", "bn_var_list", "x_true", "y_true",
     "args",
 }  # fmt: skip
-NEW_KEYS = {"format", "trainable", "label_smoothing", "protection"}
+NEW_KEYS = {"format", "trainable", "label_smoothing", "protection", "replace_bn"}
 
 
 def test_keys_and_plain_types(captured):
@@ -79,7 +79,8 @@ def test_a_second_capture_overwrites_nothing(tmp_path):
 
 def test_sealed_file_holds_only_what_an_attacker_has(tmp_path):
     flags = ("--data-name", "photos", "-a", "lenet", "-b", 3, "--results", tmp_path, "--seal")
-    succeed("training.py", *flags)
+    private = ("--with-control", "--enable-dp", "-C", "1e6")  # clips nothing
+    succeed("training.py", *flags, *private)
     (path,) = tmp_path.glob("*-checkpoint.pth.tar")
     (truth_path,) = tmp_path.glob("*-truth.pth.tar")
     checkpoint = torch.load(path, weights_only=True)
@@ -90,6 +91,9 @@ def test_sealed_file_holds_only_what_an_attacker_has(tmp_path):
     truth = truth_from_checkpoint(load_truth(str(truth_path)))
     assert truth.x.shape == (3, 3, 32, 32)
     assert truth.y.tolist() == [0, 1, 2]
+    shapes = [g.shape for g in checkpoint["target_gradient"]]
+    assert [g.shape for g in truth.control.gradient] == shapes
+    assert "mean" in load_truth(str(truth_path))["protection_norms"]
     assert checkpoint.keys() == (KEYS | NEW_KEYS) - {"x_true", "y_true"}
     values = set(truth.x.flatten().tolist())
     stored = [*checkpoint["state_dict"].values(), *checkpoint["target_gradient"]]
@@ -182,7 +186,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": FORMAT + 1}, r"format 3, written by a newer version"),
+        ({"format": FORMAT + 1}, r"format 4, written by a newer version"),
         ({"format": "x"}, "newer version"),
         ({"local_steps": 5}, "an update of 5 local steps is no gradient"),
         ({"arch": None}, "missing arch"),
@@ -212,6 +216,19 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
         ({"protection": {"mode": "batch", "sigma": 1.0}}, "protection is no record"),
         ({"protection": {"mode": "batch", "sigma": -1.0, "clip": None}}, "protection is no record"),
         ({"protection": {"mode": "all", "sigma": 1.0, "clip": 1.0}}, "protection is no record"),
+        (
+            {"protection": {"mode": "batch", "sigma": 1.0, "clip": 1.0, "epsilon": -1.0}},
+            "protection is no record",
+        ),
+        (
+            {"protection": {"mode": "batch", "sigma": 1.0, "clip": 1.0, "other": 1.0}},
+            "protection is no record",
+        ),
+        (
+            {"protection": {"mode": "per-sample", "sigma": 1.0, "clip": 1.0, "epsilon": 1.0}},
+            "protection is no record",
+        ),
+        ({"replace_bn": 3}, "replace_bn is no name"),
         ({"bn_mean_list": [torch.ones(2)], "bn_var_list": None}, "bn_mean_list and bn_var_list"),
         ({"bn_mean_list": "ab", "bn_var_list": "ab"}, "bn_mean_list and bn_var_list"),
     ],
@@ -235,6 +252,9 @@ def test_unfit_checkpoints_are_refused(captured, tmp_path, change, message):
         ({"y_true": torch.tensor([1, 2])}, "2 labels for a batch of 3"),
         ({"y_true": torch.tensor([1, 2, 8])}, "labels 1 to 8, but the classes are 0 to 7"),
         ({"y_true": [1, 2, 3]}, "labels for a batch of 3"),
+        ({"control": [1]}, "its control is no gradient"),
+        ({"control": {"target_gradient": [torch.ones(2)]}}, "its control is no gradient"),
+        ({"replace_bn": "nothing"}, "BatchNorm was replaced by 'nothing'"),
     ],
 )
 def test_unfit_truths_are_refused(captured, tmp_path, change, message):

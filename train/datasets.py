@@ -21,7 +21,14 @@ from torchvision.transforms.v2 import functional as transforms
 import utils.images
 from utils.checkpoint import load_plain
 from utils.cli import InputError
-from utils.image_files import centre_crop, decode_all, image_folder, is_grey, random_crop
+from utils.image_files import (
+    centre_crop,
+    decode_all,
+    image_folder,
+    is_grey,
+    public_photographs,
+    random_crop,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)
@@ -49,12 +56,14 @@ class Source:
     """An opened data set. length: number of images, None where there is no end.
 
     batch(indices): images (B, C, H, W) in [0, 1] and labels (B,) of those indices; where there
-    is no end it is called with (batch_size, target_idx) instead.
+    is no end it is called with (batch_size, target_idx) instead. labels: of all images, None
+    where there is no end.
     """
 
     length: int | None
     batch: Callable[..., tuple[Tensor, Tensor]]
     spec: "DatasetSpec"
+    labels: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,14 +111,66 @@ def load_batch(
                 f"--target-idx {target_idx}: {source.length} images make {batches} batches of "
                 f"{batch_size}; give 0 to {batches - 1}"
             )
-        order = torch.randperm(source.length, generator=Generator().manual_seed(request.seed))
-        chosen = order[target_idx * batch_size : (target_idx + 1) * batch_size]
-        x, y = source.batch(chosen.tolist())
+        order = _permutation(source.length, request.seed)
+        x, y = source.batch(order[target_idx * batch_size : (target_idx + 1) * batch_size])
     return normalise(x, source.spec), y, source.spec
+
+
+def _permutation(length: int, seed: int) -> list[int]:
+    return torch.randperm(length, generator=Generator().manual_seed(seed)).tolist()
+
+
+def load_control(name: str, request: Request, target_idx: int, y: Tensor) -> Tensor:
+    """Other images under the labels `y` (B,) of batch `target_idx`: (B, C, H, W) normalised.
+
+    Images of the data set outside the batch with the same labels; for `photos` crops of the
+    photographs that are never a target, which stand under labels that are not theirs.
+    Raises InputError where a class has too few other images.
+    """
+    source = open_dataset(name, request)
+    if source.length is None:
+        x = public_photographs(len(y), source.spec.shape, seed=request.seed)
+    else:
+        order = _permutation(source.length, request.seed)
+        batch = range(target_idx * len(y), (target_idx + 1) * len(y))
+        others = [index for place, index in enumerate(order) if place not in batch]
+        chosen = _with_labels(y, others, source.labels, f"--data-name {name}")
+        x, _ = source.batch(chosen)
+    return normalise(x, source.spec)
+
+
+def _with_labels(y: Tensor, others: Sequence[int], labels: Sequence[int], source: str) -> list[int]:
+    """For every label of `y` another index of `others` with that label, the first ones first."""
+    of_class: dict[int, list[int]] = {}
+    for index in reversed(others):
+        of_class.setdefault(int(labels[index]), []).append(index)
+    chosen = []
+    for label in y.tolist():
+        if not of_class.get(label):
+            raise InputError(
+                f"--with-control: class {label} of {source} has too few images outside the batch; "
+                "take a smaller --batch-size, or leave it out"
+            )
+        chosen.append(of_class[label].pop())
+    return chosen
 
 
 def open_dataset(name: str, request: Request) -> Source:
     """Open data set `name`; decodes nothing yet. Raises InputError as `load_batch` does."""
+    spec = _requested_spec(name, request)
+    return spec.open(request, spec)
+
+
+def dataset_spec(name: str, request: Request) -> DatasetSpec:
+    """Shape and class count of data set `name`; its files are opened only where they tell.
+
+    Raises InputError as `load_batch` does.
+    """
+    spec = _requested_spec(name, request)
+    return spec if spec.num_classes is not None else open_dataset(name, request).spec
+
+
+def _requested_spec(name: str, request: Request) -> DatasetSpec:
     spec = _spec(name)
     if request.distinct_labels is not None and name != "photos":
         raise InputError(
@@ -122,7 +183,7 @@ def open_dataset(name: str, request: Request) -> Source:
         )
     if request.size is not None:
         spec = replace(spec, shape=(spec.shape[0], request.size, request.size))
-    return spec.open(request, spec)
+    return spec
 
 
 def _spec(name: str) -> DatasetSpec:
@@ -139,6 +200,32 @@ def load_backup(
     Normalisation and class count are those of data set `name`.
     Raises InputError when a file is missing or unfit, or the slice lies beyond its end.
     """
+    x, y, spec = _read_backup(folder, name)
+    part = slice(target_idx * batch_size, (target_idx + 1) * batch_size)
+    if len(x[part]) < batch_size:
+        raise InputError(
+            f"--target-idx {target_idx}: batch {target_idx} of {batch_size} lies beyond the "
+            f"{len(x)} images of {folder}; give a smaller index or --batch-size"
+        )
+    y = y[part]
+    if int(y.min()) < 0 or int(y.max()) >= spec.num_classes:
+        raise InputError(
+            f"--data-backup {folder}: labels {int(y.min())} to {int(y.max())}, but --data-name "
+            f"{name} has classes 0 to {spec.num_classes - 1}"
+        )
+    return x[part].float(), y, spec
+
+
+def load_backup_control(folder: str, name: str, target_idx: int, y: Tensor) -> Tensor:
+    """As `load_control`, from the rest of a backup."""
+    x, labels, _ = _read_backup(folder, name)
+    batch = range(target_idx * len(y), (target_idx + 1) * len(y))
+    others = [index for index in range(len(x)) if index not in batch]
+    return x[_with_labels(y, others, labels.tolist(), f"--data-backup {folder}")].float()
+
+
+def _read_backup(folder: str, name: str) -> tuple[Tensor, Tensor, DatasetSpec]:
+    """Everything in a backup: x (N, C, H, W), y (N,), and the spec with its shape."""
     spec = _spec(name)
     x, y = (
         load_plain(os.path.join(folder, f"{which}_true.pth.bk"), "--data-backup") for which in "xy"
@@ -167,19 +254,7 @@ def load_backup(
             f"--data-backup {folder}: {x.shape[1]} channels, but --data-name {name} has "
             f"{len(spec.mean)}"
         )
-    part = slice(target_idx * batch_size, (target_idx + 1) * batch_size)
-    if len(x[part]) < batch_size:
-        raise InputError(
-            f"--target-idx {target_idx}: batch {target_idx} of {batch_size} lies beyond the "
-            f"{len(x)} images of {folder}; give a smaller index or --batch-size"
-        )
-    y = y[part].long()
-    if int(y.min()) < 0 or int(y.max()) >= spec.num_classes:
-        raise InputError(
-            f"--data-backup {folder}: labels {int(y.min())} to {int(y.max())}, but --data-name "
-            f"{name} has classes 0 to {spec.num_classes - 1}"
-        )
-    return x[part].float(), y, replace(spec, shape=tuple(x.shape[1:]))
+    return x, y.long(), replace(spec, shape=tuple(x.shape[1:]))
 
 
 def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
@@ -198,7 +273,7 @@ def _files_source(paths: Sequence[str], labels: Sequence[int], request: Request,
         images = decode_all(chosen, channels, size, workers=request.workers)
         return images, torch.tensor([labels[i] for i in indices])
 
-    return Source(len(paths), batch, spec)
+    return Source(len(paths), batch, spec, labels)
 
 
 def _folder_of(request: Request, name: str) -> str:
@@ -294,7 +369,7 @@ def _array_source(data: np.ndarray, labels: Sequence[int], request: Request, spe
             x = transforms.resize(x, [size, size], antialias=True).clamp(0, 1)
         return x, torch.tensor([int(labels[i]) for i in indices])
 
-    return Source(len(data), batch, spec)
+    return Source(len(data), batch, spec, labels)
 
 
 def _open_cifar100(request: Request, spec: DatasetSpec) -> Source:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from utils.cli import FaultError, InputError
 
 #: Raised by one whenever a reader of the number before could misread the file.
-FORMAT = 2
+FORMAT = 3
 REQUIRED = (
     "batch_size",
     "dataset_setup",
@@ -31,6 +31,11 @@ REQUIRED = (
     "target_gradient",
 )
 PROTECTION_MODES = ("batch", "per-sample")
+#: What a record of protection must hold, and what else it may.
+PROTECTION_KEYS = {"mode", "sigma", "clip"}
+PRIVACY_KEYS = {"noise_multiplier", "epsilon", "delta", "steps", "sample_rate"}
+#: What only scoring may see; `seal` takes it out.
+PRIVATE_KEYS = ("x_true", "y_true", "protection_norms", "control", "args")
 SETUP_KEYS = ("mean", "std", "size", "n_classes")
 #: What checkpoints of the original hold besides tensors and plain types.
 ORIGINAL_TYPES = [
@@ -56,6 +61,9 @@ def make_checkpoint(
     bn_var: Sequence[Tensor] | None = None,
     label_smoothing: float = 0.0,
     protection: Mapping | None = None,
+    protection_norms: Mapping | None = None,
+    replace_bn: str | None = None,
+    control: Mapping | None = None,
     truth: tuple[Tensor, Tensor] | None = None,
     settings: Mapping | None = None,
     local_steps: int = 1,
@@ -72,9 +80,13 @@ def make_checkpoint(
     used batch statistics. bn_mean, bn_var: mean and biased variance of the batch at the input
     of each BatchNorm layer, where the client sent them. label_smoothing: of the cross-entropy, in
     [0, 1). protection: what was done to the gradient, a mapping with `mode` ("batch" or
-    "per-sample"), `sigma` (standard deviation of the added noise) and `clip` (largest norm, or
-    None). truth: (x (B, C, H, W) normalised,
-    y (B,)), for scoring. settings: plain values to record.
+    "per-sample"), `sigma` (standard deviation of the added noise), `clip` (largest norm, or
+    None), and maybe the other fields of `models.target.Protection`. protection_norms: private
+    norms before and after it, to record. replace_bn: what stands in the place of the
+    architecture's BatchNorm layers (models/batchnorm.py), None where they are there. control: for
+    scoring, what would be sent for other images with the same labels, a mapping with `gradient`,
+    `bn_mean`, `bn_var`, each as above. truth: (x (B, C, H, W) normalised, y (B,)), for scoring.
+    settings: plain values to record.
 
     Raises InputError when the gradient does not fit the model's trainable parameters or another
     value is not what is said here, and for what is no gradient of one step: a weight difference
@@ -103,6 +115,8 @@ def make_checkpoint(
             raise InputError(f"gradient: names and trainable parameters differ at {odd[0]}")
         gradient = [gradient[name] for name in parameters]
     gradient = list(gradient)
+    if control is not None and not shapes(control["gradient"]) == shapes(gradient):
+        raise InputError("control: its gradient has other shapes than the gradient")
     if len(gradient) != len(parameters):
         raise InputError(
             f"gradient: {len(gradient)} tensors for {len(parameters)} trainable parameters"
@@ -130,12 +144,21 @@ def make_checkpoint(
         "free_last_layers_list": ["all"],
         "trainable": list(parameters),
         "target_gradient": [_stored(g) for g in gradient],
-        "bn_mean_list": None if bn_mean is None else [_stored(m) for m in bn_mean],
-        "bn_var_list": None if bn_var is None else [_stored(v) for v in bn_var],
+        "bn_mean_list": _stored_list(bn_mean),
+        "bn_var_list": _stored_list(bn_var),
         "label_smoothing": float(label_smoothing),
         "protection": None if protection is None else dict(protection),
+        "replace_bn": replace_bn,
         "args": dict(settings or {}),
     }
+    if protection_norms is not None:
+        checkpoint["protection_norms"] = dict(protection_norms)
+    if control is not None:
+        checkpoint["control"] = {
+            "target_gradient": _stored_list(control["gradient"]),
+            "bn_mean_list": _stored_list(control["bn_mean"]),
+            "bn_var_list": _stored_list(control["bn_var"]),
+        }
     if truth is not None:
         checkpoint["x_true"], checkpoint["y_true"] = _stored(truth[0]), _stored(truth[1])
         check_truth(checkpoint, checkpoint, "truth")
@@ -147,15 +170,24 @@ def _stored(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
+def _stored_list(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
+    return None if tensors is None else [_stored(tensor) for tensor in tensors]
+
+
+def shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """The shape of every tensor."""
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
 def seal(checkpoint: dict) -> tuple[dict, dict]:
     """Split a checkpoint into what an attacker has and the truth: two dicts.
 
-    The settings go with the truth: seed, data set and batch index would give the batch away.
+    The settings go with the truth: seed, data set and batch index would give the batch away. So
+    do a control and the norms from before protection, which no client sends.
     """
-    private = ("x_true", "y_true", "args")
-    sealed = {key: value for key, value in checkpoint.items() if key not in private}
+    sealed = {key: value for key, value in checkpoint.items() if key not in PRIVATE_KEYS}
     sealed["args"] = {}
-    truth = {key: checkpoint[key] for key in private if key in checkpoint}
+    truth = {key: checkpoint[key] for key in PRIVATE_KEYS if key in checkpoint}
     return sealed, {"format": FORMAT, **truth}
 
 
@@ -326,12 +358,43 @@ def check_contents(checkpoint: dict, source: str) -> None:
     record = checkpoint.get("protection")
     if record is not None and not (
         isinstance(record, dict)
-        and record.keys() == {"mode", "sigma", "clip"}
+        and record.keys() >= PROTECTION_KEYS
+        and record.keys() <= PROTECTION_KEYS | PRIVACY_KEYS
         and record["mode"] in PROTECTION_MODES
         and _at_least_zero(record["sigma"])
         and (record["clip"] is None or _at_least_zero(record["clip"]))
+        and all(record.get(key) is None or _at_least_zero(record[key]) for key in PRIVACY_KEYS)
+        and (
+            record.get("epsilon") is None
+            or all(record.get(key) is not None for key in PRIVACY_KEYS)
+        )
     ):
         refuse("protection is no record with mode, sigma and clip")
+    if not isinstance(checkpoint.get("replace_bn"), str | None):
+        refuse("replace_bn is no name")
+
+
+def check_control(control, checkpoint: dict, source: str) -> None:
+    """Raise InputError unless `control` is another gradient for the checkpoint's network."""
+
+    def fits(key):
+        if not isinstance(control, dict):
+            return False
+        ours, theirs = control.get(key), checkpoint.get(key)
+        if not ours or not theirs:
+            return not ours and not theirs
+        return (
+            isinstance(ours, list | tuple)
+            and all(isinstance(v, Tensor) and bool(v.isfinite().all()) for v in ours)
+            and shapes(ours) == shapes(theirs)
+        )
+
+    keys = ("target_gradient", "bn_mean_list", "bn_var_list")
+    if not all(fits(key) for key in keys):
+        raise InputError(
+            f"{source}: its control is no gradient of this network with as many BN statistics; "
+            "capture it anew with training.py --with-control"
+        )
 
 
 def _at_least_zero(value) -> bool:
@@ -356,6 +419,8 @@ def check_truth(truth: dict, checkpoint: dict, source: str) -> None:
     if not (x.is_floating_point() and x.isfinite().all()):
         raise InputError(f"{source}: x_true is not finite floating-point numbers")
     check_labels(y, batch_size, num_classes, source)
+    if truth.get("control") is not None:
+        check_control(truth["control"], checkpoint, source)
 
 
 def check_labels(y, batch_size: int, num_classes: int, source: str) -> None:
