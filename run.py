@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +29,11 @@ from inversion.labels import (
     LabelResult,
     reconstruct_labels,
 )
+from inversion.leakage import gradient_information_ratio
 from inversion.mlco import MLCOSchedule
 from inversion.objective import Losses, Objective, Weights
 from inversion.optimise import OPTIMISERS, Loop, Outcome, lowest, reconstruct
-from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.pixel_gradient import PIXEL_GRADIENTS, prior_only
 from inversion.priors import PRIORS
 from inversion.restarts import STRATEGIES, initial_images, noise_generator
 from inversion.search import (
@@ -77,6 +78,7 @@ from utils.images import (
     denormalise,
     normalise,
     save_choices,
+    save_controls,
     save_losses,
     save_pairs,
     save_panels,
@@ -97,13 +99,15 @@ from utils.report import (
     write_csv,
     write_json,
 )
-from utils.scoring import label_table, score_reconstruction
+from utils.scoring import information_table, label_table, score_reconstruction
 
 LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {metrics.LPIPS_BACKBONE} of torchvision, by "
     "--lpips-weights FILE or in the torch hub cache"
 )
 RECORDED_STEPS = 2000
+#: Controls run unasked where the attack takes less, in seconds.
+CONTROL_SECONDS = 600
 PUBLIC_IMAGES = 128
 #: Ray: no usage reports, nothing written beside the search, trials saved as they report.
 RAY_ENVIRONMENT = {
@@ -118,7 +122,8 @@ FREE_ON_RESUME = {
     "id", "root", "gpu", "print_freq", "dry_run", "checkpoint", "truth", "labels",
     "pseudo_label_init", "label_method", "label_aux", "label_prior", "n_seed", "strategy",
     "combine_memory", "offload_seeds", "metric", "one_to_one_similarity", "lpips_weights",
-    "GInfoR", "max_concurrent", "cpus_per_trial", "ngpus_per_trial", "ray_address",
+    "GInfoR", "controls", "target_gradient", "max_concurrent", "cpus_per_trial",
+    "ngpus_per_trial", "ray_address",
     "search_resume", "search_only", "verbose", "allow_target_as_simulation", "nproc",
     "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "shard",
 }  # fmt: skip
@@ -147,6 +152,8 @@ def parser() -> Parser:
     add("--labels", help="labels by hand: 3,1,… or a file of them")
     add("--pseudo-label-init", choices=("known", "from_grads"), default="known",
         help="where labels come from")  # fmt: skip
+    add("--target-gradient", choices=("true", "shuffled"), default="true",
+        help="shuffled: a test of the controls, with nothing to find in it")  # fmt: skip
 
     add = parser.add_argument_group("label reconstruction").add_argument
     add("--label-method", choices=(AUTO, *LABEL_STRATEGIES), default=AUTO,
@@ -194,7 +201,9 @@ def parser() -> Parser:
     add("--metric", action="store_true", help="score against the truth")
     add("--one-to-one-similarity", action="store_true", help="pair by index, not by assignment")
     add("--lpips-weights", help=f"backbone of LPIPS, {metrics.LPIPS_BACKBONE}")
-    add("--GInfoR", action="store_true", help="gradient information ratio (not computed yet)")
+    add("--GInfoR", action="store_true", help="gradient information ratio of every image")
+    add("--controls", action=argparse.BooleanOptionalAction,
+        help="attack without the gradient too; default: after up to 10 minutes")  # fmt: skip
     add = parser.add_argument_group("search of hyper-parameters").add_argument
     add("--superparameters-search", action="store_true",
         help="search on --simulation-checkpoint, then attack with what was found")  # fmt: skip
@@ -345,9 +354,12 @@ def check(args, processes: int = 1) -> None:
         )
     if args.lpips_weights is not None and not args.metric:
         raise InputError(f"--lpips-weights {args.lpips_weights}: scores only with --metric")
-    if args.truth is not None and args.labels is not None and not args.metric:
+    if args.controls and not args.metric:
+        raise InputError("--controls: are scored by --metric; give it as well")
+    if args.truth is not None and args.labels is not None and not (args.metric or args.GInfoR):
         raise InputError(
-            f"--truth {args.truth}: is read only for --metric and known labels; leave it out"
+            f"--truth {args.truth}: is read only for --metric, --GInfoR and known labels; leave it "
+            "out"
         )
     writable_folder(os.path.join(args.root, "results", "exp", args.id), "--root")
 
@@ -417,8 +429,10 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
     """The attacker's view of the checkpoint, and the truth only where the flags call for it."""
     checkpoint = checkpoints.load(args.checkpoint)
     target = target_from_checkpoint(checkpoint)
+    if args.target_gradient == "shuffled":
+        target = shuffled(target, args.seed)
     knows_labels = args.labels is not None or args.pseudo_label_init == "from_grads"
-    if not args.metric and knows_labels:
+    if not (args.metric or args.GInfoR) and knows_labels:
         return target, None
     flag, source = "--checkpoint", checkpoint
     if args.truth is not None:
@@ -428,12 +442,23 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
         checkpoints.check_truth(source, checkpoint, f"{flag} {getattr(args, flag[2:])}")
         truth = truth_from_checkpoint(source)
     if truth is None:
-        needs = "--metric" if knows_labels else "--pseudo-label-init known"
+        needs = "--metric" if args.metric else "--GInfoR"
+        needs = needs if knows_labels else "--pseudo-label-init known"
         remedy = "" if knows_labels else ", or the labels by --labels"
         raise InputError(
             f"{needs}: {args.checkpoint} holds no truth; give the sealed file by --truth{remedy}"
         )
     return target, truth
+
+
+def shuffled(target: Target, seed: int) -> Target:
+    """The target with the numbers of every gradient tensor in a random order."""
+    draw = torch.Generator().manual_seed(seed)
+    gradient = tuple(
+        g.flatten()[torch.randperm(g.numel(), generator=draw)].view(g.shape)
+        for g in target.gradient
+    )
+    return replace(target, gradient=gradient)
 
 
 def given_labels(args, target: Target) -> Tensor:
@@ -531,6 +556,10 @@ class Setting:
         target = self.target
         return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
 
+    def on_device(self, x: Tensor) -> Tensor:
+        """Images as the network takes them."""
+        return x.to(self.device, self.target.gradient[0].dtype)
+
     def images(self, x: Tensor) -> Tensor:
         """Normalised images as [0, 1] on the CPU."""
         return denormalise(x, self.target.mean, self.target.std)
@@ -551,7 +580,14 @@ def load_setting(args, reporter: Reporter, shard: Shard, local_rank: int) -> Set
     else:
         y = given_labels(args, target) if args.labels is not None else truth.y
     bn_source = bn_source_from(args, target, model, reporter)
-    objective = Objective(
+    objective = objective_from(args, model, target, y, bn_source, shard)
+    lpips_score = metrics.load_lpips(args.lpips_weights) if args.metric else None
+    return Setting(target, truth, y, found, objective, bn_source, lpips_score, device, shard)
+
+
+def objective_from(args, model, target, y, bn_source: str | None, shard: Shard) -> Objective:
+    """What the flags minimise, for that target."""
+    return Objective(
         model,
         target,
         y,
@@ -561,8 +597,6 @@ def load_setting(args, reporter: Reporter, shard: Shard, local_rank: int) -> Set
         bn_grad=args.bn_grad,
         shard=shard if args.shard == "batch" else ALONE,
     )
-    lpips_score = metrics.load_lpips(args.lpips_weights) if args.metric else None
-    return Setting(target, truth, y, found, objective, bn_source, lpips_score, device, shard)
 
 
 # The search --------------------------------------------------------------------------------
@@ -588,7 +622,14 @@ def load_problem(args, device: str) -> Problem:
     checkpoints.check_truth(simulation, simulation, source)
     if args.exact_bn and target.bn_mean is not None and simulated.bn_mean is None:
         raise InputError(f"{source}: holds no BN statistics, which the target has; --upload-bn")
-    for what in ("arch", "num_classes", "image_shape", "train_mode", "label_smoothing"):
+    for what in (
+        "arch",
+        "replace_bn",
+        "num_classes",
+        "image_shape",
+        "train_mode",
+        "label_smoothing",
+    ):
         ours, theirs = getattr(simulated, what), getattr(target, what)
         if ours != theirs:
             raise InputError(
@@ -719,6 +760,7 @@ class Recorder:
     progress: Progress
     interrupts: Interrupts
     save_consensus: Callable[[int, Tensor], None]
+    title: str = ""
     rows: list = field(default_factory=list)
     rounds: list[dict] = field(default_factory=list)
 
@@ -726,7 +768,7 @@ class Recorder:
         """Take note of an iteration of seed number `index` or the consensus; true asks to stop."""
         name = CONSENSUS if index is None else self.args.seed + index
         values = {"total": losses.total, "gradient": losses.gradient, **losses.terms}
-        self.progress.step(name if index is None else f"seed {name}", values)
+        self.progress.step(self.title + (name if index is None else f"seed {name}"), values)
         if step % max(1, self.args.epochs // RECORDED_STEPS) == 0 or step == self.args.epochs - 1:
             terms = [losses.terms.get(term, "") for term in term_names(self.args)]
             self.rows.append([name, step, rate, losses.total, losses.gradient, *terms])
@@ -738,8 +780,8 @@ class Recorder:
         seeds = [self.args.seed + index for index in combination.choice]
         best = combination.seed_losses[lowest(combination.seed_losses)]
         self.progress.reporter.say(
-            f"consensus after {done} iterations: gradient loss {combination.loss:.6g}, of the best "
-            f"seed {best:.6g}; images "
+            f"{self.title}consensus after {done} iterations: gradient loss {combination.loss:.6g}, "
+            f"of the best seed {best:.6g}; images "
             + ", ".join(f"{n} of seed {seed}" for seed, n in sorted(Counter(seeds).items()))
         )
         self.rounds.append(
@@ -753,8 +795,8 @@ class Recorder:
         )
 
 
-def attack(args, setting: Setting, recorder: Recorder) -> Outcome:
-    """Run the strategy over all seeds."""
+def attack(args, setting: Setting, recorder: Recorder, method: Callable | None = None) -> Outcome:
+    """Run the strategy over all seeds; `method` instead of the pixel gradient of the flags."""
     seeds = range(args.seed, args.seed + args.n_seed)
     home = torch.device("cpu") if args.offload_seeds else setting.device
     options = {}
@@ -769,7 +811,7 @@ def attack(args, setting: Setting, recorder: Recorder) -> Outcome:
         }
     return STRATEGIES[strategy_of(args)](
         setting.objective,
-        PIXEL_GRADIENTS[args.pixel_gradient],
+        method or PIXEL_GRADIENTS[args.pixel_gradient],
         [setting.start(seed).to(home) for seed in seeds],
         loop_from(args, setting.target),
         generators=[noise_generator(seed, setting.device) for seed in seeds],
@@ -823,7 +865,7 @@ def plan(args, setting: Setting) -> str:
     lines.insert(
         0,
         f"plan: {stages} = {total_iterations(args, args.n_seed):,} iterations, "
-        f"{target.batch_size} images {target.image_shape}, {target.arch} with {parameters:,} "
+        f"{target.batch_size} images {target.image_shape}, {target.network} with {parameters:,} "
         f"parameters in {'train' if target.train_mode else 'eval'} mode, "
         f"{device_name(setting.device)}",
     )
@@ -831,6 +873,17 @@ def plan(args, setting: Setting) -> str:
         f"{args.gradient_loss_fun} gradient distance, priors: "
         f"{', '.join(term_names(args)) or 'none'}; BN statistics: {setting.bn_source or 'not used'}"
     )
+    protection = target.protection
+    if protection is not None:
+        clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
+        lines.append(
+            f"the client's protection: {protection.mode}, {clip}, noise of {protection.sigma:g} a "
+            f"number; {protection.guarantee}"
+        )
+        if target.bn_mean is not None:
+            lines.append("the BatchNorm statistics beside it are not protected")
+    if args.target_gradient == "shuffled":
+        lines.append("the target's gradient is shuffled: there is nothing to find in it")
     if setting.shard.size > 1:
         lines.append(f"{setting.shard.size} processes, each with a part of the {args.shard}")
     if args.n_seed > 1:
@@ -879,6 +932,122 @@ def measure(args, setting: Setting) -> str:
         f"estimate: {seconds * 1e3:.1f} ms an iteration, {duration(total)} in all{combining}, "
         f"peak memory {peak_memory_mib(setting.device):.0f} MiB"
     )
+
+
+# Beside the attack -------------------------------------------------------------------------
+
+
+def information_of(args, setting: Setting, reporter: Reporter) -> dict:
+    """Compute and print the gradient information ratio; the entry `information` of result.json."""
+    start = time.perf_counter()
+    truth, target = setting.truth, setting.target
+    found = gradient_information_ratio(
+        setting.objective.model,
+        setting.on_device(truth.x),
+        truth.y.to(setting.device),
+        train_mode=target.train_mode,
+        label_smoothing=target.label_smoothing,
+        shard=setting.objective.shard,
+    )
+    columns = {"label": truth.y.tolist()} | {
+        name: value.tolist() for name, value in vars(found).items() if isinstance(value, Tensor)
+    }
+    seconds = time.perf_counter() - start
+    reporter.say(
+        information_table(
+            columns,
+            found.batch_norm,
+            independent=found.independent,
+            protected=target.protection is not None,
+        )
+        + f"\ncomputed in {duration(seconds)}"
+    )
+    figures = {"batch_norm": found.batch_norm, "independent": found.independent}
+    return {**columns, **figures, "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Control:
+    """What an attack without the client's gradient made: images (B, C, H, W) in [0, 1].
+
+    iterations and seconds are 0 where there was nothing to run.
+    """
+
+    images: Tensor
+    iterations: int = 0
+    seconds: float = 0.0
+
+
+def controls_wanted(args, seconds: float, shard: Shard, reporter: Reporter) -> bool:
+    """Whether to run controls after an attack of so many seconds. All processes agree."""
+    if not args.metric or args.controls is not None:
+        return bool(args.controls)
+    if shard.objects(seconds)[0] > CONTROL_SECONDS:
+        reporter.say(
+            f"controls: left out, since the attack took over {duration(CONTROL_SECONDS)}; give "
+            "--controls to have them"
+        )
+        return False
+    return True
+
+
+def without_gradient(args) -> argparse.Namespace:
+    """The flags of the control that has priors only.
+
+    Nothing can be chosen by a gradient distance, so one seed serves `best` and `mlco`, to the end
+    without consensus and so without Langevin noise; `mean` needs all.
+    """
+    stand_in = argparse.Namespace(**vars(args))
+    if strategy_of(args) != "mean":
+        if strategy_of(args) == "mlco" and args.input_noise is None:
+            stand_in.input_noise = 0.0
+        stand_in.MinCombine, stand_in.strategy, stand_in.n_seed = False, "best", 1
+    return stand_in
+
+
+def run_controls(
+    args, setting: Setting, interrupts: Interrupts, reporter: Reporter
+) -> dict[str, Control]:
+    """The same attack without the client's gradient: name → what comes out.
+
+    "prior only": no gradient, the priors alone, BN to running statistics, since those of the batch
+    are the client's too. "other gradient": everything as in the attack, on the gradient (and BN
+    statistics) of other images with the same labels. "mean image": of the public photographs.
+    """
+    target, model = setting.target, setting.objective.model
+    mean = public_photographs(PUBLIC_IMAGES, target.image_shape).mean(0)
+    found = {"mean image": Control(mean.expand(target.batch_size, -1, -1, -1))}
+    source = None if setting.bn_source is None else "running"
+    plans = [("prior only", without_gradient(args), target, source, prior_only)]
+    other = setting.truth.control
+    if other is not None:
+        theirs = replace(
+            target, gradient=other.gradient, bn_mean=other.bn_mean, bn_var=other.bn_var
+        )
+        plans.append(("other gradient", args, theirs, setting.bn_source, None))
+    else:
+        reporter.say(
+            "controls: the checkpoint holds no gradient of other images; capture with training.py "
+            "--with-control to compare with one"
+        )
+    for name, flags, theirs, source, method in plans:
+        start = time.perf_counter()
+        objective = objective_from(flags, model, theirs, setting.y, source, setting.shard)
+        total = total_iterations(flags, own_seeds(flags, setting.shard))
+        progress = Progress(total, args.print_freq, reporter)
+        recorder = Recorder(flags, progress, interrupts, lambda *_: None, f"control, {name}: ")
+        try:
+            outcome = attack(flags, replace(setting, objective=objective), recorder, method)
+        finally:
+            progress.close()
+        if setting.shard.any(interrupts.signal is not None):
+            reporter.say(f"control, {name}: interrupted, left out")
+            break
+        images = setting.images(outcome.final.x)
+        seconds = time.perf_counter() - start
+        found[name] = Control(images, outcome.iterations, seconds)
+        reporter.say(f"control, {name}: {outcome.iterations} iterations in {duration(seconds)}")
+    return found
 
 
 # What comes out ----------------------------------------------------------------------------
@@ -936,15 +1105,26 @@ def label_record(args, setting: Setting) -> dict:
     }
 
 
-def write(
-    args, setting: Setting, outcome: Outcome, recorder: Recorder, seconds: float, folder: Path
-) -> None:
-    """Score and write everything into `folder`: figures first, pictures last."""
-    target, truth, reporter = setting.target, setting.truth, recorder.progress.reporter
-    x_recon = outcome.final.x.cpu()
-    found, true = setting.images(x_recon), None
-    checkpoints.save(x_recon, str(folder / "x_recon.pth"))
+def write_images(setting: Setting, outcome: Outcome, folder: Path) -> None:
+    """Write the reconstruction itself, as soon as there is one."""
+    checkpoints.save(outcome.final.x.cpu(), str(folder / "x_recon.pth"))
     checkpoints.save(setting.y, str(folder / "y_recon.pth"))
+
+
+def write(
+    args,
+    setting: Setting,
+    outcome: Outcome,
+    recorder: Recorder,
+    seconds: float,
+    folder: Path,
+    *,
+    controls: dict[str, Control] | None,
+    information: dict | None,
+) -> None:
+    """Score and write everything else into `folder`: figures first, pictures last."""
+    target, truth, reporter = setting.target, setting.truth, recorder.progress.reporter
+    found, true = setting.images(outcome.final.x), None
     write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
     scores = None
     if args.metric:
@@ -956,6 +1136,7 @@ def write(
             truth.y,
             by_index=args.one_to_one_similarity,
             lpips_score=setting.lpips_score,
+            controls=controls and {name: control.images for name, control in controls.items()},
         )
         reporter.say(text)
     stopped = "interrupted" if recorder.interrupts.signal else outcome.final.stopped
@@ -969,6 +1150,8 @@ def write(
             "num_classes": target.num_classes,
             "train_mode": target.train_mode,
             "bn_statistics": target.bn_mean is not None,
+            "replace_bn": target.replace_bn,
+            "protection": None if target.protection is None else asdict(target.protection),
         },
         "versions": versions(),
         "git": git_revision(),
@@ -983,6 +1166,12 @@ def write(
         "losses": {"gradient": losses.gradient, "total": losses.total, **losses.terms},
         "labels": label_record(args, setting),
         "metrics": scores,
+        "controls": controls
+        and {
+            name: {"iterations": control.iterations, "seconds": control.seconds}
+            for name, control in controls.items()
+        },
+        "information": information,
         "seeds": [
             {
                 "seed": args.seed + index,
@@ -997,11 +1186,17 @@ def write(
     }
     write_json(result, folder / "result.json")
     save_pairs(found, true, scores, folder)
+    if controls:
+        pictures = {name: control.images for name, control in controls.items()}
+        save_controls(found, true, pictures, scores, folder / "controls.png")
     if recorder.rows:
         save_losses(loss_header(args), recorder.rows, recorder.rounds, folder / "losses.png")
     if recorder.rounds:
         save_choices(recorder.rounds, folder / "choices.png")
     reporter.say(f"{outcome.iterations} iterations in {duration(seconds)}; written to {folder}")
+    if controls:
+        extra = sum(control.seconds for control in controls.values())
+        reporter.say(f"controls: {duration(extra)} beside that; --no-controls leaves them out")
 
 
 def main(argv: list[str]) -> int:
@@ -1031,8 +1226,6 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
                 "images of different labels unless the true ones are sorted too"
             )
     reporter.say(plan(args, setting))
-    if args.GInfoR:
-        reporter.say("--GInfoR: the gradient information ratio is not computed yet")
     if args.metric and setting.lpips_score is None:
         reporter.say(LPIPS_HINT)
     if args.one_to_one_similarity and not args.metric:
@@ -1047,6 +1240,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         folder = claim_folder(os.path.join(args.root, "results", "exp", args.id))
         reporter.log_to(folder / "log.txt")
         reporter.say(f"results: {folder}")
+
+    information = information_of(args, setting, reporter) if args.GInfoR else None
 
     def save_consensus(done: int, x: Tensor) -> None:
         if folder is None:
@@ -1070,7 +1265,16 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
             recorder.rows = all_rows(recorder.rows, shard)
         say_outcome(args, outcome, reporter)
         if shard.is_main:
-            write(args, setting, outcome, recorder, seconds, folder)
+            write_images(setting, outcome, folder)
+        controls = None
+        interrupted = shard.any(interrupts.signal is not None)
+        if not interrupted and controls_wanted(args, seconds, shard, reporter):
+            controls = run_controls(args, setting, interrupts, reporter)
+        if shard.is_main:
+            write(
+                args, setting, outcome, recorder, seconds, folder,
+                controls=controls, information=information,
+            )  # fmt: skip
     if math.isnan(outcome.final.losses.gradient):
         raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
     return 128 + interrupts.signal if interrupts.signal is not None else 0

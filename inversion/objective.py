@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inversion.distances import GRADIENT_DISTANCES, joint_norm
 from inversion.priors import PRIORS, Candidate, Prior
 from models.batchnorm import batch_statistics, running_moments
-from models.gradient import batch_gradient
+from models.gradient import batch_gradient, gradient_mode
 from models.target import Target, check_gradient_fits
 from utils.cli import InputError
 from utils.distributed import ALONE, Shard, differentiable_sum, sum_tensors
@@ -140,18 +140,20 @@ class Objective:
             **options,
         )
 
-    def _share(self, x: Tensor, *, create_graph: bool, with_moments: bool):
-        """This process's share of the gradient of its images `x`, and BN moments of the batch."""
-        context = batch_statistics(
+    def _statistics(self, *, needed: bool):
+        return batch_statistics(
             self.model,
             self.shard,
             train_mode=self.train_mode,
-            needed=with_moments,
+            needed=needed,
             truncated=self.bn_grad == "detached",
             images=len(self.y),
         )
+
+    def _share(self, x: Tensor, *, create_graph: bool, with_moments: bool):
+        """This process's share of the gradient of its images `x`, and BN moments of the batch."""
         total = len(self.y) if self.shard.size > 1 else None
-        with context as moments:
+        with self._statistics(needed=with_moments) as moments:
             gradient = self._batch_gradient(
                 x, self.own(self.y), create_graph=create_graph, total=total
             )
@@ -164,6 +166,19 @@ class Objective:
         processes (`whole`) are the gradient and the priors.
         """
         gradient, moments = self._share(x, create_graph=True, with_moments=self._needs_moments)
+        return gradient, self._terms(x, moments)
+
+    def priors(self, x: Tensor) -> dict[str, Tensor]:
+        """The unweighted priors of `evaluate` alone, on the graph; no gradient is computed."""
+        moments = []
+        if self._needs_moments:
+            with self._statistics(needed=True) as recorded:
+                with gradient_mode(self.model, self.train_mode), torch.enable_grad():
+                    self.model(x)
+                moments = recorded()
+        return self._terms(x, moments)
+
+    def _terms(self, x: Tensor, moments: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         consensus = None if self.consensus is None else self.own(self.consensus)
         candidate = Candidate(x, moments, self.target_moments, consensus)
         names = [
@@ -171,7 +186,7 @@ class Objective:
             for name in self.weights.at(0.0)
             if self.consensus is not None or not PRIORS[name].needs_consensus
         ]
-        return gradient, {name: self._prior_share(PRIORS[name], candidate) for name in names}
+        return {name: self._prior_share(PRIORS[name], candidate) for name in names}
 
     def _prior_share(self, prior: Prior, candidate: Candidate) -> Tensor:
         """Priors are means over images, but for those of the whole batch's moments."""
@@ -187,9 +202,10 @@ class Objective:
         self, gradient: Sequence[Tensor], terms: Mapping[str, Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Gradient and priors of the whole batch from all processes' shares, without a graph."""
-        if self.shard.size == 1:
+        if self.shard.size == 1 or not (gradient or terms):
             return tuple(gradient), {name: term.detach() for name, term in terms.items()}
-        values = [term.to(gradient[0]).view(1) for term in terms.values()]
+        like = (*gradient, *terms.values())[0]
+        values = [term.to(like).view(1) for term in terms.values()]
         summed = sum_tensors([*gradient, *values], self.shard)
         scalars = (value[0] for value in summed[len(gradient) :])
         return summed[: len(gradient)], dict(zip(terms, scalars, strict=True))

@@ -54,5 +54,20 @@ def plain(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     return Losses(losses.total.detach(), losses.gradient.detach(), terms), x.grad
 
 
+def prior_only(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losses, Tensor]:
+    """The same without the gradient distance, which is not even computed: a control.
+
+    What the priors alone make of the start. The total stands in the place of the gradient
+    distance, so that what chooses by it chooses by what is minimised.
+    """
+    x = x.detach().requires_grad_()
+    terms = objective.priors(x)
+    share = objective.prior_sum(terms, progress) + 0 * x.sum()  # there may be no prior
+    (derivative,) = torch.autograd.grad(share, x)
+    _, values = objective.whole((), terms)
+    total = objective.prior_sum(values, progress) + x.new_zeros(())
+    return Losses(total, total, values), derivative
+
+
 #: `--pixel-gradient`: name → function(objective, x, progress).
 PIXEL_GRADIENTS = {"exact": exact, "plain": plain}

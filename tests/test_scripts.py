@@ -19,7 +19,7 @@ from utils.report import Reporter
 RESULT_KEYS = {
     "settings", "target", "versions", "git", "device", "processes", "seconds", "iterations",
     "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses", "labels",
-    "metrics", "seeds", "rounds", "search",
+    "metrics", "controls", "information", "seeds", "rounds", "search",
 }  # fmt: skip
 
 
@@ -46,7 +46,9 @@ def test_everything_promised_is_written(captured, tmp_path):
     lowest = min(seed["gradient_loss"] for seed in result["seeds"])
     assert result["losses"]["gradient"] == lowest
     scores = result["metrics"]
-    assert scores.keys() == {"pairing", "mean", "std", "images", "baselines"}
+    assert scores.keys() == {
+        "pairing", "mean", "std", "images", "baselines", "controls", "leakage"
+    }  # fmt: skip
     assert scores["mean"].keys() == scores["std"].keys() == {"mse", "psnr", "ssim", "lpips"}
     assert scores["mean"]["lpips"] is None
     assert len(scores["images"]) == 4
@@ -321,4 +323,6 @@ def test_time_of_day_is_not_in_the_results(captured, tmp_path):
     for result in (a, b):
         for key in ("seconds", "iterations_per_second", "peak_memory_mib"):
             del result[key]
+        for control in result["controls"].values():
+            del control["seconds"]
     assert a == b

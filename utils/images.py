@@ -1,6 +1,6 @@
 """Pictures: from normalised tensors to files that a person looks at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -94,6 +94,21 @@ def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: 
     save_panels([("truth", true), ("reconstruction", paired)], folder / "pairs.png", captions)
     save_images(true, folder / "images", "truth")
     save_images(paired, folder / "images", "reconstruction")
+
+
+def save_controls(
+    found: Tensor, true: Tensor, controls: Mapping[str, Tensor], scores: dict, path: str | Path
+) -> None:
+    """Write truth, reconstruction and what every control made, one above the other.
+
+    found, true and the controls: (B, C, H, W) in [0, 1]. scores: the metrics of result.json, which
+    hold the pairing.
+    """
+    paired = found[[image["reconstruction"] for image in scores["images"]]]
+    rows = [("truth", true), ("attack", paired)]
+    for name, images in controls.items():
+        rows.append((name, images[scores["controls"][name]["reconstruction"]]))
+    save_panels(rows, path)
 
 
 def save_choices(rounds: Sequence[dict], path: str | Path) -> None:

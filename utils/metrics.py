@@ -13,6 +13,7 @@ import lpips
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import bootstrap
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from utils.cli import InputError
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 SSIM_WINDOW = 11
+#: Bootstrap: resamples, and the share of them that an interval holds.
+RESAMPLES = 9999
+CONFIDENCE = 0.95
 LPIPS_SMALLEST = 31
 
 
@@ -94,6 +98,26 @@ def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 #: name → function(x, x_true) → (B,). `lpips` joins them where its backbone is at hand.
 METRICS = {"mse": mse, "psnr": psnr, "ssim": ssim}
+#: Those of which less is better.
+LOWER_IS_BETTER = {"mse", "lpips"}
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of `values` (B,), by the percentile bootstrap with a fixed seed.
+
+    Efron (1979), by scipy. NaN for fewer than two values.
+    """
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    found = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def label_accuracy(y: Tensor, y_true: Tensor) -> float:

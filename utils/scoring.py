@@ -1,14 +1,18 @@
-"""Scoring a reconstruction against the truth: pairing, scores, what a flat image would score."""
+"""Scoring a reconstruction against the truth: pairing, scores, what images score that need no
+attack or no gradient, and what of the reconstruction is therefore leakage."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from utils import metrics
 from utils.report import table
 
+#: Metrics in which leakage is told: name → digits to print.
+LEAKAGE_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
 #: Classes that are printed, the most frequent ones first.
 PRINTED_CLASSES = 40
 
@@ -67,19 +71,29 @@ def score_reconstruction(
     *,
     by_index: bool,
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None = None,
+    controls: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict, str]:
     """Score images `found` against `true`, both (B, C, H, W) in [0, 1].
 
     Pairs by the best one-to-one assignment, or `by_index`. Beside the scores stand those of
     images that need no attack (`metrics.baselines`): an image whose PSNR is not above the
-    better of them is no reconstruction.
+    better of them is no reconstruction. controls: name → (B, C, H, W) in [0, 1], what comes out
+    without the client's gradient, paired by the same rule; `leakage` sets the scores against them.
 
     Returns the `metrics` entry of result.json and a table to print.
     """
-    order = list(range(len(true))) if by_index else metrics.assign(found, true)
+
+    def pairing_of(images):
+        return list(range(len(true))) if by_index else metrics.assign(images, true)
+
+    order = pairing_of(found)
     used = {**metrics.METRICS, **({"lpips": lpips_score} if lpips_score else {})}
     names = [*metrics.METRICS, "lpips"]
     scores = metrics.score(found[order], true, used)
+    orders = {name: pairing_of(images) for name, images in (controls or {}).items()}
+    control_scores = {
+        name: metrics.score(controls[name][orders[name]], true, used) for name in orders
+    }
     references = {
         name: metrics.score(images, true, used) for name, images in metrics.baselines(true).items()
     }
@@ -108,7 +122,19 @@ def score_reconstruction(
             label: {name: reference.mean.get(name) for name in names}
             for label, reference in references.items()
         },
+        "controls": None,
+        "leakage": None,
     }
+    if controls:
+        result["controls"] = {
+            label: {
+                "mean": {name: control.mean.get(name) for name in names},
+                "images": control.images,
+                "reconstruction": orders[label],
+            }
+            for label, control in control_scores.items()
+        }
+        result["leakage"] = leakage(scores.images, [c.images for c in control_scores.values()])
 
     rows = [
         [
@@ -122,6 +148,7 @@ def score_reconstruction(
     ]
     summaries = {"mean": scores.mean, "std": scores.std}
     summaries |= {f"{label} image": reference.mean for label, reference in references.items()}
+    summaries |= {f"control: {label}": control.mean for label, control in control_scores.items()}
     rows += [
         [title, "", "", *(values.get(name, math.nan) for name in names), ""]
         for title, values in summaries.items()
@@ -139,4 +166,84 @@ def score_reconstruction(
         f"label accuracy {100 * metrics.label_accuracy(y_found, y_true):.1f} %; paired by "
         f"{pairing}; {verdict}"
     )
+    if controls:
+        text += f"\n{leakage_verdict(result['leakage'], list(controls))}"
     return result, text
+
+
+def leakage(
+    scores: Mapping[str, Sequence[float]], controls: Sequence[Mapping[str, Sequence[float]]]
+) -> dict:
+    """How far the images stand above the best of the controls, each image's own.
+
+    scores, controls: metric → (B,) values. Returns metric → its mean, the bootstrap interval
+    over images ("low", "high"; metrics.bootstrap_interval) and the (B,) differences, above 0
+    where the attack is better. Metrics without a value are left out; PSNR counts up to 100 dB.
+    """
+    found = {}
+    for name in LEAKAGE_DIGITS:
+        if name not in scores or np.isnan(scores[name]).any():
+            continue
+        sign = -1 if name in metrics.LOWER_IS_BETTER else 1
+        values = [np.minimum(sign * np.array(of[name]), 100) for of in (scores, *controls)]
+        above = values[0] - np.max(values[1:], axis=0)
+        low, high = metrics.bootstrap_interval(above)
+        found[name] = {
+            "mean": float(above.mean()), "low": low, "high": high, "images": above.tolist()
+        }  # fmt: skip
+    return found
+
+
+def leakage_verdict(found: Mapping[str, Mapping], controls: Sequence[str]) -> str:
+    """Whether there is leakage above the prior, in words; found: of `leakage`.
+
+    There is where the interval of some metric lies above 0. With one image there is no interval,
+    and its difference decides.
+    """
+    parts = []
+    for name, of in found.items():
+        mean, low, high = (
+            f"{of[key]:+.{LEAKAGE_DIGITS[name]}f}" for key in ("mean", "low", "high")
+        )
+        text = f"{name.upper()} {mean}{' dB' if name == 'psnr' else ''}"
+        parts.append(text if math.isnan(of["low"]) else f"{text} (95 % interval {low} to {high})")
+    above = found["psnr"]["images"]
+    highest = max(range(len(above)), key=above.__getitem__)
+    leaks = any((of["mean"] if math.isnan(of["low"]) else of["low"]) > 0 for of in found.values())
+    return (
+        f"{'leakage' if leaks else 'no leakage'} above the prior: {', '.join(parts)} over "
+        f"{len(above)} image(s), against each one's best of the controls {', '.join(controls)}\n"
+        f"{sum(value > 0 for value in above)} of {len(above)} images stand above every control in "
+        f"PSNR, image {highest} the most, by {above[highest]:+.2f} dB"
+    )
+
+
+def information_table(
+    columns: Mapping[str, Sequence], batch_norm: float, *, independent: bool, protected: bool
+) -> str:
+    """The gradient information ratio as a table to print.
+
+    columns: field of `inversion.leakage.Information` → (B,) values, with "label" before them.
+    protected: whether what the client sent was changed before.
+    """
+    titles = {
+        "label": "label", "confidence": "confidence", "predicted": "predicted",
+        "predicted_confidence": "its confidence", "norm": "norm", "squared_l2": "squared L2",
+        "cosine_distance": "cosine distance", "sign_rate": "equal signs %",
+        "information": "information", "ratio": "ratio %",
+    }  # fmt: skip
+    rows = [[i, *values] for i, values in enumerate(zip(*columns.values(), strict=True))]
+    total = {"norm": batch_norm, "information": sum(columns["information"])}
+    rows.append(["batch", *(total.get(name, "") for name in columns)])
+    rows[-1][-1] = sum(columns["ratio"])
+    header = ["image", *(titles[name] for name in columns)]
+    kind = (
+        "every image's own gradient"
+        if independent
+        else "BatchNorm mixes the images: each one's share inside the batch's statistics"
+    )
+    before = ", before protection" if protected else ""
+    return (
+        f"gradient information ratio ({kind}{before}; distances and signs against the batch's "
+        f"gradient)\n{table(header, rows, separated=1)}"
+    )

@@ -1,0 +1,167 @@
+"""Which samples a batch's gradient tells most of: the gradient information ratio of E2EGI."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.batchnorm import batch_statistics
+from models.gradient import (
+    batch_gradient,
+    couples_samples,
+    gradient_mode,
+    per_sample_gradients,
+    trainable_parameters,
+)
+from utils.distributed import ALONE, Shard, sum_tensors
+
+
+@dataclass(frozen=True)
+class Information:
+    """What is known of every sample's gradient g_i beside g, that of the batch: (B,) tensors.
+
+    confidence: softmax output of the true class; predicted, predicted_confidence: the class of the
+    highest one. norm: ‖g_i‖. squared_l2: ‖g_i − g‖². cosine_distance: 1 − cos(g_i, g). sign_rate:
+    share of the numbers whose signs agree, in %. information: ⟨g_i, g⟩, whose mean is ‖g‖². ratio:
+    its share in the sum over samples in %, all shifted by the smallest where that is negative.
+    batch_norm: ‖g‖. independent: whether g_i depends on sample i alone; false where BatchNorm in
+    train mode mixes the samples: g_i is then the sample's share inside the batch's statistics.
+    """
+
+    confidence: Tensor
+    predicted: Tensor
+    predicted_confidence: Tensor
+    norm: Tensor
+    squared_l2: Tensor
+    cosine_distance: Tensor
+    sign_rate: Tensor
+    information: Tensor
+    ratio: Tensor
+    batch_norm: float
+    independent: bool
+
+
+def gradient_information_ratio(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    train_mode: bool,
+    label_smoothing: float = 0.0,
+    shard: Shard = ALONE,
+) -> Information:
+    """Compare every sample's gradient with the batch's (E2EGI, 2023, its GInfoR).
+
+    x: (B, C, H, W) normalised, y: (B,), on the model's device; the whole batch on every process.
+    g is the mean of the g_i, without any protection. The model is left as it was.
+    """
+    options = {"train_mode": train_mode, "label_smoothing": label_smoothing}
+    images = {"images": len(x), "train_mode": train_mode}
+    total = {"total": len(x)} if shard.size > 1 else {}
+    own_x, own_y = shard.split(x), shard.split(y)
+    with batch_statistics(model, shard, needed=False, **images):
+        share = batch_gradient(model, own_x, own_y, **options, **total)
+    whole = sum_tensors(share, shard)
+    with (
+        batch_statistics(model, shard, needed=False, **images),
+        gradient_mode(model, train_mode),
+        torch.no_grad(),
+    ):
+        probabilities = shard.gather(model(own_x).softmax(1), len(x)).double().cpu()
+
+    coupled = couples_samples(model, train_mode)
+    if coupled:
+        rows = [
+            _compare([g[None] for g in gradient], whole)
+            for gradient in _shares_of_samples(model, x, y, shard, **options)
+        ]
+        figures = torch.cat(rows)
+    else:
+        chunks = per_sample_gradients(model, own_x, own_y, **options)
+        rows = [_compare(chunk, whole) for chunk in chunks]
+        figures = shard.gather(torch.cat([x.new_zeros(0, 4).double(), *rows]), len(x))
+
+    square, squared_l2, product, agreeing = figures.cpu().T
+    batch_square = sum(g.double().square().sum().item() for g in whole)
+    lengths = (square * batch_square).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    highest, predicted = probabilities.max(1)
+    return Information(
+        confidence=probabilities[torch.arange(len(y)), y.cpu()],
+        predicted=predicted,
+        predicted_confidence=highest,
+        norm=square.sqrt(),
+        squared_l2=squared_l2,
+        cosine_distance=1 - product / lengths,
+        sign_rate=100 * agreeing / sum(g.numel() for g in whole),
+        information=product,
+        ratio=information_ratio(product),
+        batch_norm=batch_square**0.5,
+        independent=not coupled,
+    )
+
+
+def information_ratio(information: Tensor) -> Tensor:
+    """Shares (B,) in % of the sum; shifted by the smallest where negative, all alike if 0."""
+    shifted = information - information.min().clamp(max=0)
+    total = shifted.sum()
+    if not total > 0:
+        return torch.full_like(information, 100 / len(information))
+    return 100 * shifted / total
+
+
+def _compare(chunk: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
+    """‖g_i‖², ‖g_i − g‖², ⟨g_i, g⟩ and the number of equal signs: (n, 4), float64.
+
+    chunk: tensors (n, *shape), whole: tensors (*shape).
+    """
+    figures = 0
+    for samples, g in zip(chunk, whole, strict=True):
+        samples, g = samples.flatten(1).double(), g.flatten().double()
+        figures = figures + torch.stack(
+            [
+                samples.square().sum(1),
+                (samples - g).square().sum(1),
+                samples @ g,
+                (samples.sign() == g.sign()).sum(1),
+            ],
+            1,
+        )
+    return figures
+
+
+def _shares_of_samples(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    shard: Shard,
+    *,
+    train_mode: bool,
+    label_smoothing: float,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Every sample's loss inside the batch, differentiated: one forward pass, B backward ones.
+
+    All processes take part in every one, since BatchNorm's derivative needs all of them.
+    """
+    parameters = list(trainable_parameters(model).values())
+    block = shard.block(len(x))
+    with (
+        batch_statistics(model, shard, train_mode=train_mode, needed=False, images=len(x)),
+        gradient_mode(model, train_mode),
+        torch.enable_grad(),
+    ):
+        losses = F.cross_entropy(
+            model(shard.split(x)),
+            shard.split(y),
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+        for index in range(len(x)):
+            own = 0 * losses
+            if block.start <= index < block.stop:
+                own = losses[index - block.start]
+            gradient = torch.autograd.grad(
+                own.sum(), parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            yield sum_tensors(gradient, shard)
