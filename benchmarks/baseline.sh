@@ -16,7 +16,7 @@ attack() { # id checkpoint seed flags...
   local id=$1 file=$2 seed=$3
   shift 3
   $python run.py --id "$id" --root "$out" --checkpoint "$out/$file-checkpoint.pth.tar" \
-    --seed "$seed" --grad-sign --input-boxed --min-grads-loss --metric "$@" | grep -E '^\| +mean '
+    --seed "$seed" --grad-sign --input-boxed --min-grads-loss --metric --no-controls "$@" | grep -E '^\| +mean '
 }
 
 for seed in 0 1 2; do

@@ -14,7 +14,7 @@ for index in 0 1 2; do client --id target --target-idx "$index"; done
 file() { echo "$folder/id$1_lenet_random_photos_b8_i$2-checkpoint.pth.tar"; }
 attack() {
     "$python" run.py --root "$folder" --epochs 3000 --grad-sign --input-boxed --min-grads-loss \
-        --TV-end 1e-6 --metric "$@"
+        --TV-end 1e-6 --metric --no-controls "$@"
 }
 attack --id search --checkpoint "$(file target 0)" --superparameters-search --lr-tune --TV-tune \
     --simulation-checkpoint "$(file simulation 7)" --num-samples 16 --HP-epochs 3000 --min-t 750 \

@@ -12,7 +12,7 @@ compare() { # arch seed steps E T_in flags...
   shift 5
   local file="$out/ids${seed}_${arch}_random_photos_b8_i0-checkpoint.pth.tar"
   local common="--root $out --checkpoint $file --seed $((10 * seed)) --n-seed 4 --grad-sign
-    --input-boxed --min-grads-loss --metric"
+    --input-boxed --min-grads-loss --metric --no-controls"
   for strategy in best mean; do
     $python run.py --id "$arch-$strategy-$seed" $common --strategy $strategy --epochs "$steps" "$@"
   done
