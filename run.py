@@ -1119,6 +1119,7 @@ def write(
     seconds: float,
     folder: Path,
     *,
+    stopped: str | None,
     controls: dict[str, Control] | None,
     information: dict | None,
 ) -> None:
@@ -1139,7 +1140,6 @@ def write(
             controls=controls and {name: control.images for name, control in controls.items()},
         )
         reporter.say(text)
-    stopped = "interrupted" if recorder.interrupts.signal else outcome.final.stopped
     losses = outcome.final.losses
     result = {
         "settings": vars(args),
@@ -1273,6 +1273,7 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         if shard.is_main:
             write(
                 args, setting, outcome, recorder, seconds, folder,
+                stopped="interrupted" if interrupted else outcome.final.stopped,
                 controls=controls, information=information,
             )  # fmt: skip
     if math.isnan(outcome.final.losses.gradient):

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from inversion.combine import combine
+from inversion.leakage import gradient_information_ratio
 from inversion.mlco import MLCOSchedule, mlco
 from inversion.objective import Objective, Weights
 from inversion.optimise import Loop, reconstruct
-from inversion.pixel_gradient import exact, plain
+from inversion.pixel_gradient import exact, plain, prior_only
 from inversion.restarts import best, initial_images, mean, noise_generator
 from models.build import build_model
 from tests.support import photos, smooth_network, target_of
 from train.capture import capture
+from train.privacy import protect_per_sample
 from utils.cli import InputError
 from utils.distributed import ALONE, Group, launch
 
@@ -60,6 +62,7 @@ def derivatives(shard, device="cpu"):
     cases += [("conv", 2, exact, {}), ("no affine", 7, exact, {})]
     cases += [("conv", 7, exact, {"train_mode": False}), ("conv", 7, plain, {"distance": "L2"})]
     cases += [("resnet18", 6, exact, {"bn_grad": "detached"})]
+    cases += [("conv", size, prior_only, {}) for size in (7, 2)]
     for name, size, method, options in cases:
         objective = objective_of(shard, name, size, device=device, **options)
         objective = objective.toward(start(9, size).to(device))
@@ -86,6 +89,29 @@ def captures(shard):
                 flat = torch.cat([t.flatten() for t in getattr(sent, part)])
                 found[f"{name} {size} {mode} {part}"] = flat
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return found
+
+
+def measures(shard):
+    """Gradient information ratio and clipped samples, whole: name → tensor."""
+    found = {}
+    for name, size, mode in (
+        ("conv", 7, True), ("conv", 7, False), ("conv", 2, True), ("conv", 2, False),
+        ("resnet18", 6, True),
+    ):  # fmt: skip
+        model, (x, y) = network(name), batch(size)
+        options = {"train_mode": mode, "label_smoothing": 0.1, "shard": shard}
+        information = gradient_information_ratio(model, x, y, **options)
+        for figure, value in vars(information).items():
+            if mode and figure == "sign_rate":
+                continue  # a bias before BatchNorm has no gradient: the sign of its rounding
+            found[f"{name} {size} {mode} {figure}"] = torch.as_tensor(value).double()
+        if not mode:
+            gradient = capture(model, x, y, **options).gradient
+            draw = torch.Generator().manual_seed(0)
+            sent = protect_per_sample(gradient, 0.1, 0.5, draw, model=model, x=x, y=y, **options)
+            found[f"{name} {size} clipped"] = torch.cat([g.flatten() for g in sent.gradient])
+            found[f"{name} {size} norms"] = sent.sample_norms
     return found
 
 
@@ -152,7 +178,8 @@ def signs_at(shard, iterates):
 
 
 def everything(shard, iterates=None):
-    found = {part.__name__: part(shard) for part in (derivatives, captures, runs, whole_seeds)}
+    parts = (derivatives, captures, measures, runs, whole_seeds)
+    found = {part.__name__: part(shard) for part in parts}
     if iterates is not None:
         found["signs"] = signs_at(shard, iterates)
     return found

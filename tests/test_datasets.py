@@ -10,7 +10,18 @@ import torch
 from PIL import Image
 
 from tests.support import Hostile
-from train.datasets import DATASETS, PHOTOS, Request, load_backup, load_batch, photo_batch
+from train.datasets import (
+    DATASETS,
+    PHOTOS,
+    Request,
+    dataset_spec,
+    load_backup,
+    load_backup_control,
+    load_batch,
+    load_control,
+    normalise,
+    photo_batch,
+)
 from utils import image_files
 from utils.cli import InputError
 
@@ -258,3 +269,59 @@ def test_backup(tmp_path):
 def test_unknown_names_list_the_choices():
     with pytest.raises(InputError, match="--data-name mnist: unknown; choose from imagenet, cifar"):
         load_batch("mnist", Request(), 1, 0)
+
+
+# Other images with the same labels ----------------------------------------------------------
+
+
+def rows_of(x):
+    return {image.numpy().tobytes() for image in x}
+
+
+def test_control_images_have_the_labels_and_are_not_the_batch(tmp_path):
+    request = Request(str(image_folder(tmp_path, count=6)), size=8, seed=3)
+    by_content = {}
+    for index in range(6):
+        for image, label in zip(*load_batch("folder", request, 3, index)[:2], strict=True):
+            by_content[image.numpy().tobytes()] = int(label)
+    assert len(by_content) == 18
+    x, y, _ = load_batch("folder", request, 3, 1)
+    other = load_control("folder", request, 1, y)
+    assert [by_content[image.numpy().tobytes()] for image in other] == y.tolist()
+    assert len(rows_of(other)) == 3
+    assert not rows_of(other) & rows_of(x)
+    assert torch.equal(load_control("folder", request, 1, y), other)
+
+
+def test_control_needs_enough_images_of_a_class(tmp_path):
+    request = Request(str(image_folder(tmp_path)), size=8)
+    _, y, _ = load_batch("folder", request, 12, 0)
+    with pytest.raises(InputError, match="class . of --data-name folder has too few images"):
+        load_control("folder", request, 0, y)
+
+
+def test_control_of_photos_are_public_photographs():
+    request = Request(size=16, seed=2)
+    _, y, spec = load_batch("photos", request, 4, 0)
+    public = image_files.public_photographs(4, (3, 16, 16), seed=2)
+    assert torch.equal(load_control("photos", request, 0, y), normalise(public, spec))
+
+
+def test_control_of_a_backup(tmp_path):
+    x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % 3
+    torch.save(x, tmp_path / "x_true.pth.bk")
+    torch.save(y, tmp_path / "y_true.pth.bk")
+    other = load_backup_control(str(tmp_path), "cifar100", 1, y[4:8])
+    # Labels 1, 2, 0, 1 of images 4 to 7; the first others of those labels.
+    assert torch.equal(other, x[[1, 2, 0, 10]])
+    with pytest.raises(InputError, match="class 0 of --data-backup"):
+        load_backup_control(str(tmp_path), "cifar100", 0, torch.zeros(4).long())
+
+
+def test_spec_without_files(tmp_path):
+    """Only where the class count stands in the files are they opened."""
+    assert dataset_spec("celeba", Request(size=64)).shape == (3, 64, 64)
+    assert dataset_spec("imagenet", Request()).num_classes == 1000
+    assert dataset_spec("folder", Request(str(image_folder(tmp_path)))).num_classes == 3
+    with pytest.raises(InputError, match="--data: missing"):
+        dataset_spec("folder", Request())

@@ -47,7 +47,8 @@ def figures(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    ("part", "tolerance"), [("derivatives", 1e-10), ("captures", 1e-10), ("runs", 1e-8)]
+    ("part", "tolerance"),
+    [("derivatives", 1e-10), ("captures", 1e-10), ("measures", 1e-10), ("runs", 1e-8)],
 )
 def test_several_processes_equal_one(figures, size, part, tolerance):
     (alone,) = figures[1]

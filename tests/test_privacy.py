@@ -2,12 +2,24 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
+from torch import nn
 
-from models.target import Protection, target_from_checkpoint
-from tests.support import attack, capture_photos, succeed
-from train.privacy import protect_batch
+from models.batchnorm import batchnorm_layers, replace_batchnorm
+from models.build import build_model
+from models.gradient import batch_gradient, per_sample_gradients
+from models.target import Protection, model_of, target_from_checkpoint
+from tests.support import attack, call, capture_photos, photos, succeed
+from train.privacy import (
+    clip_factors,
+    epsilon,
+    protect_batch,
+    protect_per_sample,
+    sample_norms,
+)
 from utils.checkpoint import load
 
 
@@ -83,3 +95,275 @@ def test_labels_survive_clipping_that_is_recorded(tmp_path):
     )  # fmt: skip
     assert "clipping undone by an estimated factor of" in outcome.out
     assert "label accuracy 100.0 %" in outcome.out
+
+
+# A sample's own gradient --------------------------------------------------------------------
+
+
+def network(arch, size=32):
+    """An architecture whose samples have gradients of their own, and whether in train mode."""
+    torch.manual_seed(0)
+    name, _, kind = arch.partition(" ")
+    model = build_model(name, 8, (3, size, size))
+    if kind == "groupnorm":
+        assert replace_batchnorm(model, kind) > 0
+    return model, kind != "eval"
+
+
+NETWORKS = ("lenet", "convnet eval", "convnet groupnorm", "resnet18 groupnorm")
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_clipped_gradients_equal_a_slow_loop(arch, smoothing):
+    """A pass a sample, clipped by torch's own function; median norm as bound, so some are not."""
+    model, train_mode = network(arch)
+    model, (x, y) = model.double(), photos(5, 32, target_idx=1)
+    x = x.double()
+    options = {"train_mode": train_mode, "label_smoothing": smoothing}
+    singles = [batch_gradient(model, x[i : i + 1], y[i : i + 1], **options) for i in range(5)]
+    norms = torch.tensor([norm(g) for g in singles], dtype=torch.float64)
+    clip = norms.median().item()
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for g in singles:
+        twins = [nn.Parameter(torch.zeros_like(t)) for t in g]
+        for twin, t in zip(twins, g, strict=True):
+            twin.grad = t.clone()
+        nn.utils.clip_grad_norm_(twins, clip)
+        for t, twin in zip(total, twins, strict=True):
+            t += twin.grad / 5
+
+    mean = batch_gradient(model, x, y, **options)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    for chunk_bytes in (2**30, 2 * size, 1):  # all at once, two, one
+        sent = protect_per_sample(
+            mean, 0.0, clip, torch.Generator(), model=model, x=x, y=y, chunk_bytes=chunk_bytes,
+            **options,
+        )  # fmt: skip
+        torch.testing.assert_close(sent.sample_norms, norms, rtol=1e-10, atol=0)
+        assert (sent.sample_norms > clip * (1 + 1e-6)).sum() == 2
+        gap = [a - b for a, b in zip(sent.gradient, total, strict=True)]
+        assert norm(gap) <= 1e-6 * max(1, norm(total))
+        assert sent.norm == pytest.approx(norm(mean))
+        assert sent.clipped_norm == sent.sent_norm == norm(sent.gradient) <= clip * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_no_clipped_norm_exceeds_the_bound(arch):
+    model, train_mode = network(arch)
+    x, y = photos(4, 32, target_idx=2)
+    for clip in (1e-3, 0.5, 1.0, 1e6):
+        for chunk in per_sample_gradients(model, x, y, train_mode=train_mode, chunk_bytes=2**30):
+            factors = clip_factors(sample_norms(chunk), clip)
+            clipped = [torch.einsum("n,n...->n...", factors.to(g), g) for g in chunk]
+            assert (sample_norms(clipped) <= clip * (1 + 1e-6)).all()
+            assert (factors <= 1).all()
+            if clip == 1e6:
+                assert all(torch.equal(a, b) for a, b in zip(clipped, chunk, strict=True))
+
+
+def test_a_zero_gradient_is_not_divided_by():
+    assert clip_factors(torch.zeros(2), 0.5).tolist() == [1.0, 1.0]
+
+
+def test_noise_of_samples_is_that_of_the_mean():
+    model, _ = network("lenet")
+    x, y = photos(3, 32)
+    mean = batch_gradient(model, x, y, train_mode=True)
+    draw = torch.Generator().manual_seed(0)
+    noisy, silent = (
+        protect_per_sample(mean, sigma, 1.0, draw, model=model, x=x, y=y, train_mode=True)
+        for sigma in (0.3, 0.0)
+    )
+    gap = torch.cat(
+        [(a - b).flatten() for a, b in zip(noisy.gradient, silent.gradient, strict=True)]
+    )
+    assert gap.std().item() == pytest.approx(0.3, rel=0.02)
+
+
+def test_coupled_samples_are_refused():
+    model = build_model("convnet", 8, (3, 32, 32))
+    with pytest.raises(ValueError, match="couples the samples"):
+        next(per_sample_gradients(model, *photos(2, 32), train_mode=True))
+    outcome = call(
+        "training.py", "--data-name", "photos", "-a", "convnet", "-b", 2, "--enable-dp",
+        "--dp-mode", "per-sample", "-C", 1, "--sigma", 1,
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert "mixes the samples of the batch" in outcome.err
+    assert "--replace-bn groupnorm" in outcome.err
+
+
+# Epsilon ------------------------------------------------------------------------------------
+
+#: noise multiplier, sample rate, steps, delta, the best order, and ε by the integral below.
+EPSILONS = [
+    (1.1, 0.01, 1000, 1e-5, 9.6, 1.71177009),
+    (0.16, 1.0, 1, 1e-5, 1.8, 48.00174328),
+    (0.8, 0.1, 10, 1e-6, 3.5, 6.39487745),
+    (4.0, 1.0, 100, 1e-5, 2.8, 14.13222616),
+    (2.0, 0.02, 500, 1e-7, 20.0, 1.28120020),
+]
+
+
+def epsilon_by_integral(s, q, steps, delta, order):
+    """Rényi divergence of the subsampled Gaussian by quadrature, turned into ε.
+
+    Mironov et al. (2019): E over x ~ N(0, s²) of ((1 − q) + q exp((2x − 1) / 2s²))^order;
+    conversion of Balle et al. (2020), theorem 21.
+    """
+
+    def density(x):
+        ratio = np.logaddexp(
+            math.log1p(-q) if q < 1 else -math.inf, math.log(q) + (2 * x - 1) / (2 * s * s)
+        )
+        return math.exp(-x * x / (2 * s * s) - math.log(s * math.sqrt(2 * math.pi)) + order * ratio)
+
+    moment, _ = quad(
+        density, -40 * s, order + 40 * s, points=[0, 1, order], limit=2000, epsabs=0, epsrel=1e-10
+    )
+    divergence = steps * math.log(moment) / (order - 1)
+    return divergence + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+
+@pytest.mark.parametrize(("s", "q", "steps", "delta", "order", "constant"), EPSILONS)
+def test_epsilon_equals_an_independent_computation(s, q, steps, delta, order, constant):
+    assert epsilon_by_integral(s, q, steps, delta, order) == pytest.approx(constant, abs=1e-7)
+    assert epsilon(s, q, steps, delta) == pytest.approx(constant, abs=1e-7)
+
+
+def test_epsilon_of_one_full_batch_by_the_closed_form():
+    """q = 1: order α has the divergence α / 2s²; the bound is the lowest over all orders."""
+    for s in (0.05, 1.0, 30.0, 300.0):
+        orders = 1 + np.logspace(-3, 4, 200_000)
+        bounds = orders / (2 * s * s) + np.log1p(-1 / orders)
+        bounds -= np.log(1e-5 * orders) / (orders - 1)
+        assert bounds.min() - 1e-9 <= epsilon(s, 1.0, 1, 1e-5) <= 1.02 * bounds.min() + 0.01
+
+
+def test_what_buys_privacy_and_what_does_not():
+    base = epsilon(1.0, 0.1, 10, 1e-5)
+    assert epsilon(2.0, 0.1, 10, 1e-5) < base < epsilon(1.0, 0.2, 10, 1e-5)
+    assert base < epsilon(1.0, 0.1, 20, 1e-5) < 2 * base
+    assert epsilon(1.0, 0.1, 10, 1e-7) > base
+
+
+# Through the scripts ------------------------------------------------------------------------
+
+
+def test_a_private_step_is_recorded_said_and_told(tmp_path):
+    flags = ("-a", "convnet", "-b", "4", "--replace-bn", "groupnorm", "--with-control")
+    private = (
+        "--enable-dp", "--dp-mode", "per-sample", "--sigma", "0.275", "-C", "1", "--dp-steps",
+        "1000", "--sample-rate", "0.01", "--delta", "1e-5",
+    )  # fmt: skip
+    path = capture_photos(tmp_path, *flags, *private)
+    checkpoint = load(str(path))
+    record = target_from_checkpoint(checkpoint).protection
+    assert record.noise_multiplier == pytest.approx(1.1)  # 0.275 · 4 / 1
+    assert record.epsilon == pytest.approx(1.71177009)
+    assert (record.mode, record.sigma, record.clip) == ("per-sample", 0.275, 1.0)
+    assert (record.delta, record.steps, record.sample_rate) == (1e-5, 1000, 0.01)
+    norms = checkpoint["protection_norms"]
+    assert norms["samples"].shape == (4,)
+    assert norms["sent"] == pytest.approx(norm(checkpoint["target_gradient"]))
+    assert norms["clipped"] <= 1 < norms["samples"].min()
+    # The noise is nearly all of what is sent, of the control too, and not the same noise.
+    count = sum(g.numel() for g in checkpoint["target_gradient"])
+    other = checkpoint["control"]["target_gradient"]
+    for sent in (checkpoint["target_gradient"], other):
+        assert norm(sent) == pytest.approx(0.275 * count**0.5, rel=0.02)
+    assert not torch.equal(checkpoint["target_gradient"][0], other[0])
+    (log,) = tmp_path.glob("*.log")
+    for text in (
+        "one sample, highest", "4 of 4 samples clipped", "noise multiplier 1.1: epsilon 1.712",
+        "holds as long as nobody knows --seed", "4 BatchNorm layers replaced by groupnorm",
+    ):  # fmt: skip
+        assert text in log.read_text()
+    result, folder = attack(tmp_path, path, "--epochs", 2, "--metric", "--BN", 0)
+    assert result["target"]["protection"]["epsilon"] == record.epsilon
+    assert result["target"]["replace_bn"] == "groupnorm"
+    assert "other gradient" in result["controls"]
+    told = (folder / "log.txt").read_text()
+    assert "the client's protection: per-sample, clipped to 1, noise of 0.275" in told
+    assert "epsilon 1.712 at delta 1e-05 over 1000 step(s)" in told
+
+
+def test_clipping_alone_is_no_privacy(tmp_path):
+    path = capture_photos(
+        tmp_path, "-a", "convnet", "-b", "4", "--model-eval", "--upload-bn", "--enable-dp",
+        "--dp-mode", "per-sample", "-C", "0.5",
+    )  # fmt: skip
+    record = target_from_checkpoint(load(str(path))).protection
+    assert (record.epsilon, record.noise_multiplier, record.sigma) == (None, 0.0, 0.0)
+    (log,) = tmp_path.glob("*.log")
+    assert "without noise epsilon is infinite" in log.read_text()
+    assert "BatchNorm statistics beside it are sent without any protection" in log.read_text()
+    out = succeed(
+        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--labels", "0,1,2,3"
+    ).out
+    assert "without noise epsilon is infinite" in out
+    assert "the BatchNorm statistics beside it are not protected" in out
+
+
+def test_samples_clipped_in_two_processes(captured):
+    flags = (
+        "-a", "lenet", "-b", "5", "--enable-dp", "--dp-mode", "per-sample", "--sigma", "0.1",
+        "-C", "2", "--with-control",
+    )  # fmt: skip
+    alone, shared = (load(str(captured(*flags, "--nproc", n))) for n in ("1", "2"))
+    pairs = [(alone["target_gradient"], shared["target_gradient"])]
+    pairs += [(alone["control"]["target_gradient"], shared["control"]["target_gradient"])]
+    for ours, theirs in pairs:
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    norms = [of["protection_norms"]["samples"] for of in (alone, shared)]
+    torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+
+
+# GroupNorm for BatchNorm --------------------------------------------------------------------
+
+
+def test_group_norm_takes_the_place_of_every_batchnorm():
+    model = build_model("mobilenet_v2", 8, (3, 32, 32))
+    layers = batchnorm_layers(model)
+    scales = [torch.rand_like(layer.weight) for layer in layers]
+    for layer, scale in zip(layers, scales, strict=True):
+        layer.weight.data = scale
+    assert replace_batchnorm(model, "groupnorm") == len(layers) == 52
+    found = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert not batchnorm_layers(model)
+    for layer, scale in zip(found, scales, strict=True):
+        assert torch.equal(layer.weight, scale)
+        assert layer.num_channels / layer.num_groups >= 2
+    plain = nn.Sequential(nn.BatchNorm1d(7, affine=False))
+    assert replace_batchnorm(plain, "groupnorm") == 1
+    assert (plain[0].num_groups, plain[0].weight) == (1, None)
+
+
+def test_a_network_with_group_norm_comes_back_from_its_checkpoint(captured):
+    checkpoint = load(str(captured("-a", "convnet", "-b", "4", "--replace-bn", "groupnorm")))
+    model = model_of(target_from_checkpoint(checkpoint))
+    x, y = checkpoint["x_true"], checkpoint["y_true"]
+    found = batch_gradient(model, x, y, train_mode=True)
+    for a, b in zip(found, checkpoint["target_gradient"], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    together, alone = model(x), torch.cat([model(image[None]) for image in x])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+    target = target_from_checkpoint(checkpoint)
+    assert target.network == "convnet with groupnorm"
+
+
+def test_weights_go_on_with_group_norm(tmp_path):
+    state = build_model("convnet", 8, (3, 32, 32)).state_dict()
+    state["1.weight"] += 0.5
+    torch.save(state, tmp_path / "convnet.pth")
+    path = capture_photos(
+        tmp_path, "-a", "convnet", "-b", "2", "--pretrained", tmp_path / "convnet.pth",
+        "--replace-bn", "groupnorm",
+    )  # fmt: skip
+    stored = load(str(path))["state_dict"]
+    assert torch.equal(stored["1.weight"], state["1.weight"])
+    assert not [key for key in stored if "running" in key]
+    (log,) = tmp_path.glob("*.log")
+    assert "the running statistics of the weights dropped" in log.read_text()

@@ -1,0 +1,141 @@
+"""Gather what benchmarks/leakage.sh left: rows for docs/rows, tables for docs/results.md.
+
+python -m benchmarks.leakage FOLDER [--rows docs/rows]
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+from scipy.stats import spearmanr
+
+from utils.report import table, write_csv
+
+FIGURES = ("ratio", "information", "norm", "cosine_distance")
+CONTROLS = ("mean image", "prior only", "other gradient")
+
+
+def information_rows(results: dict[str, dict]) -> list[dict]:
+    """A row an image: its scores and what the gradient says of it."""
+    rows = []
+    for name, result in results.items():
+        found = re.fullmatch(r"information-(\d+)-(\d+)", name)
+        if not found:
+            continue
+        for i, image in enumerate(result["metrics"]["images"]):
+            figures = {figure: result["information"][figure][i] for figure in FIGURES}
+            rows.append(
+                {"seed": int(found[1]), "batch": int(found[2]), "image": i}
+                | figures
+                | {"psnr": image["psnr"], "ssim": image["ssim"]}
+            )
+    return rows
+
+
+def correlations(rows: list[dict]) -> str:
+    """Spearman's correlation of every figure with PSNR and SSIM, by network and within batches."""
+    lines = []
+    for seed in sorted({row["seed"] for row in rows}):
+        of_seed = [row for row in rows if row["seed"] == seed]
+        batches = [
+            [row for row in of_seed if row["batch"] == batch]
+            for batch in sorted({row["batch"] for row in of_seed})
+        ]
+        for figure in FIGURES:
+            line = [seed, figure, len(of_seed)]
+            for score in ("psnr", "ssim"):
+                test = spearmanr([r[figure] for r in of_seed], [r[score] for r in of_seed])
+                inner = [
+                    spearmanr([r[figure] for r in batch], [r[score] for r in batch]).statistic
+                    for batch in batches
+                ]
+                line += [f"{test.statistic:+.2f} (p {test.pvalue:.2g})"]
+                line += [f"{statistics.mean(inner):+.2f}"]
+            lines.append(line)
+    header = ["seed", "figure", "images", "PSNR", "within batches", "SSIM", "within batches"]
+    return table(header, lines)
+
+
+def leakage_rows(results: dict[str, dict]) -> list[dict]:
+    """A row a run: scores, controls, leakage with its interval."""
+    rows = []
+    for name, result in results.items():
+        scores = result["metrics"]
+        if name.startswith("information") or scores["leakage"] is None:
+            continue
+        protection = result["target"]["protection"] or {}
+        row = {"run": re.sub(r"-\d+$", "", name), "seed": result["settings"]["seed"]}
+        row |= {key: protection.get(key) for key in ("mode", "clip", "sigma", "epsilon")}
+        row |= {"psnr": scores["mean"]["psnr"], "ssim": scores["mean"]["ssim"]}
+        row |= {name: scores["controls"][name]["mean"]["psnr"] for name in CONTROLS}
+        for metric in ("psnr", "ssim"):
+            for key in ("mean", "low", "high"):
+                row[f"leakage {metric} {key}"] = scores["leakage"][metric][key]
+        above = scores["leakage"]["psnr"]["images"]
+        row |= {"images above": sum(v > 0 for v in above), "images": len(above)}
+        row["attack seconds"] = result["seconds"]
+        for name in CONTROLS:
+            row[f"{name} seconds"] = result["controls"][name]["seconds"]
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["run"], row["seed"]))
+
+
+def summary(rows: list[dict]) -> str:
+    """Means over the seeds of every kind of run."""
+    lines = []
+    for run in sorted({row["run"] for row in rows}):
+        runs = [row for row in rows if row["run"] == run]
+
+        def mean(key, runs=runs):
+            return statistics.mean(row[key] for row in runs)
+
+        leaks = sum(max(row["leakage psnr low"], row["leakage ssim low"]) > 0 for row in runs)
+        spread = [f"{row['leakage psnr mean']:+.1f}" for row in runs]
+        lines.append(
+            [
+                run,
+                "none" if runs[0]["epsilon"] is None else f"{runs[0]['epsilon']:.4g}",
+                f"{mean('psnr'):.1f}",
+                f"{mean('ssim'):.3f}",
+                *(f"{mean(name):.1f}" for name in CONTROLS),
+                " ".join(spread),
+                f"{mean('leakage ssim mean'):+.3f}",
+                f"{leaks} of {len(runs)}",
+                f"{sum(row['images above'] for row in runs)} of {sum(r['images'] for r in runs)}",
+                f"{mean('prior only seconds') / mean('attack seconds'):.2f}",
+                f"{mean('other gradient seconds') / mean('attack seconds'):.2f}",
+            ]
+        )
+    header = [
+        "run", "epsilon", "PSNR", "SSIM", *CONTROLS, "leakage dB by seed", "leakage SSIM",
+        "runs that leak", "images above", "time prior only", "time other gradient",
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+def main() -> None:
+    """Read, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="that benchmarks/leakage.sh wrote to")
+    parser.add_argument("--rows", type=Path, help="folder for the raw rows")
+    args = parser.parse_args()
+    results = {
+        path.parent.name: json.loads(path.read_text())
+        for path in sorted((args.folder / "results" / "exp").glob("*/result.json"))
+    }
+    information, leakage = information_rows(results), leakage_rows(results)
+    for name, rows, text in (
+        ("information", information, correlations), ("leakage", leakage, summary)
+    ):  # fmt: skip
+        if rows:
+            print(text(rows))
+        if rows and args.rows:
+            write_csv(
+                list(rows[0]), [list(row.values()) for row in rows], args.rows / f"{name}.csv"
+            )
+
+
+if __name__ == "__main__":
+    main()
