@@ -30,7 +30,7 @@ $(READY): requirements.txt requirements-dev.txt
 demo: $(READY) ## reconstruct eight photographs from one gradient (about a minute)
 	rm -rf $(DEMO)
 	$(PY) training.py --id demo --data-name photos --image-size 32 --arch lenet --batch-size 8 \
-		--outlayer-state keep --results $(DEMO)
+		--outlayer-state keep --with-control --results $(DEMO)
 	$(PY) run.py --id demo --root $(DEMO) --checkpoint $(DEMO_FILE) --epochs 3000 --lr 0.05 \
 		--TV 1e-4 --TV-end 1e-6 --grad-sign --input-boxed --min-grads-loss --metric
 	cp $(DEMO)/results/exp/demo/pairs.png Demo_images/photos_lenet.png

@@ -13,7 +13,8 @@ from scipy.stats import spearmanr
 
 from utils.report import table, write_csv
 
-FIGURES = ("ratio", "information", "norm", "cosine_distance")
+#: What is correlated with the scores; the last is how many images of the batch share the label.
+FIGURES = ("ratio", "information", "norm", "cosine_distance", "same label")
 CONTROLS = ("mean image", "prior only", "other gradient")
 
 
@@ -25,7 +26,9 @@ def information_rows(results: dict[str, dict]) -> list[dict]:
         if not found:
             continue
         for i, image in enumerate(result["metrics"]["images"]):
-            figures = {figure: result["information"][figure][i] for figure in FIGURES}
+            figures = {figure: result["information"][figure][i] for figure in FIGURES[:-1]}
+            labels = result["information"]["label"]
+            figures["same label"] = labels.count(labels[i])
             rows.append(
                 {"seed": int(found[1]), "batch": int(found[2]), "image": i}
                 | figures
@@ -54,7 +57,7 @@ def correlations(rows: list[dict]) -> str:
                 line += [f"{test.statistic:+.2f} (p {test.pvalue:.2g})"]
                 line += [f"{statistics.mean(inner):+.2f}"]
             lines.append(line)
-    header = ["seed", "figure", "images", "PSNR", "within batches", "SSIM", "within batches"]
+    header = ["seed", "figure", "images", "PSNR", "PSNR in a batch", "SSIM", "SSIM in a batch"]
     return table(header, lines)
 
 
