@@ -99,7 +99,12 @@ from utils.report import (
     write_csv,
     write_json,
 )
-from utils.scoring import information_table, label_table, score_reconstruction
+from utils.scoring import (
+    OTHER_GRADIENT,
+    information_table,
+    label_table,
+    score_reconstruction,
+)
 
 LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {metrics.LPIPS_BACKBONE} of torchvision, by "
@@ -1024,7 +1029,7 @@ def run_controls(
         theirs = replace(
             target, gradient=other.gradient, bn_mean=other.bn_mean, bn_var=other.bn_var
         )
-        plans.append(("other gradient", args, theirs, setting.bn_source, None))
+        plans.append((OTHER_GRADIENT, args, theirs, setting.bn_source, None))
     else:
         reporter.say(
             "controls: the checkpoint holds no gradient of other images; capture with training.py "

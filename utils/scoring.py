@@ -13,6 +13,8 @@ from utils.report import table
 
 #: Metrics in which leakage is told: name → digits to print.
 LEAKAGE_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
+#: The control that an attack on a gradient without information equals on average.
+OTHER_GRADIENT = "other gradient"
 #: Classes that are printed, the most frequent ones first.
 PRINTED_CLASSES = 40
 
@@ -131,6 +133,7 @@ def score_reconstruction(
                 "mean": {name: control.mean.get(name) for name in names},
                 "images": control.images,
                 "reconstruction": orders[label],
+                "leakage": leakage(scores.images, [control.images]),
             }
             for label, control in control_scores.items()
         }
@@ -167,7 +170,8 @@ def score_reconstruction(
         f"{pairing}; {verdict}"
     )
     if controls:
-        text += f"\n{leakage_verdict(result['leakage'], list(controls))}"
+        alone = {name: control["leakage"] for name, control in result["controls"].items()}
+        text += f"\n{leakage_verdict(result['leakage'], alone)}"
     return result, text
 
 
@@ -194,28 +198,48 @@ def leakage(
     return found
 
 
-def leakage_verdict(found: Mapping[str, Mapping], controls: Sequence[str]) -> str:
-    """Whether there is leakage above the prior, in words; found: of `leakage`.
+def leakage_verdict(found: Mapping[str, Mapping], alone: Mapping[str, Mapping]) -> str:
+    """Whether there is leakage above the prior, in words.
 
-    There is where the interval of some metric lies above 0. With one image there is no interval,
-    and its difference decides.
+    found: of `leakage` with all controls. There is where the interval of some metric lies above 0;
+    with one image there is no interval, and its difference decides. alone: control → the same with
+    that one only. Where images stand above those of another gradient, which a gradient that says
+    nothing of them would not make better or worse, that is said too.
     """
-    parts = []
-    for name, of in found.items():
-        mean, low, high = (
-            f"{of[key]:+.{LEAKAGE_DIGITS[name]}f}" for key in ("mean", "low", "high")
-        )
-        text = f"{name.upper()} {mean}{' dB' if name == 'psnr' else ''}"
-        parts.append(text if math.isnan(of["low"]) else f"{text} (95 % interval {low} to {high})")
     above = found["psnr"]["images"]
     highest = max(range(len(above)), key=above.__getitem__)
-    leaks = any((of["mean"] if math.isnan(of["low"]) else of["low"]) > 0 for of in found.values())
-    return (
-        f"{'leakage' if leaks else 'no leakage'} above the prior: {', '.join(parts)} over "
-        f"{len(above)} image(s), against each one's best of the controls {', '.join(controls)}\n"
+    leaks = _above_zero(found)
+    lines = [
+        f"{'leakage' if leaks else 'no leakage'} above the prior: "
+        f"{', '.join(_difference(name, of) for name, of in found.items())} over {len(above)} "
+        "image(s), against each one's best of all controls",
+        "against one control alone: "
+        + "; ".join(
+            f"{control} {_difference('psnr', differences['psnr'])}"
+            for control, differences in alone.items()
+        ),
         f"{sum(value > 0 for value in above)} of {len(above)} images stand above every control in "
-        f"PSNR, image {highest} the most, by {above[highest]:+.2f} dB"
+        f"PSNR, image {highest} the most, by {above[highest]:+.2f} dB",
+    ]
+    if not leaks and _above_zero(alone.get(OTHER_GRADIENT, {})):
+        lines.append(
+            "but the images stand above what the gradient of other images makes: the gradient does "
+            "tell something of them, though a flat or public image scores as well"
+        )
+    return "\n".join(lines)
+
+
+def _above_zero(differences: Mapping[str, Mapping]) -> bool:
+    return any(
+        (of["mean"] if math.isnan(of["low"]) else of["low"]) > 0 for of in differences.values()
     )
+
+
+def _difference(name: str, of: Mapping) -> str:
+    digits = f"+.{LEAKAGE_DIGITS[name]}f"
+    mean, low, high = (format(of[key], digits) for key in ("mean", "low", "high"))
+    text = f"{name.upper()} {mean}{' dB' if name == 'psnr' else ''}"
+    return text if math.isnan(of["low"]) else f"{text} (95 % interval {low} to {high})"
 
 
 def information_table(
