@@ -12,6 +12,7 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 from utils.report import table, write_csv
+from utils.scoring import OTHER_GRADIENT, leakage
 
 #: What is correlated with the scores; the last is how many images of the batch share the label.
 FIGURES = ("ratio", "information", "norm", "cosine_distance", "same label")
@@ -76,6 +77,10 @@ def leakage_rows(results: dict[str, dict]) -> list[dict]:
         for metric in ("psnr", "ssim"):
             for key in ("mean", "low", "high"):
                 row[f"leakage {metric} {key}"] = scores["leakage"][metric][key]
+        images = {name: [image[name] for image in scores["images"]] for name in ("psnr", "ssim")}
+        against_other = leakage(images, [scores["controls"][OTHER_GRADIENT]["images"]])
+        for key in ("mean", "low", "high"):
+            row[f"above other gradient psnr {key}"] = against_other["psnr"][key]
         above = scores["leakage"]["psnr"]["images"]
         row |= {"images above": sum(v > 0 for v in above), "images": len(above)}
         row["attack seconds"] = result["seconds"]
@@ -95,7 +100,10 @@ def summary(rows: list[dict]) -> str:
             return statistics.mean(row[key] for row in runs)
 
         leaks = sum(max(row["leakage psnr low"], row["leakage ssim low"]) > 0 for row in runs)
-        spread = [f"{row['leakage psnr mean']:+.1f}" for row in runs]
+        spread, other = (
+            " ".join(f"{row[f'{kind} psnr mean']:+.1f}" for row in runs)
+            for kind in ("leakage", "above other gradient")
+        )
         lines.append(
             [
                 run,
@@ -103,7 +111,8 @@ def summary(rows: list[dict]) -> str:
                 f"{mean('psnr'):.1f}",
                 f"{mean('ssim'):.3f}",
                 *(f"{mean(name):.1f}" for name in CONTROLS),
-                " ".join(spread),
+                spread,
+                other,
                 f"{mean('leakage ssim mean'):+.3f}",
                 f"{leaks} of {len(runs)}",
                 f"{sum(row['images above'] for row in runs)} of {sum(r['images'] for r in runs)}",
@@ -112,8 +121,9 @@ def summary(rows: list[dict]) -> str:
             ]
         )
     header = [
-        "run", "epsilon", "PSNR", "SSIM", *CONTROLS, "leakage dB by seed", "leakage SSIM",
-        "runs that leak", "images above", "time prior only", "time other gradient",
+        "run", "epsilon", "PSNR", "SSIM", *CONTROLS, "leakage dB by seed",
+        "above other gradient dB by seed", "leakage SSIM", "runs that leak", "images above",
+        "time prior only", "time other gradient",
     ]  # fmt: skip
     return table(header, lines)
 
@@ -128,10 +138,10 @@ def main() -> None:
         path.parent.name: json.loads(path.read_text())
         for path in sorted((args.folder / "results" / "exp").glob("*/result.json"))
     }
-    information, leakage = information_rows(results), leakage_rows(results)
     for name, rows, text in (
-        ("information", information, correlations), ("leakage", leakage, summary)
-    ):  # fmt: skip
+        ("information", information_rows(results), correlations),
+        ("leakage", leakage_rows(results), summary),
+    ):
         if rows:
             print(text(rows))
         if rows and args.rows:
