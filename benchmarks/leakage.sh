@@ -2,9 +2,10 @@
 # What leaks above the prior, which sample the gradient tells most of, and what a defence buys:
 # attacks on the photographs whose figures stand in docs/results.md. About an hour on two cores; what
 # is done already is left alone.
-#   benchmarks/leakage.sh FOLDER [python], then python -m benchmarks.leakage FOLDER
+#   benchmarks/leakage.sh FOLDER [python [part]], part one of information, defences, controls
+#   python -m benchmarks.leakage FOLDER
 set -euo pipefail
-out=$1 python=${2:-python}
+out=$1 python=${2:-python} part=${3:-all}
 cd "$(dirname "$0")/.."
 
 capture() { # id seed arch flags...
@@ -27,43 +28,57 @@ demo="--epochs 3000 --lr 0.05 --TV 1e-4 --TV-end 1e-6"
 
 # Gradient information ratio and PSNR of 64 crops in batches of eight, for three networks; in the
 # batches of the third no label comes twice.
-for seed in 0 1 2; do
-  labels=$([ $seed = 2 ] && echo "--distinct-labels 8" || true)
-  for index in 1 2 3 4 5 6 7 8; do
-    capture "s$seed" $seed lenet -b 8 --outlayer-state keep --target-idx $index $labels
-    attack information-$seed-$index "s${seed}_lenet_random_photos_b8_i$index" $seed \
-      $demo --GInfoR --no-controls
+information() {
+  for seed in 0 1 2; do
+    labels=$([ $seed = 2 ] && echo "--distinct-labels 8" || true)
+    for index in 1 2 3 4 5 6 7 8; do
+      capture "s$seed" $seed lenet -b 8 --outlayer-state keep --target-idx $index $labels
+      attack information-$seed-$index "s${seed}_lenet_random_photos_b8_i$index" $seed \
+        $demo --GInfoR --no-controls
+    done
   done
-done
-
-index=0
+  unset index
+}
 
 # Defences of the demo's client.
-for seed in 0 1 2; do
-  defended() { # name flags...
-    local name=$1
-    shift
-    capture "$name-$seed" $seed lenet -b 8 --outlayer-state keep --with-control "$@"
-    attack "defence-$name-$seed" "$name-${seed}_lenet_random_photos_b8_i0" $seed $demo
-  }
-  defended none
-  defended batch-clip --enable-dp -C 0.5
-  defended batch-noise --enable-dp -C 0.5 --sigma 0.01
-  for sigma in 0.0001 0.001 0.01; do
-    defended sample-$sigma --enable-dp --dp-mode per-sample -C 20 --sigma $sigma
+defended() { # name seed flags...
+  local name=$1 seed=$2
+  shift 2
+  capture "$name-$seed" $seed lenet -b 8 --outlayer-state keep --with-control "$@"
+  attack "defence-$name-$seed" "$name-${seed}_lenet_random_photos_b8_i0" $seed $demo
+}
+defences() {
+  for seed in 0 1 2; do
+    defended none $seed
+    defended batch-clip $seed --enable-dp -C 0.5
+    defended batch-noise $seed --enable-dp -C 0.5 --sigma 0.01
+    for sigma in 0.0001 0.001 0.01; do
+      defended sample-$sigma $seed --enable-dp --dp-mode per-sample -C 20 --sigma $sigma
+    done
   done
-done
+}
 
 # The gradient against one with nothing in it, for three networks.
-for seed in 0 1 2; do
-  attack controls-lenet-shuffled-$seed none-${seed}_lenet_random_photos_b8_i0 $seed $demo \
-    --target-gradient shuffled
-  capture control-$seed $seed convnet -b 8 --outlayer-state keep --upload-bn --with-control
-  for gradient in true shuffled; do
-    attack controls-convnet-$gradient-$seed control-${seed}_convnet_random_photos_b8_i0 $seed \
-      --epochs 1000 --lr 0.1 --TV 1e-2 --BN 1e-2 --exact-bn --target-gradient $gradient
+controls() {
+  for seed in 0 1 2; do
+    capture none-$seed $seed lenet -b 8 --outlayer-state keep --with-control
+    attack controls-lenet-shuffled-$seed none-${seed}_lenet_random_photos_b8_i0 $seed $demo \
+      --target-gradient shuffled
+    capture control-$seed $seed convnet -b 8 --outlayer-state keep --upload-bn --with-control
+    for gradient in true shuffled; do
+      attack controls-convnet-$gradient-$seed control-${seed}_convnet_random_photos_b8_i0 $seed \
+        --epochs 1000 --lr 0.1 --TV 1e-2 --BN 1e-2 --exact-bn --target-gradient $gradient
+    done
+    capture control-$seed $seed resnet18 -b 4 --upload-bn --with-control
+    attack controls-resnet18-true-$seed control-${seed}_resnet18_random_photos_b4_i0 $seed \
+      --epochs 400 --lr 0.1 --TV 1e-2 --BN 1e-3 --exact-bn
   done
-  capture control-$seed $seed resnet18 -b 4 --upload-bn --with-control
-  attack controls-resnet18-true-$seed control-${seed}_resnet18_random_photos_b4_i0 $seed \
-    --epochs 400 --lr 0.1 --TV 1e-2 --BN 1e-3 --exact-bn
-done
+}
+
+if [ "$part" = all ]; then
+  information
+  defences
+  controls
+else
+  "$part"
+fi
