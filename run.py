@@ -99,12 +99,7 @@ from utils.report import (
     write_csv,
     write_json,
 )
-from utils.scoring import (
-    OTHER_GRADIENT,
-    information_table,
-    label_table,
-    score_reconstruction,
-)
+from utils.scoring import information_table, label_table, score_reconstruction
 
 LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {metrics.LPIPS_BACKBONE} of torchvision, by "
@@ -457,13 +452,20 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
 
 
 def shuffled(target: Target, seed: int) -> Target:
-    """The target with the numbers of every gradient tensor in a random order."""
+    """The target with the numbers of every tensor that was sent in a random order."""
     draw = torch.Generator().manual_seed(seed)
-    gradient = tuple(
-        g.flatten()[torch.randperm(g.numel(), generator=draw)].view(g.shape)
-        for g in target.gradient
+
+    def mixed(tensors):
+        return tensors and tuple(
+            t.flatten()[torch.randperm(t.numel(), generator=draw)].view(t.shape) for t in tensors
+        )
+
+    return replace(
+        target,
+        gradient=mixed(target.gradient),
+        bn_mean=mixed(target.bn_mean),
+        bn_var=mixed(target.bn_var),
     )
-    return replace(target, gradient=gradient)
 
 
 def given_labels(args, target: Target) -> Tensor:
@@ -621,10 +623,10 @@ def load_problem(args, device: str) -> Problem:
     simulation = checkpoints.load(args.simulation_checkpoint, flag)
     source = f"{flag} {args.simulation_checkpoint}"
     target = target_from_checkpoint(checkpoints.load(args.checkpoint))
-    simulated, truth = target_from_checkpoint(simulation), truth_from_checkpoint(simulation)
-    if truth is None:
+    if simulation.get("x_true") is None or simulation.get("y_true") is None:
         raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
     checkpoints.check_truth(simulation, simulation, source)
+    simulated, truth = target_from_checkpoint(simulation), truth_from_checkpoint(simulation)
     if args.exact_bn and target.bn_mean is not None and simulated.bn_mean is None:
         raise InputError(f"{source}: holds no BN statistics, which the target has; --upload-bn")
     for what in (
@@ -886,9 +888,12 @@ def plan(args, setting: Setting) -> str:
             f"number; {protection.guarantee}"
         )
         if target.bn_mean is not None:
-            lines.append("the BatchNorm statistics beside it are not protected")
+            lines.append(
+                "the BatchNorm statistics beside it are not protected: what was sent as a whole "
+                "carries no guarantee"
+            )
     if args.target_gradient == "shuffled":
-        lines.append("the target's gradient is shuffled: there is nothing to find in it")
+        lines.append("what was sent is shuffled: there is nothing to find in it")
     if setting.shard.size > 1:
         lines.append(f"{setting.shard.size} processes, each with a part of the {args.shard}")
     if args.n_seed > 1:
@@ -932,7 +937,10 @@ def measure(args, setting: Setting) -> str:
         raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
     seconds = times[2] - times[1]  # the first step warms up
     total = seconds * total_iterations(args, own_seeds(args, setting.shard))
-    combining = ", combinations not counted" if strategy_of(args) == "mlco" else ""
+    left_out = ["combinations"] if strategy_of(args) == "mlco" else []
+    left_out += ["controls"] if args.metric and args.controls is not False else []
+    left_out += ["--GInfoR"] if args.GInfoR else []
+    combining = f", {' and '.join(left_out)} not counted" if left_out else ""
     return (
         f"estimate: {seconds * 1e3:.1f} ms an iteration, {duration(total)} in all{combining}, "
         f"peak memory {peak_memory_mib(setting.device):.0f} MiB"
@@ -1017,7 +1025,8 @@ def run_controls(
 
     "prior only": no gradient, the priors alone, BN to running statistics, since those of the batch
     are the client's too. "other gradient": everything as in the attack, on the gradient (and BN
-    statistics) of other images with the same labels. "mean image": of the public photographs.
+    statistics) of other images with the same labels. "mean image": of the public photographs. The
+    labels are those of the attack. A control that fails is left out, and that is said.
     """
     target, model = setting.target, setting.objective.model
     mean = public_photographs(PUBLIC_IMAGES, target.image_shape).mean(0)
@@ -1029,7 +1038,7 @@ def run_controls(
         theirs = replace(
             target, gradient=other.gradient, bn_mean=other.bn_mean, bn_var=other.bn_var
         )
-        plans.append((OTHER_GRADIENT, args, theirs, setting.bn_source, None))
+        plans.append(("other gradient", args, theirs, setting.bn_source, None))
     else:
         reporter.say(
             "controls: the checkpoint holds no gradient of other images; capture with training.py "
@@ -1037,7 +1046,11 @@ def run_controls(
         )
     for name, flags, theirs, source, method in plans:
         start = time.perf_counter()
-        objective = objective_from(flags, model, theirs, setting.y, source, setting.shard)
+        try:
+            objective = objective_from(flags, model, theirs, setting.y, source, setting.shard)
+        except InputError as error:
+            reporter.say(f"control, {name}: left out: {error}")
+            continue
         total = total_iterations(flags, own_seeds(flags, setting.shard))
         progress = Progress(total, args.print_freq, reporter)
         recorder = Recorder(flags, progress, interrupts, lambda *_: None, f"control, {name}: ")
@@ -1051,7 +1064,10 @@ def run_controls(
         images = setting.images(outcome.final.x)
         seconds = time.perf_counter() - start
         found[name] = Control(images, outcome.iterations, seconds)
-        reporter.say(f"control, {name}: {outcome.iterations} iterations in {duration(seconds)}")
+        stopped = ", ended by a loss that was not finite" if outcome.final.stopped else ""
+        reporter.say(
+            f"control, {name}: {outcome.iterations} iterations in {duration(seconds)}{stopped}"
+        )
     return found
 
 
@@ -1110,42 +1126,28 @@ def label_record(args, setting: Setting) -> dict:
     }
 
 
-def write_images(setting: Setting, outcome: Outcome, folder: Path) -> None:
-    """Write the reconstruction itself, as soon as there is one."""
-    checkpoints.save(outcome.final.x.cpu(), str(folder / "x_recon.pth"))
-    checkpoints.save(setting.y, str(folder / "y_recon.pth"))
+def score(args, setting: Setting, outcome: Outcome, controls: dict[str, Control] | None):
+    """The entry `metrics` of result.json and its table; None and nothing without --metric."""
+    if not args.metric:
+        return None, ""
+    truth, protection = setting.truth, setting.target.protection
+    scores, text = score_reconstruction(
+        setting.images(outcome.final.x),
+        setting.images(truth.x),
+        setting.y,
+        truth.y,
+        by_index=args.one_to_one_similarity,
+        lpips_score=setting.lpips_score,
+        controls=controls and {name: control.images for name, control in controls.items()},
+    )
+    if protection is not None:
+        text += f"\nthe client's protection ({protection.mode}): {protection.guarantee}"
+    return scores, text
 
 
-def write(
-    args,
-    setting: Setting,
-    outcome: Outcome,
-    recorder: Recorder,
-    seconds: float,
-    folder: Path,
-    *,
-    stopped: str | None,
-    controls: dict[str, Control] | None,
-    information: dict | None,
-) -> None:
-    """Score and write everything else into `folder`: figures first, pictures last."""
-    target, truth, reporter = setting.target, setting.truth, recorder.progress.reporter
-    found, true = setting.images(outcome.final.x), None
-    write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
-    scores = None
-    if args.metric:
-        true = setting.images(truth.x)
-        scores, text = score_reconstruction(
-            found,
-            true,
-            setting.y,
-            truth.y,
-            by_index=args.one_to_one_similarity,
-            lpips_score=setting.lpips_score,
-            controls=controls and {name: control.images for name, control in controls.items()},
-        )
-        reporter.say(text)
-    losses = outcome.final.losses
+def write_result(args, setting: Setting, outcome: Outcome, folder: Path, **entries) -> None:
+    """Write result.json; entries: what only the caller knows."""
+    target, losses = setting.target, outcome.final.losses
     result = {
         "settings": vars(args),
         "target": {
@@ -1162,21 +1164,10 @@ def write(
         "git": git_revision(),
         "device": device_name(setting.device),
         "processes": setting.shard.size,
-        "seconds": seconds,
         "iterations": outcome.iterations,
-        "iterations_per_second": outcome.iterations / seconds,
-        "peak_memory_mib": peak_memory_mib(setting.device),
         "bn_source": setting.bn_source,
-        "stopped": stopped,
         "losses": {"gradient": losses.gradient, "total": losses.total, **losses.terms},
         "labels": label_record(args, setting),
-        "metrics": scores,
-        "controls": controls
-        and {
-            name: {"iterations": control.iterations, "seconds": control.seconds}
-            for name, control in controls.items()
-        },
-        "information": information,
         "seeds": [
             {
                 "seed": args.seed + index,
@@ -1186,22 +1177,46 @@ def write(
             }
             for index, run in enumerate(outcome.runs)
         ],
-        "rounds": recorder.rounds,
         "search": None if setting.search is None else search_record(setting.search),
     }
-    write_json(result, folder / "result.json")
-    save_pairs(found, true, scores, folder)
+    write_json(result | entries, folder / "result.json")
+
+
+def write(
+    args,
+    setting: Setting,
+    outcome: Outcome,
+    recorder: Recorder,
+    folder: Path,
+    entries: dict,
+    controls: dict[str, Control] | None = None,
+) -> str:
+    """Score and write everything, figures before pictures; return the table to print.
+
+    With controls, once more what they add to. entries: of result.json, which only the caller knows.
+    """
+    scores, text = score(args, setting, outcome, controls)
+    costs = controls and {
+        name: {"iterations": control.iterations, "seconds": control.seconds}
+        for name, control in controls.items()
+    }
+    found = setting.images(outcome.final.x)
+    true = setting.images(setting.truth.x) if args.metric else None
+    if not controls:
+        checkpoints.save(outcome.final.x.cpu(), str(folder / "x_recon.pth"))
+        checkpoints.save(setting.y, str(folder / "y_recon.pth"))
+        write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
+    write_result(args, setting, outcome, folder, metrics=scores, controls=costs, **entries)
     if controls:
-        pictures = {name: control.images for name, control in controls.items()}
-        save_controls(found, true, pictures, scores, folder / "controls.png")
+        images = {name: control.images for name, control in controls.items()}
+        save_controls(found, true, images, scores, folder / "controls.png")
+        return text
+    save_pairs(found, true, scores, folder)
     if recorder.rows:
         save_losses(loss_header(args), recorder.rows, recorder.rounds, folder / "losses.png")
     if recorder.rounds:
         save_choices(recorder.rounds, folder / "choices.png")
-    reporter.say(f"{outcome.iterations} iterations in {duration(seconds)}; written to {folder}")
-    if controls:
-        extra = sum(control.seconds for control in controls.values())
-        reporter.say(f"controls: {duration(extra)} beside that; --no-controls leaves them out")
+    return text
 
 
 def main(argv: list[str]) -> int:
@@ -1269,19 +1284,30 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         if args.shard == "seeds":
             recorder.rows = all_rows(recorder.rows, shard)
         say_outcome(args, outcome, reporter)
-        if shard.is_main:
-            write_images(setting, outcome, folder)
-        controls = None
         interrupted = shard.any(interrupts.signal is not None)
-        if not interrupted and controls_wanted(args, seconds, shard, reporter):
+        failed = math.isnan(outcome.final.losses.gradient)
+        entries = {
+            "seconds": seconds,
+            "iterations_per_second": outcome.iterations / seconds,
+            "peak_memory_mib": peak_memory_mib(setting.device),
+            "stopped": "interrupted" if interrupted else outcome.final.stopped,
+            "information": information,
+            "rounds": recorder.rounds,
+        }
+        text, controls = "", None
+        if shard.is_main:  # before anything more is done
+            text = write(args, setting, outcome, recorder, folder, entries)
+        if not (interrupted or failed) and controls_wanted(args, seconds, shard, reporter):
             controls = run_controls(args, setting, interrupts, reporter)
-        if shard.is_main:
-            write(
-                args, setting, outcome, recorder, seconds, folder,
-                stopped="interrupted" if interrupted else outcome.final.stopped,
-                controls=controls, information=information,
-            )  # fmt: skip
-    if math.isnan(outcome.final.losses.gradient):
+        if shard.is_main and controls:
+            text = write(args, setting, outcome, recorder, folder, entries, controls)
+        if text:
+            reporter.say(text)
+        reporter.say(f"{outcome.iterations} iterations in {duration(seconds)}; written to {folder}")
+        if controls:
+            extra = sum(control.seconds for control in controls.values())
+            reporter.say(f"controls: {duration(extra)} beside that; --no-controls leaves them out")
+    if failed:
         raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
     return 128 + interrupts.signal if interrupts.signal is not None else 0
 

@@ -5,7 +5,9 @@
 The checkpoint is what run.py attacks. Run with --help for all flags, --dry-run to check them.
 """
 
+import math
 import os
+import secrets
 import sys
 from dataclasses import asdict
 
@@ -105,6 +107,8 @@ def parser() -> Parser:
         help="clip the batch's gradient as the original, or every sample's")  # fmt: skip
     add("--sigma", type=number(low=0), help="standard deviation of the noise in the mean gradient")
     add("-C", "--max-per-sample-grad-norm", type=number(above=0), help="clip to this norm")
+    add("--noise-seed", type=integer_from(0),
+        help="draw the noise from it; default: --seed for batch, else chance")  # fmt: skip
     add("--delta", type=number(above=0, below=1), default=1e-5, help="of (epsilon, delta)")
     add("--dp-steps", type=integer_from(1), default=1, help="gradients that epsilon is for")
     add("--sample-rate", type=number(above=0, high=1), default=1.0,
@@ -205,7 +209,11 @@ def check(args) -> None:
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: a --data-backup is taken as "
                 "it is; leave it out"
             )
-    for flag, value in (("--sigma", args.sigma), ("-C", args.max_per_sample_grad_norm)):
+    for flag, value in (
+        ("--sigma", args.sigma),
+        ("-C", args.max_per_sample_grad_norm),
+        ("--noise-seed", args.noise_seed),
+    ):
         if value is not None and not args.enable_dp:
             raise InputError(f"{flag} {value:g}: belongs to --enable-dp; give it as well")
     if args.enable_dp and args.sigma is None and args.max_per_sample_grad_norm is None:
@@ -220,6 +228,8 @@ def check(args) -> None:
         raise InputError(f"{flag}: is for epsilon, and there is none without --dp-mode per-sample")
     if args.ra_mode != "all" and not args.ra:
         raise InputError(f"--ra-mode {args.ra_mode}: belongs to --ra; give it as well")
+    if args.ra and args.data_backup is not None:
+        raise InputError("--data-backup: --ra needs no images; leave it out")
     writable_folder(args.results, "--results")
 
 
@@ -289,8 +299,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     if shard.size > 1:
         reporter.say(f"{shard.size} processes share the batch")
     model.to(device)
-    # Another stream than that of the weights; the control goes on with it.
-    noise = torch.Generator().manual_seed(args.seed + 2**31)
+    noise = noise_generator(args)
+    protection = protection_from(args) if args.enable_dp else None
     try:
         sent, protected = update(args, model, x.to(device), y.to(device), noise, shard)
         other = None
@@ -302,16 +312,17 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         if is_out_of_memory(error) or is_lost_peer(error):
             raise
         raise InputError(refusal(args, spec.shape, error)) from error
-    if not all(torch.isfinite(g).all() for g in sent.gradient):
-        raise InputError(
-            f"--arch {args.arch}: the gradient of this batch is not finite; check the weights "
-            "and the images"
-        )
+    for gradient, images in ((sent.gradient, "this batch"), (other and other.gradient, "control")):
+        if not all(torch.isfinite(g).all() for g in gradient or ()):
+            raise InputError(
+                f"--arch {args.arch}: the gradient of {images} is not finite; check the weights "
+                "and the images"
+            )
     if not shard.is_main:
         return 0
-    gradient, protection, norms = sent.gradient, None, None
+    gradient, norms = sent.gradient, None
     if protected is not None:
-        gradient, protection = protected.gradient, protection_from(args)
+        gradient = protected.gradient
         norms = {
             "mean": protected.norm,
             "clipped": protected.clipped_norm,
@@ -349,6 +360,18 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     return 0
 
 
+def noise_generator(args) -> torch.Generator:
+    """The source of the noise, on the CPU; another stream than that of the weights.
+
+    For an ε the noise must be unknown and another every time, so that it is drawn from chance
+    unless --noise-seed asks for a run that can be repeated. The control goes on with the stream.
+    """
+    seed = args.noise_seed
+    if seed is None:
+        seed = secrets.randbits(31) if args.dp_mode == "per-sample" else args.seed
+    return torch.Generator().manual_seed(seed + 2**31)
+
+
 def update(args, model, x, y, noise, shard: Shard) -> tuple[Capture, Protected | None]:
     """What the client computes for a batch, and its gradient as protected under --enable-dp."""
     options = {"train_mode": not args.model_eval, "label_smoothing": args.label_smoothing}
@@ -367,9 +390,8 @@ def protection_from(args) -> Protection:
     if args.dp_mode == "batch":
         return Protection("batch", sigma, clip)
     multiplier = sigma * args.batch_size / clip
-    bound = None
-    if multiplier > 0:
-        bound = epsilon(multiplier, args.sample_rate, args.dp_steps, args.delta)
+    bound = epsilon(multiplier, args.sample_rate, args.dp_steps, args.delta)
+    bound = None if math.isinf(bound) else bound
     return Protection(
         "per-sample", sigma, clip, multiplier, bound, args.delta, args.dp_steps, args.sample_rate
     )
@@ -395,9 +417,15 @@ def say_protection(args, protected: Protected, protection: Protection, reporter)
         reporter.say(f"  {clipped} of {len(protected.sample_norms)} samples clipped")
     reporter.say(f"  {protection.guarantee}")
     if protection.epsilon is not None:
-        reporter.say("  that holds as long as nobody knows --seed, which draws the noise")
+        reporter.say(
+            "  for an audit: the noise comes of a plain generator"
+            + ("" if args.noise_seed is None else ", and whoever knows --noise-seed can redraw it")
+        )
     if args.upload_bn:
-        reporter.say("  the BatchNorm statistics beside it are sent without any protection")
+        reporter.say(
+            "  the BatchNorm statistics beside it are sent without any protection: what is sent "
+            "as a whole carries no guarantee"
+        )
 
 
 def refusal(args, image_shape, error: Exception) -> str:

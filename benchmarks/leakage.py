@@ -12,7 +12,7 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 from utils.report import table, write_csv
-from utils.scoring import OTHER_GRADIENT, leakage
+from utils.scoring import leakage
 
 #: What is correlated with the scores; the last is how many images of the batch share the label.
 FIGURES = ("ratio", "information", "norm", "cosine_distance", "same label")
@@ -78,7 +78,7 @@ def leakage_rows(results: dict[str, dict]) -> list[dict]:
             for key in ("mean", "low", "high"):
                 row[f"leakage {metric} {key}"] = scores["leakage"][metric][key]
         images = {name: [image[name] for image in scores["images"]] for name in ("psnr", "ssim")}
-        against_other = leakage(images, [scores["controls"][OTHER_GRADIENT]["images"]])
+        against_other = leakage(images, [scores["controls"]["other gradient"]["images"]])
         for key in ("mean", "low", "high"):
             row[f"above other gradient psnr {key}"] = against_other["psnr"][key]
         above = scores["leakage"]["psnr"]["images"]

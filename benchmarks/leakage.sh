@@ -40,12 +40,14 @@ information() {
   unset index
 }
 
-# Defences of the demo's client.
+# Defences of the demo's client, against the demo's attack and one with a stronger prior.
 defended() { # name seed flags...
   local name=$1 seed=$2
   shift 2
   capture "$name-$seed" $seed lenet -b 8 --outlayer-state keep --with-control "$@"
   attack "defence-$name-$seed" "$name-${seed}_lenet_random_photos_b8_i0" $seed $demo
+  attack "defence-$name-tv-$seed" "$name-${seed}_lenet_random_photos_b8_i0" $seed \
+    --epochs 3000 --lr 0.05 --TV 1e-2 --TV-end 1e-3
 }
 defences() {
   for seed in 0 1 2; do
@@ -53,7 +55,8 @@ defences() {
     defended batch-clip $seed --enable-dp -C 0.5
     defended batch-noise $seed --enable-dp -C 0.5 --sigma 0.01
     for sigma in 0.0001 0.001 0.01; do
-      defended sample-$sigma $seed --enable-dp --dp-mode per-sample -C 20 --sigma $sigma
+      defended sample-$sigma $seed --enable-dp --dp-mode per-sample -C 20 --sigma $sigma \
+        --noise-seed $seed
     done
   done
 }

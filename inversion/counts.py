@@ -189,6 +189,11 @@ def clipping_remark(e: Evidence) -> str:
     """What became of clipping, for the reader; empty where there was none."""
     if e.clipped:
         return "clipping could not be undone, too few classes are absent: expect errors"
+    if e.clip_factor is not None and e.clipped_each:
+        return (
+            f"every sample was clipped by a factor of its own; one of {e.clip_factor:.3g} was "
+            "divided out for all: expect errors"
+        )
     if e.clip_factor is not None:
         return f"clipping undone by an estimated factor of {e.clip_factor:.3g}"
     return ""

@@ -41,7 +41,8 @@ class Evidence:
     weight_grad: G (C, d), gradient of the head's weight. bias_grad: g (C,) of its bias, None where
     the head has none. weight, bias: W (C, d), b (C,). batch_size: B. label_smoothing: ε in [0, 1).
     sigma: standard deviation of noise added to the gradient. clipped: the gradient was scaled
-    down by an unknown factor; clip_factor: the one that was divided out. resolution: relative
+    down by an unknown factor; clip_factor: the one that was divided out; clipped_each: it was every
+    sample's gradient, by a factor of its own. resolution: relative
     rounding error of the gradient's numbers. public: (N, d) features of unlabelled public images,
     noise: (M, d) of noise images, as the attacked network makes them. non_negative: the head's
     inputs are never negative. is_surrogate: bias_grad is no gradient that was sent, but a stand-in
@@ -57,6 +58,7 @@ class Evidence:
     sigma: float = 0.0
     clipped: bool = False
     clip_factor: float | None = None
+    clipped_each: bool = False
     resolution: float = 2.0**-24
     public: Tensor | None = None
     noise: Tensor | None = None
@@ -157,6 +159,7 @@ def gather_evidence(
         label_smoothing=target.label_smoothing,
         sigma=protection.sigma if protection else 0.0,
         clipped=_was_clipped(target),
+        clipped_each=protection is not None and protection.mode == "per-sample",
         resolution=_resolution(gradients[f"{name}.weight"]),
         public=None if public is None else probe,
         noise=None if noise is None else probe,

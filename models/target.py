@@ -41,12 +41,16 @@ class Protection:
                 "image"
             )
         if self.epsilon is None:
-            why = "its epsilon was not told" if self.sigma else "without noise epsilon is infinite"
+            why = (
+                "epsilon is not told or too large"
+                if self.sigma
+                else "without noise epsilon is infinite"
+            )
             return f"this carries no differential-privacy guarantee: {why}"
         return (
             f"noise multiplier {self.noise_multiplier:.4g}: epsilon {self.epsilon:.4g} at delta "
             f"{self.delta:g} over {self.steps} step(s) of sample rate {self.sample_rate:g}, for "
-            "one sample more or less"
+            "one sample more or less, the batch size being public"
         )
 
 
@@ -150,7 +154,7 @@ def truth_from_checkpoint(checkpoint: dict) -> GroundTruth | None:
         return None
     control = checkpoint.get("control")
     if control is not None:
-        mean, var = control["bn_mean_list"], control["bn_var_list"]
+        mean, var = control.get("bn_mean_list"), control.get("bn_var_list")
         control = OtherUpdate(
             tuple(control["target_gradient"]),
             tuple(mean) if mean else None,

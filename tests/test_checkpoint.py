@@ -253,6 +253,11 @@ def test_unfit_checkpoints_are_refused(captured, tmp_path, change, message):
         ({"y_true": torch.tensor([1, 2, 8])}, "labels 1 to 8, but the classes are 0 to 7"),
         ({"y_true": [1, 2, 3]}, "labels for a batch of 3"),
         ({"control": [1]}, "its control is no gradient"),
+        ({"control": {"target_gradient": torch.ones(8)}}, "its control is no gradient"),
+        (
+            {"control": {"target_gradient": [], "bn_mean_list": torch.ones(2)}},
+            "its control is no gradient",
+        ),
         ({"control": {"target_gradient": [torch.ones(2)]}}, "its control is no gradient"),
         ({"replace_bn": "nothing"}, "BatchNorm was replaced by 'nothing'"),
     ],

@@ -241,6 +241,13 @@ def test_epsilon_of_one_full_batch_by_the_closed_form():
         assert bounds.min() - 1e-9 <= epsilon(s, 1.0, 1, 1e-5) <= 1.02 * bounds.min() + 0.01
 
 
+def test_epsilon_at_the_edges():
+    for multiplier in (0.0, 1e-200, 1e-160):
+        assert epsilon(multiplier, 1.0, 1, 1e-5) == math.inf
+    assert epsilon(1e-11, 1.0, 1, 1e-5) > 1e20
+    assert epsilon(2000.0, 1.0, 1, 1e-3) == 0.0  # never below
+
+
 def test_what_buys_privacy_and_what_does_not():
     base = epsilon(1.0, 0.1, 10, 1e-5)
     assert epsilon(2.0, 0.1, 10, 1e-5) < base < epsilon(1.0, 0.2, 10, 1e-5)
@@ -277,7 +284,7 @@ def test_a_private_step_is_recorded_said_and_told(tmp_path):
     (log,) = tmp_path.glob("*.log")
     for text in (
         "one sample, highest", "4 of 4 samples clipped", "noise multiplier 1.1: epsilon 1.712",
-        "holds as long as nobody knows --seed", "4 BatchNorm layers replaced by groupnorm",
+        "the noise comes of a plain generator", "4 BatchNorm layers replaced by groupnorm",
     ):  # fmt: skip
         assert text in log.read_text()
     result, folder = attack(tmp_path, path, "--epochs", 2, "--metric", "--BN", 0)
@@ -299,6 +306,7 @@ def test_clipping_alone_is_no_privacy(tmp_path):
     (log,) = tmp_path.glob("*.log")
     assert "without noise epsilon is infinite" in log.read_text()
     assert "BatchNorm statistics beside it are sent without any protection" in log.read_text()
+    assert "as a whole carries no guarantee" in log.read_text()
     out = succeed(
         "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--labels", "0,1,2,3"
     ).out
@@ -309,7 +317,7 @@ def test_clipping_alone_is_no_privacy(tmp_path):
 def test_samples_clipped_in_two_processes(captured):
     flags = (
         "-a", "lenet", "-b", "5", "--enable-dp", "--dp-mode", "per-sample", "--sigma", "0.1",
-        "-C", "2", "--with-control",
+        "-C", "2", "--with-control", "--noise-seed", "3",
     )  # fmt: skip
     alone, shared = (load(str(captured(*flags, "--nproc", n))) for n in ("1", "2"))
     pairs = [(alone["target_gradient"], shared["target_gradient"])]
@@ -319,6 +327,33 @@ def test_samples_clipped_in_two_processes(captured):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     norms = [of["protection_norms"]["samples"] for of in (alone, shared)]
     torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+
+
+def test_noise_under_an_epsilon_is_another_every_time(tmp_path):
+    """Not of --seed, which draws the weights that the attacker has as well; nor twice the same."""
+    flags = (
+        "-a", "lenet", "-b", "3", "--enable-dp", "--dp-mode", "per-sample", "--sigma", "0.5",
+        "-C", "1",
+    )  # fmt: skip
+    seeded = ("--noise-seed", "0")
+    sent = [
+        load(str(capture_photos(tmp_path / str(i), *flags, *extra)))["target_gradient"][0]
+        for i, extra in enumerate(((), (), seeded, seeded, ("--noise-seed", "1")))
+    ]
+    by_seed = [torch.equal(a, b) for a, b in zip(sent, sent[1:], strict=False)]
+    assert by_seed == [False, False, True, False]
+    assert "whoever knows --noise-seed" in next((tmp_path / "2").glob("*.log")).read_text()
+
+
+def test_labels_of_clipped_samples_are_said_to_be_rough(tmp_path):
+    flags = ("-a", "resnet18", "-b", "12", "--distinct-labels", "2", "--target-idx", "1")
+    private = ("--enable-dp", "--dp-mode", "per-sample", "-C", "0.5", "--model-eval")
+    path = capture_photos(tmp_path, *flags, *private)
+    outcome = succeed(
+        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1",
+        "--pseudo-label-init", "from_grads",
+    )  # fmt: skip
+    assert "every sample was clipped by a factor of its own" in outcome.out
 
 
 # GroupNorm for BatchNorm --------------------------------------------------------------------

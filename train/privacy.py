@@ -1,5 +1,6 @@
 """What the client does to its gradient before it sends it, and what privacy that buys."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,25 +99,31 @@ def clip_factors(norms: Tensor, clip: float) -> Tensor:
 #: Rényi orders beside opacus' own, for very little and very much noise.
 LOW_ORDERS = [1 + k / 100 for k in range(1, 10)]
 HIGH_ORDERS = [96, 128, 256, 512, 1024]
+SMALLEST_MULTIPLIER = 1e-12
 
 
 def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """ε of (ε, delta)-differential privacy after `steps` gradients of DP-SGD, by opacus.
 
     Rényi accounting of the Poisson-subsampled Gaussian mechanism (Mironov et al., 2019) between
-    data sets that differ by one sample more or less. noise_multiplier > 0: noise in the sum of
-    clipped gradients over their largest norm. sample_rate in (0, 1]: chance of every sample of the
-    client to be in a batch; 1 is no subsampling. delta in (0, 1). Where samples are replaced, not
-    added, or batches are of fixed size, this is not the bound.
+    data sets that differ by one sample more or less, where what the sum is divided by, B, is fixed
+    and public. noise_multiplier ≥ 0: noise in the sum of clipped gradients over their largest
+    norm. sample_rate in (0, 1]: chance of every sample of the client to be in a batch; 1 is no
+    subsampling. delta in (0, 1). Infinite without noise. Where a sample is replaced, not added,
+    the sum changes by twice as much: give half the multiplier. Batches of fixed size drawn
+    without replacement have another bound than these at sample_rate < 1.
     """
     from opacus.accountants import RDPAccountant  # two seconds that only this needs
+
+    if noise_multiplier < SMALLEST_MULTIPLIER:  # the squares would underflow
+        return math.inf
 
     accountant = RDPAccountant()
     accountant.history = [(noise_multiplier, sample_rate, steps)]
     alphas = [*LOW_ORDERS, *RDPAccountant.DEFAULT_ALPHAS, *HIGH_ORDERS]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # beyond these orders the bound is only less tight
-        return float(accountant.get_epsilon(delta, alphas=alphas))
+        return max(0.0, float(accountant.get_epsilon(delta, alphas=alphas)))
 
 
 def _with_noise(

@@ -156,8 +156,8 @@ def make_checkpoint(
     if control is not None:
         checkpoint["control"] = {
             "target_gradient": _stored_list(control["gradient"]),
-            "bn_mean_list": _stored_list(control["bn_mean"]),
-            "bn_var_list": _stored_list(control["bn_var"]),
+            "bn_mean_list": _stored_list(control.get("bn_mean")),
+            "bn_var_list": _stored_list(control.get("bn_var")),
         }
     if truth is not None:
         checkpoint["x_true"], checkpoint["y_true"] = _stored(truth[0]), _stored(truth[1])
@@ -378,11 +378,9 @@ def check_control(control, checkpoint: dict, source: str) -> None:
     """Raise InputError unless `control` is another gradient for the checkpoint's network."""
 
     def fits(key):
-        if not isinstance(control, dict):
-            return False
         ours, theirs = control.get(key), checkpoint.get(key)
-        if not ours or not theirs:
-            return not ours and not theirs
+        if not theirs:
+            return ours is None or (isinstance(ours, list | tuple) and not ours)
         return (
             isinstance(ours, list | tuple)
             and all(isinstance(v, Tensor) and bool(v.isfinite().all()) for v in ours)
@@ -390,7 +388,7 @@ def check_control(control, checkpoint: dict, source: str) -> None:
         )
 
     keys = ("target_gradient", "bn_mean_list", "bn_var_list")
-    if not all(fits(key) for key in keys):
+    if not (isinstance(control, dict) and all(fits(key) for key in keys)):
         raise InputError(
             f"{source}: its control is no gradient of this network with as many BN statistics; "
             "capture it anew with training.py --with-control"
