@@ -26,11 +26,11 @@ attack() { # id checkpoint seed flags...
 }
 demo="--epochs 3000 --lr 0.05 --TV 1e-4 --TV-end 1e-6"
 
-# Gradient information ratio and PSNR of 64 crops in batches of eight, for three networks; in the
-# batches of the third no label comes twice.
+# Gradient information ratio and PSNR of 64 crops in batches of eight, for five networks; in the
+# batches of the last three no label comes twice.
 information() {
-  for seed in 0 1 2; do
-    labels=$([ $seed = 2 ] && echo "--distinct-labels 8" || true)
+  for seed in 0 1 2 3 4; do
+    labels=$([ $seed -gt 1 ] && echo "--distinct-labels 8" || true)
     for index in 1 2 3 4 5 6 7 8; do
       capture "s$seed" $seed lenet -b 8 --outlayer-state keep --target-idx $index $labels
       attack information-$seed-$index "s${seed}_lenet_random_photos_b8_i$index" $seed \
