@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 
@@ -293,9 +294,9 @@ def test_time_of_controls_stands_apart(demo_runs, captured, tmp_path):
     assert result["iterations"] == 300
     seconds = {name: of["seconds"] for name, of in result["controls"].items()}
     assert [of["iterations"] for of in result["controls"].values()] == [0, 300, 300]
-    assert seconds["mean image"] == 0 < seconds["prior only"] < seconds["other gradient"]
+    assert seconds["mean image"] == 0 < min(seconds["prior only"], seconds["other gradient"])
     assert result["iterations_per_second"] == pytest.approx(300 / result["seconds"])
-    assert "controls: 0:0" in log
+    assert re.search(r"controls: \d+:\d\d beside that", log)
     alone, folder = attack(tmp_path, captured(*DEMO), *SHORT, "--no-controls")
     assert alone["controls"] is alone["metrics"]["controls"] is alone["metrics"]["leakage"] is None
     assert alone["metrics"]["mean"] == result["metrics"]["mean"]
