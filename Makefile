@@ -35,7 +35,8 @@ demo: $(READY) ## reconstruct eight photographs from one gradient (about a minut
 		--TV 1e-4 --TV-end 1e-6 --grad-sign --input-boxed --min-grads-loss --metric
 	cp $(DEMO)/results/exp/demo/pairs.png Demo_images/photos_lenet.png
 	cp $(DEMO)/results/exp/demo/losses.png Demo_images/photos_lenet_losses.png
-	@echo "pictures: Demo_images/photos_lenet.png, Demo_images/photos_lenet_losses.png"
+	cp $(DEMO)/results/exp/demo/controls.png Demo_images/photos_lenet_controls.png
+	@echo "pictures: Demo_images/photos_lenet.png, photos_lenet_losses.png, photos_lenet_controls.png"
 
 test: $(READY) ## run all tests (CPU; those that need a GPU are skipped without one)
 	$(PY) -m pytest -q -n 2 --dist loadfile

@@ -407,10 +407,10 @@ def say_protection(args, protected: Protected, protection: Protection, reporter)
             rows.append([f"one sample, {name}", *(of(v).item() for v in (before, after)), ""])
     rows.append(["mean", protected.norm, protected.clipped_norm, protected.sent_norm])
     header = ["gradient norm", "before", "clipped", "sent"]
+    clipping = "no clipping" if protection.clip is None else f"clipping to {protection.clip:g}"
     reporter.say(
-        f"protection ({protection.mode}): clipping to "
-        f"{'nothing' if protection.clip is None else format(protection.clip, 'g')}, noise of "
-        f"{protection.sigma:g} a number\n{table(header, rows)}"
+        f"protection ({protection.mode}): {clipping}, noise of {protection.sigma:g} a number\n"
+        f"{table(header, rows)}"
     )
     if protected.sample_norms is not None:
         clipped = int((protected.sample_norms > protection.clip).sum())
