@@ -15,7 +15,7 @@ from utils.report import table, write_csv
 from utils.scoring import leakage
 
 #: What is correlated with the scores; the last is how many images of the batch share the label.
-FIGURES = ("ratio", "information", "norm", "cosine_distance", "same label")
+FIGURES = ("ratio", "information", "norm", "cosine_distance", "confidence", "same label")
 CONTROLS = ("mean image", "prior only", "other gradient")
 
 
@@ -31,7 +31,7 @@ def information_rows(results: dict[str, dict]) -> list[dict]:
             labels = result["information"]["label"]
             figures["same label"] = labels.count(labels[i])
             rows.append(
-                {"seed": int(found[1]), "batch": int(found[2]), "image": i}
+                {"seed": int(found[1]), "batch": int(found[2]), "image": i, "label": labels[i]}
                 | figures
                 | {"psnr": image["psnr"], "ssim": image["ssim"]}
             )
@@ -40,9 +40,10 @@ def information_rows(results: dict[str, dict]) -> list[dict]:
 
 def correlations(rows: list[dict]) -> str:
     """Spearman's correlation of every figure with PSNR and SSIM, by network and within batches."""
-    lines = []
+    lines, shares = [], []
     for seed in sorted({row["seed"] for row in rows}):
         of_seed = [row for row in rows if row["seed"] == seed]
+        shares.append(f"seed {seed} {100 * between_classes(of_seed):.2f} %")
         batches = [
             [row for row in of_seed if row["batch"] == batch]
             for batch in sorted({row["batch"] for row in of_seed})
@@ -59,7 +60,18 @@ def correlations(rows: list[dict]) -> str:
                 line += [f"{statistics.mean(inner):+.2f}"]
             lines.append(line)
     header = ["seed", "figure", "images", "PSNR", "PSNR in a batch", "SSIM", "SSIM in a batch"]
-    return table(header, lines)
+    return (
+        f"{table(header, lines)}\nshare of the ratio's variance that lies between classes: "
+        f"{', '.join(shares)}"
+    )
+
+
+def between_classes(rows: list[dict]) -> float:
+    """Share of the ratio's variance that the classes' means explain."""
+    classes = {row["label"] for row in rows}
+    of_class = {k: [row["ratio"] for row in rows if row["label"] == k] for k in classes}
+    means = [statistics.mean(of_class[row["label"]]) for row in rows]
+    return statistics.pvariance(means) / statistics.pvariance([row["ratio"] for row in rows])
 
 
 def leakage_rows(results: dict[str, dict]) -> list[dict]:
