@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from inversion.leakage import gradient_information_ratio
 from inversion.objective import Objective, Weights
 from inversion.pixel_gradient import exact, plain
 from models.build import build_model
 from tests import shared_work
 from tests.support import attack, cosine, photos, target_of
+from train.privacy import protect_per_sample
 from utils.distributed import ALONE, Group, Shard, _joined, free_address, launch, sum_tensors
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +44,38 @@ def test_mlco_on_the_gpu(captured, tmp_path, offload):
     assert result["device"].startswith("cuda:0")
     assert result["iterations"] == 3 * 12 + 8
     assert result["peak_memory_mib"] > 0
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_measures_equal_those_of_the_cpu(train_mode):
+    """Gradient information ratio and clipped samples, float64."""
+    x, y = photos(4, 64)
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = build_model("resnet18", 8, (3, 64, 64)).double().to(device)
+        images, labels = x.double().to(device), y.to(device)
+        information = gradient_information_ratio(model, images, labels, train_mode=train_mode)
+        figures = [information.norm, information.information, information.ratio]
+        if not train_mode:
+            gradient = [torch.zeros_like(p) for p in model.parameters()]
+            sent = protect_per_sample(
+                gradient, 0.1, 0.5, torch.Generator().manual_seed(0), model=model, x=images,
+                y=labels, train_mode=False,
+            )  # fmt: skip
+            figures += [sent.sample_norms, torch.cat([g.flatten() for g in sent.gradient]).cpu()]
+        found.append(torch.cat(figures))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+
+
+def test_controls_on_the_gpu(captured, tmp_path):
+    path = captured("-a", "convnet", "-b", "3", "--upload-bn", "--with-control")
+    result, _ = attack(
+        tmp_path, path, "--epochs", 5, "--BN", 0.01, "--exact-bn", "--metric", "--GInfoR",
+        "--gpu", 0,
+    )  # fmt: skip
+    assert result["controls"].keys() == {"mean image", "prior only", "other gradient"}
+    assert sum(result["information"]["ratio"]) == pytest.approx(100)
 
 
 def test_two_processes_on_one_gpu(tmp_path):
