@@ -768,13 +768,15 @@ class Recorder:
     interrupts: Interrupts
     save_consensus: Callable[[int, Tensor], None]
     title: str = ""
+    has_gradient: bool = True
     rows: list = field(default_factory=list)
     rounds: list[dict] = field(default_factory=list)
 
     def on_step(self, index: int | None, step: int, losses: Losses, rate: float) -> bool:
         """Take note of an iteration of seed number `index` or the consensus; true asks to stop."""
         name = CONSENSUS if index is None else self.args.seed + index
-        values = {"total": losses.total, "gradient": losses.gradient, **losses.terms}
+        gradient = {"gradient": losses.gradient} if self.has_gradient else {}
+        values = {"total": losses.total, **gradient, **losses.terms}
         self.progress.step(self.title + (name if index is None else f"seed {name}"), values)
         if step % max(1, self.args.epochs // RECORDED_STEPS) == 0 or step == self.args.epochs - 1:
             terms = [losses.terms.get(term, "") for term in term_names(self.args)]
@@ -1053,7 +1055,8 @@ def run_controls(
             continue
         total = total_iterations(flags, own_seeds(flags, setting.shard))
         progress = Progress(total, args.print_freq, reporter)
-        recorder = Recorder(flags, progress, interrupts, lambda *_: None, f"control, {name}: ")
+        title, has_gradient = f"control, {name}: ", method is not prior_only
+        recorder = Recorder(flags, progress, interrupts, lambda *_: None, title, has_gradient)
         try:
             outcome = attack(flags, replace(setting, objective=objective), recorder, method)
         finally:

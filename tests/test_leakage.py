@@ -159,7 +159,10 @@ def test_verdict(psnr, ssim, verdict):
     assert text.startswith(verdict)
     assert "best of the controls prior only" in text
     assert f"{sum(v > 0 for v in psnr)} of {len(psnr)} images stand above" in text
-    assert f"image {int(np.argmax(psnr))} the most" in text
+    best = int(np.argmax(psnr))
+    assert (f"image {best} the most, by +" in text) == (max(psnr) > 0)
+    assert (f"image {best} is nearest, " in text) == (max(psnr) <= 0)
+    assert ("look at them" in text) == ("not shown" in verdict)
     assert ("95 % interval" in text) == ("too narrow" in text) == (len(psnr) > 1)
     assert ("nothing follows about a defence" in text) == (max(psnr) < 0)
 

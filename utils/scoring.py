@@ -15,6 +15,8 @@ from utils.report import table
 LEAKAGE_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
 #: Bootstrap intervals of fewer images are said to be too narrow.
 FEW_IMAGES = 8
+#: An attack is said to do worse than its controls where it is by more than this, in dB.
+CLEARLY_WORSE = 1.0
 #: Classes that are printed, the most frequent ones first.
 PRINTED_CLASSES = 40
 
@@ -112,6 +114,7 @@ def score_reconstruction(
                 "label": int(y_found[source]),
                 **values,
                 "above_baselines": values["psnr"] > floor,
+                "flat_psnr": floor,
             }
         )
     pairing = "index" if by_index else "assignment"
@@ -145,7 +148,7 @@ def score_reconstruction(
             image["reconstruction"],
             f"{image['label_true']} / {image['label']}",
             *(image[name] for name in names),
-            "yes" if image["above_baselines"] else "no: a flat image scores as well",
+            "yes" if image["above_baselines"] else f"no: flat {image['flat_psnr']:.1f} dB",
         ]
         for image in images
     ]
@@ -159,8 +162,8 @@ def score_reconstruction(
     header = ["image", "paired with", "label true / used", "MSE", "PSNR dB", "SSIM", "LPIPS"]
     below = sum(not image["above_baselines"] for image in images)
     verdict = (
-        f"{below} of {len(true)} images score no better in PSNR than a flat image: those are no "
-        "reconstructions"
+        f"{below} of {len(true)} images score no better in PSNR than a flat image: by that measure "
+        "those are no reconstructions (for dark images see SSIM and the pictures)"
         if below
         else "every image scores above a grey image and above its own mean colour"
     )
@@ -208,12 +211,16 @@ def leakage_verdict(found: Mapping[str, Mapping], alone: Mapping[str, Mapping]) 
     """
     above = found["psnr"]["images"]
     highest = max(range(len(above)), key=above.__getitem__)
+    comes = (
+        f"image {highest} the most, by" if above[highest] > 0 else f"image {highest} is nearest,"
+    )
     if any(_bound(of, "low") > 0 for of in found.values()):
         verdict = "leakage above the prior"
     elif max(above) <= 0 or all(_bound(of, "high") < 0 for of in found.values()):
         verdict = "no leakage above the prior"
     else:
         verdict = "leakage above the prior not shown on average"
+        comes = f"look at them: {comes}"
     lines = [
         f"{verdict}: {', '.join(_difference(name, of) for name, of in found.items())} over "
         f"{len(above)} image(s), against each one's best of the controls {', '.join(alone)}",
@@ -223,12 +230,12 @@ def leakage_verdict(found: Mapping[str, Mapping], alone: Mapping[str, Mapping]) 
             for control, differences in alone.items()
         ),
         f"{sum(value > 0 for value in above)} of {len(above)} images stand above every control in "
-        f"PSNR, image {highest} the most, by {above[highest]:+.2f} dB",
+        f"PSNR, {comes} {above[highest]:+.2f} dB",
     ]
-    if _bound(found["psnr"], "high") < 0:
+    if _bound(found["psnr"], "high") < -CLEARLY_WORSE:
         lines.append(
-            "the attack does worse than without the gradient: it is badly tuned for it (try more "
-            "--TV, or the search), so nothing follows about a defence"
+            "the attack does worse than without the gradient: there is nothing to find, or it is "
+            "badly tuned for it (try more --TV, or the search); nothing follows about a defence"
         )
     if 1 < len(above) < FEW_IMAGES:
         lines.append(f"fewer than {FEW_IMAGES} images: the interval is too narrow, a hint at most")
@@ -273,5 +280,6 @@ def information_table(
     before = ", before protection" if protected else ""
     return (
         f"gradient information ratio ({kind}{before}; distances and signs against the batch's "
-        f"gradient)\n{table(header, rows, separated=1)}"
+        f"gradient; ratio: share of the information after a shift by the smallest, if negative; no "
+        f"measure of risk)\n{table(header, rows, separated=1)}"
     )
