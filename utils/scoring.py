@@ -15,8 +15,8 @@ from utils.report import table
 LEAKAGE_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
 #: Bootstrap intervals of fewer images are said to be too narrow.
 FEW_IMAGES = 8
-#: An attack is said to do worse than its controls where it is by more than this, in dB.
-CLEARLY_WORSE = 1.0
+#: In dB: what counts as clearly above the controls for an image, and as clearly below for all.
+CLEAR_DIFFERENCE = 1.0
 #: Classes that are printed, the most frequent ones first.
 PRINTED_CLASSES = 40
 
@@ -205,9 +205,9 @@ def leakage_verdict(found: Mapping[str, Mapping], alone: Mapping[str, Mapping]) 
     """What the differences to the controls say of leakage, in words.
 
     found: of `leakage` with all controls; alone: control → the same with that one only. There is
-    leakage where the interval of some metric lies above 0, and none where all lie below 0 or no
-    image stands above every control; between the two it is not shown on average. One image has no
-    interval: its difference decides.
+    leakage where the interval of some metric lies above 0. There is none where no image stands
+    above every control, or all intervals lie below 0 and none clearly does. Between the two it is
+    not shown on average. One image has no interval: its difference decides.
     """
     above = found["psnr"]["images"]
     highest = max(range(len(above)), key=above.__getitem__)
@@ -216,7 +216,9 @@ def leakage_verdict(found: Mapping[str, Mapping], alone: Mapping[str, Mapping]) 
     )
     if any(_bound(of, "low") > 0 for of in found.values()):
         verdict = "leakage above the prior"
-    elif max(above) <= 0 or all(_bound(of, "high") < 0 for of in found.values()):
+    elif max(above) <= 0 or (
+        max(above) <= CLEAR_DIFFERENCE and all(_bound(of, "high") < 0 for of in found.values())
+    ):
         verdict = "no leakage above the prior"
     else:
         verdict = "leakage above the prior not shown on average"
@@ -232,7 +234,7 @@ def leakage_verdict(found: Mapping[str, Mapping], alone: Mapping[str, Mapping]) 
         f"{sum(value > 0 for value in above)} of {len(above)} images stand above every control in "
         f"PSNR, {comes} {above[highest]:+.2f} dB",
     ]
-    if _bound(found["psnr"], "high") < -CLEARLY_WORSE:
+    if _bound(found["psnr"], "high") < -CLEAR_DIFFERENCE:
         lines.append(
             "the attack does worse than without the gradient: there is nothing to find, or it is "
             "badly tuned for it (try more --TV, or the search); nothing follows about a defence"
