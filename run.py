@@ -563,10 +563,6 @@ class Setting:
         target = self.target
         return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
 
-    def on_device(self, x: Tensor) -> Tensor:
-        """Images as the network takes them."""
-        return x.to(self.device, self.target.gradient[0].dtype)
-
     def images(self, x: Tensor) -> Tensor:
         """Normalised images as [0, 1] on the CPU."""
         return denormalise(x, self.target.mean, self.target.std)
@@ -958,7 +954,7 @@ def information_of(args, setting: Setting, reporter: Reporter) -> dict:
     truth, target = setting.truth, setting.target
     found = gradient_information_ratio(
         setting.objective.model,
-        setting.on_device(truth.x),
+        truth.x.to(setting.device, target.gradient[0].dtype),
         truth.y.to(setting.device),
         train_mode=target.train_mode,
         label_smoothing=target.label_smoothing,

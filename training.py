@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -18,8 +18,8 @@ from models.build import HEAD_INITS, architectures, build_model, find_head, init
 from models.gradient import couples_samples, trainable_parameters
 from models.pretrained import load_pretrained
 from models.rank_analysis import MODES, rank_analysis
-from models.target import OtherUpdate, Protection
-from train.capture import Capture, capture
+from models.target import Protection, Update
+from train.capture import capture
 from train.datasets import (
     DATASETS,
     Request,
@@ -306,8 +306,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         other = None
         if x_other is not None:
             other, changed = update(args, model, x_other.to(device), y.to(device), noise, shard)
-            gradient = other.gradient if changed is None else changed.gradient
-            other = OtherUpdate(gradient, other.bn_mean, other.bn_var)
+            if changed is not None:
+                other = replace(other, gradient=changed.gradient)
     except (RuntimeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error) or is_lost_peer(error):
             raise
@@ -372,7 +372,7 @@ def noise_generator(args) -> torch.Generator:
     return torch.Generator().manual_seed(seed + 2**31)
 
 
-def update(args, model, x, y, noise, shard: Shard) -> tuple[Capture, Protected | None]:
+def update(args, model, x, y, noise, shard: Shard) -> tuple[Update, Protected | None]:
     """What the client computes for a batch, and its gradient as protected under --enable-dp."""
     options = {"train_mode": not args.model_eval, "label_smoothing": args.label_smoothing}
     sent = capture(model, x, y, capture_bn=args.upload_bn, shard=shard, **options)

@@ -12,7 +12,6 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 from utils.report import table, write_csv
-from utils.scoring import leakage
 
 #: What is correlated with the scores; the last is how many images of the batch share the label.
 FIGURES = ("ratio", "information", "norm", "cosine_distance", "confidence", "same label")
@@ -89,10 +88,9 @@ def leakage_rows(results: dict[str, dict]) -> list[dict]:
         for metric in ("psnr", "ssim"):
             for key in ("mean", "low", "high"):
                 row[f"leakage {metric} {key}"] = scores["leakage"][metric][key]
-        images = {name: [image[name] for image in scores["images"]] for name in ("psnr", "ssim")}
-        against_other = leakage(images, [scores["controls"]["other gradient"]["images"]])
         for key in ("mean", "low", "high"):
-            row[f"above other gradient psnr {key}"] = against_other["psnr"][key]
+            against_other = scores["controls"]["other gradient"]["leakage"]["psnr"]
+            row[f"above other gradient psnr {key}"] = against_other[key]
         above = scores["leakage"]["psnr"]["images"]
         row |= {"images above": sum(v > 0 for v in above), "images": len(above)}
         row["attack seconds"] = result["seconds"]
@@ -154,12 +152,12 @@ def main() -> None:
         ("information", information_rows(results), correlations),
         ("leakage", leakage_rows(results), summary),
     ):
-        if rows:
-            print(text(rows))
-        if rows and args.rows:
-            write_csv(
-                list(rows[0]), [list(row.values()) for row in rows], args.rows / f"{name}.csv"
-            )
+        if not rows:
+            continue
+        print(text(rows))
+        if args.rows:
+            values = [list(row.values()) for row in rows]
+            write_csv(list(rows[0]), values, args.rows / f"{name}.csv")
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class OtherUpdate:
-    """What the client would have sent for other images with the same labels; as in `Target`."""
+class Update:
+    """What a client computes for a batch; gradient, bn_mean and bn_var as in `Target`."""
 
     gradient: tuple[Tensor, ...]
     bn_mean: tuple[Tensor, ...] | None = None
@@ -105,11 +105,14 @@ class OtherUpdate:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """For scoring only: the private batch, x (B, C, H, W) normalised, y (B,), and a control."""
+    """For scoring only: the private batch, x (B, C, H, W) normalised, y (B,).
+
+    control: what the client would have sent for other images with the same labels, if stored.
+    """
 
     x: Tensor
     y: Tensor
-    control: OtherUpdate | None = None
+    control: Update | None = None
 
 
 def target_from_checkpoint(checkpoint: dict) -> Target:
@@ -155,7 +158,7 @@ def truth_from_checkpoint(checkpoint: dict) -> GroundTruth | None:
     control = checkpoint.get("control")
     if control is not None:
         mean, var = control.get("bn_mean_list"), control.get("bn_var_list")
-        control = OtherUpdate(
+        control = Update(
             tuple(control["target_gradient"]),
             tuple(mean) if mean else None,
             tuple(var) if var else None,

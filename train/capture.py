@@ -1,21 +1,11 @@
 """What the client computes and sends: the gradient, and its BatchNorm statistics if asked."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from models.batchnorm import batch_statistics, batchnorm_layers
 from models.gradient import batch_gradient
+from models.target import Update
 from utils.distributed import ALONE, Shard, sum_tensors
-
-
-@dataclass(frozen=True)
-class Capture:
-    """gradient: a tensor a trainable parameter. bn_mean, bn_var: (C_l,) a BN layer, or None."""
-
-    gradient: tuple[Tensor, ...]
-    bn_mean: tuple[Tensor, ...] | None
-    bn_var: tuple[Tensor, ...] | None
 
 
 def capture(
@@ -27,7 +17,7 @@ def capture(
     label_smoothing: float = 0.0,
     capture_bn: bool = False,
     shard: Shard = ALONE,
-) -> Capture:
+) -> Update:
     """Compute what a client sends for the batch `x` (B, C, H, W) normalised, `y` (B,).
 
     The gradient is that of the mean cross-entropy (models/gradient.py), whose labels
@@ -50,8 +40,8 @@ def capture(
             pairs = moments()
     gradient = sum_tensors(gradient, shard)
     if not capture_bn:
-        return Capture(gradient, None, None)
-    return Capture(
+        return Update(gradient)
+    return Update(
         gradient,
         tuple(mean.detach() for mean, _ in pairs),
         tuple(var.detach() for _, var in pairs),

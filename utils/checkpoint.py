@@ -143,7 +143,7 @@ def make_checkpoint(
         },
         "free_last_layers_list": ["all"],
         "trainable": list(parameters),
-        "target_gradient": [_stored(g) for g in gradient],
+        "target_gradient": _stored_list(gradient),
         "bn_mean_list": _stored_list(bn_mean),
         "bn_var_list": _stored_list(bn_var),
         "label_smoothing": float(label_smoothing),
