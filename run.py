@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from inversion.audit.scoring import (
+    OTHER_GRADIENT,
+    information_table,
+    label_table,
+    score_reconstruction,
+)
+from inversion.audit.truth import (
+    SAME_BATCH,
+    Finish,
+    TruthCheck,
+    arrival,
+    check_truth_gradient,
+    second_half_fall,
+)
+from inversion.audit.verdict import IDENTIFIABLE, LEAKAGE_DIGITS, RECONSTRUCTION
 from inversion.combine import Combination, combination_method
 from inversion.distances import GRADIENT_DISTANCES
 from inversion.labels import (
@@ -52,12 +67,14 @@ from models.gradient import trainable_parameters
 from models.target import (
     GroundTruth,
     Target,
+    Update,
     model_of,
     target_from_checkpoint,
     truth_from_checkpoint,
 )
 from utils import checkpoint as checkpoints
 from utils import metrics
+from utils.binding import check_bound
 from utils.cli import (
     FaultError,
     InputError,
@@ -79,6 +96,7 @@ from utils.images import (
     normalise,
     save_choices,
     save_controls,
+    save_decoys,
     save_losses,
     save_pairs,
     save_panels,
@@ -99,7 +117,6 @@ from utils.report import (
     write_csv,
     write_json,
 )
-from utils.scoring import information_table, label_table, score_reconstruction
 
 LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {metrics.LPIPS_BACKBONE} of torchvision, by "
@@ -109,6 +126,8 @@ RECORDED_STEPS = 2000
 #: Controls run unasked where the attack takes less, in seconds.
 CONTROL_SECONDS = 600
 PUBLIC_IMAGES = 128
+#: Root mean square difference of normalised images up to which they are the same image.
+SAME_IMAGE = 1e-2
 #: Ray: no usage reports, nothing written beside the search, trials saved as they report.
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -176,7 +195,7 @@ def parser() -> Parser:
     add("--pixel-gradient", choices=PIXEL_GRADIENTS, default="exact", help="how it is computed")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=integer_from(1), default=1, help="iterations")
+    add("--epochs", type=integer_from(1), help="iterations; must be given")
     add("--lr", type=float, default=0.0, help="first step size; must be given")
     add("--optim", choices=OPTIMISERS, default="Adam", help="optimiser")
     add("--n-seed", type=integer_from(1), default=1, help="restarts")
@@ -200,6 +219,8 @@ def parser() -> Parser:
     add = parser.add_argument_group("scoring").add_argument
     add("--metric", action="store_true", help="score against the truth")
     add("--one-to-one-similarity", action="store_true", help="pair by index, not by assignment")
+    add("--verdict-metric", choices=LEAKAGE_DIGITS, default="ssim",
+        help="the metric that decides the verdict")  # fmt: skip
     add("--lpips-weights", help=f"backbone of LPIPS, {metrics.LPIPS_BACKBONE}")
     add("--GInfoR", action="store_true", help="gradient information ratio of every image")
     add("--controls", action=argparse.BooleanOptionalAction,
@@ -306,6 +327,11 @@ def check(args, processes: int = 1) -> None:
     check_search(args, processes)
     if not (math.isfinite(args.lr) and args.lr > 0) and "lr" not in tuned_names(args):
         raise InputError(f"--lr {args.lr:g}: must be above 0; give a step size such as 0.1")
+    if args.epochs is None and "epochs" not in tuned_names(args) and not args.search_only:
+        raise InputError(
+            "--epochs: missing; give the number of iterations, such as 3000: a verdict is for a "
+            "finished attack"
+        )
     if args.pseudo_label_init == "from_grads" and args.labels is not None:
         raise InputError(
             f"--labels {args.labels[:80]}: --pseudo-label-init from_grads finds the labels; give "
@@ -354,6 +380,10 @@ def check(args, processes: int = 1) -> None:
         )
     if args.lpips_weights is not None and not args.metric:
         raise InputError(f"--lpips-weights {args.lpips_weights}: scores only with --metric")
+    if args.verdict_metric != "ssim" and not args.metric:
+        raise InputError(
+            f"--verdict-metric {args.verdict_metric}: is for --metric; give it as well"
+        )
     if args.controls and not args.metric:
         raise InputError("--controls: are scored by --metric; give it as well")
     if args.truth is not None and args.labels is not None and not (args.metric or args.GInfoR):
@@ -425,34 +455,57 @@ def check_search(args, processes: int) -> None:
         check_reachable(args.ray_address, "--ray-address")
 
 
-def load_inputs(args) -> tuple[Target, GroundTruth | None]:
-    """The attacker's view of the checkpoint, and the truth only where the flags call for it."""
+@dataclass(frozen=True)
+class Inputs:
+    """What the files hold: the attacker's view, and the truth only where the flags call for it.
+
+    sent: the target before --target-gradient shuffled it. bound: ids and digests say that the
+    truth belongs to the checkpoint. truth_source: the file of the truth, for messages.
+    """
+
+    target: Target
+    sent: Target
+    truth: GroundTruth | None = None
+    bound: bool = False
+    truth_source: str = ""
+
+
+def load_inputs(args) -> Inputs:
+    """Load the checkpoint, and the truth if scoring or known labels need it."""
     checkpoint = checkpoints.load(args.checkpoint)
-    target = target_from_checkpoint(checkpoint)
+    sent = target = target_from_checkpoint(checkpoint)
     if args.target_gradient == "shuffled":
-        target = shuffled(target, args.seed)
+        target = shuffled(sent, args.seed)
     knows_labels = args.labels is not None or args.pseudo_label_init == "from_grads"
     if not (args.metric or args.GInfoR) and knows_labels:
-        return target, None
+        return Inputs(target, sent)
     flag, source = "--checkpoint", checkpoint
     if args.truth is not None:
         flag, source = "--truth", checkpoints.load_truth(args.truth)
-    truth = None
-    if source.get("x_true") is not None and source.get("y_true") is not None:
-        checkpoints.check_truth(source, checkpoint, f"{flag} {getattr(args, flag[2:])}")
-        truth = truth_from_checkpoint(source)
-    if truth is None:
+    if source.get("x_true") is None or source.get("y_true") is None:
         needs = "--metric" if args.metric else "--GInfoR"
         needs = needs if knows_labels else "--pseudo-label-init known"
         remedy = "" if knows_labels else ", or the labels by --labels"
         raise InputError(
             f"{needs}: {args.checkpoint} holds no truth; give the sealed file by --truth{remedy}"
         )
-    return target, truth
+    truth_source = f"{flag} {getattr(args, flag[2:])}"
+    checkpoints.check_truth(source, checkpoint, truth_source)
+    bound = check_bound(source, checkpoint, truth_source, f"--checkpoint {args.checkpoint}")
+    truth = truth_from_checkpoint(source)
+    if args.target_gradient == "shuffled" and truth.control is not None:
+        truth = replace(truth, control=shuffled_update(truth.control, args.seed + 1))
+    return Inputs(target, sent, truth, bound, truth_source)
 
 
 def shuffled(target: Target, seed: int) -> Target:
     """The target with the numbers of every tensor that was sent in a random order."""
+    sent = Update(target.gradient, target.bn_mean, target.bn_var)
+    return replace(target, **vars(shuffled_update(sent, seed)))
+
+
+def shuffled_update(sent: Update, seed: int) -> Update:
+    """What a client sent, with the numbers of every tensor in a random order."""
     draw = torch.Generator().manual_seed(seed)
 
     def mixed(tensors):
@@ -460,12 +513,7 @@ def shuffled(target: Target, seed: int) -> Target:
             t.flatten()[torch.randperm(t.numel(), generator=draw)].view(t.shape) for t in tensors
         )
 
-    return replace(
-        target,
-        gradient=mixed(target.gradient),
-        bn_mean=mixed(target.bn_mean),
-        bn_var=mixed(target.bn_var),
-    )
+    return Update(mixed(sent.gradient), mixed(sent.bn_mean), mixed(sent.bn_var))
 
 
 def given_labels(args, target: Target) -> Tensor:
@@ -557,11 +605,17 @@ class Setting:
     device: torch.device
     shard: Shard = ALONE
     search: SearchResult | None = None
+    truth_check: TruthCheck | None = None
+    bound: bool = False
 
     def start(self, seed: int) -> Tensor:
         """The initial images of a seed, on the CPU."""
         target = self.target
         return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
+
+    def true_images(self) -> Tensor:
+        """The truth's images, normalised, where and as the attack computes."""
+        return self.truth.x.to(self.device, self.target.gradient[0].dtype)
 
     def images(self, x: Tensor) -> Tensor:
         """Normalised images as [0, 1] on the CPU."""
@@ -569,10 +623,11 @@ class Setting:
 
 
 def load_setting(args, reporter: Reporter, shard: Shard, local_rank: int) -> Setting:
-    """Load and check every file that the flags name."""
+    """Load every file that the flags name, and refuse what cannot be attacked or scored."""
     device = choose_device(args.gpu, local_rank)
     check(args, shard.size)
-    target, truth = load_inputs(args)
+    inputs = load_inputs(args)
+    target, truth = inputs.target, inputs.truth
     model = model_of(target).to(device)
     found = None
     if args.pseudo_label_init == "from_grads":
@@ -585,7 +640,29 @@ def load_setting(args, reporter: Reporter, shard: Shard, local_rank: int) -> Set
     bn_source = bn_source_from(args, target, model, reporter)
     objective = objective_from(args, model, target, y, bn_source, shard)
     lpips_score = metrics.load_lpips(args.lpips_weights) if args.metric else None
-    return Setting(target, truth, y, found, objective, bn_source, lpips_score, device, shard)
+    if args.verdict_metric == "lpips" and lpips_score is None:
+        raise InputError(f"--verdict-metric lpips: {LPIPS_HINT}")
+    setting = Setting(target, truth, y, found, objective, bn_source, lpips_score, device, shard)
+    first_evaluation(args, setting)
+    return replace(setting, truth_check=check_truth(args, inputs, setting), bound=inputs.bound)
+
+
+def check_truth(args, inputs: Inputs, setting: Setting) -> TruthCheck | None:
+    """Compare the truth's gradient with what was sent, where anything depends on it.
+
+    Raises InputError where no id binds the truth to the checkpoint and its gradient is another.
+    """
+    if inputs.truth is None or (inputs.bound and not args.metric):
+        return None
+    objective = setting.objective
+    x, y = setting.true_images(), inputs.truth.y.to(setting.device)
+    check = check_truth_gradient(objective.model, inputs.sent, x, y, objective.shard)
+    if not (inputs.bound or check.fits):
+        raise InputError(
+            f"{inputs.truth_source}: no id binds its truth to --checkpoint {args.checkpoint}, and "
+            f"{check.finding}; give the truth of this checkpoint"
+        )
+    return check
 
 
 def objective_from(args, model, target, y, bn_source: str | None, shard: Shard) -> Objective:
@@ -638,13 +715,12 @@ def load_problem(args, device: str) -> Problem:
             raise InputError(
                 f"{source}: its {what} is {ours}, the target's {theirs}; capture it as the target"
             )
-    same = all(torch.equal(a, b) for a, b in zip(simulated.gradient, target.gradient, strict=True))
-    if same and not args.allow_target_as_simulation:
-        raise InputError(
-            f"{source}: is the target itself, and the search reads its truth; capture other images "
-            "of your own, or give --allow-target-as-simulation"
-        )
     model = model_of(simulated)
+    if not args.allow_target_as_simulation and shares_images(args, truth, target, model):
+        raise InputError(
+            f"{source}: is the target itself, or holds images of it, and the search reads its "
+            "truth; capture other images of your own, or give --allow-target-as-simulation"
+        )
     if "bn" in tuned_names(args) and not batchnorm_layers(model):
         raise InputError(f"--BN-tune: {simulated.arch} has no BatchNorm layer; leave it out")
     stand_in = untuned(args)  # every trial has values of its own
@@ -662,6 +738,26 @@ def load_problem(args, device: str) -> Problem:
         seed=args.seed,
         device=device,
     )
+
+
+def shares_images(args, truth: GroundTruth, target: Target, model: nn.Module) -> bool:
+    """Whether the simulation's images are the target's, all of them or some.
+
+    By the target's truth where a file of this command holds it, so that noise and clipping do not
+    hide it; also by the gradient of the simulation's images.
+    """
+    source = checkpoints.load(args.checkpoint)
+    if args.truth is not None:
+        source = checkpoints.load_truth(args.truth)
+    x_true = source.get("x_true")
+    if isinstance(x_true, Tensor) and x_true.shape[1:] == truth.x.shape[1:]:
+        near = torch.cdist(truth.x.double().flatten(1), x_true.double().flatten(1))
+        if bool((near < SAME_IMAGE * truth.x[0].numel() ** 0.5).any()):
+            return True
+    if target.batch_size != len(truth.x):
+        return False
+    x = truth.x.to(target.gradient[0].dtype)
+    return check_truth_gradient(model, target, x, truth.y).distance <= SAME_BATCH
 
 
 def search_folder(args) -> Path:
@@ -954,7 +1050,7 @@ def information_of(args, setting: Setting, reporter: Reporter) -> dict:
     truth, target = setting.truth, setting.target
     found = gradient_information_ratio(
         setting.objective.model,
-        truth.x.to(setting.device, target.gradient[0].dtype),
+        setting.true_images(),
         truth.y.to(setting.device),
         train_mode=target.train_mode,
         label_smoothing=target.label_smoothing,
@@ -1018,17 +1114,19 @@ def without_gradient(args) -> argparse.Namespace:
 
 def run_controls(
     args, setting: Setting, interrupts: Interrupts, reporter: Reporter
-) -> dict[str, Control]:
-    """The same attack without the client's gradient: name → what comes out.
+) -> tuple[dict[str, Control], list[str]]:
+    """The same attack without the client's gradient: name → what comes out, and what is missing.
 
     "prior only": no gradient, the priors alone, BN to running statistics, since those of the batch
     are the client's too. "other gradient": everything as in the attack, on the gradient (and BN
     statistics) of other images with the same labels. "mean image": of the public photographs. The
-    labels are those of the attack. A control that fails is left out, and that is said.
+    labels are those of the attack. A control that fails or is interrupted is left out, and
+    missing: in words, for the verdict.
     """
     target, model = setting.target, setting.objective.model
     mean = public_photographs(PUBLIC_IMAGES, target.image_shape).mean(0)
     found = {"mean image": Control(mean.expand(target.batch_size, -1, -1, -1))}
+    missing = []
     source = None if setting.bn_source is None else "running"
     plans = [("prior only", without_gradient(args), target, source, prior_only)]
     other = setting.truth.control
@@ -1036,18 +1134,22 @@ def run_controls(
         theirs = replace(
             target, gradient=other.gradient, bn_mean=other.bn_mean, bn_var=other.bn_var
         )
-        plans.append(("other gradient", args, theirs, setting.bn_source, None))
+        plans.append((OTHER_GRADIENT, args, theirs, setting.bn_source, None))
     else:
         reporter.say(
             "controls: the checkpoint holds no gradient of other images; capture with training.py "
             "--with-control to compare with one"
         )
     for name, flags, theirs, source, method in plans:
+        if missing and interrupts_asked(setting, interrupts):
+            missing.append(f"control {name} was not run")
+            continue
         start = time.perf_counter()
         try:
             objective = objective_from(flags, model, theirs, setting.y, source, setting.shard)
         except InputError as error:
             reporter.say(f"control, {name}: left out: {error}")
+            missing.append(f"control {name} could not be run")
             continue
         total = total_iterations(flags, own_seeds(flags, setting.shard))
         progress = Progress(total, args.print_freq, reporter)
@@ -1057,9 +1159,10 @@ def run_controls(
             outcome = attack(flags, replace(setting, objective=objective), recorder, method)
         finally:
             progress.close()
-        if setting.shard.any(interrupts.signal is not None):
+        if interrupts_asked(setting, interrupts):
             reporter.say(f"control, {name}: interrupted, left out")
-            break
+            missing.append(f"control {name} was interrupted")
+            continue
         images = setting.images(outcome.final.x)
         seconds = time.perf_counter() - start
         found[name] = Control(images, outcome.iterations, seconds)
@@ -1067,7 +1170,12 @@ def run_controls(
         reporter.say(
             f"control, {name}: {outcome.iterations} iterations in {duration(seconds)}{stopped}"
         )
-    return found
+    return found, missing
+
+
+def interrupts_asked(setting: Setting, interrupts: Interrupts) -> bool:
+    """Whether any process was asked to stop. All processes agree."""
+    return setting.shard.any(interrupts.signal is not None)
 
 
 # What comes out ----------------------------------------------------------------------------
@@ -1125,11 +1233,30 @@ def label_record(args, setting: Setting) -> dict:
     }
 
 
-def score(args, setting: Setting, outcome: Outcome, controls: dict[str, Control] | None):
+def finish_of(args, setting: Setting, outcome: Outcome, recorder: Recorder) -> Finish:
+    """Follow the chosen run to its end, and evaluate the objective at the truth."""
+    name = CONSENSUS if outcome.chosen is None else args.seed + outcome.chosen
+    rows = [row for row in recorder.rows if row[0] == name] or recorder.rows
+    found = outcome.final.x.to(setting.device)
+    at = arrival(setting.objective, found, setting.true_images(), setting.truth.y)
+    return Finish(second_half_fall([row[4] for row in rows]), at)
+
+
+def score(
+    args,
+    setting: Setting,
+    outcome: Outcome,
+    finish: Finish | None,
+    controls: dict[str, Control] | None,
+    missing: Sequence[str],
+):
     """The entry `metrics` of result.json and its table; None and nothing without --metric."""
     if not args.metric:
         return None, ""
     truth, protection = setting.truth, setting.target.protection
+    check, doubt = setting.truth_check, finish.doubt
+    if not check.fits:
+        doubt = "what was attacked is not the truth's gradient, so that nothing follows"
     scores, text = score_reconstruction(
         setting.images(outcome.final.x),
         setting.images(truth.x),
@@ -1138,7 +1265,24 @@ def score(args, setting: Setting, outcome: Outcome, controls: dict[str, Control]
         by_index=args.one_to_one_similarity,
         lpips_score=setting.lpips_score,
         controls=controls and {name: control.images for name, control in controls.items()},
+        decoys=truth.decoys,
+        verdict_metric=args.verdict_metric,
+        missing=missing,
+        doubt=doubt,
+        arrived=finish.arrival.arrived,
     )
+    reason = finish.arrival.reason
+    scores["attack"] = {
+        "loss_fall": finish.fall,
+        "arrived": finish.arrival.arrived,
+        "reason": reason,
+        "objective": finish.arrival.reconstruction.total,
+        "objective_at_truth": finish.arrival.truth.total,
+        "gradient_loss_at_truth": finish.arrival.truth.gradient,
+    }
+    scores["truth_gradient"] = asdict(check) | {"fits": check.fits, "bound": setting.bound}
+    if scores["verdict"]["verdict"] not in (RECONSTRUCTION, IDENTIFIABLE):
+        text += f"\nwhy it found no more: {reason}"
     if protection is not None:
         text += f"\nthe client's protection ({protection.mode}): {protection.guarantee}"
     return scores, text
@@ -1188,13 +1332,16 @@ def write(
     recorder: Recorder,
     folder: Path,
     entries: dict,
+    finish: Finish | None = None,
     controls: dict[str, Control] | None = None,
+    missing: Sequence[str] = ("the controls were not run",),
 ) -> str:
     """Score and write everything, figures before pictures; return the table to print.
 
     With controls, once more what they add to. entries: of result.json, which only the caller knows.
+    missing: what is missing of the controls, in words.
     """
-    scores, text = score(args, setting, outcome, controls)
+    scores, text = score(args, setting, outcome, finish, controls, missing)
     costs = controls and {
         name: {"iterations": control.iterations, "seconds": control.seconds}
         for name, control in controls.items()
@@ -1210,6 +1357,8 @@ def write(
         images = {name: control.images for name, control in controls.items()}
         save_controls(found, true, images, scores, folder / "controls.png")
         return text
+    if args.metric and setting.truth.decoys is not None:
+        save_decoys(found, true, setting.truth.decoys, scores, folder / "decoys.png")
     save_pairs(found, true, scores, folder)
     if recorder.rows:
         save_losses(loss_header(args), recorder.rows, recorder.rounds, folder / "losses.png")
@@ -1245,11 +1394,13 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
                 "images of different labels unless the true ones are sorted too"
             )
     reporter.say(plan(args, setting))
+    if args.metric:
+        mark = "" if setting.truth_check.fits else "warning: "
+        reporter.say(f"{mark}{setting.truth_check.finding}")
     if args.metric and setting.lpips_score is None:
         reporter.say(LPIPS_HINT)
     if args.one_to_one_similarity and not args.metric:
         reporter.say("note: --one-to-one-similarity says how --metric pairs; it is not given")
-    first_evaluation(args, setting)
     if args.dry_run:
         reporter.say(measure(args, setting))
         return 0
@@ -1293,15 +1444,19 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
             "information": information,
             "rounds": recorder.rounds,
         }
-        text, controls = "", None
+        text, controls, finish = "", None, None
+        if args.metric:
+            finish = finish_of(args, setting, outcome, recorder)
         if shard.is_main:  # before anything more is done
-            text = write(args, setting, outcome, recorder, folder, entries)
+            text = write(args, setting, outcome, recorder, folder, entries, finish)
         if not (interrupted or failed) and controls_wanted(args, seconds, shard, reporter):
-            controls = run_controls(args, setting, interrupts, reporter)
-        if shard.is_main and controls:
-            text = write(args, setting, outcome, recorder, folder, entries, controls)
+            controls, missing = run_controls(args, setting, interrupts, reporter)
+            if shard.is_main:
+                text = write(
+                    args, setting, outcome, recorder, folder, entries, finish, controls, missing
+                )
         if text:
-            reporter.say(text)
+            reporter.say("\n".join([*finish.lines, text]))
         reporter.say(f"{outcome.iterations} iterations in {duration(seconds)}; written to {folder}")
         if controls:
             extra = sum(control.seconds for control in controls.values())

@@ -61,6 +61,8 @@ ENDINGS = {
     "picture": "-target.png",
     "log": ".log",
 }
+#: Decoys per image, and the space that they may take without being asked for, in bytes.
+DECOYS, DECOY_BYTES = 99, 2**29
 #: `--dp-mode`: what is clipped.
 DP_MODES = ("batch", "per-sample")
 
@@ -99,7 +101,9 @@ def parser() -> Parser:
     add("--label-smoothing", type=number(0, below=1), default=0.0,
         help="share of every label that the loss moves to all classes")  # fmt: skip
     add("--with-control", action="store_true",
-        help="store the same of other images, for scoring")  # fmt: skip
+        help="store the same of other images, and decoys, for scoring")  # fmt: skip
+    add("--decoys", type=integer_from(1),
+        help="decoys per image, with --with-control; default: 99, in at most 512 MiB")  # fmt: skip
 
     add = parser.add_argument_group("protection").add_argument
     add("--enable-dp", action="store_true", help="clip the gradient and add noise")
@@ -167,11 +171,33 @@ def load_target(args):
     return load_batch(args.data_name, request_from(args), args.batch_size, args.target_idx)
 
 
-def load_other_images(args, y):
-    """Other images (B, C, H, W), normalised, under the labels `y` of the batch."""
+def load_other_images(args, y, image_shape, reporter):
+    """Other images under the labels `y` of the batch: (B, C, H, W), normalised, and decoys.
+
+    Decoys are (B, n, C, H, W) of uint8, or None where a class has too few images.
+    """
+    count = args.decoys
+    fitting = max(1, DECOY_BYTES // (len(y) * math.prod(image_shape)))
+    if count is None:
+        count = min(DECOYS, fitting)
     if args.data_backup is not None:
-        return load_backup_control(args.data_backup, args.data_name, args.target_idx, y)
-    return load_control(args.data_name, request_from(args), args.target_idx, y)
+        x, decoys = load_backup_control(args.data_backup, args.data_name, args.target_idx, y, count)
+    else:
+        x, decoys = load_control(args.data_name, request_from(args), args.target_idx, y, count)
+    if decoys is None:
+        reporter.say(
+            "note: a class has too few images outside the batch for decoys; without them run.py "
+            "cannot test whether the gradient shows in the images"
+        )
+    else:
+        size = decoys.numel() / 2**20
+        fewer = ""
+        if decoys.shape[1] < count:
+            fewer = "; the classes hold no more images"
+        elif args.decoys is None and count < DECOYS:
+            fewer = f" (as many as fit into {DECOY_BYTES // 2**20} MiB; --decoys asks for more)"
+        reporter.say(f"decoys: {decoys.shape[1]} per image, {size:.1f} MiB, for scoring{fewer}")
+    return x, decoys
 
 
 def request_from(args) -> Request:
@@ -226,6 +252,8 @@ def check(args) -> None:
     elif args.dp_steps != 1 or args.sample_rate != 1:
         flag = "--dp-steps" if args.dp_steps != 1 else "--sample-rate"
         raise InputError(f"{flag}: is for epsilon, and there is none without --dp-mode per-sample")
+    if args.decoys is not None and not args.with_control:
+        raise InputError(f"--decoys {args.decoys}: belongs to --with-control; give it as well")
     if args.ra_mode != "all" and not args.ra:
         raise InputError(f"--ra-mode {args.ra_mode}: belongs to --ra; give it as well")
     if args.ra and args.data_backup is not None:
@@ -280,7 +308,9 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     reporter.say("settings\n" + setting_lines(vars(args)))
 
     x, y, spec = load_target(args)
-    x_other = load_other_images(args, y) if args.with_control else None
+    x_other, decoys = None, None
+    if args.with_control:
+        x_other, decoys = load_other_images(args, y, spec.shape, reporter)
     model = client_model(args, spec.num_classes, spec.shape, reporter)
     layers = len(batchnorm_layers(model))
     if args.upload_bn and not layers:
@@ -354,6 +384,7 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         replace_bn=args.replace_bn,
         control=None if other is None else vars(other),
         truth=(x, y),
+        decoys=decoys,
         settings={**vars(args), "versions": versions(), "git": git_revision()},
     )
     write(args, stem, checkpoint, denormalise(x, *spec.normalisation), reporter)

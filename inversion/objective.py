@@ -216,10 +216,31 @@ class Objective:
         other.consensus = consensus
         return other
 
+    def with_labels(self, y: Tensor) -> "Objective":
+        """The same objective for other labels `y` (B,)."""
+        other = copy.copy(self)
+        other.y = y.to(self.y)
+        return other
+
+    def gradient(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Gradient of the whole candidate batch `x` (B, C, H, W), without a graph."""
+        gradient, _ = self._share(self.own(x), create_graph=False, with_moments=False)
+        return sum_tensors(gradient, self.shard)
+
     def gradient_distance(self, x: Tensor) -> float:
         """The gradient distance of the whole candidate batch `x` alone: no priors, no graph."""
-        gradient, _ = self._share(self.own(x), create_graph=False, with_moments=False)
-        return self.distance_with_cotangent(sum_tensors(gradient, self.shard))[0].item()
+        return self.distance_with_cotangent(self.gradient(x))[0].item()
+
+    def value(self, x: Tensor, progress: float = 0.0) -> Losses:
+        """All terms for the whole candidate batch `x`, without a graph: `__call__`'s values."""
+        gradient, moments = self._share(
+            self.own(x), create_graph=False, with_moments=self._needs_moments
+        )
+        with torch.no_grad():
+            gradient, terms = self.whole(gradient, self._terms(self.own(x), moments))
+            distance, _ = self.distance_with_cotangent(gradient)
+            total = self.weights.gradient * distance + self.prior_sum(terms, progress)
+        return Losses(total, distance, terms)
 
     def prior_sum(self, terms: Mapping[str, Tensor], progress: float) -> Tensor | float:
         """Weighted sum of the prior terms at `progress` of the run; 0 without priors."""

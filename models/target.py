@@ -108,11 +108,13 @@ class GroundTruth:
     """For scoring only: the private batch, x (B, C, H, W) normalised, y (B,).
 
     control: what the client would have sent for other images with the same labels, if stored.
+    decoys: (B, N, C, H, W) of uint8, images that could have been in each one's place, if stored.
     """
 
     x: Tensor
     y: Tensor
     control: Update | None = None
+    decoys: Tensor | None = None
 
 
 def target_from_checkpoint(checkpoint: dict) -> Target:
@@ -163,7 +165,9 @@ def truth_from_checkpoint(checkpoint: dict) -> GroundTruth | None:
             tuple(mean) if mean else None,
             tuple(var) if var else None,
         )
-    return GroundTruth(checkpoint["x_true"], checkpoint["y_true"].long(), control)
+    return GroundTruth(
+        checkpoint["x_true"], checkpoint["y_true"].long(), control, checkpoint.get("decoys")
+    )
 
 
 def model_of(target: Target) -> nn.Module:

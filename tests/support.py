@@ -105,8 +105,9 @@ def capture_photos(folder, *flags):
 def attack(folder, checkpoint, *flags):
     """Attack with run.py; return the parsed result.json and its folder."""
     flags = [str(flag) for flag in flags]
-    if "--lr" not in flags:
-        flags += ["--lr", "0.1"]
+    for flag, value in (("--lr", "0.1"), ("--epochs", "1")):
+        if flag not in flags:
+            flags += [flag, value]
     succeed("run.py", "--root", folder, "--checkpoint", checkpoint, *flags)
     results = Path(folder) / "results" / "exp"
     newest = max(results.iterdir(), key=lambda path: path.stat().st_mtime_ns)

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torchvision
 
+from inversion.audit.scoring import score_reconstruction
 from inversion.distances import GRADIENT_DISTANCES, cosine_distance, squared_l2
 from inversion.priors import Candidate, bn_statistics, l2_norm, total_variation
 from tests import golden
 from utils import metrics
 from utils.cli import InputError
-from utils.scoring import score_reconstruction
 
 GOLDEN = json.loads(golden.FILE.read_text())
 

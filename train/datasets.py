@@ -6,6 +6,7 @@ the batch asked for.
 
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,8 @@ from utils.image_files import (
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
+#: Number of the first crop of public photographs that is a decoy: those before are the controls'.
+FIRST_DECOY = 10_000
 
 
 @dataclass(frozen=True)
@@ -120,27 +123,50 @@ def _permutation(length: int, seed: int) -> list[int]:
     return torch.randperm(length, generator=Generator().manual_seed(seed)).tolist()
 
 
-def load_control(name: str, request: Request, target_idx: int, y: Tensor) -> Tensor:
-    """Other images under the labels `y` (B,) of batch `target_idx`: (B, C, H, W) normalised.
+def load_control(
+    name: str, request: Request, target_idx: int, y: Tensor, decoys: int
+) -> tuple[Tensor, Tensor | None]:
+    """Other images under the labels `y` (B,) of batch `target_idx`, for scoring.
 
-    Images of the data set outside the batch with the same labels; for `photos` crops of the
-    photographs that are never a target, which stand under labels that are not theirs.
-    Raises InputError where a class has too few other images.
+    Returns the control's images (B, C, H, W), normalised, and up to `decoys` decoys per image of
+    the batch, (B, n, C, H, W) of uint8, or None where some class has no more images. All are
+    images of the data set outside the batch, none twice, that the permutation puts first, as it
+    did the batch; for `photos` crops of the photographs that are never a target, which stand under
+    labels that are not theirs.
+
+    Raises InputError where a class has too few other images for the control.
     """
     source = open_dataset(name, request)
     if source.length is None:
         x = public_photographs(len(y), source.spec.shape, seed=request.seed)
-    else:
-        order = _permutation(source.length, request.seed)
-        batch = range(target_idx * len(y), (target_idx + 1) * len(y))
-        others = [index for place, index in enumerate(order) if place not in batch]
-        chosen = _with_labels(y, others, source.labels, f"--data-name {name}")
-        x, _ = source.batch(chosen)
-    return normalise(x, source.spec)
+        crops = public_photographs(
+            len(y) * decoys, source.spec.shape, seed=request.seed, first=FIRST_DECOY
+        )
+        return normalise(x, source.spec), _as_decoys(crops, len(y))
+    order = _permutation(source.length, request.seed)
+    batch = range(target_idx * len(y), (target_idx + 1) * len(y))
+    others = [index for place, index in enumerate(order) if place not in batch]
+    chosen, more = _with_labels(y, others, source.labels, f"--data-name {name}", decoys)
+    x, _ = source.batch(chosen)
+    if not more[0]:
+        return normalise(x, source.spec), None
+    parts = [_as_decoys(source.batch(of_image)[0], 1) for of_image in more]
+    return normalise(x, source.spec), torch.cat(parts)
 
 
-def _with_labels(y: Tensor, others: Sequence[int], labels: Sequence[int], source: str) -> list[int]:
-    """For every label of `y` another index of `others` with that label, the first ones first."""
+def _as_decoys(images: Tensor, batch_size: int) -> Tensor:
+    """Images (B · n, C, H, W) in [0, 1] → (B, n, C, H, W) of uint8."""
+    return (images * 255).round().byte().unflatten(0, (batch_size, -1))
+
+
+def _with_labels(
+    y: Tensor, others: Sequence[int], labels: Sequence[int], source: str, decoys: int
+) -> tuple[list[int], list[list[int]]]:
+    """For every label of `y` an index of `others` with that label, and as many more for each.
+
+    The first ones of `others` come first, and none comes twice. Returns B indices, and B lists of
+    equal length, at most `decoys`.
+    """
     of_class: dict[int, list[int]] = {}
     for index in reversed(others):
         of_class.setdefault(int(labels[index]), []).append(index)
@@ -152,7 +178,9 @@ def _with_labels(y: Tensor, others: Sequence[int], labels: Sequence[int], source
                 "take a smaller --batch-size, or leave it out"
             )
         chosen.append(of_class[label].pop())
-    return chosen
+    wanted = Counter(y.tolist())
+    count = min(decoys, *(len(of_class[label]) // n for label, n in wanted.items()))
+    return chosen, [[of_class[label].pop() for _ in range(count)] for label in y.tolist()]
 
 
 def open_dataset(name: str, request: Request) -> Source:
@@ -216,12 +244,19 @@ def load_backup(
     return x[part].float(), y, spec
 
 
-def load_backup_control(folder: str, name: str, target_idx: int, y: Tensor) -> Tensor:
+def load_backup_control(
+    folder: str, name: str, target_idx: int, y: Tensor, decoys: int
+) -> tuple[Tensor, Tensor | None]:
     """As `load_control`, from the rest of a backup."""
-    x, labels, _ = _read_backup(folder, name)
+    x, labels, spec = _read_backup(folder, name)
     batch = range(target_idx * len(y), (target_idx + 1) * len(y))
     others = [index for index in range(len(x)) if index not in batch]
-    return x[_with_labels(y, others, labels.tolist(), f"--data-backup {folder}")].float()
+    chosen, more = _with_labels(y, others, labels.tolist(), f"--data-backup {folder}", decoys)
+    if not more[0]:
+        return x[chosen].float(), None
+    flat = [index for of_image in more for index in of_image]
+    images = utils.images.denormalise(x[flat].float(), *spec.normalisation)
+    return x[chosen].float(), _as_decoys(images, len(y))
 
 
 def _read_backup(folder: str, name: str) -> tuple[Tensor, Tensor, DatasetSpec]:

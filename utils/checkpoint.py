@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from utils.binding import bind
 from utils.cli import FaultError, InputError
 
 #: Raised by one whenever a reader of the number before could misread the file.
-FORMAT = 3
+FORMAT = 4
 REQUIRED = (
     "batch_size",
     "dataset_setup",
@@ -35,7 +36,10 @@ PROTECTION_MODES = ("batch", "per-sample")
 PROTECTION_KEYS = {"mode", "sigma", "clip"}
 PRIVACY_KEYS = {"noise_multiplier", "epsilon", "delta", "steps", "sample_rate"}
 #: What only scoring may see; `seal` takes it out.
-PRIVATE_KEYS = ("x_true", "y_true", "protection_norms", "control", "args")
+PRIVATE_KEYS = (
+    "x_true", "y_true", "protection_norms", "control", "decoys", "args", "truth_salt",
+    "checkpoint_digest",
+)  # fmt: skip
 SETUP_KEYS = ("mean", "std", "size", "n_classes")
 #: What checkpoints of the original hold besides tensors and plain types.
 ORIGINAL_TYPES = [
@@ -65,6 +69,7 @@ def make_checkpoint(
     replace_bn: str | None = None,
     control: Mapping | None = None,
     truth: tuple[Tensor, Tensor] | None = None,
+    decoys: Tensor | None = None,
     settings: Mapping | None = None,
     local_steps: int = 1,
 ) -> dict:
@@ -86,7 +91,8 @@ def make_checkpoint(
     architecture's BatchNorm layers (models/batchnorm.py), None where they are there. control: for
     scoring, what would be sent for other images with the same labels, a mapping with `gradient`,
     `bn_mean`, `bn_var`, each as above. truth: (x (B, C, H, W) normalised, y (B,)), for scoring.
-    settings: plain values to record.
+    decoys: (B, N, C, H, W) of uint8, for scoring: per image N images that could have been in its
+    place, drawn as it was. settings: plain values to record.
 
     Raises InputError when the gradient does not fit the model's trainable parameters or another
     value is not what is said here, and for what is no gradient of one step: a weight difference
@@ -161,8 +167,11 @@ def make_checkpoint(
         }
     if truth is not None:
         checkpoint["x_true"], checkpoint["y_true"] = _stored(truth[0]), _stored(truth[1])
+        if decoys is not None:
+            checkpoint["decoys"] = _stored(decoys)
         check_truth(checkpoint, checkpoint, "truth")
     check_contents(checkpoint, "checkpoint")
+    bind(checkpoint)
     return checkpoint
 
 
@@ -183,11 +192,12 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
     """Split a checkpoint into what an attacker has and the truth: two dicts.
 
     The settings go with the truth: seed, data set and batch index would give the batch away. So
-    do a control and the norms from before protection, which no client sends.
+    do a control, decoys and the norms from before protection, which no client sends. Both carry
+    the checkpoint's id and a digest of the other (utils/binding.py).
     """
     sealed = {key: value for key, value in checkpoint.items() if key not in PRIVATE_KEYS}
     sealed["args"] = {}
-    truth = {key: checkpoint[key] for key in PRIVATE_KEYS if key in checkpoint}
+    truth = {key: checkpoint[key] for key in (*PRIVATE_KEYS, "id") if key in checkpoint}
     return sealed, {"format": FORMAT, **truth}
 
 
@@ -419,6 +429,18 @@ def check_truth(truth: dict, checkpoint: dict, source: str) -> None:
     check_labels(y, batch_size, num_classes, source)
     if truth.get("control") is not None:
         check_control(truth["control"], checkpoint, source)
+    decoys = truth.get("decoys")
+    if decoys is not None and not (
+        isinstance(decoys, Tensor)
+        and decoys.dtype == torch.uint8
+        and decoys.dim() == 5
+        and len(decoys[0]) > 0
+        and (len(decoys), *decoys.shape[2:]) == shape
+    ):
+        raise InputError(
+            f"{source}: its decoys are not 8-bit images like its {batch_size} true ones; capture "
+            "it anew with training.py --with-control"
+        )
 
 
 def check_labels(y, batch_size: int, num_classes: int, source: str) -> None:

@@ -152,10 +152,13 @@ def square_crop(
     return transforms.pil_to_tensor(small).float() / 255
 
 
-def public_photographs(count: int, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor:
+def public_photographs(
+    count: int, image_shape: tuple[int, int, int], seed: int = 0, first: int = 0
+) -> Tensor:
     """Crops of the public photographs: (count, C, H, W) in [0, 1], the photographs in turn.
 
-    Photograph and place depend on (seed, position) alone. C is 1 or 3.
+    Photograph and place depend on (seed, number) alone, numbers counting from `first`. C is 1 or
+    3.
     """
     channels, height, width = image_shape
     mode = "L" if channels == 1 else "RGB"
@@ -163,6 +166,6 @@ def public_photographs(count: int, image_shape: tuple[int, int, int], seed: int 
     size = max(height, width)
     crops = [
         random_crop(photos[i % len(photos)], size, np.random.default_rng([seed, i]))
-        for i in range(count)
+        for i in range(first, first + count)
     ]
     return transforms.center_crop(torch.stack(crops), [height, width])

@@ -1,5 +1,6 @@
 """Pictures: from normalised tensors to files that a person looks at."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,12 +40,16 @@ def save_images(images: Tensor, folder: str | Path, name: str) -> None:
 
 
 def save_panels(
-    rows: Sequence[tuple[str, Tensor]], path: str | Path, captions: Sequence[str] | None = None
+    rows: Sequence[tuple[str, Tensor]],
+    path: str | Path,
+    captions: Sequence[str] | None = None,
+    marked: int | None = None,
 ) -> None:
     """Write one picture of several rows of images, image i of every row above one another.
 
-    rows: (title, images (B, C, H, W) in [0, 1]). captions: B texts under the last row. Batches
-    of more than eight go on in further groups of rows below.
+    rows: (title, images (B, C, H, W) in [0, 1]). captions: B texts under the last row. marked:
+    number of the image that gets a frame. Batches of more than eight go on in further groups of
+    rows below.
     """
     count = len(rows[0][1])
     columns = min(count, PAIRS_A_ROW)
@@ -75,6 +80,10 @@ def save_panels(
     for i, caption in enumerate(captions or ()):
         top, left = corner(i, len(rows) - 1)
         axis.text(left + width / 2, top + height + gap, caption, ha="center", va="top", size=9)
+    if marked is not None:
+        top, left = corner(marked, 0)
+        size = (width - 1, len(rows) * (height + gap) - gap - 1)
+        axis.add_patch(pyplot.Rectangle((left, top), *size, fill=False, ec="red", lw=2))
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
@@ -102,13 +111,39 @@ def save_controls(
     """Write truth, reconstruction and what every control made, one above the other.
 
     found, true and the controls: (B, C, H, W) in [0, 1]. scores: the metrics of result.json, which
-    hold the pairing.
+    hold the pairing. Under each image stand its number and its PSNR; the worst one is marked.
     """
     paired = found[[image["reconstruction"] for image in scores["images"]]]
     rows = [("truth", true), ("attack", paired)]
     for name, images in controls.items():
         rows.append((name, images[scores["controls"][name]["reconstruction"]]))
-    save_panels(rows, path)
+    worst = scores["verdict"]["worst_image"]
+    captions = [
+        f"{image['true']}: {_decibels(image['psnr'])}{' (worst)' if image['true'] == worst else ''}"
+        for image in scores["images"]
+    ]
+    save_panels(rows, path, captions, marked=worst)
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f} dB" if math.isfinite(value) else "exact"
+
+
+def save_decoys(
+    found: Tensor, true: Tensor, decoys: Tensor, scores: dict, path: str | Path
+) -> None:
+    """Write the worst image's reconstruction, its truth, and the decoys most similar to it.
+
+    found, true: (B, C, H, W) in [0, 1]. decoys: (B, N, C, H, W) of uint8. scores: the metrics of
+    result.json, which hold the pairing and the ranks.
+    """
+    worst, ranks = scores["verdict"]["worst_image"], scores["identification"]
+    source = scores["images"][worst]["reconstruction"]
+    nearest = ranks["nearest"][worst]
+    row = torch.cat([found[source][None], true[worst][None], decoys[worst, nearest] / 255])
+    captions = ["reconstruction", f"truth, rank {ranks['ranks'][worst]}\nof {ranks['candidates']}"]
+    captions += [f"decoy\n{place + 1}" for place in range(len(nearest))]
+    save_panels([(f"image {worst}", row)], path, captions, marked=1)
 
 
 def save_choices(rounds: Sequence[dict], path: str | Path) -> None:

@@ -3,20 +3,36 @@ attack or no gradient, and what of the reconstruction is therefore leakage."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from inversion.audit.identification import (
+    Identification,
+    identify,
+    nearest_decoys,
+    paired_difference,
+    similarities,
+)
+from inversion.audit.verdict import (
+    ALPHA,
+    FEW_IMAGES,
+    LEAKAGE_DIGITS,
+    Verdict,
+    difference,
+    judge,
+)
 from utils import metrics
 from utils.report import table
 
-#: Metrics in which leakage is told: name → digits to print.
-LEAKAGE_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
-#: Bootstrap intervals of fewer images are said to be too narrow.
-FEW_IMAGES = 8
-#: In dB: what counts as clearly above the controls for an image, and as clearly below for all.
-CLEAR_DIFFERENCE = 1.0
+#: PSNR counts up to here, in dB: an exact image has an infinite one.
+HIGHEST_PSNR = 100.0
+#: Decoys that are recorded for the picture of an image.
+SHOWN_DECOYS = 6
+#: The control that has the client's settings and other images.
+OTHER_GRADIENT = "other gradient"
 #: Classes that are printed, the most frequent ones first.
 PRINTED_CLASSES = 40
 
@@ -76,19 +92,29 @@ def score_reconstruction(
     by_index: bool,
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None = None,
     controls: Mapping[str, Tensor] | None = None,
+    decoys: Tensor | None = None,
+    verdict_metric: str = "ssim",
+    missing: Sequence[str] = (),
+    doubt: str | None = None,
+    arrived: bool = True,
 ) -> tuple[dict, str]:
-    """Score images `found` against `true`, both (B, C, H, W) in [0, 1].
+    """Score images `found` against `true`, both (B, C, H, W) in [0, 1], and judge them.
 
-    Pairs by the best one-to-one assignment, or `by_index`. Beside the scores stand those of
-    images that need no attack (`metrics.baselines`): an image whose PSNR is not above the
-    better of them is no reconstruction. controls: name → (B, C, H, W) in [0, 1], what comes out
-    without the client's gradient, paired by the same rule; `leakage` sets the scores against them.
+    Pairs by the best one-to-one assignment within the labels, or `by_index`. Beside the scores
+    stand those of images that need no attack (`metrics.baselines`): an image whose PSNR is not
+    above the better of them is no reconstruction.
+
+    y_found, y_true: (B,) labels that the attack went by, and the true ones. controls: name →
+    (B, C, H, W) in [0, 1], what comes out without the client's gradient, paired by the same rule;
+    `leakage` sets the scores against them. decoys: (B, N − 1, C, H, W) of uint8, images that
+    could have been in the place of each true one (`identification.identify`). verdict_metric: the
+    metric that decides. missing, doubt, arrived: as in `verdict.judge`.
 
     Returns the `metrics` entry of result.json and a table to print.
     """
 
     def pairing_of(images):
-        return list(range(len(true))) if by_index else metrics.assign(images, true)
+        return list(range(len(true))) if by_index else metrics.assign(images, true, y_found, y_true)
 
     order = pairing_of(found)
     used = {**metrics.METRICS, **({"lpips": lpips_score} if lpips_score else {})}
@@ -129,6 +155,8 @@ def score_reconstruction(
         },
         "controls": None,
         "leakage": None,
+        "identification": None,
+        "paired": None,
     }
     if controls:
         result["controls"] = {
@@ -141,6 +169,38 @@ def score_reconstruction(
             for label, control in control_scores.items()
         }
         result["leakage"] = leakage(scores.images, [c.images for c in control_scores.values()])
+    metric = _deciding_metric(verdict_metric, scores)
+    identification, paired_p = None, None
+    if decoys is not None:
+        likeness = _likeness(metric, used[metric])
+
+        def similar(images):
+            return similarities(
+                likeness, images, y_found, _eight_bits(true), y_true, decoys, by_index=by_index
+            )
+
+        matrix = similar(found)
+        identification = identify(matrix)
+        result["identification"] = asdict(identification) | {
+            "metric": metric,
+            "nearest": [nearest_decoys(row, SHOWN_DECOYS) for row in matrix],
+        }
+        for name, images_of in (controls or {}).items():
+            theirs = similar(images_of)
+            result["controls"][name]["identification_p"] = identify(theirs).p
+            if name == OTHER_GRADIENT:
+                result["paired"] = _paired(matrix, theirs)
+    elif OTHER_GRADIENT in control_scores:
+        mine, theirs = (_better_is_higher(metric, of.images)[:, None]
+                        for of in (scores, control_scores[OTHER_GRADIENT]))  # fmt: skip
+        result["paired"] = _paired(mine, theirs)
+    if result["paired"] is not None:
+        paired_p = result["paired"]["p"]
+    verdict = judge(
+        result["leakage"], identification, paired_p, metric=metric, missing=missing, doubt=doubt,
+        arrived=arrived,
+    )  # fmt: skip
+    result["verdict"] = asdict(verdict)
 
     rows = [
         [
@@ -152,30 +212,60 @@ def score_reconstruction(
         ]
         for image in images
     ]
+    if identification is not None:
+        for row, rank in zip(rows, identification.ranks, strict=True):
+            row.append(f"{rank} of {identification.candidates}")
     summaries = {"mean": scores.mean, "std": scores.std}
     summaries |= {f"{label} image": reference.mean for label, reference in references.items()}
     summaries |= {f"control: {label}": control.mean for label, control in control_scores.items()}
+    empty = [""] * (1 if identification is None else 2)
     rows += [
-        [title, "", "", *(values.get(name, math.nan) for name in names), ""]
+        [title, "", "", *(values.get(name, math.nan) for name in names), *empty]
         for title, values in summaries.items()
     ]
     header = ["image", "paired with", "label true / used", "MSE", "PSNR dB", "SSIM", "LPIPS"]
+    header += ["reconstruction?"] + ([] if identification is None else ["rank among decoys"])
     below = sum(not image["above_baselines"] for image in images)
-    verdict = (
+    flat = (
         f"{below} of {len(true)} images score no better in PSNR than a flat image: by that measure "
         "those are no reconstructions (for dark images see SSIM and the pictures)"
         if below
         else "every image scores above a grey image and above its own mean colour"
     )
     text = (
-        f"{table([*header, 'reconstruction?'], rows, separated=len(summaries))}\n"
+        f"{table(header, rows, separated=len(summaries))}\n"
         f"label accuracy {100 * metrics.label_accuracy(y_found, y_true):.1f} %; paired by "
-        f"{pairing}; {verdict}"
+        f"{pairing}; {flat}\n{verdict.sentence}"
     )
-    if controls:
-        alone = {name: control["leakage"] for name, control in result["controls"].items()}
-        text += f"\n{leakage_verdict(result['leakage'], alone)}"
-    return result, text
+    details = _details(verdict, result, identification)
+    return result, "\n".join([text, *details])
+
+
+def _deciding_metric(wanted: str, scores: metrics.Scores) -> str:
+    """`wanted`, or PSNR where it has no value, as SSIM of images smaller than its window."""
+    values = scores.images.get(wanted, [math.nan])
+    return "psnr" if np.isnan(values).any() else wanted
+
+
+def _better_is_higher(metric: str, values: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """Values (B,) of a metric such that higher is better and no PSNR is infinite."""
+    sign = -1 if metric in metrics.LOWER_IS_BETTER else 1
+    return np.minimum(sign * np.array(values[metric]), HIGHEST_PSNR)
+
+
+def _likeness(metric: str, score: Callable) -> Callable[[Tensor, Tensor], Tensor]:
+    sign = -1 if metric in metrics.LOWER_IS_BETTER else 1
+    return lambda x, y: (sign * score(x, y)).clamp(max=HIGHEST_PSNR)
+
+
+def _eight_bits(images: Tensor) -> Tensor:
+    """Images in [0, 1] rounded as decoys are stored, so that rounding tells none from another."""
+    return (images * 255).round() / 255
+
+
+def _paired(matrix: np.ndarray, theirs: np.ndarray) -> dict:
+    differences, p = paired_difference(matrix, theirs)
+    return {"images": differences, "mean": float(np.mean(differences)), "p": p}
 
 
 def leakage(
@@ -191,8 +281,7 @@ def leakage(
     for name in LEAKAGE_DIGITS:
         if name not in scores or np.isnan(scores[name]).any():
             continue
-        sign = -1 if name in metrics.LOWER_IS_BETTER else 1
-        values = [np.minimum(sign * np.array(of[name]), 100) for of in (scores, *controls)]
+        values = [_better_is_higher(name, of) for of in (scores, *controls)]
         above = values[0] - np.max(values[1:], axis=0)
         low, high = metrics.bootstrap_interval(above)
         found[name] = {
@@ -201,58 +290,50 @@ def leakage(
     return found
 
 
-def leakage_verdict(found: Mapping[str, Mapping], alone: Mapping[str, Mapping]) -> str:
-    """What the differences to the controls say of leakage, in words.
-
-    found: of `leakage` with all controls; alone: control → the same with that one only. There is
-    leakage where the interval of some metric lies above 0. There is none where no image stands
-    above every control, or all intervals lie below 0 and none clearly does. Between the two it is
-    not shown on average. One image has no interval: its difference decides.
-    """
-    above = found["psnr"]["images"]
-    highest = max(range(len(above)), key=above.__getitem__)
-    comes = (
-        f"image {highest} the most, by" if above[highest] > 0 else f"image {highest} is nearest,"
-    )
-    if any(_bound(of, "low") > 0 for of in found.values()):
-        verdict = "leakage above the prior"
-    elif max(above) <= 0 or (
-        max(above) <= CLEAR_DIFFERENCE and all(_bound(of, "high") < 0 for of in found.values())
-    ):
-        verdict = "no leakage above the prior"
-    else:
-        verdict = "leakage above the prior not shown on average"
-        comes = f"look at them: {comes}"
-    lines = [
-        f"{verdict}: {', '.join(_difference(name, of) for name, of in found.items())} over "
-        f"{len(above)} image(s), against each one's best of the controls {', '.join(alone)}",
+def _details(verdict: Verdict, result: Mapping, identification: Identification | None) -> list[str]:
+    """The lines below the verdict: what it rests on, and what weakens it."""
+    lines = []
+    if identification is not None:
+        found = ", ".join(map(str, verdict.identified)) or "none"
+        lines.append(
+            f"ranks among {identification.candidates - 1} decoys per image, by "
+            f"{verdict.metric.upper()}: p = {identification.p:.2g} (all images together "
+            f"{identification.batch_p:.2g}); identified one by one, corrected for their number: "
+            f"{found}"
+        )
+        for name, control in (result["controls"] or {}).items():
+            if control["identification_p"] <= ALPHA:
+                lines.append(
+                    f"caution: the ranks of control {name}, which knows nothing of the client's "
+                    f"gradient, have p = {control['identification_p']:.2g}: these decoys may be "
+                    "unlike the true images in kind, and the p above then means less"
+                )
+    if result["paired"] is not None:
+        lines.append(
+            f"against the gradient of other images, image by image: {verdict.metric.upper()} "
+            f"{result['paired']['mean']:+.{LEAKAGE_DIGITS[verdict.metric]}f}, p = "
+            f"{result['paired']['p']:.2g} (signs flipped)"
+        )
+    if result["leakage"] is None:
+        return lines
+    above = result["leakage"][verdict.metric]["images"]
+    lines += [
+        "against each image's best control: "
+        + ", ".join(difference(name, of) for name, of in result["leakage"].items())
+        + f"; {sum(value > 0 for value in above)} of {len(above)} images stand above every control "
+        f"in {verdict.metric.upper()}",
         "against one control alone: "
         + "; ".join(
-            f"{control} {_difference('psnr', differences['psnr'])}"
-            for control, differences in alone.items()
+            f"{name} {difference(verdict.metric, control['leakage'][verdict.metric])}"
+            for name, control in result["controls"].items()
         ),
-        f"{sum(value > 0 for value in above)} of {len(above)} images stand above every control in "
-        f"PSNR, {comes} {above[highest]:+.2f} dB",
     ]
-    if _bound(found["psnr"], "high") < -CLEAR_DIFFERENCE:
-        lines.append(
-            "the attack does worse than without the gradient: there is nothing to find, or it is "
-            "badly tuned for it (try more --TV, or the search); nothing follows about a defence"
-        )
     if 1 < len(above) < FEW_IMAGES:
-        lines.append(f"fewer than {FEW_IMAGES} images: the interval is too narrow, a hint at most")
-    return "\n".join(lines)
-
-
-def _bound(of: Mapping, which: str) -> float:
-    return of["mean"] if math.isnan(of[which]) else of[which]
-
-
-def _difference(name: str, of: Mapping) -> str:
-    digits = f"+.{LEAKAGE_DIGITS[name]}f"
-    mean, low, high = (format(of[key], digits) for key in ("mean", "low", "high"))
-    text = f"{name.upper()} {mean}{' dB' if name == 'psnr' else ''}"
-    return text if math.isnan(of["low"]) else f"{text} (95 % interval {low} to {high})"
+        lines.append(
+            f"fewer than {FEW_IMAGES} images: the intervals are too narrow, a hint at most; the "
+            "p values hold"
+        )
+    return lines
 
 
 def information_table(

@@ -1,7 +1,6 @@
-"""What of a reconstruction is leakage: controls, intervals, and the gradient information ratio."""
+"""The attack without the client's gradient: what runs, what is written, what is left out."""
 
 import json
-import math
 import re
 import signal
 from dataclasses import replace
@@ -9,200 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import run
-from inversion.leakage import gradient_information_ratio, information_ratio
 from inversion.objective import Objective, Weights
 from inversion.optimise import Loop, reconstruct
 from inversion.pixel_gradient import exact, prior_only
 from models.build import build_model
-from models.gradient import batch_gradient, gradient_mode
 from models.target import target_from_checkpoint
-from tests.support import attack, call, capture_photos, photos, smooth_network, succeed, target_of
+from tests.support import attack, call, capture_photos, photos, smooth_network, target_of
+from utils.binding import bind
 from utils.checkpoint import load, save
-from utils.metrics import RESAMPLES, bootstrap_interval
-from utils.scoring import leakage, leakage_verdict, score_reconstruction
-
-# Gradient information ratio -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("train_mode", [True, False])
-@pytest.mark.parametrize("arch", ["lenet", "convnet", "resnet18"])
-def test_information_equals_a_slow_loop(arch, train_mode):
-    """Every sample's loss inside the batch, differentiated alone, against torch's own modules."""
-    torch.manual_seed(0)
-    model = build_model(arch, 8, (3, 32, 32)).double()
-    x, y = photos(5, 32, target_idx=1)
-    x = x.double()
-    found = gradient_information_ratio(model, x, y, train_mode=train_mode)
-    assert found.independent == (arch == "lenet" or not train_mode)
-
-    whole = torch.cat([g.flatten() for g in batch_gradient(model, x, y, train_mode=train_mode)])
-    total = torch.zeros_like(whole)
-    for i in range(5):
-        with gradient_mode(model, train_mode):
-            logits = model(x)
-            loss = F.cross_entropy(logits[i : i + 1], y[i : i + 1])
-            g = torch.cat([t.flatten() for t in torch.autograd.grad(loss, model.parameters())])
-        total += g
-        expected = {
-            "confidence": logits.softmax(1)[i, y[i]],
-            "predicted": logits[i].argmax(),
-            "predicted_confidence": logits.softmax(1)[i].max(),
-            "norm": g.norm(),
-            "squared_l2": (g - whole).square().sum(),
-            "cosine_distance": 1 - F.cosine_similarity(g, whole, dim=0),
-            "sign_rate": 100 * (g.sign() == whole.sign()).double().mean(),
-            "information": g @ whole,
-        }
-        for name, value in expected.items():
-            assert getattr(found, name)[i].item() == pytest.approx(value.item(), rel=1e-6), name
-    torch.testing.assert_close(total / 5, whole, rtol=0, atol=1e-5 * whole.norm().item())
-    assert found.batch_norm == pytest.approx(whole.norm().item())
-    assert found.information.mean().item() == pytest.approx(found.batch_norm**2)
-    assert found.ratio.sum().item() == pytest.approx(100, abs=0.01)
-
-
-def test_ratio_shifts_negative_information():
-    ratio = information_ratio(torch.tensor([-1.0, 0.0, 2.0]))
-    assert ratio.tolist() == [0, 25, 75]  # shifted to 0, 1, 3
-    assert information_ratio(torch.tensor([1.0, 3.0])).tolist() == [25, 75]  # not shifted
-    assert information_ratio(torch.zeros(4)).tolist() == [25] * 4
-
-
-def test_information_of_the_model_leaves_it_alone():
-    model = build_model("convnet", 8, (3, 32, 32)).train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    gradient_information_ratio(model, *photos(3, 32), train_mode=True)
-    assert model.training
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("mode", [["--model-eval"], []])
-def test_information_is_printed_and_written(captured, tmp_path, mode):
-    path = captured("-a", "convnet", "-b", "4", *mode)
-    result, folder = attack(tmp_path, path, "--epochs", 2, "--GInfoR")
-    found = result["information"]
-    assert sum(found["ratio"]) == pytest.approx(100, abs=0.01)
-    assert found["independent"] == bool(mode)
-    assert found["label"] == [0, 1, 2, 3]
-    log = (folder / "log.txt").read_text()
-    kind = "every image's own gradient" if mode else "share inside the batch's statistics"
-    assert kind in log
-    assert "| equal signs % | information | ratio % |" in log
-    assert "| batch |" in log
-    norm = load(str(path))["target_gradient"]
-    norm = math.sqrt(sum(g.double().square().sum().item() for g in norm))
-    assert found["batch_norm"] == pytest.approx(norm, rel=1e-5)
-
-
-def test_information_needs_the_truth(tmp_path):
-    path = capture_photos(tmp_path, "-a", "lenet", "-b", "2", "--seal")
-    flags = ("--root", tmp_path, "--checkpoint", path, "--labels", "0,1", "--lr", 0.1, "--GInfoR")
-    outcome = call("run.py", *flags)
-    assert outcome.code == 2
-    assert "--GInfoR" in outcome.err
-    assert "holds no truth" in outcome.err
-    (truth,) = tmp_path.glob("*-truth.pth.tar")
-    assert "ratio %" in succeed("run.py", *flags, "--truth", truth).out
-
-
-# Intervals ----------------------------------------------------------------------------------
-
-
-def test_bootstrap_interval():
-    values = np.array([0.0, 1.0, 2.0, 5.0, 7.0])
-    low, high = bootstrap_interval(values)
-    draw = np.random.default_rng(1)
-    means = draw.choice(values, (RESAMPLES, 5)).mean(1)
-    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.1)
-    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.1)
-    assert bootstrap_interval(values) == (low, high)
-    assert bootstrap_interval(np.full(6, 2.5)) == (2.5, 2.5)
-    assert all(math.isnan(v) for v in bootstrap_interval(np.array([1.0])))
-
-
-def test_leakage_is_what_stands_above_the_best_control():
-    scores = {"psnr": [20.0, 12.0, 30.0], "ssim": [0.5, math.nan, 0.9], "lpips": [0.1, 0.2, 0.3]}
-    controls = [
-        {"psnr": [10.0, 13.0, 11.0], "ssim": [0.1] * 3, "lpips": [0.5, 0.1, 0.4]},
-        {"psnr": [12.0, 11.0, 10.0], "ssim": [0.2] * 3, "lpips": [0.6, 0.3, 0.2]},
-    ]
-    found = leakage(scores, controls)
-    assert found.keys() == {"psnr", "lpips"}  # one SSIM is missing
-    assert found["psnr"]["images"] == [8, -1, 19]
-    assert found["psnr"]["mean"] == pytest.approx(26 / 3)
-    assert found["lpips"]["images"] == pytest.approx([0.4, -0.1, -0.1])
-    assert found["psnr"]["low"] < 26 / 3 < found["psnr"]["high"]
-    perfect = leakage({"psnr": [math.inf]}, [{"psnr": [10.0]}])
-    assert perfect["psnr"]["mean"] == 90  # up to 100 dB
-
-
-@pytest.mark.parametrize(
-    ("psnr", "ssim", "verdict"),
-    [
-        ([3.0, 4.0, 5.0], [0.1, 0.2, 0.3], "leakage above the prior:"),
-        ([-3.0, -4.0, -5.0], [0.1, 0.2, 0.3], "leakage above the prior:"),  # structure alone
-        ([-3.0, 9.0, -5.0], [-0.1, 0.2, -0.3], "leakage above the prior not shown on average:"),
-        ([-3.0, -4.0, -5.0], [-0.1, -0.2, -0.3], "no leakage above the prior:"),
-        ([-3.0, 0.0, -5.0], [-0.1, 0.2, -0.3], "no leakage above the prior:"),  # none above
-        ([-3.0, 0.9] + [-5.0] * 9, [-0.1] * 11, "no leakage above the prior:"),  # none clearly
-        # One patient among eleven: below on average, and yet not called safe.
-        ([-3.0, 8.0] + [-9.0] * 9, [-0.1] * 11, "leakage above the prior not shown on average:"),
-        ([2.0], [-0.1], "leakage above the prior:"),
-        ([-2.0], [-0.1], "no leakage above the prior:"),
-    ],
-)
-def test_verdict(psnr, ssim, verdict):
-    zero = {"psnr": [0.0] * len(psnr), "ssim": [0.0] * len(psnr)}
-    found = leakage({"psnr": psnr, "ssim": ssim}, [zero])
-    text = leakage_verdict(found, {"prior only": found})
-    assert text.startswith(verdict)
-    assert "best of the controls prior only" in text
-    assert f"{sum(v > 0 for v in psnr)} of {len(psnr)} images stand above" in text
-    best = int(np.argmax(psnr))
-    assert (f"image {best} the most, by +" in text) == (max(psnr) > 0)
-    assert (f"image {best} is nearest, " in text) == (max(psnr) <= 0)
-    assert ("look at them" in text) == ("not shown" in verdict)
-    assert ("95 % interval" in text) == (len(psnr) > 1)
-    assert ("too narrow" in text) == (1 < len(psnr) < 8)
-    assert ("nothing follows about a defence" in text) == (
-        found["psnr"]["high"] < -1 or psnr == [-2]
-    )
-
-
-def test_every_control_is_told_alone():
-    scores = {"psnr": [9.0, 8.5, 9.5]}
-    flat, other = {"psnr": [12.0] * 3}, {"psnr": [7.0] * 3}
-    alone = {"prior only": leakage(scores, [flat]), "other gradient": leakage(scores, [other])}
-    text = leakage_verdict(leakage(scores, [flat, other]), alone)
-    assert text.startswith("no leakage above the prior: PSNR -3.00 dB")
-    assert "prior only PSNR -3.00 dB" in text
-    assert "other gradient PSNR +2.00 dB" in text
-
-
-def test_controls_are_paired_by_the_same_rule():
-    true = torch.rand(3, 3, 16, 16)
-    y = torch.arange(3)
-    shuffled = true[[1, 2, 0]]
-    scores, text = score_reconstruction(
-        true, true, y, y, by_index=False, controls={"prior only": shuffled}
-    )
-    assert scores["controls"]["prior only"]["reconstruction"] == [2, 0, 1]
-    assert scores["leakage"]["psnr"]["mean"] == 0  # as good as the attack
-    assert "no leakage above the prior" in text
-    assert "control: prior only" in text
-    scores, text = score_reconstruction(
-        true, true, y, y, by_index=True, controls={"prior only": shuffled}
-    )
-    assert scores["leakage"]["psnr"]["mean"] > 50
-    assert "\nleakage above the prior: PSNR +" in text
-    assert score_reconstruction(true, true, y, y, by_index=True)[0]["leakage"] is None
-
-
-# Controls -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train_mode", [True, False])
@@ -271,28 +86,35 @@ def demo_runs(captured, tmp_path_factory):
 
 def test_the_true_gradient_leaks_and_it_is_said_how_much(demo_runs):
     result, log, folder = demo_runs["true"]
-    found = result["metrics"]["leakage"]["psnr"]
-    assert found["low"] > 3
-    assert found["low"] < found["mean"] < found["high"]
-    assert f"leakage above the prior: PSNR {found['mean']:+.2f} dB (95 % interval" in log
-    assert "no leakage above the prior" not in log
+    found, verdict = result["metrics"]["leakage"], result["metrics"]["verdict"]
+    assert found["psnr"]["low"] > 3
+    assert found["ssim"]["low"] < found["ssim"]["mean"] < found["ssim"]["high"]
+    assert verdict["verdict"] == "leakage: reconstruction"
+    assert verdict["p"] < 0.001
+    assert result["metrics"]["identification"]["ranks"] == [1] * 8
+    assert f"leakage: reconstruction: SSIM {found['ssim']['mean']:+.3f} (95 % interval" in log
+    assert f"worst image {verdict['worst_image']} (rank 1 of 100, SSIM +" in log
+    assert "no leakage" not in log
     assert "8 of 8 images stand above every control" in log
-    assert (folder / "controls.png").exists()
+    for name in ("controls.png", "decoys.png"):
+        assert (folder / name).exists()
 
 
 def test_a_shuffled_gradient_does_not(demo_runs):
     result, log, _ = demo_runs["shuffled"]
-    assert "no leakage above the prior" in log
+    assert result["metrics"]["verdict"]["verdict"] == "no leakage shown"
+    assert "no leakage shown: p = " in log
     assert "what was sent is shuffled" in log
-    assert all(of["low"] <= 0 for of in result["metrics"]["leakage"].values())
+    assert "why it found no more: " in log
 
 
 def test_controls_do_not_know_the_clients_gradient(demo_runs):
-    """The same images whether the client's gradient is true or shuffled."""
+    """The same images whether the client's gradient is true or shuffled, but for the control whose
+    gradient is shuffled as well."""
     true, shuffled = (demo_runs[gradient][0] for gradient in ("true", "shuffled"))
-    for name, control in true["metrics"]["controls"].items():
-        del control["leakage"], shuffled["metrics"]["controls"][name]["leakage"]
-    assert true["metrics"]["controls"] == shuffled["metrics"]["controls"]
+    for name in ("mean image", "prior only"):
+        images = [of["metrics"]["controls"][name]["images"] for of in (true, shuffled)]
+        assert images[0] == images[1]
     assert true["metrics"]["mean"] != shuffled["metrics"]["mean"]
     names = {"mean image", "prior only", "other gradient"}
     assert true["controls"].keys() == true["metrics"]["controls"].keys() == names
@@ -405,11 +227,14 @@ def test_a_control_that_cannot_be_is_left_out(tmp_path):
     checkpoint = load(str(path))
     control = checkpoint["control"]
     control["target_gradient"] = [torch.zeros_like(g) for g in control["target_gradient"]]
+    bind(checkpoint)
     save(checkpoint, str(path))
     result, folder = attack(tmp_path, path, "--metric")
     assert result["controls"].keys() == {"mean image", "prior only"}
+    assert result["metrics"]["verdict"]["verdict"] == "incomplete"
     log = (folder / "log.txt").read_text()
     assert "control, other gradient: left out: the target's gradient is zero" in log
+    assert "incomplete: control other gradient could not be run: without it no verdict" in log
 
 
 def test_an_interrupted_control_is_left_out(captured, tmp_path, monkeypatch):
@@ -432,5 +257,9 @@ def test_an_interrupted_control_is_left_out(captured, tmp_path, monkeypatch):
     assert "control, prior only: interrupted, left out" in outcome.out
     result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
     assert result["controls"].keys() == {"mean image"}
+    assert result["metrics"]["verdict"]["verdict"] == "incomplete"
+    said = "incomplete: control prior only was interrupted; control other gradient was not run"
+    assert said in outcome.out
+    assert "no leakage" not in outcome.out
     assert result["stopped"] is None
     assert result["iterations"] == 3

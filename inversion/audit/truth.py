@@ -1,0 +1,210 @@
+"""What the client's gradient and the attack's objective are at the truth: for the auditor only."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from inversion.distances import cosine_distance, joint_norm
+from inversion.objective import Losses, Objective, Weights
+from models.batchnorm import batchnorm_layers
+from models.target import Target
+from utils.distributed import ALONE, Shard
+
+#: Cosine distance up to which two gradients can be those of one batch but for rounding, the share
+#: of a flat batch's distance that it must stay below, and the distance that is only rounding.
+SAME_BATCH, SHARE_OF_FLAT, ROUNDING = 1e-3, 0.1, 1e-10
+#: Share of its loss that an attack still loses in the second half if it is called unfinished.
+STILL_FALLING = 0.1
+#: Relative difference of norms up to which they are equal but for rounding.
+SAME_NORM = 1e-2
+#: Cosine distance and norm ratio of an update of several local steps: it is near, but not as long.
+NEAR, AS_LONG = 0.5, (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class TruthCheck:
+    """How what was sent compares with the gradient of the true images."""
+
+    #: Cosine distance between the two, in [0, 2].
+    distance: float
+    #: Norm of what was sent over that of the true images' gradient.
+    norm_ratio: float
+    #: "same", "protected", "scaled", "opposite", "unnormalised", "other mode", "near" or "other".
+    kind: str
+    #: The finding in plain words.
+    finding: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether what was sent can be the gradient of the true images."""
+        return self.kind in ("same", "protected", "scaled")
+
+
+def check_truth_gradient(
+    model: nn.Module, target: Target, x: Tensor, y: Tensor, shard: Shard = ALONE
+) -> TruthCheck:
+    """Compare what the client sent with the gradient of the true images.
+
+    model: the attacked network on the device to compute on. x: (B, C, H, W) true images,
+    normalised; y: (B,) their labels; the whole batch on every process. Where the client protected
+    its gradient the two differ, and only the figures are given.
+
+    How near the gradients of different images lie depends on the network: those of a random LeNet
+    have a distance of 1e-5 where the labels are equal. So the truth's must also be far nearer than
+    that of flat images of the same labels and mean colours.
+    """
+
+    def compared(images: Tensor, train_mode: bool = target.train_mode) -> tuple[float, float]:
+        gradient = _gradient(model, target, images, y, train_mode, shard)
+        sent = [g.to(gradient[0]) for g in target.gradient]
+        with torch.no_grad():
+            distance = cosine_distance(gradient, sent).item()
+            return distance, (joint_norm(sent) / joint_norm(gradient)).item()
+
+    flat = x.mean((-2, -1), keepdim=True).expand_as(x)
+    limit = min(SAME_BATCH, max(ROUNDING, SHARE_OF_FLAT * compared(flat)[0]))
+    distance, ratio = compared(x)
+    figures = f"cosine distance {distance:.2g}, norm ratio {ratio:.3g}"
+
+    def finding(kind: str, words: str) -> TruthCheck:
+        return TruthCheck(distance, ratio, kind, f"{words} ({figures})")
+
+    if target.protection is not None:
+        return finding("protected", "what was sent is protected, so it is not the truth's gradient")
+    if distance <= limit:
+        if abs(ratio - 1) <= SAME_NORM:
+            return finding("same", "what was sent is the truth's gradient")
+        return finding(
+            "scaled",
+            f"what was sent is the truth's gradient times {ratio:.3g}, as after one local step "
+            "with that rate or under a loss scale; if so, give --gradient-scale",
+        )
+    if 2 - distance <= SAME_BATCH:
+        return finding(
+            "opposite",
+            "what was sent is the truth's gradient with the opposite sign: a weight difference "
+            "after minus before a step is minus the rate times the gradient",
+        )
+    unnormalised = x * target.std.to(x) + target.mean.to(x)
+    normalised = (x - target.mean.to(x)) / target.std.to(x)
+    if compared(unnormalised)[0] <= limit:
+        return finding(
+            "unnormalised",
+            "what was sent is the gradient of the true images before normalisation: the network "
+            "was fed other images than mean and std say",
+        )
+    if compared(normalised)[0] <= limit:
+        return finding(
+            "unnormalised",
+            "what was sent is the gradient of the true images after normalisation: x_true holds "
+            "images that are not normalised",
+        )
+    # one image may have no batch statistics
+    other_mode = bool(batchnorm_layers(model)) and (target.train_mode or len(x) > 1)
+    if other_mode and compared(x, not target.train_mode)[0] <= limit:
+        mode = "eval" if target.train_mode else "train"
+        return finding(
+            "other mode", f"what was sent is the truth's gradient with BatchNorm in {mode} mode"
+        )
+    if distance < NEAR and not AS_LONG[0] <= ratio <= AS_LONG[1]:
+        return finding(
+            "near",
+            "what was sent points nearly where the truth's gradient does but has another length, "
+            "as an update of several local steps has",
+        )
+    return finding(
+        "other",
+        "what was sent is not the truth's gradient: it belongs to other images, labels or weights, "
+        "or was changed",
+    )
+
+
+def _gradient(model, target, x, y, train_mode, shard) -> tuple[Tensor, ...]:
+    """The gradient of a batch with BatchNorm in the given mode."""
+    objective = Objective(model, replace(target, train_mode=train_mode), y, Weights(), shard=shard)
+    return objective.gradient(x)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The attack's objective at the truth, beside that at the reconstruction."""
+
+    truth: Losses
+    reconstruction: Losses
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the reconstruction has an objective as low as the truth's."""
+        return self.reconstruction.total <= self.truth.total
+
+    @property
+    def reason(self) -> str:
+        """Why an attack that found nothing did not, in plain words."""
+        at_truth, found = self.truth.total, self.reconstruction.total
+        if not self.arrived:
+            return (
+                f"the optimiser did not arrive: the objective is {at_truth:.4g} at the truth and "
+                f"{found:.4g} at the reconstruction; more --epochs, another --lr or more --n-seed "
+                "may find more"
+            )
+        return (
+            f"this objective does not single the truth out: it is {at_truth:.4g} there and only "
+            f"{found:.4g} at the reconstruction; other weights may, more iterations will not"
+        )
+
+
+def arrival(objective: Objective, found: Tensor, x: Tensor, y: Tensor) -> Arrival:
+    """Evaluate the attack's objective at its reconstruction and at the truth.
+
+    found: (B, C, H, W) reconstruction in the order of the objective's labels. x, y: the true
+    images, normalised, and their labels. The weights are those of the last iteration.
+    """
+    return Arrival(
+        objective.with_labels(y).value(x, 1.0).floats(), objective.value(found, 1.0).floats()
+    )
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How an attack ended, for the reader of its verdict."""
+
+    #: Share of the gradient loss that was lost in the second half of the iterations, or None.
+    fall: float | None
+    #: The objective at the truth and at the reconstruction.
+    arrival: Arrival
+
+    @property
+    def doubt(self) -> str | None:
+        """Why an attack that found nothing has shown nothing yet, None where there is no reason."""
+        if self.fall is None or self.fall < STILL_FALLING or self.arrival.arrived:
+            return None
+        return "the attack had not finished: its loss was still falling; give more --epochs"
+
+    @property
+    def lines(self) -> list[str]:
+        """What is to be read before any verdict."""
+        found, true = self.arrival.reconstruction.gradient, self.arrival.truth.gradient
+        lines = [f"gradient loss {found:.4g}, at the truth {true:.4g}"]
+        if self.fall is not None and self.fall >= STILL_FALLING:
+            lines.append(
+                f"the loss was still falling: by {100 * self.fall:.0f} % over the second half of "
+                "the iterations; more --epochs may find more"
+            )
+        return lines
+
+
+def second_half_fall(losses: Sequence[float]) -> float | None:
+    """Share of the loss that was lost in the second half of a run; None for a single iteration.
+
+    losses: by iteration, some of them left out evenly. The last iterations alone would say little:
+    by then the steps are tiny.
+    """
+    if len(losses) < 2:
+        return None
+    half = losses[len(losses) // 2 - 1 :]
+    few = max(1, len(half) // 8)
+    begin, end = statistics.median(half[:few]), statistics.median(half[-few:])
+    return 1 - end / begin if begin > 0 else 0.0

@@ -1,0 +1,89 @@
+"""Which truth belongs to which checkpoint: an id that both carry, and a digest of the other one."""
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from utils.cli import InputError
+
+#: What the truth's `checkpoint_digest` covers.
+PUBLIC_KEYS = (
+    "batch_size", "dataset_setup", "arch", "model_eval", "state_dict", "trainable",
+    "target_gradient", "bn_mean_list", "bn_var_list", "label_smoothing", "protection", "replace_bn",
+)  # fmt: skip
+#: What the checkpoint's `truth_digest` covers.
+TRUTH_KEYS = ("x_true", "y_true", "control", "decoys")
+
+
+def bind(checkpoint: dict) -> None:
+    """Add an id to a checkpoint, and to its two parts a digest of the other, where it has a truth.
+
+    The attacker sees the digest of the truth. It is salted with a number that stays with the
+    truth: without it, nobody can check a guess of the images by it.
+    """
+    checkpoint["id"] = secrets.token_hex(16)
+    if checkpoint.get("x_true") is None:
+        return
+    checkpoint["truth_salt"] = secrets.token_hex(16)
+    checkpoint["truth_digest"] = _truth_digest(checkpoint)
+    checkpoint["checkpoint_digest"] = _digest([checkpoint.get(key) for key in PUBLIC_KEYS])
+
+
+def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint_name: str) -> bool:
+    """Whether ids and digests say that `truth` belongs to `checkpoint`; false if they are missing.
+
+    The names are those of the two files, for messages.
+
+    Raises InputError when they say that it does not.
+    """
+    parts = (truth.get("id"), checkpoint.get("id"), truth.get("truth_salt"))
+    parts += (truth.get("checkpoint_digest"), checkpoint.get("truth_digest"))
+    if parts[0] is not None and parts[1] is not None and parts[0] != parts[1]:
+        raise InputError(
+            f"{truth_name}: is the truth of another checkpoint than {checkpoint_name}; give the "
+            "truth that was written with it"
+        )
+    if not all(isinstance(part, str) for part in parts):
+        return False
+    if _truth_digest(truth) != checkpoint["truth_digest"]:
+        raise InputError(
+            f"{truth_name}: has been changed since it was written with {checkpoint_name}; capture "
+            "both anew"
+        )
+    if _digest([checkpoint.get(key) for key in PUBLIC_KEYS]) != truth["checkpoint_digest"]:
+        raise InputError(
+            f"{checkpoint_name}: has been changed since it was written with its truth, "
+            f"{truth_name}; capture both anew"
+        )
+    return True
+
+
+def _truth_digest(truth: Mapping) -> str:
+    return _digest([truth["truth_salt"], *(truth.get(key) for key in TRUTH_KEYS)])
+
+
+def _digest(content) -> str:
+    """SHA-256 of tensors and plain values, in hexadecimal; lists and tuples count as the same."""
+    state = hashlib.sha256()
+    _feed(state, content)
+    return state.hexdigest()
+
+
+def _feed(state, content) -> None:
+    if isinstance(content, Tensor):
+        state.update(f"tensor {content.dtype} {tuple(content.shape)}".encode())
+        state.update(content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(content, Mapping):
+        state.update(f"mapping {len(content)}".encode())
+        for key in sorted(content):
+            _feed(state, key)
+            _feed(state, content[key])
+    elif isinstance(content, Sequence) and not isinstance(content, str):
+        state.update(f"sequence {len(content)}".encode())
+        for value in content:
+            _feed(state, value)
+    else:
+        state.update(repr(content).encode() + b"\0")
