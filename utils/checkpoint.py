@@ -213,8 +213,11 @@ def save(content, path: str) -> None:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise FaultError(f"{path} could not be written: {_one_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of positions, raised while handling the cause
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        why = getattr(cause, "strerror", None) or _one_line(cause)
+        raise FaultError(f"{path} could not be written: {why}") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
