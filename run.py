@@ -52,6 +52,7 @@ from models.gradient import trainable_parameters
 from models.target import (
     GroundTruth,
     Target,
+    check_fits,
     model_of,
     target_from_checkpoint,
     truth_from_checkpoint,
@@ -429,6 +430,7 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
     """The attacker's view of the checkpoint, and the truth only where the flags call for it."""
     checkpoint = checkpoints.load(args.checkpoint)
     target = target_from_checkpoint(checkpoint)
+    check_fits(target)  # before a truth is compared with it, which may be the sound one
     if args.target_gradient == "shuffled":
         target = shuffled(target, args.seed)
     knows_labels = args.labels is not None or args.pseudo_label_init == "from_grads"
@@ -440,7 +442,7 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
     truth = None
     if source.get("x_true") is not None and source.get("y_true") is not None:
         checkpoints.check_truth(source, checkpoint, f"{flag} {getattr(args, flag[2:])}")
-        truth = truth_from_checkpoint(source)
+        truth = truth_from_checkpoint(source, checkpoint)
     if truth is None:
         needs = "--metric" if args.metric else "--GInfoR"
         needs = needs if knows_labels else "--pseudo-label-init known"
@@ -619,10 +621,10 @@ def load_problem(args, device: str) -> Problem:
     simulation = checkpoints.load(args.simulation_checkpoint, flag)
     source = f"{flag} {args.simulation_checkpoint}"
     target = target_from_checkpoint(checkpoints.load(args.checkpoint))
+    check_fits(target)
     if simulation.get("x_true") is None or simulation.get("y_true") is None:
         raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
-    checkpoints.check_truth(simulation, simulation, source)
-    simulated, truth = target_from_checkpoint(simulation), truth_from_checkpoint(simulation)
+    simulated = target_from_checkpoint(simulation)
     if args.exact_bn and target.bn_mean is not None and simulated.bn_mean is None:
         raise InputError(f"{source}: holds no BN statistics, which the target has; --upload-bn")
     for what in (
@@ -638,6 +640,9 @@ def load_problem(args, device: str) -> Problem:
             raise InputError(
                 f"{source}: its {what} is {ours}, the target's {theirs}; capture it as the target"
             )
+    check_fits(simulated, source)
+    checkpoints.check_truth(simulation, simulation, source)
+    truth = truth_from_checkpoint(simulation)
     same = all(torch.equal(a, b) for a, b in zip(simulated.gradient, target.gradient, strict=True))
     if same and not args.allow_target_as_simulation:
         raise InputError(
