@@ -68,6 +68,7 @@ from models.target import (
     GroundTruth,
     Target,
     Update,
+    check_fits,
     model_of,
     target_from_checkpoint,
     truth_from_checkpoint,
@@ -474,6 +475,7 @@ def load_inputs(args) -> Inputs:
     """Load the checkpoint, and the truth if scoring or known labels need it."""
     checkpoint = checkpoints.load(args.checkpoint)
     sent = target = target_from_checkpoint(checkpoint)
+    check_fits(target)  # before a truth is compared with it, which may be the sound one
     if args.target_gradient == "shuffled":
         target = shuffled(sent, args.seed)
     knows_labels = args.labels is not None or args.pseudo_label_init == "from_grads"
@@ -492,7 +494,7 @@ def load_inputs(args) -> Inputs:
     truth_source = f"{flag} {getattr(args, flag[2:])}"
     checkpoints.check_truth(source, checkpoint, truth_source)
     bound = check_bound(source, checkpoint, truth_source, f"--checkpoint {args.checkpoint}")
-    truth = truth_from_checkpoint(source)
+    truth = truth_from_checkpoint(source, checkpoint)
     if args.target_gradient == "shuffled" and truth.control is not None:
         truth = replace(truth, control=shuffled_update(truth.control, args.seed + 1))
     return Inputs(target, sent, truth, bound, truth_source)
@@ -696,10 +698,10 @@ def load_problem(args, device: str) -> Problem:
     simulation = checkpoints.load(args.simulation_checkpoint, flag)
     source = f"{flag} {args.simulation_checkpoint}"
     target = target_from_checkpoint(checkpoints.load(args.checkpoint))
+    check_fits(target)
     if simulation.get("x_true") is None or simulation.get("y_true") is None:
         raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
-    checkpoints.check_truth(simulation, simulation, source)
-    simulated, truth = target_from_checkpoint(simulation), truth_from_checkpoint(simulation)
+    simulated = target_from_checkpoint(simulation)
     if args.exact_bn and target.bn_mean is not None and simulated.bn_mean is None:
         raise InputError(f"{source}: holds no BN statistics, which the target has; --upload-bn")
     for what in (
@@ -715,6 +717,9 @@ def load_problem(args, device: str) -> Problem:
             raise InputError(
                 f"{source}: its {what} is {ours}, the target's {theirs}; capture it as the target"
             )
+    check_fits(simulated, source)
+    checkpoints.check_truth(simulation, simulation, source)
+    truth = truth_from_checkpoint(simulation)
     model = model_of(simulated)
     if not args.allow_target_as_simulation and shares_images(args, truth, target, model):
         raise InputError(

@@ -2,9 +2,11 @@
 
 import inspect
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision import models as torchvision_models
 
 from utils.cli import InputError
@@ -95,6 +97,59 @@ def _change_input_channels(model: nn.Module, channels: int) -> None:
         if key not in ("in_channels", "bias", "device", "dtype")
     }
     model.set_submodule(name, nn.Conv2d(channels, bias=old.bias is not None, **settings))
+
+
+class WithoutMemory(TorchFunctionMode):
+    """Within it the parameters of a network that is built take no memory: the meta device.
+
+    Names, shapes and dtypes are those of the network. Small tensors that builders compute with
+    stay real, which `torch.device("meta")` would not leave (regnet).
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def misfits(
+    state: dict[str, Tensor], own: dict[str, Tensor], optional: Collection[str] = ()
+) -> str:
+    """What keeps `state` from being loaded into a network with the state `own`, "" for nothing.
+
+    Names that are missing (and not optional) or surplus, other shapes, and other kinds: integers
+    where the network has floating-point numbers, or the reverse. Reads no numbers.
+    """
+    common = [name for name in state if name in own]
+    found = {
+        "missing": [name for name in own if name not in state and name not in optional],
+        "surplus": [name for name in state if name not in own],
+        "reshaped": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in common
+            if state[name].shape != own[name].shape
+        ],
+        "of another kind": [
+            f"{name} {state[name].dtype} instead of {own[name].dtype}"
+            for name in common
+            if _kind(state[name]) != _kind(own[name])
+        ],
+    }
+    return "; ".join(f"{word} {some(names)}" for word, names in found.items() if names)
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        return str(tensor.dtype)
+    return "floating" if tensor.is_floating_point() else "integer"
+
+
+def some(names: Sequence, most: int = 5) -> str:
+    """The first names of a list on one line, and how many more there are."""
+    shortened = [" ".join(str(name)[:100].split()) for name in names[:most]]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shortened) + rest
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -1,13 +1,24 @@
 """Weights from files: torchvision .pth, training .tar, MoCo v2; told apart by their keys."""
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.build import find_head, input_convolution, load_weights
+from models.build import (
+    find_head,
+    input_convolution,
+    load_weights,
+    misfits,
+    some,
+)
+from utils import checking
 from utils.checkpoint import load_plain
 from utils.cli import InputError
 
+#: Where a file that holds more than a state dict keeps it.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 MOCO_PREFIX = "encoder_q."
 #: Heads that some torchvision files carry for training only; the networks here have none.
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
@@ -24,18 +35,20 @@ class Loaded:
 def load_pretrained(model: nn.Module, path: str) -> Loaded:
     """Load the weights in `path` into `model` in place.
 
-    Taken are a state dict, a checkpoint that holds one under `state_dict` (or `model`), both
-    with or without the `module.` prefix of DataParallel, and a MoCo v2 pre-training checkpoint
+    Taken are a state dict, a checkpoint that holds one under a name in WRAPPERS, both with or
+    without a prefix to all names, as DataParallel (`module.`), torch.compile (`_orig_mod.`) and
+    training frameworks (`model.`, `net.`) put there, and a MoCo v2 pre-training checkpoint
     (`module.encoder_q.*`), whose projection head is no classifier and is left out. A head of
     another class count is left out as well: the model keeps its own. Grey inputs: a
     three-channel first convolution is summed over its channels, which is what it computes on
     a grey image copied to three channels.
 
     Raises InputError when the file is missing, is unreadable, or does not fit; the error says
-    which keys are missing, surplus or of another shape.
+    which keys are missing, surplus, of another shape or another kind, and which weights are no
+    plain tensors or not finite.
     """
-    state, remarks = _read_state(path)
     own = model.state_dict()
+    state, remarks = _read_state(path, own)
     head_name, head = find_head(model)
     head_keys = [f"{head_name}.{name}" for name, _ in head.named_parameters()]
 
@@ -57,7 +70,7 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
 
     conv_name, conv = input_convolution(model)
     conv_key = f"{conv_name}.weight"
-    if conv.in_channels == 1 and conv_key in state and state[conv_key].shape[1] == 3:
+    if conv.in_channels == 1 and conv_key in state and state[conv_key].shape[1:2] == (3,):
         state[conv_key] = state[conv_key].sum(1, keepdim=True)
         remarks.append(f"{conv_key} summed over its three channels for grey images")
 
@@ -65,31 +78,39 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
     optional = {k for k in own if k.endswith("num_batches_tracked")}
     if not has_head:
         optional |= set(head_keys)
-    missing = [k for k in own if k not in state and k not in optional]
-    surplus = [k for k in state if k not in own]
-    reshaped = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in state
-        if k in own and state[k].shape != own[k].shape
-    ]
-    problems = [
-        f"{word} {_some(keys)}"
-        for word, keys in (("missing", missing), ("surplus", surplus), ("reshaped", reshaped))
-        if keys
-    ]
+    problems = misfits(state, own, optional)
     if problems:
         raise InputError(
-            f"--pretrained {path}: does not fit the network: {'; '.join(problems)}; "
+            f"--pretrained {path}: does not fit the network: {problems}; "
             "give weights of the --arch named"
         )
+    try:
+        checking.check_weight_values(state)
+    except checking.UnfitError as error:
+        raise InputError(f"--pretrained {path}: {error}; give other weights") from error
     load_weights(model, {**own, **state})
     return Loaded(has_head, remarks)
 
 
-def _read_state(path: str) -> tuple[dict[str, Tensor], list[str]]:
+def _with_own_names(
+    state: dict[str, Tensor], own: Collection[str]
+) -> tuple[dict[str, Tensor], str]:
+    """The state with the names `own` of a network, where a prefix to all of them is in the way.
+
+    Wrappers put one there: `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.` and
+    `net.` (training frameworks). Taken off is as much of what all names share, up to a dot, as
+    makes the most of them the network's. Returns the state and what was taken off, maybe "".
+    """
+    shared = os.path.commonprefix(list(state))
+    cuts = [0, *(i + 1 for i, letter in enumerate(shared) if letter == ".")]
+    cut = max(cuts, key=lambda cut: sum(name[cut:] in own for name in state))
+    return {name[cut:]: value for name, value in state.items()}, shared[:cut]
+
+
+def _read_state(path: str, own: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
     content = load_plain(path, "--pretrained")
     remarks = []
-    for wrapper in ("state_dict", "model"):
+    for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             remarks.append(f"state dict found under '{wrapper}'")
@@ -101,12 +122,17 @@ def _read_state(path: str) -> tuple[dict[str, Tensor], list[str]]:
     ]
     if not_tensors:
         raise InputError(
-            f"--pretrained {path}: not a state dict: {_some(not_tensors)} hold no tensors"
+            f"--pretrained {path}: not a state dict: {some(not_tensors)} hold no tensors"
         )
-    return {k.removeprefix("module."): v for k, v in content.items()}, remarks
-
-
-def _some(names: list, most: int = 5) -> str:
-    names = [str(n) for n in names]
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    try:
+        for name, value in content.items():
+            checking.check_tensor(value, some([name]), checking.ANY, attached=True)
+    except checking.UnfitError as error:
+        raise InputError(f"--pretrained {path}: {error}; give other weights") from error
+    state = {k.removeprefix("module."): v.detach() for k, v in content.items()}
+    if any(k.startswith(MOCO_PREFIX) for k in state):
+        return state, remarks
+    state, prefix = _with_own_names(state, own)
+    if prefix:
+        remarks.append(f"'{prefix}' taken off the front of every name")
+    return state, remarks

@@ -1,13 +1,22 @@
 """What the attacker sees (`Target`) and what only scoring sees (`GroundTruth`)."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from models.batchnorm import BATCHNORM_REPLACEMENTS, batchnorm_layers, replace_batchnorm
-from models.build import architectures, build_model, load_weights
+from models.build import (
+    WithoutMemory,
+    architectures,
+    build_model,
+    load_weights,
+    misfits,
+    some,
+)
 from models.gradient import trainable_parameters
+from utils.checkpoint import without_wrapper
 from utils.cli import InputError
 
 
@@ -120,14 +129,18 @@ class GroundTruth:
 def target_from_checkpoint(checkpoint: dict) -> Target:
     """The attacker's view of a loaded checkpoint (utils/checkpoint.py); reads no truth.
 
-    Half-precision gradients are widened to float32: the attack computes in no less.
+    Half-precision gradients are widened to float32: the attack computes in no less. Gradients
+    that stand in another order than the network's are put into it by their names.
     """
     setup = checkpoint["dataset_setup"]
     dtype = torch.float32
     for g in checkpoint["target_gradient"]:
         dtype = torch.promote_types(dtype, g.dtype)
-    gradient = tuple(g.to(dtype) for g in checkpoint["target_gradient"])
-    names = checkpoint.get("trainable")
+    order = gradient_order(checkpoint)
+    gradient = tuple(checkpoint["target_gradient"][place].to(dtype) for place in order)
+    names = [without_wrapper(name) for name in checkpoint.get("trainable") or ()]
+    if len(names) == len(order):
+        names = [names[place] for place in order]
 
     def per_channel(values):
         return torch.as_tensor(values, dtype=dtype).view(-1, 1, 1)
@@ -142,9 +155,9 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
         mean=per_channel(setup["mean"]),
         std=per_channel(setup["std"]),
         arch=checkpoint["arch"],
-        state_dict=checkpoint["state_dict"],
+        state_dict={without_wrapper(k): v for k, v in checkpoint["state_dict"].items()},
         train_mode=not checkpoint["model_eval"],
-        trainable=tuple(names) if names else (),
+        trainable=tuple(names),
         bn_mean=tuple(bn_mean) if bn_mean else None,
         bn_var=tuple(bn_var) if bn_var else None,
         label_smoothing=float(checkpoint.get("label_smoothing", 0.0)),
@@ -153,21 +166,114 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
     )
 
 
-def truth_from_checkpoint(checkpoint: dict) -> GroundTruth | None:
-    """The truth in a loaded checkpoint or truth file, None where it holds none."""
-    if checkpoint.get("x_true") is None or checkpoint.get("y_true") is None:
+def gradient_order(checkpoint: dict) -> list[int]:
+    """Places of `target_gradient` in the order of the network's parameters.
+
+    By the names in `trainable`; the network's order is that of its state dict. As they stand where
+    there are no names, other names or no such network: `check_fits` then refuses.
+    """
+    places = range(len(checkpoint["target_gradient"]))
+    names = checkpoint.get("trainable")
+    if not names or len(names) != len(places):
+        return list(places)
+    of_network = [without_wrapper(name) for name in checkpoint["state_dict"]]
+    if checkpoint["arch"] in architectures():
+        setup = checkpoint["dataset_setup"]
+        size = tuple(setup["size"])
+        try:
+            outline = outline_of(
+                checkpoint["arch"], setup["n_classes"], size, checkpoint.get("replace_bn")
+            )
+        except InputError:
+            return list(places)
+        of_network = list(outline.state_dict())
+    position = {name: place for place, name in enumerate(of_network)}
+    names = [without_wrapper(name) for name in names]
+    if not position.keys() >= set(names):
+        return list(places)
+    return sorted(places, key=lambda place: position[names[place]])
+
+
+def truth_from_checkpoint(truth: dict, checkpoint: dict | None = None) -> GroundTruth | None:
+    """The truth in a loaded checkpoint or truth file, None where it holds none.
+
+    checkpoint: the one that a truth file belongs to, whose order of gradients the control has.
+    """
+    if truth.get("x_true") is None or truth.get("y_true") is None:
         return None
-    control = checkpoint.get("control")
+    control = truth.get("control")
     if control is not None:
         mean, var = control.get("bn_mean_list"), control.get("bn_var_list")
+        owner = truth if checkpoint is None else checkpoint
+        places = range(len(control["target_gradient"]))
+        if "target_gradient" in owner:
+            places = gradient_order(owner)
         control = Update(
-            tuple(control["target_gradient"]),
+            tuple(control["target_gradient"][place] for place in places),
             tuple(mean) if mean else None,
             tuple(var) if var else None,
         )
-    return GroundTruth(
-        checkpoint["x_true"], checkpoint["y_true"].long(), control, checkpoint.get("decoys")
-    )
+    return GroundTruth(truth["x_true"], truth["y_true"].long(), control, truth.get("decoys"))
+
+
+@functools.lru_cache(maxsize=4)
+def outline_of(
+    arch: str, num_classes: int, image_shape: tuple[int, int, int], replace_bn: str | None
+) -> nn.Module:
+    """The network with names, shapes and dtypes but without memory; to be read only.
+
+    A file's word on its sizes costs nothing here, whatever it is.
+
+    Raises InputError when there is no such network.
+    """
+    if arch not in architectures():
+        raise InputError(
+            f"its network '{some([arch])}' is not one that models/build.py knows; add it there, "
+            "or attack it from Python"
+        )
+    if replace_bn is not None and replace_bn not in BATCHNORM_REPLACEMENTS:
+        raise InputError(
+            f"BatchNorm was replaced by '{some([replace_bn])}', which is not one of "
+            f"{', '.join(BATCHNORM_REPLACEMENTS)}"
+        )
+    try:
+        with WithoutMemory():
+            return _build(arch, num_classes, image_shape, replace_bn)
+    except (InputError, RuntimeError, TypeError, OverflowError) as error:
+        raise InputError(
+            f"{arch} cannot be built for images {image_shape} and {num_classes} classes: "
+            f"{' '.join(str(error).split())[:160]}"
+        ) from error
+
+
+def _build(arch, num_classes, image_shape, replace_bn) -> nn.Module:
+    model = build_model(arch, num_classes, image_shape)
+    if replace_bn is not None:
+        replace_batchnorm(model, replace_bn)
+    return model
+
+
+def check_fits(target: Target, source: str = "--checkpoint") -> None:
+    """Raise InputError, naming `source`, unless weights and gradient are of the architecture.
+
+    Builds nothing large and reads no numbers.
+    """
+    try:
+        outline = outline_of(target.arch, target.num_classes, target.image_shape, target.replace_bn)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    problems = misfits(target.state_dict, outline.state_dict())
+    if problems:
+        raise InputError(
+            f"{source}: its weights are not those of {target.arch} for {target.num_classes} "
+            f"classes: {problems}; capture it anew with training.py"
+        )
+    known = dict(outline.named_parameters())
+    unknown = [name for name in target.trainable if name not in known]
+    if unknown:
+        raise InputError(f"{source}: {target.arch} has no parameter {some(unknown, 1)}")
+    chosen = {n: p for n, p in known.items() if not target.trainable or n in target.trainable}
+    _check_sent(chosen, batchnorm_layers(outline), target, source)
 
 
 def model_of(target: Target) -> nn.Module:
@@ -175,65 +281,54 @@ def model_of(target: Target) -> nn.Module:
 
     Raises InputError when the weights do not fit the architecture.
     """
-    if target.arch not in architectures():
-        raise InputError(
-            f"--checkpoint: its network '{target.arch}' is not one that models/build.py knows; "
-            "add it there, or attack it from Python"
-        )
-    model = build_model(target.arch, target.num_classes, target.image_shape)
-    if target.replace_bn is not None:
-        if target.replace_bn not in BATCHNORM_REPLACEMENTS:
-            raise InputError(
-                f"--checkpoint: BatchNorm was replaced by '{target.replace_bn}', which is not one "
-                f"of {', '.join(BATCHNORM_REPLACEMENTS)}"
-            )
-        replace_batchnorm(model, target.replace_bn)
-    state = {key.removeprefix("module."): value for key, value in target.state_dict.items()}
-    try:
-        load_weights(model, state)
-    except RuntimeError as error:
-        raise InputError(
-            f"--checkpoint: its weights are not those of {target.arch} for {target.num_classes} "
-            f"classes: {' '.join(str(error).split())[:200]}"
-        ) from error
+    check_fits(target)
+    model = _build(target.arch, target.num_classes, target.image_shape, target.replace_bn)
+    load_weights(model, target.state_dict)
     if target.trainable:
-        known = dict(model.named_parameters())
-        unknown = [name for name in target.trainable if name not in known]
-        if unknown:
-            raise InputError(f"--checkpoint: {target.arch} has no parameter {unknown[0]}")
-        for name, parameter in known.items():
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in target.trainable)
-    check_gradient_fits(model, target)
     return model.to(target.gradient[0].dtype)
 
 
 def check_gradient_fits(model: nn.Module, target: Target) -> None:
     """Raise InputError, naming the parameter, unless the target's tensors fit the model."""
-    parameters = trainable_parameters(model)
+    _check_sent(trainable_parameters(model), batchnorm_layers(model), target, "--checkpoint")
+
+
+def _check_sent(
+    parameters: dict[str, nn.Parameter], layers: list[nn.Module], target: Target, source: str
+) -> None:
+    """As `check_gradient_fits`, for these trainable parameters and BatchNorm layers."""
     for (name, parameter), g in zip(parameters.items(), target.gradient, strict=False):
         if g.shape != parameter.shape:
             raise InputError(
-                f"--checkpoint: the gradient of {name} has shape {tuple(g.shape)}, the parameter "
+                f"{source}: the gradient of {name} has shape {tuple(g.shape)}, the parameter "
                 f"{tuple(parameter.shape)}; it was taken of another model than {target.arch}"
             )
     if len(parameters) != len(target.gradient):
         surplus = list(parameters)[len(target.gradient) :]
         which = f"; none for {surplus[0]}" if surplus else ""
         raise InputError(
-            f"--checkpoint: {len(target.gradient)} gradient tensors for {len(parameters)} "
+            f"{source}: {len(target.gradient)} gradient tensors for {len(parameters)} "
             f"trainable parameters of {target.arch}{which}"
         )
-    layers = len(batchnorm_layers(model))
-    if target.bn_mean is not None and not len(target.bn_mean) == len(target.bn_var) == layers:
+    names = [without_wrapper(name) for name in parameters]
+    if set(names) == set(target.trainable) and tuple(names) != target.trainable:
         raise InputError(
-            f"--checkpoint: BN statistics of {len(target.bn_mean)} means and "
-            f"{len(target.bn_var)} variances for {layers} BN layers of {target.arch}"
+            f"{source}: its gradient is in another order than the parameters of {target.arch}; "
+            "put it into that of `trainable`"
         )
-    for layer, *pair in zip(
-        batchnorm_layers(model), target.bn_mean or (), target.bn_var or (), strict=False
-    ):
+    if target.bn_mean is None:
+        return
+    if not len(target.bn_mean) == len(target.bn_var) == len(layers):
+        raise InputError(
+            f"{source}: BN statistics of {len(target.bn_mean)} means and "
+            f"{len(target.bn_var)} variances for {len(layers)} BN layers of {target.arch}"
+        )
+    for place, (layer, *pair) in enumerate(zip(layers, target.bn_mean, target.bn_var, strict=True)):
         if any(values.shape != (layer.num_features,) for values in pair):
             raise InputError(
-                f"--checkpoint: BN statistics of shape {tuple(pair[0].shape)} for a layer of "
-                f"{layer.num_features} channels of {target.arch}"
+                f"{source}: its BN statistics of layer {place} have shape "
+                f"{tuple(pair[0].shape)}, but the layer {layer.num_features} channels; they are "
+                f"not of {target.arch}"
             )

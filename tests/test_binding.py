@@ -107,6 +107,15 @@ def test_nobody_can_check_a_guess_by_the_digest(two_clients, tmp_path):
     assert "truth_salt" in load_truth(str(two_clients[0][1]))
 
 
+def test_an_id_that_is_no_text_is_refused(two_clients, tmp_path):
+    for key, value in (("id", torch.zeros(2)), ("truth_salt", 3), ("checkpoint_digest", [1])):
+        truth = load_truth(str(two_clients[0][1])) | {key: value}
+        save(truth, str(tmp_path / "odd.tar"))
+        outcome = scored(tmp_path / "new", two_clients[0][0], tmp_path / "odd.tar")
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert f"is {type(value).__name__}, not text" in outcome.err
+
+
 def test_decoys_are_private_and_count_as_truth(tmp_path):
     path = capture_photos(tmp_path, *LENET, "--with-control", "--decoys", "5", "--seal")
     assert "decoys" not in load(str(path))
@@ -119,7 +128,7 @@ def test_decoys_are_private_and_count_as_truth(tmp_path):
     truth["decoys"] = truth["decoys"].float()
     save(truth, str(tmp_path / "changed.tar"))
     outcome = scored(tmp_path / "new", path, tmp_path / "changed.tar")
-    assert "its decoys are not 8-bit images like its 3 true ones" in outcome.err
+    assert "the tensor of decoys is not" in outcome.err
 
 
 # What the truth's gradient says --------------------------------------------------------------

@@ -4,22 +4,37 @@ import argparse
 import datetime
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from models.build import build_model
 from models.gradient import batch_gradient
-from models.target import Protection, model_of, target_from_checkpoint, truth_from_checkpoint
+from models.target import (
+    Protection,
+    check_gradient_fits,
+    model_of,
+    outline_of,
+    target_from_checkpoint,
+    truth_from_checkpoint,
+)
 from tests.support import ROOT, Hostile, attack, call, smooth_network, succeed
 from utils.checkpoint import FORMAT, free_stem, load, load_truth, make_checkpoint, save, seal
 from utils.cli import FaultError, InputError
 
 SETUP = {"mean": [0.5] * 3, "std": [0.2] * 3, "size": (3, 32, 32), "n_classes": 8}
+PRIVATE = {
+    "mode": "per-sample", "sigma": 1.0, "clip": 1.0, "noise_multiplier": 1.0, "epsilon": 1.0,
+    "delta": 1e-5, "steps": 1, "sample_rate": 1.0,
+}  # fmt: skip
 KEYS = {
     "clock", "batch_size", "dataset_setup", "arch", "model_eval", "state_dict",
     "free_last_layers_list", "target_gradient", "bn_mean_list", "bn_var_list", "x_true", "y_true",
@@ -187,11 +202,11 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
     ("change", "message"),
     [
         ({"format": FORMAT + 1}, r"format 4, written by a newer version"),
-        ({"format": "x"}, "newer version"),
+        ({"format": "x"}, "format 'x' is not the number of a format"),
         ({"local_steps": 5}, "an update of 5 local steps is no gradient"),
         ({"arch": None}, "missing arch"),
         ({"dataset_setup": {"mean": [0], "std": [1]}}, r"dataset_setup\[size\]"),
-        ({"dataset_setup": [1]}, r"dataset_setup\['size'\]"),
+        ({"dataset_setup": [1]}, r"dataset_setup is \[1\], not a mapping with mean"),
         ({"dataset_setup": SETUP | {"size": (3, 32)}}, r"dataset_setup\['size'\] is \(3, 32\)"),
         (
             {"dataset_setup": SETUP | {"size": (2, 9, 9), "mean": [0] * 2, "std": [1] * 2}},
@@ -205,6 +220,13 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
         ({"model_eval": "no"}, "model_eval"),
         ({"state_dict": [1]}, "state_dict is not"),
         ({"state_dict": {"w": torch.tensor([torch.nan])}}, "weights w are not finite"),
+        ({"state_dict": {"a.running_var": -torch.ones(2)}}, "a.running_var of weights is below 0"),
+        ({"state_dict": {"a.weight": torch.ones(2).long()}}, "a.weight of weights is not floating"),
+        ({"state_dict": {"a": torch.ones(2) * 1j}}, "a of weights is not floating-point"),
+        ({"state_dict": {"a": torch.ones(2).requires_grad_()}}, "saved without detach"),
+        ({"state_dict": {"a": torch.ones(1).expand(9)}}, "9 numbers .*, but only 1 are stored"),
+        ({"state_dict": {"a": torch.ones(9).to_sparse()}}, "is a sparse_coo tensor"),
+        ({"state_dict": {"a": torch.ones(9, device="meta")}}, "is on the meta device"),
         ({"target_gradient": []}, "target_gradient"),
         ({"target_gradient": [1, 2]}, "target_gradient"),
         ({"target_gradient": [torch.ones(1) / 0], "trainable": ["w"]}, "gradient of w is not fin"),
@@ -212,7 +234,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
         ({"trainable": 5}, "trainable is not one name"),
         ({"local_steps": "x"}, "local steps"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0, not from 0 to below 1"),
-        ({"label_smoothing": "0"}, "label_smoothing is 0"),
+        ({"label_smoothing": "0"}, "label_smoothing is '0'"),
         ({"protection": {"mode": "batch", "sigma": 1.0}}, "protection is no record"),
         ({"protection": {"mode": "batch", "sigma": -1.0, "clip": None}}, "protection is no record"),
         ({"protection": {"mode": "all", "sigma": 1.0, "clip": 1.0}}, "protection is no record"),
@@ -228,8 +250,18 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
             {"protection": {"mode": "per-sample", "sigma": 1.0, "clip": 1.0, "epsilon": 1.0}},
             "protection is no record",
         ),
-        ({"replace_bn": 3}, "replace_bn is no name"),
+        ({"protection": {"mode": "batch", "sigma": 1.0, "clip": 0}}, "its clip is 0, not a number"),
+        ({"protection": PRIVATE | {"delta": 2}}, "its delta is 2, not between 0 and 1"),
+        ({"protection": PRIVATE | {"sample_rate": 1.5}}, "its sample_rate is 1.5, not above 0 and"),
+        ({"protection": PRIVATE | {"steps": 1.5}}, "its steps is 1.5, not a positive integer"),
+        ({"format": -1}, "format -1 is not the number of a format"),
+        ({"format": True}, "format True is not the number of a format"),
+        ({"replace_bn": 3}, "replace_bn is 3, not a name"),
         ({"bn_mean_list": [torch.ones(2)], "bn_var_list": None}, "bn_mean_list and bn_var_list"),
+        (
+            {"bn_mean_list": [torch.ones(2)], "bn_var_list": [-torch.ones(2)]},
+            "the BN statistics' variance of layer 0 is below 0",
+        ),
         ({"bn_mean_list": "ab", "bn_var_list": "ab"}, "bn_mean_list and bn_var_list"),
     ],
 )
@@ -247,11 +279,12 @@ def test_unfit_checkpoints_are_refused(captured, tmp_path, change, message):
     [
         ({"x_true": torch.zeros(2, 3, 32, 32)}, "truth of shape"),
         ({"x_true": [1.0]}, "truth of type list"),
-        ({"x_true": torch.zeros(3, 3, 32, 32).long()}, "not finite floating-point"),
+        ({"x_true": torch.zeros(3, 3, 32, 32).long()}, "x_true is not floating-point"),
         ({"x_true": torch.full((3, 3, 32, 32), torch.nan)}, "not finite floating-point"),
         ({"y_true": torch.tensor([1, 2])}, "2 labels for a batch of 3"),
         ({"y_true": torch.tensor([1, 2, 8])}, "labels 1 to 8, but the classes are 0 to 7"),
         ({"y_true": [1, 2, 3]}, "labels for a batch of 3"),
+        ({"y_true": torch.ones(3)}, "its labels are floating-point numbers (torch.float32)"),
         ({"control": [1]}, "its control is no gradient"),
         ({"control": {"target_gradient": torch.ones(8)}}, "its control is no gradient"),
         (
@@ -365,6 +398,161 @@ def test_own_values_are_checked():
         make_checkpoint(model, gradient, **OWN, bn_mean=[torch.ones(4)])
 
 
+def test_arrays_of_numpy_make_the_same_checkpoint():
+    model, gradient = own_gradient()
+    truth = (torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    statistics = {"bn_mean": [torch.ones(n) for n in (4, 5, 6)]}
+    statistics["bn_var"] = statistics["bn_mean"]
+    tensors = make_checkpoint(model, gradient, **OWN, truth=truth, **statistics)
+    arrays = make_checkpoint(
+        model,
+        {name: g.numpy() for name, g in gradient.items()},
+        **OWN,
+        truth=tuple(t.numpy() for t in truth),
+        **{key: [t.numpy() for t in values] for key, values in statistics.items()},
+    )
+    for key in ("target_gradient", "bn_mean_list", "bn_var_list"):
+        for a, b in zip(tensors[key], arrays[key], strict=True):
+            assert torch.equal(a, b)
+            assert a.dtype == b.dtype
+    assert torch.equal(arrays["x_true"], truth[0])
+    with pytest.raises(InputError, match="gradient: not a sequence of tensors"):
+        make_checkpoint(model, ["text"] * len(gradient), **OWN)
+
+
+def test_a_compiled_model_has_the_names_of_its_own(captured):
+    model, gradient = own_gradient()
+    compiled = torch.compile(model)  # nothing is compiled before it is called
+    given = {f"_orig_mod.{name}": g for name, g in gradient.items()}
+    checkpoint = make_checkpoint(compiled, given, **OWN)
+    assert checkpoint["trainable"] == list(gradient)
+    assert checkpoint["state_dict"].keys() == model.state_dict().keys()
+
+    plain = load(str(captured("-a", "lenet", "-b", "3")))
+    wrapped = {f"_orig_mod.module.{name}": w for name, w in plain["state_dict"].items()}
+    names = [f"_orig_mod.{name}" for name in plain["trainable"]]
+    target = target_from_checkpoint(plain | {"state_dict": wrapped, "trainable": names})
+    assert model_of(target).state_dict().keys() == plain["state_dict"].keys()
+    assert target.trainable == tuple(plain["trainable"])
+
+
+def test_gradients_in_another_order_are_put_in_order_by_their_names(tmp_path):
+    """Control included, whether the truth is in the checkpoint or in a file of its own."""
+    flags = ("--data-name", "photos", "-a", "convnet", "-b", 2, "--with-control", "--seal")
+    succeed("training.py", *flags, "--results", tmp_path)
+    sound = load(str(next(tmp_path.glob("*-checkpoint.pth.tar"))))
+    truth = load_truth(str(next(tmp_path.glob("*-truth.pth.tar"))))
+    order = torch.randperm(len(sound["trainable"]), generator=torch.Generator().manual_seed(0))
+    other = sound | {
+        key: [sound[key][place] for place in order] for key in ("trainable", "target_gradient")
+    }
+    theirs = truth["control"]["target_gradient"]
+    control = truth["control"] | {"target_gradient": [theirs[place] for place in order]}
+    target = target_from_checkpoint(other)
+    assert target.trainable == tuple(sound["trainable"])
+    model_of(target)
+    for a, b in zip(target.gradient, sound["target_gradient"], strict=True):
+        assert torch.equal(a, b)
+    for found in (
+        truth_from_checkpoint(truth | {"control": control}, other),
+        truth_from_checkpoint(other | truth | {"control": control}),
+    ):
+        for a, b in zip(found.control.gradient, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_model_with_its_parameters_in_another_order_is_refused():
+    model, gradient = own_gradient()
+    target = target_from_checkpoint(make_checkpoint(model, gradient, **OWN))
+    check_gradient_fits(model, target)
+    biases = [i for i, name in enumerate(target.trainable) if name in ("0.bias", "1.bias")]
+    names = list(target.trainable)
+    names[biases[0]], names[biases[1]] = names[biases[1]], names[biases[0]]
+    with pytest.raises(InputError, match="in another order than the parameters"):
+        check_gradient_fits(model, replace(target, trainable=tuple(names)))
+
+
+def test_a_flipped_bit_is_told_by_the_checksum_of_its_member(captured, tmp_path):
+    whole = bytearray(captured("-a", "lenet", "-b", "3").read_bytes())
+    weights = load(str(captured("-a", "lenet", "-b", "3")))["state_dict"]["2.weight"]
+    place = whole.index(weights.numpy().tobytes()) + 1000
+    whole[place] ^= 1
+    path = tmp_path / "c.pth.tar"
+    path.write_bytes(whole)
+    with pytest.raises(
+        InputError, match=r"damaged: \S+/data/\d+ does not match its checksum; copy"
+    ):
+        load(str(path))
+
+
+def test_files_of_the_format_without_checksums_are_read(captured, tmp_path):
+    checkpoint = load(str(captured("-a", "lenet", "-b", "3")))
+    path = tmp_path / "c.pth.tar"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load(str(path))["x_true"], checkpoint["x_true"])
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(captured, tmp_path):
+    source, path = captured("-a", "lenet", "-b", "3"), tmp_path / "c.pth.tar"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, bytes(2**27) if name.endswith("data/0") else old.read(name))
+    assert path.stat().st_size < 2**20
+    with pytest.raises(InputError, match="is compressed, and torch.save compresses nothing"):
+        load(str(path))
+
+
+def test_sizes_that_a_file_claims_are_compared_before_anything_is_built(captured, tmp_path):
+    """A head of 2³¹ classes, and images of a hundred thousand pixels a side: petabytes."""
+    checkpoint = load(str(captured("-a", "lenet", "-b", "3")))
+    for change in ({"n_classes": 2**31 - 1}, {"size": (3, 100_000, 100_000)}):
+        setup = checkpoint["dataset_setup"] | change
+        target = target_from_checkpoint(checkpoint | {"dataset_setup": setup})
+        with pytest.raises(InputError, match=r"weights are not those of lenet.*reshaped 7\.weight"):
+            model_of(target)
+
+
+@pytest.mark.parametrize("arch", ["regnet_y_400mf", "maxvit_t", "resnet18", "convnet"])
+def test_the_outline_of_a_network_has_its_names_shapes_and_dtypes(arch):
+    size = (3, 224, 224)
+    real = build_model(arch, 7, size).state_dict()
+    outline = outline_of(arch, 7, size, None).state_dict()
+    assert list(outline) == list(real)
+    assert {k: (v.shape, v.dtype) for k, v in outline.items()} == {
+        k: (v.shape, v.dtype) for k, v in real.items()
+    }
+    assert all(v.is_meta for k, v in outline.items() if k.endswith(("0.weight", "fc.weight")))
+
+
+def test_bn_statistics_that_do_not_fit_are_not_blamed_on_the_control(tmp_path):
+    flags = ("--data-name", "photos", "-a", "convnet", "-b", 2, "--with-control", "--upload-bn")
+    succeed("training.py", *flags, "--results", tmp_path)
+    (path,) = tmp_path.glob("*-checkpoint.pth.tar")
+    sound = load(str(path))
+    short = {key: [v[:5] for v in sound[key]] for key in ("bn_mean_list", "bn_var_list")}
+    for change, message in (
+        (short, "its BN statistics of layer 0 have shape (5,), but the layer 32 channels"),
+        ({"control": sound["control"] | short}, "its control is no gradient of this network with "
+         "as many BN statistics: its BN mean 0 has shape (5,), the checkpoint's (32,)"),
+    ):  # fmt: skip
+        save(sound | change, str(tmp_path / "c.tar"))
+        outcome = call(
+            "run.py", "--checkpoint", tmp_path / "c.tar", "--lr", 0.1, "--root", tmp_path
+        )
+        assert outcome.code == 2
+        assert message in outcome.err
+
+
+def test_integers_are_taken_only_where_the_network_has_them(captured, tmp_path):
+    checkpoint = load(str(captured("-a", "convnet", "-b", "4", "--upload-bn")))
+    counter = "1.num_batches_tracked"
+    assert checkpoint["state_dict"][counter].dtype == torch.int64
+    state = checkpoint["state_dict"] | {counter: torch.tensor(1.5)}
+    target = target_from_checkpoint(checkpoint | {"state_dict": state})
+    with pytest.raises(InputError, match=f"of another kind {counter} torch.float32 instead of"):
+        model_of(target)
+
+
 def test_seal_splits_without_loss():
     model, gradient = own_gradient()
     truth = (torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
@@ -407,7 +595,7 @@ def test_a_full_disk_is_a_fault(captured, tmp_path, script, limit):
         ),
     )  # fmt: skip
     assert outcome.returncode == 1, outcome.stderr
-    assert "could not be written" in outcome.stderr
+    assert re.search(r"\S+ could not be written: File too large", outcome.stderr)
     assert outcome.stderr.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tar", ".pth", ".png")]
     assert not list(tmp_path.rglob(".writing-*"))

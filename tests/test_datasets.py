@@ -307,6 +307,21 @@ def test_control_of_photos_are_public_photographs():
     assert torch.equal(load_control("photos", request, 0, y), normalise(public, spec))
 
 
+def test_a_backup_of_odd_tensors_is_refused(tmp_path):
+    x, y = torch.randn(4, 3, 12, 12), torch.arange(4)
+    for bad_x, bad_y, message in (
+        (torch.ones(1).expand(2**20, 3, 32, 32), torch.zeros(1).long().expand(2**20), "only 1 are"),
+        (x.to_sparse(), y, "x_true is a sparse_coo tensor"),
+        (x, y.to("meta"), "y_true is on the meta device"),
+        (x, y * 1j, "y_true is not integers: its dtype is torch.complex64"),
+        ({"x": x}, y, "not a tensor"),
+    ):
+        torch.save(bad_x, tmp_path / "x_true.pth.bk")
+        torch.save(bad_y, tmp_path / "y_true.pth.bk")
+        with pytest.raises(InputError, match=f"--data-backup .*{message}"):
+            load_backup(str(tmp_path), "cifar100", 4, 0)
+
+
 def test_control_of_a_backup(tmp_path):
     x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % 3
     torch.save(x, tmp_path / "x_true.pth.bk")

@@ -104,6 +104,41 @@ def test_state_dicts_with_and_without_wrapping(resnet, tmp_path, prefix, wrap):
     assert same(model, resnet.state_dict())
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "net.", "_orig_mod.module.", "a.b."])
+@pytest.mark.parametrize("wrap", ["model_state_dict", "net", None])
+def test_a_prefix_of_all_names_is_taken_off_and_said(resnet, tmp_path, prefix, wrap):
+    state = {prefix + k: v for k, v in resnet.state_dict().items()}
+    content = state if wrap is None else {wrap: state, "epoch": 3}
+    model, result = loaded(content, tmp_path / "weights.pth")
+    assert same(model, resnet.state_dict())
+    assert f"'{prefix}' taken off the front of every name" in result.remarks
+    assert wrap is None or f"state dict found under '{wrap}'" in result.remarks
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to_sparse(), "layer4.1.conv2.weight is a sparse_coo tensor"),
+        (lambda w: w.to("meta"), "is on the meta device"),
+        (lambda w: torch.ones(1).expand(3 * 10**9), "but only 1 are stored"),
+        (lambda w: w.long(), "of another kind layer4.1.conv2.weight torch.int64 instead of"),
+        (lambda w: w * 1j, "is not floating-point numbers: its dtype is torch.complex64"),
+        (lambda w: w / 0, "the weights layer4.1.conv2.weight are not finite"),
+    ],
+)
+def test_weights_that_cannot_be_computed_with_are_refused(resnet, tmp_path, change, message):
+    key = "layer4.1.conv2.weight"
+    state = resnet.state_dict()
+    with pytest.raises(InputError, match=f"--pretrained .*{message}"):
+        loaded(state | {key: change(state[key])}, tmp_path / "weights.pth")
+
+
+def test_parameters_with_gradients_are_weights(resnet, tmp_path):
+    state = resnet.state_dict() | dict(resnet.named_parameters())
+    model, _ = loaded(state, tmp_path / "weights.pth")
+    assert same(model, resnet.state_dict())
+
+
 def moco_file(resnet, path):
     """A MoCo v2 checkpoint: query and key encoders with projection heads, a queue."""
     state = {}

@@ -171,8 +171,18 @@ def mistakes(tmp_path_factory):
     setup = checkpoint["dataset_setup"] | {"n_classes": 10}
     save(checkpoint | {"dataset_setup": setup}, str(folder / "ten.tar"))
     save(checkpoint | {"format": FORMAT + 1}, str(folder / "newer.tar"))
-    gradient = [torch.ones(2, 2), *checkpoint["target_gradient"][1:]]
-    save(checkpoint | {"target_gradient": gradient}, str(folder / "unfit.tar"))
+    gradient = checkpoint["target_gradient"]
+    unfit = [torch.ones(2, 2), *gradient[1:]]
+    save(checkpoint | {"target_gradient": unfit}, str(folder / "unfit.tar"))
+    expanded = [torch.ones(1).expand_as(gradient[0]), *gradient[1:]]
+    save(checkpoint | {"target_gradient": expanded}, str(folder / "expanded.tar"))
+    state = checkpoint["state_dict"]
+    integers = state | {"0.weight": state["0.weight"].long()}
+    save(checkpoint | {"state_dict": integers}, str(folder / "integers.tar"))
+    save(checkpoint | {"y_true": checkpoint["y_true"].float()}, str(folder / "floats.tar"))
+    flipped = bytearray((folder / "lenet.tar").read_bytes())
+    flipped[flipped.index(state["0.weight"].numpy().tobytes())] ^= 1
+    (folder / "flipped.tar").write_bytes(flipped)
     torch.save(checkpoint | {"args": Hostile(folder / "ran")}, folder / "hostile.tar")
     (folder / "damaged.tar").write_bytes((folder / "lenet.tar").read_bytes()[:5000])
     torch.save(build_model("convnet", 8, (3, 32, 32)).state_dict(), folder / "convnet.pth")

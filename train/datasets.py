@@ -20,6 +20,7 @@ from torchvision.datasets import SVHN
 from torchvision.transforms.v2 import functional as transforms
 
 import utils.images
+from utils import checking
 from utils.checkpoint import load_plain
 from utils.cli import InputError
 from utils.image_files import (
@@ -265,19 +266,17 @@ def _read_backup(folder: str, name: str) -> tuple[Tensor, Tensor, DatasetSpec]:
     x, y = (
         load_plain(os.path.join(folder, f"{which}_true.pth.bk"), "--data-backup") for which in "xy"
     )
-    if isinstance(y, Tensor) and y.shape == (*y.shape[:1], 1):
+    needs = "x_true must be normalised floats (N, C, H, W) and y_true integers (N,)"
+    try:
+        checking.check_tensor(x, "x_true")
+        checking.check_tensor(y, "y_true", checking.INTEGERS)
+    except checking.UnfitError as error:
+        raise InputError(f"--data-backup {folder}: {error}; {needs}") from error
+    if y.shape == (*y.shape[:1], 1):
         y = y[:, 0]  # as the original's loaders give them
-    if not (
-        isinstance(x, Tensor)
-        and isinstance(y, Tensor)
-        and x.dim() == 4
-        and y.shape == x.shape[:1]
-        and x.is_floating_point()
-        and not y.is_floating_point()
-    ):
+    if x.dim() != 4 or y.shape != x.shape[:1]:
         raise InputError(
-            f"--data-backup {folder}: x_true must be normalised floats (N, C, H, W) and y_true "
-            "integers (N,)"
+            f"--data-backup {folder}: shapes {tuple(x.shape)} and {tuple(y.shape)}; {needs}"
         )
     if spec.num_classes is None:
         raise InputError(

@@ -41,6 +41,12 @@ def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint
     """
     parts = (truth.get("id"), checkpoint.get("id"), truth.get("truth_salt"))
     parts += (truth.get("checkpoint_digest"), checkpoint.get("truth_digest"))
+    for part in parts:
+        if not isinstance(part, str | None):
+            raise InputError(
+                f"{truth_name}: its id or digest, or that of {checkpoint_name}, is "
+                f"{type(part).__name__}, not text; capture both anew"
+            )
     if parts[0] is not None and parts[1] is not None and parts[0] != parts[1]:
         raise InputError(
             f"{truth_name}: is the truth of another checkpoint than {checkpoint_name}; give the "

@@ -6,18 +6,20 @@ A checkpoint is a dict of plain types and tensors with the keys of the original 
 
 import argparse
 import collections
+import contextlib
 import datetime
-import math
 import os
 import pickle
 import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from utils import checking
 from utils.binding import bind
 from utils.cli import FaultError, InputError
 
@@ -31,16 +33,13 @@ REQUIRED = (
     "state_dict",
     "target_gradient",
 )
-PROTECTION_MODES = ("batch", "per-sample")
-#: What a record of protection must hold, and what else it may.
-PROTECTION_KEYS = {"mode", "sigma", "clip"}
-PRIVACY_KEYS = {"noise_multiplier", "epsilon", "delta", "steps", "sample_rate"}
 #: What only scoring may see; `seal` takes it out.
 PRIVATE_KEYS = (
     "x_true", "y_true", "protection_norms", "control", "decoys", "args", "truth_salt",
     "checkpoint_digest",
 )  # fmt: skip
-SETUP_KEYS = ("mean", "std", "size", "n_classes")
+#: What stands before every name of a network that is wrapped.
+WRAPPERS = ("module.", "_orig_mod.")
 #: What checkpoints of the original hold besides tensors and plain types.
 ORIGINAL_TYPES = [
     argparse.Namespace,
@@ -77,9 +76,10 @@ def make_checkpoint(
 
     This is the way in for an auditor who has a gradient of their own.
 
-    model: the network with the weights the client started from. gradient: ∂(mean
-    cross-entropy)/∂θ, a tensor a trainable parameter in the model's order, or a mapping by
-    parameter name. arch: a name that models/build.py knows when `run.py` is to read the file;
+    model: the network with the weights the client started from; wrapped by DataParallel or
+    torch.compile too. gradient: ∂(mean cross-entropy)/∂θ, a tensor a trainable parameter in the
+    model's order, or a mapping by parameter name; here and below an array of numpy is as good as a
+    tensor. arch: a name that models/build.py knows when `run.py` is to read the file;
     any word when only the Python interface is used. image_shape: (C, H, W). mean, std: C
     numbers each, the normalisation the network was fed with. train_mode: whether BatchNorm
     used batch statistics. bn_mean, bn_var: mean and biased variance of the batch at the input
@@ -104,34 +104,11 @@ def make_checkpoint(
             f"local_steps {local_steps}: an update of several local steps is no gradient; "
             "only a single step can be inverted here: send the gradient of one batch"
         )
-    parameters = {
-        name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad
-    }
-    if isinstance(gradient, Mapping):
-        gradient = {name.removeprefix("module."): g for name, g in gradient.items()}
-        names = [name.removeprefix("module.") for name, _ in model.named_buffers()]
-        buffers = [name for name in names if name in gradient]
-        if buffers:
-            raise InputError(
-                f"gradient: holds the buffer {buffers[0]}, so it is a difference of state dicts, "
-                "an update of local steps; give the gradient of one batch"
-            )
-        odd = sorted(set(parameters).symmetric_difference(gradient))
-        if odd:
-            raise InputError(f"gradient: names and trainable parameters differ at {odd[0]}")
-        gradient = [gradient[name] for name in parameters]
-    gradient = list(gradient)
-    if control is not None and not shapes(control["gradient"]) == shapes(gradient):
-        raise InputError("control: its gradient has other shapes than the gradient")
-    if len(gradient) != len(parameters):
-        raise InputError(
-            f"gradient: {len(gradient)} tensors for {len(parameters)} trainable parameters"
-        )
-    for (name, parameter), g in zip(parameters.items(), gradient, strict=True):
-        if g.shape != parameter.shape:
-            raise InputError(
-                f"gradient: {name} has shape {tuple(g.shape)} instead of {tuple(parameter.shape)}"
-            )
+    names, gradient = _in_order(model, gradient)
+    if control is not None:
+        control = {key: _tensors(values, f"control: {key}") for key, values in control.items()}
+        if not shapes(control["gradient"]) == shapes(gradient):
+            raise InputError("control: its gradient has other shapes than the gradient")
     checkpoint = {
         "format": FORMAT,
         "clock": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -145,13 +122,13 @@ def make_checkpoint(
         "arch": str(arch),
         "model_eval": not train_mode,
         "state_dict": {
-            key.removeprefix("module."): _stored(value) for key, value in model.state_dict().items()
+            without_wrapper(key): _stored(value) for key, value in model.state_dict().items()
         },
         "free_last_layers_list": ["all"],
-        "trainable": list(parameters),
+        "trainable": names,
         "target_gradient": _stored_list(gradient),
-        "bn_mean_list": _stored_list(bn_mean),
-        "bn_var_list": _stored_list(bn_var),
+        "bn_mean_list": _stored_list(_tensors(bn_mean, "bn_mean")),
+        "bn_var_list": _stored_list(_tensors(bn_var, "bn_var")),
         "label_smoothing": float(label_smoothing),
         "protection": None if protection is None else dict(protection),
         "replace_bn": replace_bn,
@@ -166,13 +143,64 @@ def make_checkpoint(
             "bn_var_list": _stored_list(control.get("bn_var")),
         }
     if truth is not None:
-        checkpoint["x_true"], checkpoint["y_true"] = _stored(truth[0]), _stored(truth[1])
+        checkpoint["x_true"], checkpoint["y_true"] = _stored_list(_tensors(truth, "truth"))
         if decoys is not None:
-            checkpoint["decoys"] = _stored(decoys)
+            (checkpoint["decoys"],) = _stored_list(_tensors([decoys], "decoys"))
         check_truth(checkpoint, checkpoint, "truth")
     check_contents(checkpoint, "checkpoint")
     bind(checkpoint)
     return checkpoint
+
+
+def _in_order(model: nn.Module, gradient) -> tuple[list[str], list[Tensor]]:
+    """The names of the trainable parameters, and the gradient as one tensor each, in their order.
+
+    Raises InputError for what is no gradient of this model.
+    """
+    parameters = {
+        without_wrapper(name): p for name, p in model.named_parameters() if p.requires_grad
+    }
+    if isinstance(gradient, Mapping):
+        gradient = {without_wrapper(name): g for name, g in gradient.items()}
+        names = [without_wrapper(name) for name, _ in model.named_buffers()]
+        buffers = [name for name in names if name in gradient]
+        if buffers:
+            raise InputError(
+                f"gradient: holds the buffer {buffers[0]}, so it is a difference of state dicts, "
+                "an update of local steps; give the gradient of one batch"
+            )
+        odd = sorted(set(parameters).symmetric_difference(gradient))
+        if odd:
+            raise InputError(f"gradient: names and trainable parameters differ at {odd[0]}")
+        gradient = [gradient[name] for name in parameters]
+    gradient = _tensors(gradient, "gradient")
+    if len(gradient) != len(parameters):
+        raise InputError(
+            f"gradient: {len(gradient)} tensors for {len(parameters)} trainable parameters"
+        )
+    for (name, parameter), g in zip(parameters.items(), gradient, strict=True):
+        if g.shape != parameter.shape:
+            raise InputError(
+                f"gradient: {name} has shape {tuple(g.shape)} instead of {tuple(parameter.shape)}"
+            )
+    return list(parameters), gradient
+
+
+def without_wrapper(name: str) -> str:
+    """The name of a parameter or buffer without what DataParallel and torch.compile put before."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def _tensors(values: Sequence | None, what: str) -> list[Tensor] | None:
+    """The values as tensors; raise InputError, naming `what`, for values that are no numbers."""
+    if values is None:
+        return None
+    try:
+        return [v if isinstance(v, Tensor) else torch.tensor(v) for v in values]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what}: not a sequence of tensors: {_one_line(error)[:120]}") from error
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -223,8 +251,11 @@ def save(content, path: str) -> None:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise FaultError(f"{path} could not be written: {_one_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of positions, raised while handling the cause
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        why = getattr(cause, "strerror", None) or _one_line(cause)
+        raise FaultError(f"{path} could not be written: {why}") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -235,17 +266,29 @@ def load_plain(path: str, flag: str):
 
     Besides those, only the harmless types that checkpoints of the original hold are allowed.
 
+    A zip archive, which torch.save writes, is read only when every member is stored as it is,
+    within the file's size, and has its checksum; torch itself reads the checksums of none. The
+    format of torch before 1.6 has no checksums.
+
     Raises InputError, naming `flag`, when the file is missing, damaged, or holds anything else.
     """
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "no such file"
         raise InputError(f"{flag} {path}: {what}; give a file")
     try:
+        is_archive = _check_archive(path, flag)
         with torch.serialization.safe_globals(ORIGINAL_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL:? ([\w.]+)", str(error))
+        if not found and not is_archive:
+            raise InputError(
+                f"{flag} {path}: unreadable or damaged: no file that torch.save wrote; "
+                "write it again"
+            ) from error
         holds = f"it holds {found[1]}, which" if found else "it holds something that"
         raise InputError(
             f"{flag} {path}: refused: {holds} is no tensor or plain value, and nothing else is "
@@ -259,6 +302,35 @@ def load_plain(path: str, flag: str):
         ) from error
 
 
+def _check_archive(path: str, flag: str) -> bool:
+    """Whether the file is a zip archive; raise InputError where one is not as torch writes it."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # how torch tells an archive from its older format
+            return False
+    damaged = f"{flag} {path}: damaged:"
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        for member in members:
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise InputError(
+                    f"{damaged} {member.filename} is compressed, and torch.save compresses "
+                    "nothing; write it again"
+                )
+        if len(set(archive.namelist())) < len(members):
+            raise InputError(f"{damaged} it holds members of the same name; write it again")
+        total, size = sum(member.file_size for member in members), os.path.getsize(path)
+        if total > size:
+            raise InputError(
+                f"{damaged} its members claim {total} bytes, the file has {size}; write it again"
+            )
+        broken = archive.testzip()
+    if broken is not None:
+        raise InputError(
+            f"{damaged} {broken} does not match its checksum; copy it again from where it was made"
+        )
+    return True
+
+
 def load(path: str, flag: str = "--checkpoint") -> dict:
     """Load and check a checkpoint, of this project or of the original.
 
@@ -269,23 +341,25 @@ def load(path: str, flag: str = "--checkpoint") -> dict:
     if not isinstance(checkpoint, dict):
         raise InputError(f"{flag} {path}: not a checkpoint of training.py")
     _check_format(checkpoint, path, flag)
+    with _refused(f"{flag} {path}", "write it again with training.py or make_checkpoint"):
+        checking.check_origin(checkpoint)
     if "format" not in checkpoint:
         checkpoint = {**checkpoint, "protection": _original_protection(checkpoint.get("args"))}
     missing = [key for key in REQUIRED if key not in checkpoint]
     setup = checkpoint.get("dataset_setup")
     if isinstance(setup, dict):
-        missing += [f"dataset_setup[{key}]" for key in SETUP_KEYS if key not in setup]
+        missing += [f"dataset_setup[{key}]" for key in checking.SETUP_KEYS if key not in setup]
     if missing:
         raise InputError(
             f"{flag} {path}: not a checkpoint of training.py: missing {', '.join(missing)}"
         )
     layers = checkpoint.get("free_last_layers_list")
-    if "trainable" not in checkpoint and layers not in (None, ["all"], "all"):
+    if checkpoint.get("trainable") is None and layers not in (None, ["all"], "all"):
         raise InputError(
-            f"{flag} {path}: free_last_layers_list {layers}: only gradients of all parameters "
-            "(['all']) of the original can be read; capture it anew with training.py"
+            f"{flag} {path}: free_last_layers_list {checking.shown(layers)}: only gradients of all "
+            "parameters (['all']) of the original can be read; capture it anew with training.py"
         )
-    if checkpoint.get("local_steps", 1) != 1:
+    if checkpoint.get("local_steps") not in (None, 1):
         raise InputError(
             f"{flag} {path}: an update of {checkpoint['local_steps']} local steps is no gradient; "
             "capture the gradient of one batch"
@@ -314,145 +388,63 @@ def _original_protection(settings) -> dict | None:
 
 def check_contents(checkpoint: dict, source: str) -> None:
     """Raise InputError, naming `source`, unless a checkpoint's values are what they should be."""
-
-    def refuse(what: str):
-        raise InputError(f"{source}: {what}; write it again with training.py or make_checkpoint")
-
-    def numbers(values):
-        return isinstance(values, list | tuple | Tensor) and all(
-            isinstance(v, int | float | Tensor) and math.isfinite(v) for v in values
+    with _refused(source, "write it again with training.py or make_checkpoint"):
+        checking.check_plain_entries(checkpoint)
+        checking.check_setup(checkpoint["dataset_setup"])
+        checking.check_smoothing(checkpoint.get("label_smoothing", 0.0))
+        checking.check_protection(checkpoint.get("protection"))
+        state, names = checkpoint["state_dict"], checkpoint.get("trainable")
+        checking.check_weights(state)
+        checking.check_gradient(checkpoint["target_gradient"], names, len(state))
+        checking.check_statistics(
+            checkpoint.get("bn_mean_list"), checkpoint.get("bn_var_list"), len(state)
         )
 
-    def tensors(values):
-        return isinstance(values, list | tuple) and all(isinstance(v, Tensor) for v in values)
 
-    setup = checkpoint["dataset_setup"]
-    size = setup["size"] if isinstance(setup, dict) else ()
-    if not (isinstance(size, list | tuple) and len(size) == 3 and _positive(*size)):
-        refuse(f"dataset_setup['size'] is {size}, not (C, H, W)")
-    for key in ("mean", "std"):
-        if not (numbers(setup[key]) and len(setup[key]) == size[0]):
-            refuse(f"dataset_setup['{key}'] is not {size[0]} numbers")
-    if not min(float(v) for v in setup["std"]) > 0:
-        refuse("dataset_setup['std'] is not above 0")
-    if not _positive(checkpoint["batch_size"], setup["n_classes"]):
-        refuse("batch_size and dataset_setup['n_classes'] are not positive integers")
-    if not isinstance(checkpoint["arch"], str) or not isinstance(checkpoint["model_eval"], bool):
-        refuse("arch is not a name or model_eval not true or false")
-    state = checkpoint["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
-        refuse("state_dict is not a mapping of names to tensors")
-    broken = [k for k, v in state.items() if not v.isfinite().all()]
-    if broken:
-        refuse(f"the weights {broken[0]} are not finite")
-    gradient = checkpoint["target_gradient"]
-    if not (tensors(gradient) and len(gradient)):
-        refuse("target_gradient is not a list of tensors")
-    names = checkpoint.get("trainable") or [f"tensor {i}" for i in range(len(gradient))]
-    if not isinstance(names, list | tuple) or len(names) != len(gradient):
-        refuse("trainable is not one name a gradient tensor")
-    for name, g in zip(names, gradient, strict=True):
-        if not g.is_floating_point() or not g.isfinite().all():
-            refuse(f"the gradient of {name} is not finite floating-point numbers")
-    means, variances = checkpoint.get("bn_mean_list"), checkpoint.get("bn_var_list")
-    for pair in ((means, variances), (variances, means)):
-        if pair[0] and not (tensors(pair[0]) and tensors(pair[1]) and len(pair[0]) == len(pair[1])):
-            refuse("bn_mean_list and bn_var_list are not lists of as many tensors")
-    if not all(v.isfinite().all() for v in [*(means or ()), *(variances or ())]):
-        refuse("the BN statistics are not finite")
-    smoothing = checkpoint.get("label_smoothing", 0.0)
-    if not (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
-        refuse(f"label_smoothing is {smoothing}, not from 0 to below 1")
-    record = checkpoint.get("protection")
-    if record is not None and not (
-        isinstance(record, dict)
-        and record.keys() >= PROTECTION_KEYS
-        and record.keys() <= PROTECTION_KEYS | PRIVACY_KEYS
-        and record["mode"] in PROTECTION_MODES
-        and _at_least_zero(record["sigma"])
-        and (record["clip"] is None or _at_least_zero(record["clip"]))
-        and all(record.get(key) is None or _at_least_zero(record[key]) for key in PRIVACY_KEYS)
-        and (
-            record.get("epsilon") is None
-            or all(record.get(key) is not None for key in PRIVACY_KEYS)
-        )
-    ):
-        refuse("protection is no record with mode, sigma and clip")
-    if not isinstance(checkpoint.get("replace_bn"), str | None):
-        refuse("replace_bn is no name")
+@contextlib.contextmanager
+def _refused(source: str, remedy: str):
+    """Turn an UnfitError into the InputError that names the file and what to do."""
+    try:
+        yield
+    except checking.UnfitError as error:
+        raise InputError(f"{source}: {error}; {remedy}") from error
 
 
 def check_control(control, checkpoint: dict, source: str) -> None:
     """Raise InputError unless `control` is another gradient for the checkpoint's network."""
-
-    def fits(key):
-        ours, theirs = control.get(key), checkpoint.get(key)
-        if not theirs:
-            return ours is None or (isinstance(ours, list | tuple) and not ours)
-        return (
-            isinstance(ours, list | tuple)
-            and all(isinstance(v, Tensor) and bool(v.isfinite().all()) for v in ours)
-            and shapes(ours) == shapes(theirs)
-        )
-
-    keys = ("target_gradient", "bn_mean_list", "bn_var_list")
-    if not (isinstance(control, dict) and all(fits(key) for key in keys)):
-        raise InputError(
-            f"{source}: its control is no gradient of this network with as many BN statistics; "
-            "capture it anew with training.py --with-control"
-        )
-
-
-def _at_least_zero(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
-
-
-def _positive(*values) -> bool:
-    return all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+    with _refused(
+        f"{source}: its control is no gradient of this network with as many BN statistics",
+        "capture it anew with training.py --with-control",
+    ):
+        if not isinstance(control, dict):
+            raise checking.UnfitError(f"it is {checking.shown(control)}")
+        for key, what in (
+            ("target_gradient", "its gradient tensor"),
+            ("bn_mean_list", "its BN mean"),
+            ("bn_var_list", "its BN variance"),
+        ):
+            checking.check_like(control.get(key), checkpoint.get(key), what)
+        for i, variance in enumerate(control.get("bn_var_list") or ()):
+            checking.check_at_least_zero(variance, f"its BN variance {i}")
 
 
 def check_truth(truth: dict, checkpoint: dict, source: str) -> None:
     """Raise InputError unless `truth` holds the batch that belongs to the checkpoint."""
-    x, y = truth["x_true"], truth["y_true"]
     batch_size, setup = checkpoint["batch_size"], checkpoint["dataset_setup"]
-    shape, num_classes = (batch_size, *setup["size"]), setup["n_classes"]
-    if not (isinstance(x, Tensor) and tuple(x.shape) == tuple(shape)):
-        found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
-        raise InputError(
-            f"{source}: truth of {found} for a batch of {tuple(shape)}; give the truth of this "
-            "checkpoint"
-        )
-    if not (x.is_floating_point() and x.isfinite().all()):
-        raise InputError(f"{source}: x_true is not finite floating-point numbers")
-    check_labels(y, batch_size, num_classes, source)
+    with _refused(source, "give the truth of this checkpoint"):
+        checking.check_images(truth["x_true"], (batch_size, *setup["size"]))
+    check_labels(truth["y_true"], batch_size, setup["n_classes"], source)
     if truth.get("control") is not None:
         check_control(truth["control"], checkpoint, source)
-    decoys = truth.get("decoys")
-    if decoys is not None and not (
-        isinstance(decoys, Tensor)
-        and decoys.dtype == torch.uint8
-        and decoys.dim() == 5
-        and len(decoys[0]) > 0
-        and (len(decoys), *decoys.shape[2:]) == shape
-    ):
-        raise InputError(
-            f"{source}: its decoys are not 8-bit images like its {batch_size} true ones; capture "
-            "it anew with training.py --with-control"
-        )
+    if truth.get("decoys") is not None:
+        with _refused(source, "capture it anew with training.py --with-control"):
+            checking.check_decoys(truth["decoys"], (batch_size, *setup["size"]))
 
 
 def check_labels(y, batch_size: int, num_classes: int, source: str) -> None:
     """Raise InputError, naming `source`, unless `y` is B class indices."""
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (batch_size,):
-        count = y.numel() if isinstance(y, Tensor) else 0
-        raise InputError(f"{source}: {count} labels for a batch of {batch_size}")
-    if int(y.min()) < 0 or int(y.max()) >= num_classes:
-        raise InputError(
-            f"{source}: labels {int(y.min())} to {int(y.max())}, but the classes are 0 to "
-            f"{num_classes - 1}"
-        )
+    with _refused(source, f"give {batch_size} integers from 0 to {num_classes - 1}"):
+        checking.check_labels(y, batch_size, num_classes)
 
 
 def load_truth(path: str, flag: str = "--truth") -> dict:
@@ -469,7 +461,12 @@ def load_truth(path: str, flag: str = "--truth") -> dict:
 
 def _check_format(content: dict, path: str, flag: str) -> None:
     number = content.get("format", 0)
-    if not isinstance(number, int) or number > FORMAT:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise InputError(
+            f"{flag} {path}: format {checking.shown(number)} is not the number of a format; "
+            "write it again with training.py or make_checkpoint"
+        )
+    if number > FORMAT:
         raise InputError(
             f"{flag} {path}: format {number}, written by a newer version; this one reads formats "
             f"up to {FORMAT}: update the project"

@@ -176,7 +176,7 @@ def run_script(main, argv: list[str] | None = None, complain=None) -> int:
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except InputError as error:
-        complain(f"error: {error}")
+        complain(f"error: {' '.join(str(error).splitlines())}")  # names from files may have more
         return 2
     except (FaultError, OSError) as error:
         complain(f"fault: {error}")
