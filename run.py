@@ -48,7 +48,7 @@ from inversion.search import (
     search,
 )
 from models.batchnorm import batchnorm_layers
-from models.gradient import trainable_parameters
+from models.gradient import couples_samples, trainable_parameters
 from models.target import (
     GroundTruth,
     Target,
@@ -521,9 +521,9 @@ def say_labels(found: LabelResult, truth: GroundTruth | None, reporter: Reporter
 def bn_source_from(args, target: Target, model: nn.Module, reporter: Reporter) -> str | None:
     """Where the BN prior pulls to: "batch", "running", or None without the prior."""
     layers = batchnorm_layers(model)
-    if args.bn_grad == "detached" and not (layers and target.train_mode):
+    if args.bn_grad == "detached" and not couples_samples(model, target.train_mode):
         raise InputError(
-            "--bn-grad detached: concerns BatchNorm in train mode, which this checkpoint's "
+            "--bn-grad detached: concerns BatchNorm by batch statistics, which this checkpoint's "
             "network does not use; leave it out"
         )
     if not args.BN:

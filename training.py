@@ -286,10 +286,11 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     if args.upload_bn and not layers:
         raise InputError(f"--upload-bn: {args.arch} has no BatchNorm layer; leave it out")
     if args.dp_mode == "per-sample" and couples_samples(model, not args.model_eval):
+        also = "" if couples_samples(model, False) else ", or --model-eval"
         raise InputError(
-            f"--dp-mode per-sample: BatchNorm in train mode mixes the samples of the batch, so "
-            f"none of {args.arch} has a gradient of its own to clip; give --replace-bn groupnorm, "
-            "or --model-eval"
+            "--dp-mode per-sample: BatchNorm by batch statistics mixes the samples of the batch, "
+            f"so none of {args.arch} has a gradient of its own to clip; give --replace-bn "
+            f"groupnorm{also}"
         )
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     reporter.say(

@@ -15,7 +15,7 @@ from inversion.auxiliary_counts import IMAGES_FOR_BN, auxiliary_counts
 from inversion.counts import Estimate, counts, lower_bounds, round_counts, with_bias_gradient
 from inversion.evidence import Evidence, gather_evidence
 from models.build import find_head
-from models.gradient import trainable_parameters
+from models.gradient import couples_samples, trainable_parameters
 from models.target import Target
 
 
@@ -148,21 +148,24 @@ LABEL_STRATEGIES: dict[str, Callable[[Evidence, LabelInputs], Estimate]] = {
 AUTO = "auto"
 
 
-def choose_method(target: Target, auxiliary: tuple[Tensor, Tensor] | None) -> tuple[str, str]:
+def choose_method(
+    target: Target, auxiliary: tuple[Tensor, Tensor] | None, model: nn.Module
+) -> tuple[str, str]:
     """The method that suits what is at hand, a name in LABEL_STRATEGIES, and why.
 
     `counts-bn` with uploaded BN statistics and at least 20 auxiliary images of every class,
-    `counts-aux` with auxiliary images in eval mode, else `counts`.
+    `counts-aux` with auxiliary images in eval mode unless the model's BatchNorm uses batch
+    statistics there too, else `counts`.
     """
     if auxiliary is None:
         return "counts", "no auxiliary images given"
     smallest = int(torch.bincount(auxiliary[1], minlength=target.num_classes).min())
     if target.bn_mean is not None and smallest >= IMAGES_FOR_BN:
         return "counts-bn", f"BN statistics were uploaded, {smallest} auxiliary images a class"
-    if not target.train_mode:
+    if not (target.train_mode or couples_samples(model, target.train_mode)):
         return "counts-aux", "auxiliary images, BatchNorm in eval mode"
     return "counts", (
-        "in train mode auxiliary images help only with uploaded BN statistics and "
+        "with batch statistics auxiliary images help only with uploaded BN statistics and "
         f"{IMAGES_FOR_BN} images a class"
     )
 
@@ -183,7 +186,7 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
     begin = time.perf_counter()
     reason = "asked for"
     if method == AUTO:
-        method, reason = choose_method(target, inputs.auxiliary)
+        method, reason = choose_method(target, inputs.auxiliary, inputs.model)
     if method in ("counts-aux", "counts-bn") and not _has_bias_gradient(inputs.model):
         method, reason = "counts", f"the head has no bias gradient, which {method} needs"
     use_bn = method == "counts-bn"

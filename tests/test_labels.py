@@ -336,12 +336,18 @@ def test_auto_chooses_as_documented():
     uploaded = target_of(model, x, y, train_mode=True)
     silent = target_of(model, x, y, train_mode=True, capture_bn=False)
     evaluated = target_of(model, x, y, train_mode=False, capture_bn=False)
-    assert choose_method(uploaded, None)[0] == "counts"
-    assert choose_method(uploaded, many)[0] == "counts-bn"
-    assert choose_method(uploaded, few)[0] == "counts"
-    assert choose_method(silent, many)[0] == "counts"
-    assert choose_method(evaluated, few)[0] == "counts-aux"
-    assert len({choose_method(target, many)[1] for target in (uploaded, silent, evaluated)}) == 3
+    assert choose_method(uploaded, None, model)[0] == "counts"
+    assert choose_method(uploaded, many, model)[0] == "counts-bn"
+    assert choose_method(uploaded, few, model)[0] == "counts"
+    assert choose_method(silent, many, model)[0] == "counts"
+    assert choose_method(evaluated, few, model)[0] == "counts-aux"
+    assert (
+        len({choose_method(target, many, model)[1] for target in (uploaded, silent, evaluated)})
+        == 3
+    )
+    untracked = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), model)
+    name, why = choose_method(evaluated, few, untracked)
+    assert (name, "batch statistics" in why) == ("counts", True)
 
 
 def test_auxiliary_methods_run_from_a_target():

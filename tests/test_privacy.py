@@ -8,9 +8,10 @@ import torch
 from scipy.integrate import quad
 from torch import nn
 
+from inversion.leakage import gradient_information_ratio
 from models.batchnorm import batchnorm_layers, replace_batchnorm
-from models.build import build_model
-from models.gradient import batch_gradient, per_sample_gradients
+from models.build import SMALL_NETWORKS, build_model
+from models.gradient import batch_gradient, couples_samples, per_sample_gradients
 from models.target import Protection, model_of, target_from_checkpoint
 from tests.support import attack, call, capture_photos, photos, succeed
 from train.privacy import (
@@ -191,7 +192,30 @@ def test_coupled_samples_are_refused():
     )  # fmt: skip
     assert outcome.code == 2
     assert "mixes the samples of the batch" in outcome.err
-    assert "--replace-bn groupnorm" in outcome.err
+    assert "--replace-bn groupnorm, or --model-eval" in outcome.err
+
+
+def test_batchnorm_without_running_statistics_couples_samples_in_eval_mode(monkeypatch):
+    def untracked(num_classes, image_shape):
+        norm = nn.BatchNorm2d(4, track_running_stats=False)
+        pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), *pool, nn.Linear(4, num_classes))
+
+    model, (x, y) = untracked(8, (3, 32, 32)), photos(3, 32)
+    assert couples_samples(model, False)
+    assert not couples_samples(nn.Sequential(nn.BatchNorm2d(4), nn.InstanceNorm2d(4)), False)
+    with pytest.raises(ValueError, match="couples the samples"):
+        next(per_sample_gradients(model, x, y, train_mode=False))
+    assert not gradient_information_ratio(model, x, y, train_mode=False).independent
+    monkeypatch.setitem(SMALL_NETWORKS, "untracked", untracked)
+    flags = (
+        "--data-name", "photos", "-a", "untracked", "-b", 2, "--enable-dp", "--dp-mode",
+        "per-sample", "-C", 1, "--sigma", 1, "--model-eval", "--dry-run",
+    )  # fmt: skip
+    outcome = call("training.py", *flags)
+    assert outcome.code == 2
+    assert outcome.err.endswith("give --replace-bn groupnorm\n")
+    assert call("training.py", *flags, "--replace-bn", "groupnorm").code == 0
 
 
 # Epsilon ------------------------------------------------------------------------------------
@@ -371,6 +395,15 @@ def test_group_norm_takes_the_place_of_every_batchnorm():
     for layer, scale in zip(found, scales, strict=True):
         assert torch.equal(layer.weight, scale)
         assert layer.num_channels / layer.num_groups >= 2
+    own = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)).double().eval()
+    own[0].bias, own[1].weight.requires_grad = None, False
+    replace_batchnorm(own, "groupnorm")
+    assert (own[0].weight.dtype, own[0].bias, own[0].training) == (torch.float64, None, False)
+    assert own[1].bias.requires_grad
+    assert not own[1].weight.requires_grad
+    on_meta = nn.Sequential(nn.BatchNorm2d(4, device="meta"))
+    replace_batchnorm(on_meta, "groupnorm")
+    assert on_meta[0].weight.is_meta
     plain = nn.Sequential(nn.BatchNorm1d(7, affine=False))
     assert replace_batchnorm(plain, "groupnorm") == 1
     assert (plain[0].num_groups, plain[0].weight) == (1, None)
