@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from inversion.combine import Combination, combination_method
+from inversion.counts import ScaledGradientError
 from inversion.distances import GRADIENT_DISTANCES
 from inversion.labels import (
     AUTO,
@@ -122,7 +123,7 @@ FREE_ON_RESUME = {
     "id", "root", "gpu", "print_freq", "dry_run", "checkpoint", "truth", "labels",
     "pseudo_label_init", "label_method", "label_aux", "label_prior", "n_seed", "strategy",
     "combine_memory", "offload_seeds", "metric", "one_to_one_similarity", "lpips_weights",
-    "GInfoR", "controls", "target_gradient", "max_concurrent", "cpus_per_trial",
+    "GInfoR", "controls", "target_gradient", "gradient_scale", "max_concurrent", "cpus_per_trial",
     "ngpus_per_trial", "ray_address",
     "search_resume", "search_only", "verbose", "allow_target_as_simulation", "nproc",
     "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "shard",
@@ -152,6 +153,9 @@ def parser() -> Parser:
     add("--labels", help="labels by hand: 3,1,… or a file of them")
     add("--pseudo-label-init", choices=("known", "from_grads"), default="known",
         help="where labels come from")  # fmt: skip
+    add("--gradient-scale", type=number(above=0), default=1.0,
+        help="factor of the client's loss, divided out; recorded clipping and noise are of the "
+        "gradient without it")  # fmt: skip
     add("--target-gradient", choices=("true", "shuffled"), default="true",
         help="shuffled: a test of the controls, with nothing to find in it")  # fmt: skip
 
@@ -428,7 +432,7 @@ def check_search(args, processes: int) -> None:
 def load_inputs(args) -> tuple[Target, GroundTruth | None]:
     """The attacker's view of the checkpoint, and the truth only where the flags call for it."""
     checkpoint = checkpoints.load(args.checkpoint)
-    target = target_from_checkpoint(checkpoint)
+    target = target_from_checkpoint(checkpoint).unscaled(args.gradient_scale)
     if args.target_gradient == "shuffled":
         target = shuffled(target, args.seed)
     knows_labels = args.labels is not None or args.pseudo_label_init == "from_grads"
@@ -440,7 +444,7 @@ def load_inputs(args) -> tuple[Target, GroundTruth | None]:
     truth = None
     if source.get("x_true") is not None and source.get("y_true") is not None:
         checkpoints.check_truth(source, checkpoint, f"{flag} {getattr(args, flag[2:])}")
-        truth = truth_from_checkpoint(source)
+        truth = truth_from_checkpoint(source).unscaled(args.gradient_scale)
     if truth is None:
         needs = "--metric" if args.metric else "--GInfoR"
         needs = needs if knows_labels else "--pseudo-label-init known"
@@ -497,6 +501,11 @@ def found_labels(args, target: Target, model: nn.Module) -> LabelResult:
     inputs = LabelInputs(model, public, auxiliary, args.label_prior == "uniform")
     try:
         return reconstruct_labels(target, inputs, args.label_method)
+    except ScaledGradientError as error:
+        scale = "its factor by --gradient-scale"
+        if error.scale is not None:
+            scale = f"--gradient-scale {error.scale:.10g}"
+        raise InputError(f"--checkpoint {args.checkpoint}: {error}; give {scale}") from error
     except ValueError as error:
         raise InputError(
             f"--pseudo-label-init from_grads: {error}; give the labels by --labels"

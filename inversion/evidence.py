@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from models.batchnorm import batchnorm_layers, normalises_by_batch, uses_batch_statistics
 from models.build import find_head
 from models.gradient import gradient_mode, trainable_parameters
-from models.target import Target
+from models.target import Target, rounding_error
 
 #: Noise images that stand in where there is no public photograph.
 NOISE_IMAGES = 32
@@ -160,7 +160,7 @@ def gather_evidence(
         sigma=protection.sigma if protection else 0.0,
         clipped=_was_clipped(target),
         clipped_each=protection is not None and protection.mode == "per-sample",
-        resolution=_resolution(gradients[f"{name}.weight"]),
+        resolution=target.resolution or rounding_error([gradients[f"{name}.weight"]]),
         public=None if public is None else probe,
         noise=None if noise is None else probe,
         auxiliary=seen,
@@ -241,11 +241,3 @@ def _was_clipped(target: Target) -> bool:
     count, variance = sum(g.numel() for g in target.gradient), protection.sigma**2
     deviation = variance * math.sqrt(2 * count)
     return square - count * variance + 3 * deviation > (0.99 * protection.clip) ** 2
-
-
-def _resolution(gradient: Tensor) -> float:
-    """Relative rounding error of the numbers, told by the narrowest type that holds them."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if torch.equal(gradient.to(dtype).to(gradient.dtype), gradient):
-            return torch.finfo(dtype).eps
-    return torch.finfo(torch.float64).eps

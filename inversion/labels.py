@@ -12,7 +12,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from inversion.auxiliary_counts import IMAGES_FOR_BN, auxiliary_counts
-from inversion.counts import Estimate, counts, lower_bounds, round_counts, with_bias_gradient
+from inversion.counts import (
+    Estimate,
+    check_scale,
+    counts,
+    lower_bounds,
+    round_counts,
+    with_bias_gradient,
+)
 from inversion.evidence import Evidence, gather_evidence
 from models.build import find_head
 from models.gradient import couples_samples, trainable_parameters
@@ -181,7 +188,8 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
     Nothing is changed, neither the target nor the model nor the images.
 
     Raises ValueError where the method does not apply: no linear head, layers behind it, auxiliary
-    images or uploaded statistics that are missing.
+    images or uploaded statistics that are missing; ScaledGradientError where the gradient is too
+    long for any batch of B samples.
     """
     begin = time.perf_counter()
     reason = "asked for"
@@ -199,13 +207,17 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
         auxiliary=inputs.auxiliary if method.startswith("counts-") else None,
         use_uploaded_bn=use_bn,
     )
+    with_bias = with_bias_gradient(evidence)
+    check_scale(with_bias)
     try:
         estimate = LABEL_STRATEGIES[method](evidence, inputs)
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"the equations of {method} have no solution here") from error
     if estimate.remark:
         reason = f"{reason}; {estimate.remark}"
-    bounds, certain = lower_bounds(with_bias_gradient(evidence))
+    bounds, certain = lower_bounds(with_bias)
+    if not certain and bounds.sum() > target.batch_size:  # what is likely, but cannot be
+        bounds = round_counts(estimate.counts.double(), bounds, target.batch_size)
     return LabelResult(
         labels=torch.repeat_interleave(torch.arange(evidence.num_classes), estimate.counts),
         lower_bounds=bounds,

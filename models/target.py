@@ -1,6 +1,7 @@
 """What the attacker sees (`Target`) and what only scoring sees (`GroundTruth`)."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class Target:
     or None when the client did not send them. label_smoothing: the share ε of every label that the
     loss moved evenly to all classes. protection: noise and clipping, None without. replace_bn: what
     stands in the place of the architecture's BatchNorm layers, a name in BATCHNORM_REPLACEMENTS.
+    resolution: relative rounding error of the gradient's numbers as they were sent, None for that
+    of the narrowest type that holds them.
     """
 
     gradient: tuple[Tensor, ...]
@@ -82,6 +85,18 @@ class Target:
     label_smoothing: float = 0.0
     protection: Protection | None = None
     replace_bn: str | None = None
+    resolution: float | None = None
+
+    def unscaled(self, scale: float) -> "Target":
+        """The target with its gradient divided by `scale`, by which the client multiplied it.
+
+        What `protection` says is of the gradient before. Numbers divided are no finer than they
+        were sent.
+        """
+        if scale == 1:
+            return self
+        gradient = tuple(g / scale for g in self.gradient)
+        return replace(self, gradient=gradient, resolution=rounding_error(self.gradient))
 
     @property
     def network(self) -> str:
@@ -113,6 +128,26 @@ class GroundTruth:
     x: Tensor
     y: Tensor
     control: Update | None = None
+
+    def unscaled(self, scale: float) -> "GroundTruth":
+        """The same with the control's gradient divided by `scale`: it comes of the same client."""
+        if self.control is None or scale == 1:
+            return self
+        gradient = tuple(_wide(g) / scale for g in self.control.gradient)
+        return replace(self, control=replace(self.control, gradient=gradient))
+
+
+def _wide(g: Tensor) -> Tensor:
+    """As it is, or in float32 where it is in half precision: the attack computes in no less."""
+    return g.to(torch.promote_types(torch.float32, g.dtype))
+
+
+def rounding_error(gradient: Sequence[Tensor]) -> float:
+    """Relative rounding error of the numbers, told by the narrowest type that holds them all."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if all(torch.equal(g.to(dtype).to(g.dtype), g) for g in gradient):
+            return torch.finfo(dtype).eps
+    return torch.finfo(torch.float64).eps
 
 
 def target_from_checkpoint(checkpoint: dict) -> Target:

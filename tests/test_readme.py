@@ -174,6 +174,8 @@ def mistakes(tmp_path_factory):
     gradient = [torch.ones(2, 2), *checkpoint["target_gradient"][1:]]
     save(checkpoint | {"target_gradient": gradient}, str(folder / "unfit.tar"))
     torch.save(checkpoint | {"args": Hostile(folder / "ran")}, folder / "hostile.tar")
+    gradient = [65536 * g for g in checkpoint["target_gradient"]]
+    save(checkpoint | {"target_gradient": gradient}, str(folder / "scaled.tar"))
     (folder / "damaged.tar").write_bytes((folder / "lenet.tar").read_bytes()[:5000])
     torch.save(build_model("convnet", 8, (3, 32, 32)).state_dict(), folder / "convnet.pth")
     image_folder(folder / "pictures")
