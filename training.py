@@ -53,6 +53,7 @@ from utils.report import (
     table,
     versions,
 )
+from utils.streams import stream
 
 #: What is written, all with one stem.
 ENDINGS = {
@@ -362,7 +363,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
 
 
 def noise_generator(args) -> torch.Generator:
-    """The source of the noise, on the CPU; another stream than that of the weights.
+    """The source of the noise, on the CPU; another stream than that of the weights, and than any
+    that an attacker with the same seed draws from.
 
     For an ε the noise must be unknown and another every time, so that it is drawn from chance
     unless --noise-seed asks for a run that can be repeated. The control goes on with the stream.
@@ -370,7 +372,7 @@ def noise_generator(args) -> torch.Generator:
     seed = args.noise_seed
     if seed is None:
         seed = secrets.randbits(31) if args.dp_mode == "per-sample" else args.seed
-    return torch.Generator().manual_seed(seed + 2**31)
+    return stream("noise of the protection", seed)
 
 
 def update(args, model, x, y, noise, shard: Shard) -> tuple[Update, Protected | None]:

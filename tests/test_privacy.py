@@ -8,7 +8,9 @@ import torch
 from scipy.integrate import quad
 from torch import nn
 
+import training
 from inversion.leakage import gradient_information_ratio
+from inversion.restarts import initial_images, noise_generator
 from models.batchnorm import batchnorm_layers, replace_batchnorm
 from models.build import SMALL_NETWORKS, build_model
 from models.gradient import batch_gradient, couples_samples, per_sample_gradients
@@ -22,6 +24,7 @@ from train.privacy import (
     sample_norms,
 )
 from utils.checkpoint import load
+from utils.streams import stream
 
 
 def norm(gradient):
@@ -367,6 +370,30 @@ def test_noise_under_an_epsilon_is_another_every_time(tmp_path):
     by_seed = [torch.equal(a, b) for a, b in zip(sent, sent[1:], strict=False)]
     assert by_seed == [False, False, True, False]
     assert "whoever knows --noise-seed" in next((tmp_path / "2").glob("*.log")).read_text()
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_clients_noise_is_not_the_attackers(seed):
+    """Under --dp-mode batch both come of a seed that may be the same number."""
+    args = training.parser().parse_args(["--enable-dp", "--sigma", "1", "--seed", str(seed)])
+    client, attacker = training.noise_generator(args), noise_generator(seed, torch.device("cpu"))
+    drawn = [torch.randn(200_000, generator=generator) for generator in (client, attacker)]
+    assert drawn[0].dot(drawn[1]).abs() / 200_000 < 0.01
+    again = torch.randn(200_000, generator=training.noise_generator(args))
+    assert torch.equal(again, drawn[0])
+    assert torch.equal(
+        initial_images(seed, 1, (1, 2, 2), torch.float32),
+        torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(seed)),
+    )
+
+
+def test_streams_of_different_seeds_or_purposes_differ():
+    numbers = {
+        torch.randint(2**62, (), generator=stream(purpose, seed)).item()
+        for purpose in ("a", "b")
+        for seed in (0, 1, 2**31 - 1)
+    }
+    assert len(numbers) == 6
 
 
 def test_labels_of_clipped_samples_are_said_to_be_rough(tmp_path):
