@@ -124,7 +124,7 @@ FREE_ON_RESUME = {
     "pseudo_label_init", "label_method", "label_aux", "label_prior", "n_seed", "strategy",
     "combine_memory", "offload_seeds", "metric", "one_to_one_similarity", "lpips_weights",
     "GInfoR", "controls", "target_gradient", "gradient_scale", "max_concurrent", "cpus_per_trial",
-    "ngpus_per_trial", "ray_address",
+    "ngpus_per_trial", "ray_address", "ssim",
     "search_resume", "search_only", "verbose", "allow_target_as_simulation", "nproc",
     "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "shard",
 }  # fmt: skip
@@ -204,6 +204,8 @@ def parser() -> Parser:
     add = parser.add_argument_group("scoring").add_argument
     add("--metric", action="store_true", help="score against the truth")
     add("--one-to-one-similarity", action="store_true", help="pair by index, not by assignment")
+    add("--ssim", choices=metrics.SSIMS, default="gaussian",
+        help="window of SSIM: Wang et al.'s, or the original's, on 8-bit images")  # fmt: skip
     add("--lpips-weights", help=f"backbone of LPIPS, {metrics.LPIPS_BACKBONE}")
     add("--GInfoR", action="store_true", help="gradient information ratio of every image")
     add("--controls", action=argparse.BooleanOptionalAction,
@@ -358,6 +360,8 @@ def check(args, processes: int = 1) -> None:
         )
     if args.lpips_weights is not None and not args.metric:
         raise InputError(f"--lpips-weights {args.lpips_weights}: scores only with --metric")
+    if args.ssim != "gaussian" and not args.metric:
+        raise InputError(f"--ssim {args.ssim}: scores only with --metric; give it as well")
     if args.controls and not args.metric:
         raise InputError("--controls: are scored by --metric; give it as well")
     if args.truth is not None and args.labels is not None and not (args.metric or args.GInfoR):
@@ -1145,6 +1149,7 @@ def score(args, setting: Setting, outcome: Outcome, controls: dict[str, Control]
         setting.y,
         truth.y,
         by_index=args.one_to_one_similarity,
+        ssim=metrics.SSIMS[args.ssim],
         lpips_score=setting.lpips_score,
         controls=controls and {name: control.images for name, control in controls.items()},
     )

@@ -21,6 +21,7 @@ from utils.cli import InputError
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 SSIM_WINDOW = 11
+SSIM_ORIGINAL_WINDOW = 7
 #: Bootstrap: resamples, and the share of them that an interval holds.
 RESAMPLES = 9999
 CONFIDENCE = 0.95
@@ -52,6 +53,24 @@ def ssim(x: Tensor, x_true: Tensor) -> Tensor:
         )
         for a, b in zip(x.double().cpu().numpy(), x_true.double().cpu().numpy(), strict=True)
     ]  # fmt: skip
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def ssim_original(x: Tensor, x_true: Tensor) -> Tensor:
+    """Structural similarity an image as the original (E2EGI, 2023) has it: (B,).
+
+    scikit-image's default, a uniform window of 7 × 7, on images rounded to 8 bits; mean over
+    channels. NaN for images under 7 pixels.
+    """
+    if min(x.shape[-2:]) < SSIM_ORIGINAL_WINDOW:
+        return torch.full((len(x),), float("nan"), dtype=torch.float64)
+    pairs = (
+        (255 * images.double().cpu()).round().clamp(0, 255).byte().numpy() for images in (x, x_true)
+    )
+    scores = [
+        structural_similarity(a, b, win_size=SSIM_ORIGINAL_WINDOW, data_range=255, channel_axis=0)
+        for a, b in zip(*pairs, strict=True)
+    ]
     return torch.tensor(scores, dtype=torch.float64)
 
 
@@ -98,6 +117,8 @@ def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 #: name → function(x, x_true) → (B,). `lpips` joins them where its backbone is at hand.
 METRICS = {"mse": mse, "psnr": psnr, "ssim": ssim}
+#: `--ssim`: name → the function that METRICS' `ssim` is in a run.
+SSIMS = {"gaussian": ssim, "original": ssim_original}
 #: Those of which less is better.
 LOWER_IS_BETTER = {"mse", "lpips"}
 

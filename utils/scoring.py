@@ -74,6 +74,7 @@ def score_reconstruction(
     y_true: Tensor,
     *,
     by_index: bool,
+    ssim: Callable[[Tensor, Tensor], Tensor] = metrics.ssim,
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None = None,
     controls: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict, str]:
@@ -81,8 +82,9 @@ def score_reconstruction(
 
     Pairs by the best one-to-one assignment, or `by_index`. Beside the scores stand those of
     images that need no attack (`metrics.baselines`): an image whose PSNR is not above the
-    better of them is no reconstruction. controls: name → (B, C, H, W) in [0, 1], what comes out
-    without the client's gradient, paired by the same rule; `leakage` sets the scores against them.
+    better of them is no reconstruction. ssim: a function of `metrics.SSIMS`. controls: name →
+    (B, C, H, W) in [0, 1], what comes out without the client's gradient, paired by the same rule;
+    `leakage` sets the scores against them.
 
     Returns the `metrics` entry of result.json and a table to print.
     """
@@ -91,7 +93,7 @@ def score_reconstruction(
         return list(range(len(true))) if by_index else metrics.assign(images, true)
 
     order = pairing_of(found)
-    used = {**metrics.METRICS, **({"lpips": lpips_score} if lpips_score else {})}
+    used = {**metrics.METRICS, "ssim": ssim, **({"lpips": lpips_score} if lpips_score else {})}
     names = [*metrics.METRICS, "lpips"]
     scores = metrics.score(found[order], true, used)
     orders = {name: pairing_of(images) for name, images in (controls or {}).items()}
