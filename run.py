@@ -53,6 +53,7 @@ from models.gradient import couples_samples, trainable_parameters
 from models.target import (
     GroundTruth,
     Target,
+    guarantee_lines,
     model_of,
     target_from_checkpoint,
     truth_from_checkpoint,
@@ -894,15 +895,12 @@ def plan(args, setting: Setting) -> str:
     protection = target.protection
     if protection is not None:
         clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
+        guarantee = guarantee_of(setting)
         lines.append(
             f"the client's protection: {protection.mode}, {clip}, noise of {protection.sigma:g} a "
-            f"number; {protection.guarantee}"
+            f"number; {guarantee[0]}"
         )
-        if target.bn_mean is not None:
-            lines.append(
-                "the BatchNorm statistics beside it are not protected: what was sent as a whole "
-                "carries no guarantee"
-            )
+        lines += guarantee[1:]
     if args.target_gradient == "shuffled":
         lines.append("what was sent is shuffled: there is nothing to find in it")
     if setting.shard.size > 1:
@@ -913,6 +911,17 @@ def plan(args, setting: Setting) -> str:
         home = "cpu, by --offload-seeds" if args.offload_seeds else setting.device.type
         lines.append(f"images of all seeds: {size:,.1f} MiB, kept on {home}")
     return "\n      ".join(lines)
+
+
+def guarantee_of(setting: Setting) -> list[str]:
+    """What follows of the client's protection, and what it does not cover."""
+    target = setting.target
+    return guarantee_lines(
+        target.protection,
+        setting.objective.model,
+        train_mode=target.train_mode,
+        uploads_bn=target.bn_mean is not None,
+    )
 
 
 def first_evaluation(args, setting: Setting) -> None:
@@ -1154,7 +1163,7 @@ def score(args, setting: Setting, outcome: Outcome, controls: dict[str, Control]
         controls=controls and {name: control.images for name, control in controls.items()},
     )
     if protection is not None:
-        text += f"\nthe client's protection ({protection.mode}): {protection.guarantee}"
+        text += f"\nthe client's protection ({protection.mode}): {'; '.join(guarantee_of(setting))}"
     return scores, text
 
 

@@ -18,11 +18,12 @@ from models.build import HEAD_INITS, architectures, build_model, find_head, init
 from models.gradient import couples_samples, trainable_parameters
 from models.pretrained import load_pretrained
 from models.rank_analysis import MODES, rank_analysis
-from models.target import Protection, Update
+from models.target import Protection, Update, guarantee_lines
 from train.capture import capture
 from train.datasets import (
     DATASETS,
     Request,
+    dataset_length,
     dataset_spec,
     load_backup,
     load_backup_control,
@@ -331,7 +332,7 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
             "sent": protected.sent_norm,
             "samples": protected.sample_norms,
         }
-        say_protection(args, protected, protection, reporter)
+        say_protection(args, protected, protection, model, reporter)
     if x_other is not None:
         reporter.say("control: the same of other images with the same labels, for scoring alone")
     stem = checkpoint_stem(args)
@@ -400,7 +401,15 @@ def protection_from(args) -> Protection:
     )
 
 
-def say_protection(args, protected: Protected, protection: Protection, reporter) -> None:
+def batch_share(args) -> tuple[int, float] | None:
+    """Size N of the data set and B / N, the rate at which its images are drawn; None if unknown."""
+    if args.data_backup is not None:
+        return None
+    length = dataset_length(args.data_name, request_from(args))
+    return None if length is None else (length, args.batch_size / length)
+
+
+def say_protection(args, protected: Protected, protection: Protection, model, reporter) -> None:
     """Report norms before and after, noise, and what privacy that gives."""
     rows = []
     if protected.sample_norms is not None:
@@ -418,16 +427,20 @@ def say_protection(args, protected: Protected, protection: Protection, reporter)
     if protected.sample_norms is not None:
         clipped = int((protected.sample_norms > protection.clip).sum())
         reporter.say(f"  {clipped} of {len(protected.sample_norms)} samples clipped")
-    reporter.say(f"  {protection.guarantee}")
+    uploads, train_mode = args.upload_bn, not args.model_eval
+    for line in guarantee_lines(protection, model, train_mode=train_mode, uploads_bn=uploads):
+        reporter.say(f"  {line}")
+    if protection.epsilon is not None and args.sample_rate != 1:
+        length, share = batch_share(args) or (None, args.sample_rate)
+        if not math.isclose(share, args.sample_rate, rel_tol=0.01):
+            reporter.say(
+                f"  --sample-rate {args.sample_rate:g}, but the batch is {args.batch_size} of "
+                f"{length:,} images, {share:.4g}: epsilon is that of the rate given"
+            )
     if protection.epsilon is not None:
         reporter.say(
             "  for an audit: the noise comes of a plain generator"
             + ("" if args.noise_seed is None else ", and whoever knows --noise-seed can redraw it")
-        )
-    if args.upload_bn:
-        reporter.say(
-            "  the BatchNorm statistics beside it are sent without any protection: what is sent "
-            "as a whole carries no guarantee"
         )
 
 

@@ -29,6 +29,16 @@ def normalises_by_batch(layer: nn.Module, train_mode: bool) -> bool:
     return train_mode or (layer.running_mean is None and layer.running_var is None)
 
 
+def uses_learned_statistics(model: nn.Module, train_mode: bool) -> bool:
+    """Whether some BatchNorm layer normalises by running statistics that images have made: others
+    than mean 0 and variance 1, with which a layer is built."""
+    return any(
+        not normalises_by_batch(layer, train_mode)
+        and bool((layer.running_mean != 0).any() or (layer.running_var != 1).any())
+        for layer in batchnorm_layers(model)
+    )
+
+
 def _group_norm(layer: nn.Module) -> nn.GroupNorm:
     """GroupNorm (Wu & He, 2018) for a BatchNorm layer: 32 groups of two channels or more.
 

@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from models.batchnorm import BATCHNORM_REPLACEMENTS, batchnorm_layers, replace_batchnorm
+from models.batchnorm import (
+    BATCHNORM_REPLACEMENTS,
+    batchnorm_layers,
+    replace_batchnorm,
+    uses_learned_statistics,
+)
 from models.build import architectures, build_model, load_weights
 from models.gradient import trainable_parameters
 from utils.cli import InputError
@@ -53,6 +58,28 @@ class Protection:
             f"{self.delta:g} over {self.steps} step(s) of sample rate {self.sample_rate:g}, for "
             "one sample more or less, the batch size being public"
         )
+
+
+def guarantee_lines(
+    protection: Protection, model: nn.Module, *, train_mode: bool, uploads_bn: bool
+) -> list[str]:
+    """What differential privacy follows of all that a client sent, with what it does not cover.
+
+    model: with the weights that the client started from. uploads_bn: it sent the batch's BatchNorm
+    statistics as well.
+    """
+    lines = [protection.guarantee]
+    if uploads_bn:
+        lines.append(
+            "the BatchNorm statistics beside it are not protected: what was sent as a whole "
+            "carries no guarantee"
+        )
+    if protection.epsilon is not None and uses_learned_statistics(model, train_mode):
+        lines.append(
+            "the running statistics of BatchNorm in the network are not covered: where private "
+            "images made them, epsilon does not hold for those"
+        )
+    return lines
 
 
 @dataclass(frozen=True)

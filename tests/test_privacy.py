@@ -16,6 +16,7 @@ from models.build import SMALL_NETWORKS, build_model
 from models.gradient import batch_gradient, couples_samples, per_sample_gradients
 from models.target import Protection, model_of, target_from_checkpoint
 from tests.support import attack, call, capture_photos, photos, succeed
+from tests.test_datasets import image_folder
 from train.privacy import (
     clip_factors,
     epsilon,
@@ -77,7 +78,7 @@ def test_what_the_client_does_is_recorded_and_said(captured, tmp_path):
         assert torch.equal(a, b)
     (log,) = tmp_path.glob("*.log")
     assert "no differential-privacy guarantee" in log.read_text()
-    assert "BatchNorm statistics beside it are sent without any protection" in log.read_text()
+    assert "the BatchNorm statistics beside it are not protected" in log.read_text()
     result, _ = attack(tmp_path, path, "--epochs", 2, "--metric")
     assert result["metrics"]["mean"]["psnr"] > 0
 
@@ -332,13 +333,49 @@ def test_clipping_alone_is_no_privacy(tmp_path):
     assert (record.epsilon, record.noise_multiplier, record.sigma) == (None, 0.0, 0.0)
     (log,) = tmp_path.glob("*.log")
     assert "without noise epsilon is infinite" in log.read_text()
-    assert "BatchNorm statistics beside it are sent without any protection" in log.read_text()
+    assert "the BatchNorm statistics beside it are not protected" in log.read_text()
     assert "as a whole carries no guarantee" in log.read_text()
     out = succeed(
         "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--labels", "0,1,2,3"
     ).out
     assert "without noise epsilon is infinite" in out
     assert "the BatchNorm statistics beside it are not protected" in out
+
+
+def test_what_epsilon_does_not_cover_is_said_by_both_sides(tmp_path):
+    """Uploaded statistics, under the scores too, running ones of the weights, and a sample rate
+    that is not the batch's."""
+    model = build_model("convnet", 3, (3, 16, 16))
+    private = (
+        "--enable-dp", "--dp-mode", "per-sample", "--sigma", "1", "-C", "1", "--model-eval",
+        "--sample-rate", "0.01",
+    )  # fmt: skip
+    flags = (
+        "--data-name", "folder", "--data", image_folder(tmp_path / "pictures"), "--image-size",
+        "16", "-a", "convnet", "-b", "3", "--results", tmp_path, *private,
+    )  # fmt: skip
+    learned = "the running statistics of BatchNorm in the network are not covered"
+    out = succeed("training.py", *flags, "--dry-run").out
+    assert learned not in out  # no image has made them
+    assert "--sample-rate 0.01, but the batch is 3 of 12 images, 0.25: epsilon is" in out
+    for rate in ("0.25", "1"):
+        out = succeed("training.py", *flags, "--sample-rate", rate, "--dry-run").out
+        assert "but the batch is" not in out
+    model[1].running_mean += 0.1
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    more = ("--pretrained", tmp_path / "weights.pth", "--outlayer-state", "keep", "--upload-bn")
+    out = succeed("training.py", *flags, *more).out
+    assert learned in out
+    (path,) = tmp_path.glob("*-checkpoint.pth.tar")
+    out = succeed(
+        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--metric",
+        "--no-controls",
+    ).out  # fmt: skip
+    plan, scores = out.split("paired by assignment")
+    for part in (plan, scores):
+        assert "epsilon" in part
+        assert learned in part
+        assert "the BatchNorm statistics beside it are not protected" in part
 
 
 def test_samples_clipped_in_two_processes(captured):
