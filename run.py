@@ -36,6 +36,7 @@ from inversion.audit.truth import (
 )
 from inversion.audit.verdict import IDENTIFIABLE, LEAKAGE_DIGITS, RECONSTRUCTION
 from inversion.combine import Combination, combination_method
+from inversion.counts import ScaledGradientError
 from inversion.distances import GRADIENT_DISTANCES
 from inversion.labels import (
     AUTO,
@@ -63,12 +64,13 @@ from inversion.search import (
     search,
 )
 from models.batchnorm import batchnorm_layers
-from models.gradient import trainable_parameters
+from models.gradient import couples_samples, trainable_parameters
 from models.target import (
     GroundTruth,
     Target,
     Update,
     check_fits,
+    guarantee_lines,
     model_of,
     target_from_checkpoint,
     truth_from_checkpoint,
@@ -142,8 +144,8 @@ FREE_ON_RESUME = {
     "id", "root", "gpu", "print_freq", "dry_run", "checkpoint", "truth", "labels",
     "pseudo_label_init", "label_method", "label_aux", "label_prior", "n_seed", "strategy",
     "combine_memory", "offload_seeds", "metric", "one_to_one_similarity", "lpips_weights",
-    "GInfoR", "controls", "target_gradient", "max_concurrent", "cpus_per_trial",
-    "ngpus_per_trial", "ray_address",
+    "GInfoR", "controls", "target_gradient", "gradient_scale", "max_concurrent", "cpus_per_trial",
+    "ngpus_per_trial", "ray_address", "ssim",
     "search_resume", "search_only", "verbose", "allow_target_as_simulation", "nproc",
     "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "shard",
 }  # fmt: skip
@@ -172,6 +174,9 @@ def parser() -> Parser:
     add("--labels", help="labels by hand: 3,1,… or a file of them")
     add("--pseudo-label-init", choices=("known", "from_grads"), default="known",
         help="where labels come from")  # fmt: skip
+    add("--gradient-scale", type=number(above=0), default=1.0,
+        help="factor of the client's loss, divided out; recorded clipping and noise are of the "
+        "gradient without it")  # fmt: skip
     add("--target-gradient", choices=("true", "shuffled"), default="true",
         help="shuffled: a test of the controls, with nothing to find in it")  # fmt: skip
 
@@ -222,6 +227,8 @@ def parser() -> Parser:
     add("--one-to-one-similarity", action="store_true", help="pair by index, not by assignment")
     add("--verdict-metric", choices=LEAKAGE_DIGITS, default="ssim",
         help="the metric that decides the verdict")  # fmt: skip
+    add("--ssim", choices=metrics.SSIMS, default="gaussian",
+        help="window of SSIM: Wang et al.'s, or the original's, on 8-bit images")  # fmt: skip
     add("--lpips-weights", help=f"backbone of LPIPS, {metrics.LPIPS_BACKBONE}")
     add("--GInfoR", action="store_true", help="gradient information ratio of every image")
     add("--controls", action=argparse.BooleanOptionalAction,
@@ -385,6 +392,8 @@ def check(args, processes: int = 1) -> None:
         raise InputError(
             f"--verdict-metric {args.verdict_metric}: is for --metric; give it as well"
         )
+    if args.ssim != "gaussian" and not args.metric:
+        raise InputError(f"--ssim {args.ssim}: scores only with --metric; give it as well")
     if args.controls and not args.metric:
         raise InputError("--controls: are scored by --metric; give it as well")
     if args.truth is not None and args.labels is not None and not (args.metric or args.GInfoR):
@@ -474,8 +483,9 @@ class Inputs:
 def load_inputs(args) -> Inputs:
     """Load the checkpoint, and the truth if scoring or known labels need it."""
     checkpoint = checkpoints.load(args.checkpoint)
-    sent = target = target_from_checkpoint(checkpoint)
-    check_fits(target)  # before a truth is compared with it, which may be the sound one
+    sent = target_from_checkpoint(checkpoint)
+    check_fits(sent)  # before a truth is compared with it, which may be the sound one
+    target = sent = sent.unscaled(args.gradient_scale)
     if args.target_gradient == "shuffled":
         target = shuffled(sent, args.seed)
     knows_labels = args.labels is not None or args.pseudo_label_init == "from_grads"
@@ -494,7 +504,7 @@ def load_inputs(args) -> Inputs:
     truth_source = f"{flag} {getattr(args, flag[2:])}"
     checkpoints.check_truth(source, checkpoint, truth_source)
     bound = check_bound(source, checkpoint, truth_source, f"--checkpoint {args.checkpoint}")
-    truth = truth_from_checkpoint(source, checkpoint)
+    truth = truth_from_checkpoint(source, checkpoint).unscaled(args.gradient_scale)
     if args.target_gradient == "shuffled" and truth.control is not None:
         truth = replace(truth, control=shuffled_update(truth.control, args.seed + 1))
     return Inputs(target, sent, truth, bound, truth_source)
@@ -547,6 +557,11 @@ def found_labels(args, target: Target, model: nn.Module) -> LabelResult:
     inputs = LabelInputs(model, public, auxiliary, args.label_prior == "uniform")
     try:
         return reconstruct_labels(target, inputs, args.label_method)
+    except ScaledGradientError as error:
+        scale = "its factor by --gradient-scale"
+        if error.scale is not None:
+            scale = f"--gradient-scale {error.scale:.10g}"
+        raise InputError(f"--checkpoint {args.checkpoint}: {error}; give {scale}") from error
     except ValueError as error:
         raise InputError(
             f"--pseudo-label-init from_grads: {error}; give the labels by --labels"
@@ -571,9 +586,9 @@ def say_labels(found: LabelResult, truth: GroundTruth | None, reporter: Reporter
 def bn_source_from(args, target: Target, model: nn.Module, reporter: Reporter) -> str | None:
     """Where the BN prior pulls to: "batch", "running", or None without the prior."""
     layers = batchnorm_layers(model)
-    if args.bn_grad == "detached" and not (layers and target.train_mode):
+    if args.bn_grad == "detached" and not couples_samples(model, target.train_mode):
         raise InputError(
-            "--bn-grad detached: concerns BatchNorm in train mode, which this checkpoint's "
+            "--bn-grad detached: concerns BatchNorm by batch statistics, which this checkpoint's "
             "network does not use; leave it out"
         )
     if not args.BN:
@@ -982,15 +997,12 @@ def plan(args, setting: Setting) -> str:
     protection = target.protection
     if protection is not None:
         clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
+        guarantee = guarantee_of(setting)
         lines.append(
             f"the client's protection: {protection.mode}, {clip}, noise of {protection.sigma:g} a "
-            f"number; {protection.guarantee}"
+            f"number; {guarantee[0]}"
         )
-        if target.bn_mean is not None:
-            lines.append(
-                "the BatchNorm statistics beside it are not protected: what was sent as a whole "
-                "carries no guarantee"
-            )
+        lines += guarantee[1:]
     if args.target_gradient == "shuffled":
         lines.append("what was sent is shuffled: there is nothing to find in it")
     if setting.shard.size > 1:
@@ -1001,6 +1013,17 @@ def plan(args, setting: Setting) -> str:
         home = "cpu, by --offload-seeds" if args.offload_seeds else setting.device.type
         lines.append(f"images of all seeds: {size:,.1f} MiB, kept on {home}")
     return "\n      ".join(lines)
+
+
+def guarantee_of(setting: Setting) -> list[str]:
+    """What follows of the client's protection, and what it does not cover."""
+    target = setting.target
+    return guarantee_lines(
+        target.protection,
+        setting.objective.model,
+        train_mode=target.train_mode,
+        uploads_bn=target.bn_mean is not None,
+    )
 
 
 def first_evaluation(args, setting: Setting) -> None:
@@ -1268,6 +1291,7 @@ def score(
         setting.y,
         truth.y,
         by_index=args.one_to_one_similarity,
+        ssim=metrics.SSIMS[args.ssim],
         lpips_score=setting.lpips_score,
         controls=controls and {name: control.images for name, control in controls.items()},
         decoys=truth.decoys,
@@ -1289,7 +1313,7 @@ def score(
     if scores["verdict"]["verdict"] not in (RECONSTRUCTION, IDENTIFIABLE):
         text += f"\nwhy it found no more: {reason}"
     if protection is not None:
-        text += f"\nthe client's protection ({protection.mode}): {protection.guarantee}"
+        text += f"\nthe client's protection ({protection.mode}): {'; '.join(guarantee_of(setting))}"
     return scores, text
 
 

@@ -18,11 +18,12 @@ from models.build import HEAD_INITS, architectures, build_model, find_head, init
 from models.gradient import couples_samples, trainable_parameters
 from models.pretrained import load_pretrained
 from models.rank_analysis import MODES, rank_analysis
-from models.target import Protection, Update
+from models.target import Protection, Update, guarantee_lines
 from train.capture import capture
 from train.datasets import (
     DATASETS,
     Request,
+    dataset_length,
     dataset_spec,
     load_backup,
     load_backup_control,
@@ -53,6 +54,7 @@ from utils.report import (
     table,
     versions,
 )
+from utils.streams import stream
 
 #: What is written, all with one stem.
 ENDINGS = {
@@ -316,10 +318,11 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     if args.upload_bn and not layers:
         raise InputError(f"--upload-bn: {args.arch} has no BatchNorm layer; leave it out")
     if args.dp_mode == "per-sample" and couples_samples(model, not args.model_eval):
+        also = "" if couples_samples(model, False) else ", or --model-eval"
         raise InputError(
-            f"--dp-mode per-sample: BatchNorm in train mode mixes the samples of the batch, so "
-            f"none of {args.arch} has a gradient of its own to clip; give --replace-bn groupnorm, "
-            "or --model-eval"
+            "--dp-mode per-sample: BatchNorm by batch statistics mixes the samples of the batch, "
+            f"so none of {args.arch} has a gradient of its own to clip; give --replace-bn "
+            f"groupnorm{also}"
         )
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     reporter.say(
@@ -359,7 +362,7 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
             "sent": protected.sent_norm,
             "samples": protected.sample_norms,
         }
-        say_protection(args, protected, protection, reporter)
+        say_protection(args, protected, protection, model, reporter)
     if x_other is not None:
         reporter.say("control: the same of other images with the same labels, for scoring alone")
     stem = checkpoint_stem(args)
@@ -392,7 +395,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
 
 
 def noise_generator(args) -> torch.Generator:
-    """The source of the noise, on the CPU; another stream than that of the weights.
+    """The source of the noise, on the CPU; another stream than that of the weights, and than any
+    that an attacker with the same seed draws from.
 
     For an ε the noise must be unknown and another every time, so that it is drawn from chance
     unless --noise-seed asks for a run that can be repeated. The control goes on with the stream.
@@ -400,7 +404,7 @@ def noise_generator(args) -> torch.Generator:
     seed = args.noise_seed
     if seed is None:
         seed = secrets.randbits(31) if args.dp_mode == "per-sample" else args.seed
-    return torch.Generator().manual_seed(seed + 2**31)
+    return stream("noise of the protection", seed)
 
 
 def update(args, model, x, y, noise, shard: Shard) -> tuple[Update, Protected | None]:
@@ -428,7 +432,15 @@ def protection_from(args) -> Protection:
     )
 
 
-def say_protection(args, protected: Protected, protection: Protection, reporter) -> None:
+def batch_share(args) -> tuple[int, float] | None:
+    """Size N of the data set and B / N, the rate at which its images are drawn; None if unknown."""
+    if args.data_backup is not None:
+        return None
+    length = dataset_length(args.data_name, request_from(args))
+    return None if length is None else (length, args.batch_size / length)
+
+
+def say_protection(args, protected: Protected, protection: Protection, model, reporter) -> None:
     """Report norms before and after, noise, and what privacy that gives."""
     rows = []
     if protected.sample_norms is not None:
@@ -446,16 +458,20 @@ def say_protection(args, protected: Protected, protection: Protection, reporter)
     if protected.sample_norms is not None:
         clipped = int((protected.sample_norms > protection.clip).sum())
         reporter.say(f"  {clipped} of {len(protected.sample_norms)} samples clipped")
-    reporter.say(f"  {protection.guarantee}")
+    uploads, train_mode = args.upload_bn, not args.model_eval
+    for line in guarantee_lines(protection, model, train_mode=train_mode, uploads_bn=uploads):
+        reporter.say(f"  {line}")
+    if protection.epsilon is not None and args.sample_rate != 1:
+        length, share = batch_share(args) or (None, args.sample_rate)
+        if not math.isclose(share, args.sample_rate, rel_tol=0.01):
+            reporter.say(
+                f"  --sample-rate {args.sample_rate:g}, but the batch is {args.batch_size} of "
+                f"{length:,} images, {share:.4g}: epsilon is that of the rate given"
+            )
     if protection.epsilon is not None:
         reporter.say(
             "  for an audit: the noise comes of a plain generator"
             + ("" if args.noise_seed is None else ", and whoever knows --noise-seed can redraw it")
-        )
-    if args.upload_bn:
-        reporter.say(
-            "  the BatchNorm statistics beside it are sent without any protection: what is sent "
-            "as a whole carries no guarantee"
         )
 
 

@@ -1,6 +1,7 @@
 """Label methods on networks from untrained to converged: the table of docs/results.md.
 
     python -m benchmarks.labels --csv FILE --markdown FILE
+    python -m benchmarks.labels --few-classes --seeds {0..14} --trials 1 --csv FILE
 
 Settings T1 to T12: ResNet-50 and a small ResNet, random, freshly headed and trained at three
 stages, with repeated and with uniform labels, noise, clipping and label smoothing. The client's
@@ -25,7 +26,7 @@ from torchvision.models.resnet import BasicBlock, resnet50
 
 from inversion.evidence import Auxiliary, Evidence, features_of
 from inversion.labels import LABEL_STRATEGIES, LabelInputs
-from models.build import init_head
+from models.build import SMALL_NETWORKS, build_model, find_head, init_head
 from models.gradient import batch_gradient
 from train.datasets import DATASETS, PHOTOS
 from utils.image_files import public_photographs, square_crop
@@ -232,12 +233,30 @@ SETTINGS = (
 )  # fmt: skip
 
 
+#: `--few-classes`: untrained networks with few classes.
+FEW_CLASSES = tuple(
+    Setting(
+        f"F{number}{'a' if train_mode else 'b'}",
+        f"{title} random, {'train' if train_mode else 'eval'} mode",
+        network, 3, train_mode, None, {}, batch_size=batch_size,
+    )
+    for number, (network, title, batch_size) in enumerate(
+        (("lenet", "LeNet", 24), ("convnet", "convnet", 24), ("random", "SlimResNet", 24),
+         ("lenet", "LeNet", 32), ("convnet", "convnet", 32), ("random", "SlimResNet", 32)), 1
+    )
+    for train_mode in (True, False)
+    if train_mode or network != "lenet"
+)  # fmt: skip
+
+
 def network_of(setting: Setting, seed: int, steps: dict[int, int], cache: Path) -> nn.Module:
     """The attacked network of a setting, its random weights drawn from `seed`."""
     torch.manual_seed(seed)
     if setting.network == "resnet50":
         model = resnet50(num_classes=setting.num_classes)
         init_head(model, "normal")
+    elif setting.network in SMALL_NETWORKS:
+        model = build_model(setting.network, setting.num_classes, (3, SIZE, SIZE))
     elif setting.network == "random":
         model = SlimResNet(setting.num_classes)
     elif setting.network == "fresh":
@@ -249,14 +268,14 @@ def network_of(setting: Setting, seed: int, steps: dict[int, int], cache: Path) 
         count = setting.num_classes
         model = train_stages(count, seed, steps[count], cache)[setting.network]
     if not setting.has_bias:
-        model.fc.bias = None
+        find_head(model)[1].bias = None
     return model
 
 
-def client_step(setting: Setting, model, x, y, generator) -> tuple[Evidence, Tensor]:
-    """What the head's gradient of batch (x, y) shows, and the batch's mean at the last BN layer."""
+def client_step(setting: Setting, model, x, y, generator) -> tuple[Evidence, Tensor | None]:
+    """What the head's gradient of batch (x, y) shows; the mean at the last BN layer, if any."""
     features, bn_inputs = features_of(model, x, setting.train_mode)
-    head = model.fc
+    _, head = find_head(model)
     weight = head.weight.detach().double()
     bias = torch.zeros(len(weight)).double() if head.bias is None else head.bias.detach().double()
     eps = setting.label_smoothing
@@ -283,7 +302,7 @@ def client_step(setting: Setting, model, x, y, generator) -> tuple[Evidence, Ten
         clipped=factor < 1,
         resolution=torch.finfo(torch.float64).eps,
     )
-    return evidence, bn_inputs.mean(0)
+    return evidence, None if bn_inputs is None else bn_inputs.mean(0)
 
 
 def run(
@@ -354,7 +373,7 @@ def markdown(rows: list[dict]) -> str:
         f"{' | '.join(LABEL_STRATEGIES)} | reach |",
         f"| {' | '.join(['---'] * (8 + len(LABEL_STRATEGIES)))} |",
     ]
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, *FEW_CLASSES):
         own = [row for row in rows if row["setting"] == setting.name]
         for seed in sorted({row["seed"] for row in own}):
             here = [row for row in own if row["seed"] == seed]
@@ -378,6 +397,7 @@ def main() -> None:
     """Train, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--settings", nargs="+", help="only these, such as T1 T2a")
+    parser.add_argument("--few-classes", action="store_true", help="FEW_CLASSES instead of T1–T12")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the networks")
     parser.add_argument("--trials", type=int, default=10, help="batches a network")
     parser.add_argument("--steps-10", type=int, default=600, help="training steps, 10 classes")
@@ -388,7 +408,7 @@ def main() -> None:
     args = parser.parse_args()
     steps = {10: args.steps_10, 100: args.steps_100}
     rows = []
-    for setting in SETTINGS:
+    for setting in FEW_CLASSES if args.few_classes else SETTINGS:
         if args.settings and setting.name not in args.settings:
             continue
         for seed in args.seeds:

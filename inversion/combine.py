@@ -14,8 +14,7 @@ from torch import Tensor
 
 from inversion.objective import Objective
 from inversion.optimise import lowest
-from models.batchnorm import batchnorm_layers
-from models.gradient import trainable_parameters
+from models.gradient import couples_samples, trainable_parameters
 from utils.distributed import Shard
 
 #: Up to this many combinations all are tried, where their losses cost nothing.
@@ -48,7 +47,7 @@ def combination_method(objective: Objective, num_seeds: int, memory: int) -> tup
     parameters = list(trainable_parameters(objective.model).values())
     count = num_seeds * len(objective.y)
     size = count * sum(p.numel() * p.element_size() for p in parameters) // objective.shard.size
-    if objective.train_mode and batchnorm_layers(objective.model):
+    if couples_samples(objective.model, objective.train_mode):
         return "greedy", "BatchNorm couples the images of a batch"
     if objective.distance_from_products is None:
         return "greedy", "this gradient distance is no function of inner products"
@@ -74,7 +73,9 @@ def combine(
 
     Where no layer uses batch statistics the batch gradient is the mean of the images' own:
     B·S of them, their Gram matrix and their products with the target give the loss of every
-    combination, and the search is free. Elsewhere, or when they do not fit into `memory` bytes,
+    combination without any more gradients. Up to EXHAUSTIVE combinations all are compared; of more
+    a descent over changes of one image and of two, from every seed, finds a local optimum that
+    need not be the best. Elsewhere, or when they do not fit into `memory` bytes,
     combinations are evaluated one by one: a greedy search with repeated sweeps, until no single
     change improves. Either way the result is never worse than the best seed. Seeds may lie on
     another device than the model; only what is evaluated is moved. Seeds with images that are

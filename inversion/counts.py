@@ -23,6 +23,14 @@ GUESSED_SPREAD_LIMIT = 0.7
 NOISE_MARGIN = 4.0
 #: Labels by which rounding may shift −B g_k, for gradients in float32.
 ROUNDING_MARGIN = 1e-3
+#: How far the length of a stand-in for the bias gradient may be off.
+SURROGATE_ERROR = 10.0
+#: How near an estimated scale must be to a power of two to be taken for it, and to name it.
+SAME_SCALE, NEAR_SCALE = 0.01, 0.1
+#: Distance of the quartiles of an estimated scale, in its units, from which on it is none.
+SCALE_SPREAD = 0.1
+#: Beyond this scale nothing is looked for.
+LARGEST_SCALE = 1e30
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,15 @@ class Estimate:
     remark: str = ""
 
 
+class ScaledGradientError(ValueError):
+    """The gradient is longer than that of any mean cross-entropy. scale: what to divide it by, as
+    far as the gradient tells, None where it tells only the least."""
+
+    def __init__(self, message: str, scale: float | None):
+        super().__init__(message)
+        self.scale = scale
+
+
 # Hard facts --------------------------------------------------------------------------------
 
 
@@ -43,9 +60,16 @@ def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
 
     n_k > −B g_k because probabilities are positive; a class whose row of G has a negative entry
     occurs, where features are never negative. Certain without noise and with a bias gradient of
-    its own; otherwise likely. Needs a bias gradient (`with_bias_gradient`). Returns (C,) integers.
+    its own; otherwise likely. Needs a bias gradient (`with_bias_gradient`). Returns (C,) integers
+    from 0 to B + 1, which stands for all that is more than B.
     """
     e = evidence
+    bounds = torch.maximum(_bias_bounds(e), _occurs(e).long())
+    return bounds, not (e.sigma or e.is_surrogate)
+
+
+def _bias_bounds(e: Evidence) -> Tensor:
+    """What of the bounds the bias gradient alone tells."""
     slack = NOISE_MARGIN * e.bias_sigma + (0.5 / e.batch_size if e.is_surrogate else 0.0)
     counts = -e.batch_size * (e.hard_bias_grad + slack / (1 - e.label_smoothing))
     if e.resolution < 1e-12 and not (slack or e.label_smoothing):
@@ -55,8 +79,100 @@ def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
         bounds = torch.where(whole, nearest, counts.floor() + 1)
     else:
         bounds = (counts - ROUNDING_MARGIN - e.resolution * counts.abs()).ceil()
-    bounds = torch.maximum(bounds.clamp(min=0), _occurs(e).double())
-    return bounds.long(), not (e.sigma or e.is_surrogate)
+    return bounds.clamp(0, e.batch_size + 1).long()
+
+
+def check_scale(evidence: Evidence) -> None:
+    """Refuse a gradient that no batch of B samples has, whatever its labels.
+
+    All bounds together are B at most. Noise widens this by its margin, and a stand-in for the bias
+    gradient, whose length is a guess, by SURROGATE_ERROR. A scale below 1 breaks no bound and is
+    not seen. Needs a bias gradient.
+
+    Raises ScaledGradientError where a scale explains it, ValueError where none does.
+    """
+    e = evidence
+    if e.is_surrogate or e.sigma:
+        margin = (NOISE_MARGIN + math.sqrt(2 * math.log(e.num_classes))) * e.bias_sigma
+        longest = -e.hard_bias_grad.min().item() - margin / (1 - e.label_smoothing)
+        least = longest / (SURROGATE_ERROR if e.is_surrogate else 1.0)
+        if least > 1 + ROUNDING_MARGIN:
+            raise _scaled(e, least)
+    elif _asked_for(e) > e.batch_size:
+        occurring = int((e.bias_grad < 0).sum())
+        if occurring > e.batch_size and not e.label_smoothing:
+            raise ValueError(
+                f"the bias gradient says that {occurring} classes occur, and the batch has "
+                f"{e.batch_size} images: it is of another batch size or another loss"
+            )
+        raise _scaled(e, _least_scale(e))
+
+
+def _asked_for(e: Evidence) -> int:
+    """How many labels the bias gradient asks for at least."""
+    return int(_bias_bounds(e).sum())
+
+
+def _least_scale(e: Evidence) -> float:
+    """The smallest scale above 1 by which divided the gradient asks for no more than B labels."""
+    low = high = 1.0
+    while _asked_for(e.scaled(high)) > e.batch_size and high < LARGEST_SCALE:
+        low, high = high, 2 * high
+    for _ in range(20):
+        middle = math.sqrt(low * high)
+        if _asked_for(e.scaled(middle)) > e.batch_size:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _scaled(e: Evidence, least: float) -> ScaledGradientError:
+    """What to say of a gradient that is too long by a factor of `least` or more."""
+    why = f"its head asks for more labels than a batch of {e.batch_size} has"
+    estimate, spread = _absent_scale(e) or (0.0, 0.0)
+    if estimate < least or spread > SCALE_SPREAD:
+        return ScaledGradientError(
+            f"the gradient looks scaled by at least {_three_digits(least):,.10g} ({why})", None
+        )
+    power = 2.0 ** round(math.log2(estimate))
+    if abs(estimate / power - 1) <= SAME_SCALE and power >= least:
+        return ScaledGradientError(
+            f"the gradient looks scaled by about {power:,.10g}, a power of two as the loss scale "
+            f"of mixed precision is ({why})",
+            power,
+        )
+    near = ""
+    if abs(estimate / power - 1) <= NEAR_SCALE:
+        near = f"; {power:,.10g} lies near, if it is the loss scale of mixed precision"
+    estimate = _three_digits(estimate)
+    return ScaledGradientError(
+        f"the gradient looks scaled by about {estimate:,.10g} ({why}{near})", estimate
+    )
+
+
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _absent_scale(e: Evidence) -> tuple[float, float] | None:
+    """By what the gradient was multiplied, told by classes that do not occur; None with too few.
+
+    They have g_k = c q_k, and q is that of the shared embedding, which no scale changes: c is the
+    median of g_k / q_k over g_k > 0, weighted by q_k. Needs 30 % of the classes. Returns c and the
+    distance of the quartiles in units of c: large where classes that occur are among them.
+    """
+    q = e.probabilities(e.shared_embedding) - e.label_smoothing / e.num_classes
+    usable = (e.bias_grad > 0) & (q > 0)
+    if usable.sum() < 0.3 * e.num_classes:
+        return None
+    ratios, order = (e.bias_grad[usable] / q[usable]).sort()
+    weights = q[usable][order].cumsum(0)
+    low, median, high = (
+        ratios[(weights >= share * weights[-1]).nonzero()[0, 0]].item()
+        for share in (0.25, 0.5, 0.75)
+    )
+    return median, (high - low) / median
 
 
 def _occurs(e: Evidence) -> Tensor:
@@ -76,35 +192,36 @@ def round_counts(x: Tensor, bounds: Tensor, total: int) -> Tensor:
     """The integers n ≥ bounds with Σ n = total that are nearest to x: argmin Σ (n_k − x_k)².
 
     Exact. Where the bounds alone exceed `total` they are lowered, most where they stand most
-    above x. x: (C,), bounds: (C,) integers ≥ 0. Returns (C,) integers.
+    above x: the same for integers 0 ≤ n ≤ bounds. x: (C,), bounds: (C,) integers ≥ 0. Returns
+    (C,) integers. It takes at most `total` single steps whatever the size of x.
     """
+    none, all_ = torch.zeros_like(bounds), torch.full_like(bounds, total)
     if bounds.sum() > total:
-        return _lowered(bounds, bounds - x, total)
-    low, high = (x - bounds).min().item() - total - 1, x.max().item() + 1
+        return _nearest(x, none, bounds.clamp(max=total), total)
+    return _nearest(x, bounds, all_, total)
+
+
+def _nearest(x: Tensor, low: Tensor, high: Tensor, total: int) -> Tensor:
+    """The integers low ≤ n ≤ high with Σ n = total that are nearest to x; Σ low ≤ total ≤ Σ high.
+
+    They are x less one shift for all, rounded, within their limits. The shift is found by
+    bisection; classes that step at the same shift get the rest one by one.
+    """
 
     def counts(shift):
-        return torch.maximum(bounds.double(), (x - shift).round())
+        return (x - shift).round().clamp(low, high)
 
+    few, many = (x - low).max().item() + 1, (x - high).min().item() - 1
     for _ in range(200):
-        middle = (low + high) / 2
+        middle = (few + many) / 2
         if counts(middle).sum() > total:
-            low = middle
+            many = middle
         else:
-            high = middle
-    n = counts(high)
+            few = middle
+    n = counts(few)
     while n.sum() < total:
-        n[(x - n).argmax()] += 1
+        n[(x - n).masked_fill(n >= high, -torch.inf).argmax()] += 1
     return n.long()
-
-
-def _lowered(bounds: Tensor, excess: Tensor, total: int) -> Tensor:
-    """`bounds` lowered one by one to the sum `total`, always where `excess` is largest."""
-    n, excess = bounds.clone(), excess.clone()
-    while n.sum() > total:
-        k = excess.masked_fill(n == 0, -torch.inf).argmax()
-        n[k] -= 1
-        excess[k] -= 1
-    return n
 
 
 # What is missing ---------------------------------------------------------------------------
@@ -169,20 +286,13 @@ def logit_spread(evidence: Evidence) -> tuple[float, float]:
 def without_clipping(evidence: Evidence) -> Evidence:
     """The evidence with the clipping factor c divided out.
 
-    Absent classes have g_k = c q_k: c is the median of g_k / q_k over g_k > 0, weighted by q_k,
-    at most 1. Where under 30 % of the classes have g_k > 0 the evidence stays `clipped`.
+    c is at most 1, and told by absent classes (`_absent_scale`); where they are too few the
+    evidence stays `clipped`.
     """
-    e = evidence
-    if not e.clipped:
-        return e
-    q = e.probabilities(e.shared_embedding) - e.label_smoothing / e.num_classes
-    usable = (e.bias_grad > 0) & (q > 0)
-    if usable.sum() < 0.3 * e.num_classes:
-        return e
-    ratios, order = (e.bias_grad[usable] / q[usable]).sort()
-    weights = q[usable][order].cumsum(0)
-    factor = ratios[(weights >= weights[-1] / 2).nonzero()[0, 0]].item()
-    return e.scaled(min(factor, 1.0))
+    if not evidence.clipped:
+        return evidence
+    found = _absent_scale(evidence)
+    return evidence if found is None else evidence.scaled(min(found[0], 1.0))
 
 
 def clipping_remark(e: Evidence) -> str:

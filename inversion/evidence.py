@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor, nn
 
-from models.batchnorm import batchnorm_layers
+from models.batchnorm import batchnorm_layers, normalises_by_batch, uses_batch_statistics
 from models.build import find_head
 from models.gradient import gradient_mode, trainable_parameters
-from models.target import Target
+from models.target import Target, rounding_error
 
 #: Noise images that stand in where there is no public photograph.
 NOISE_IMAGES = 32
@@ -160,7 +160,7 @@ def gather_evidence(
         sigma=protection.sigma if protection else 0.0,
         clipped=_was_clipped(target),
         clipped_each=protection is not None and protection.mode == "per-sample",
-        resolution=_resolution(gradients[f"{name}.weight"]),
+        resolution=target.resolution or rounding_error([gradients[f"{name}.weight"]]),
         public=None if public is None else probe,
         noise=None if noise is None else probe,
         auxiliary=seen,
@@ -171,8 +171,8 @@ def gather_evidence(
 def features_of(model: nn.Module, images: Tensor, train_mode: bool) -> tuple[Tensor, Tensor | None]:
     """Inputs of the classifier head, and spatial means at the input of the last BatchNorm layer.
 
-    images: (N, C, H, W) normalised. In train mode they pass as one batch, whose statistics
-    BatchNorm uses. Returns (N, d) and (N, c), or None without BatchNorm, float64 on the CPU.
+    images: (N, C, H, W) normalised. Where BatchNorm uses batch statistics they pass as one
+    batch. Returns (N, d) and (N, c), or None without BatchNorm, float64 on the CPU.
 
     Raises ValueError when the head's outputs are not the logits.
     """
@@ -191,7 +191,7 @@ def features_of(model: nn.Module, images: Tensor, train_mode: bool) -> tuple[Ten
     if layers:
         handles.append(layers[-1].register_forward_pre_hook(see_batchnorm))
     like = next(model.parameters())
-    coupled = train_mode and layers
+    coupled = uses_batch_statistics(model, train_mode)
     try:
         with torch.no_grad(), gradient_mode(model, train_mode):
             for part in images.split(len(images) if coupled else CHUNK):
@@ -211,12 +211,14 @@ def _auxiliary(model, target, auxiliary, use_uploaded_bn) -> Auxiliary:
     if not use_uploaded_bn:
         features, _ = features_of(model, images, target.train_mode)
         return Auxiliary(features, labels.long())
-    if target.train_mode:  # the client's statistics in place of the auxiliary batch's
+    if uses_batch_statistics(model, target.train_mode):
         model = copy.deepcopy(model)
         layers = batchnorm_layers(model)
         for layer, mean, var in zip(layers, target.bn_mean, target.bn_var, strict=True):
-            layer.register_buffer("running_mean", mean.to(next(model.parameters())))
-            layer.register_buffer("running_var", var.to(next(model.parameters())))
+            if normalises_by_batch(layer, target.train_mode):
+                # the client's statistics in place of the auxiliary batch's
+                layer.register_buffer("running_mean", mean.to(next(model.parameters())))
+                layer.register_buffer("running_var", var.to(next(model.parameters())))
     features, bn_inputs = features_of(model, images, train_mode=False)
     return Auxiliary(features, labels.long(), bn_inputs, _double(target.bn_mean[-1]))
 
@@ -239,11 +241,3 @@ def _was_clipped(target: Target) -> bool:
     count, variance = sum(g.numel() for g in target.gradient), protection.sigma**2
     deviation = variance * math.sqrt(2 * count)
     return square - count * variance + 3 * deviation > (0.99 * protection.clip) ** 2
-
-
-def _resolution(gradient: Tensor) -> float:
-    """Relative rounding error of the numbers, told by the narrowest type that holds them."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if torch.equal(gradient.to(dtype).to(gradient.dtype), gradient):
-            return torch.finfo(dtype).eps
-    return torch.finfo(torch.float64).eps

@@ -12,10 +12,17 @@ import torch
 from torch import Generator, Tensor, nn
 
 from inversion.auxiliary_counts import IMAGES_FOR_BN, auxiliary_counts
-from inversion.counts import Estimate, counts, lower_bounds, round_counts, with_bias_gradient
+from inversion.counts import (
+    Estimate,
+    check_scale,
+    counts,
+    lower_bounds,
+    round_counts,
+    with_bias_gradient,
+)
 from inversion.evidence import Evidence, gather_evidence
 from models.build import find_head
-from models.gradient import trainable_parameters
+from models.gradient import couples_samples, trainable_parameters
 from models.target import Target
 
 
@@ -148,21 +155,24 @@ LABEL_STRATEGIES: dict[str, Callable[[Evidence, LabelInputs], Estimate]] = {
 AUTO = "auto"
 
 
-def choose_method(target: Target, auxiliary: tuple[Tensor, Tensor] | None) -> tuple[str, str]:
+def choose_method(
+    target: Target, auxiliary: tuple[Tensor, Tensor] | None, model: nn.Module
+) -> tuple[str, str]:
     """The method that suits what is at hand, a name in LABEL_STRATEGIES, and why.
 
     `counts-bn` with uploaded BN statistics and at least 20 auxiliary images of every class,
-    `counts-aux` with auxiliary images in eval mode, else `counts`.
+    `counts-aux` with auxiliary images in eval mode unless the model's BatchNorm uses batch
+    statistics there too, else `counts`.
     """
     if auxiliary is None:
         return "counts", "no auxiliary images given"
     smallest = int(torch.bincount(auxiliary[1], minlength=target.num_classes).min())
     if target.bn_mean is not None and smallest >= IMAGES_FOR_BN:
         return "counts-bn", f"BN statistics were uploaded, {smallest} auxiliary images a class"
-    if not target.train_mode:
+    if not (target.train_mode or couples_samples(model, target.train_mode)):
         return "counts-aux", "auxiliary images, BatchNorm in eval mode"
     return "counts", (
-        "in train mode auxiliary images help only with uploaded BN statistics and "
+        "with batch statistics auxiliary images help only with uploaded BN statistics and "
         f"{IMAGES_FOR_BN} images a class"
     )
 
@@ -178,12 +188,13 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
     Nothing is changed, neither the target nor the model nor the images.
 
     Raises ValueError where the method does not apply: no linear head, layers behind it, auxiliary
-    images or uploaded statistics that are missing.
+    images or uploaded statistics that are missing; ScaledGradientError where the gradient is too
+    long for any batch of B samples.
     """
     begin = time.perf_counter()
     reason = "asked for"
     if method == AUTO:
-        method, reason = choose_method(target, inputs.auxiliary)
+        method, reason = choose_method(target, inputs.auxiliary, inputs.model)
     if method in ("counts-aux", "counts-bn") and not _has_bias_gradient(inputs.model):
         method, reason = "counts", f"the head has no bias gradient, which {method} needs"
     use_bn = method == "counts-bn"
@@ -196,13 +207,17 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
         auxiliary=inputs.auxiliary if method.startswith("counts-") else None,
         use_uploaded_bn=use_bn,
     )
+    with_bias = with_bias_gradient(evidence)
+    check_scale(with_bias)
     try:
         estimate = LABEL_STRATEGIES[method](evidence, inputs)
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"the equations of {method} have no solution here") from error
     if estimate.remark:
         reason = f"{reason}; {estimate.remark}"
-    bounds, certain = lower_bounds(with_bias_gradient(evidence))
+    bounds, certain = lower_bounds(with_bias)
+    if not certain and bounds.sum() > target.batch_size:  # what is likely, but cannot be
+        bounds = round_counts(estimate.counts.double(), bounds, target.batch_size)
     return LabelResult(
         labels=torch.repeat_interleave(torch.arange(evidence.num_classes), estimate.counts),
         lower_bounds=bounds,

@@ -12,6 +12,7 @@ from inversion.objective import Objective
 from inversion.optimise import Loop, Outcome, Reconstruction, exchange, lowest, reconstruct
 from utils.distributed import ALONE, Shard
 from utils.metrics import assign
+from utils.streams import stream
 
 
 def initial_images(
@@ -26,12 +27,9 @@ def initial_images(
 
 
 def noise_generator(seed: int, device: torch.device) -> Generator:
-    """The source of a seed's Langevin noise, on `device`: another stream than its start.
-
-    Seeds are below 2³¹ and torch's CPU generator reads 32 bits of them, so the streams of noise
-    are those of the upper half.
-    """
-    return Generator(device).manual_seed(seed + 2**31)
+    """The source of a seed's Langevin noise, on `device`: another stream than its start, and than
+    the noise of a client with the same seed."""
+    return stream("Langevin noise", seed, device)
 
 
 def best(

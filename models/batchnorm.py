@@ -18,17 +18,43 @@ def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BATCHNORM_TYPES)]
 
 
+def uses_batch_statistics(model: nn.Module, train_mode: bool) -> bool:
+    """Whether some BatchNorm layer normalises by its batch: in train mode all, in eval mode those
+    that keep no running statistics."""
+    return any(normalises_by_batch(layer, train_mode) for layer in batchnorm_layers(model))
+
+
+def normalises_by_batch(layer: nn.Module, train_mode: bool) -> bool:
+    """Whether one BatchNorm layer does, as torch's own decide it in their forward pass."""
+    return train_mode or (layer.running_mean is None and layer.running_var is None)
+
+
+def uses_learned_statistics(model: nn.Module, train_mode: bool) -> bool:
+    """Whether some BatchNorm layer normalises by running statistics that images have made: others
+    than mean 0 and variance 1, with which a layer is built."""
+    return any(
+        not normalises_by_batch(layer, train_mode)
+        and bool((layer.running_mean != 0).any() or (layer.running_var != 1).any())
+        for layer in batchnorm_layers(model)
+    )
+
+
 def _group_norm(layer: nn.Module) -> nn.GroupNorm:
     """GroupNorm (Wu & He, 2018) for a BatchNorm layer: 32 groups of two channels or more.
 
-    Fewer groups where the channels do not divide so. Scale and shift are the layer's own; its
-    running statistics are lost.
+    Fewer groups where the channels do not divide so. Scale and shift are the layer's own, as far
+    as it has them, with their type and device; its running statistics are lost.
     """
     channels = layer.num_features
     groups = math.gcd(32, channels // 2) if channels % 2 == 0 else 1
-    new = nn.GroupNorm(groups, channels, eps=layer.eps, affine=layer.affine)
-    new.load_state_dict({name: p.detach() for name, p in layer.named_parameters()})
-    return new
+    new = nn.GroupNorm(groups, channels, eps=layer.eps, affine=False)
+    new.affine = layer.affine
+    for name in ("weight", "bias"):
+        own = getattr(layer, name)
+        if own is not None:
+            own = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+        new.register_parameter(name, own)
+    return new.train(layer.training)
 
 
 #: `--replace-bn`: name → function that makes the layer to put in a BatchNorm's place.
@@ -113,12 +139,13 @@ def recorded_moments(model: nn.Module, shard: Shard = ALONE) -> _Moments:
 def whole_batch_normalisation(
     model: nn.Module, shard: Shard, *, truncated: bool = False, images: int | None = None
 ):
-    """Within this context BatchNorm in train mode normalises by the whole batch's statistics.
+    """Within this context BatchNorm normalises by the whole batch's statistics.
 
-    Every process passes its part of the batch through its copy of the model. Outputs and all
-    derivatives are those of one process with the whole batch. truncated: with the second
-    derivative of the original attack (`truncated_derivative`). images: of the whole batch, where
-    this process has a part. Yields what `recorded_moments` does.
+    That is BatchNorm in train mode, and in eval mode where a layer keeps no running statistics;
+    other layers in eval mode work as ever. Every process passes its part of the batch through its
+    copy of the model. Outputs and all derivatives are those of one process with the whole batch.
+    truncated: with the second derivative of the original attack (`truncated_derivative`). images:
+    of the whole batch, where this process has a part. Yields what `recorded_moments` does.
 
     Like torch's own, raises ValueError for one value a channel: it has no spread.
     """
@@ -126,7 +153,7 @@ def whole_batch_normalisation(
 
     def replaced(layer):
         def forward(x):
-            if not layer.training:
+            if not normalises_by_batch(layer, layer.training):
                 return type(layer).forward(layer, x)
             mean, var = moments.of[layer]
             if (len(x) if images is None else images) * math.prod(x.shape[2:]) == 1:
@@ -135,10 +162,11 @@ def whole_batch_normalisation(
                 options = (mean.detach(), var.detach(), layer.eps, shard)
                 return _TruncatedBatchNorm.apply(x, layer.weight, layer.bias, *options)
             scale = (var + layer.eps).rsqrt()
-            centred = x - _per_channel(mean, x)
-            if layer.weight is None:
-                return centred * _per_channel(scale, x)
-            scale = _per_channel(scale * layer.weight, x)
+            if layer.weight is not None:
+                scale = scale * layer.weight
+            centred, scale = x - _per_channel(mean, x), _per_channel(scale, x)
+            if layer.bias is None:
+                return centred * scale
             return torch.addcmul(_per_channel(layer.bias, x), centred, scale)
 
         return forward
@@ -164,18 +192,18 @@ def batch_statistics(
 ):
     """The context in which a gradient of a batch is taken that is spread over processes.
 
-    The plainest that will do: `whole_batch_normalisation` where BatchNorm in train mode must look
-    at the whole batch or have the truncated derivative, `recorded_moments` where the moments are
-    `needed`, else nothing.
+    The plainest that will do: `whole_batch_normalisation` where BatchNorm uses batch statistics
+    and must look at the whole batch or have the truncated derivative, `recorded_moments` where the
+    moments are `needed`, else nothing.
     """
-    if train_mode and (shard.size > 1 or truncated):
+    if (shard.size > 1 or truncated) and uses_batch_statistics(model, train_mode):
         return whole_batch_normalisation(model, shard, truncated=truncated, images=images)
     return recorded_moments(model, shard) if needed else nullcontext()
 
 
 @contextmanager
 def truncated_derivative(model: nn.Module):
-    """Within this context BatchNorm in train mode has the original attack's second derivative.
+    """Within this context batch statistics have the original attack's second derivative.
 
     The original replaced every BatchNorm by apex's SyncBatchNorm, whose Python backward pass
     works on saved copies of the input and of the batch statistics that autograd does not
@@ -213,10 +241,10 @@ class _TruncatedBatchNorm(torch.autograd.Function):
         scale = (var + eps).rsqrt()
         normed = (x - _per_channel(mean, x)) * _per_channel(scale, x)
         ctx.save_for_backward(normed, scale, weight)
-        ctx.shard = shard
-        if weight is None:
-            return normed.clone()  # an in-place layer behind must not change what is saved
-        return normed * _per_channel(weight, x) + _per_channel(bias, x)
+        ctx.shard, ctx.has_bias = shard, bias is not None
+        # a copy: an in-place layer behind must not change what is saved
+        output = normed.clone() if weight is None else normed * _per_channel(weight, x)
+        return output if bias is None else output + _per_channel(bias, x)
 
     @staticmethod
     def backward(ctx, cotangent):
@@ -224,9 +252,10 @@ class _TruncatedBatchNorm(torch.autograd.Function):
         dims = [0, *range(2, normed.dim())]
         d_weight = d_bias = None
         d_normed = cotangent
+        if ctx.has_bias:
+            d_bias = cotangent.sum(dims)
         if weight is not None:
             d_weight = (cotangent * normed).sum(dims)
-            d_bias = cotangent.sum(dims)
             d_normed = cotangent * _per_channel(weight, normed)
         sums = torch.stack([d_normed.sum(dims), (d_normed * normed).sum(dims)])
         count = ctx.shard.sum(normed.new_full((1,), normed.numel() // normed.shape[1]))

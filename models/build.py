@@ -185,9 +185,7 @@ def _init_normal(weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _init_kaiming_uniform(weight: Tensor, bias: Tensor | None) -> None:
-    nn.init.kaiming_uniform_(weight)
-    if bias is not None:
-        nn.init.zeros_(bias)
+    nn.init.kaiming_uniform_(weight)  # the bias stays, as in the original
 
 
 def _init_keep(weight: Tensor, bias: Tensor | None) -> None:
@@ -195,7 +193,7 @@ def _init_keep(weight: Tensor, bias: Tensor | None) -> None:
 
 
 #: `--outlayer-state`: how the classifier head starts. `normal` is N(0, 0.01²) with bias 0,
-#: `kaiming_uniform` is He et al.'s bound with bias 0, `keep` leaves it alone.
+#: `kaiming_uniform` is He et al.'s bound and leaves the bias as it was, `keep` leaves both alone.
 HEAD_INITS = {
     "normal": _init_normal,
     "kaiming_uniform": _init_kaiming_uniform,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.batchnorm import BATCHNORM_TYPES, batchnorm_layers
+from models.batchnorm import BATCHNORM_TYPES, uses_batch_statistics
 
 #: Bytes that the per-sample gradients of one chunk may take.
 CHUNK_BYTES = 2**29
@@ -90,8 +90,9 @@ def batch_gradient(
 
 
 def couples_samples(model: nn.Module, train_mode: bool) -> bool:
-    """Whether a sample's output depends on the others of its batch: BatchNorm in train mode."""
-    return train_mode and bool(batchnorm_layers(model))
+    """Whether a sample's output depends on the others of its batch: BatchNorm by batch statistics,
+    in train mode or without running ones."""
+    return uses_batch_statistics(model, train_mode)
 
 
 def per_sample_gradients(
@@ -109,11 +110,11 @@ def per_sample_gradients(
     tensor (n, *shape) a trainable parameter, of as many samples as `chunk_bytes` hold, one at
     least; computed by torch.func (vmap of grad). Nothing is on a graph.
 
-    Raises ValueError where samples are coupled (BatchNorm in train mode): a sample then has no
-    gradient of its own.
+    Raises ValueError where samples are coupled (`couples_samples`): a sample then has no gradient
+    of its own.
     """
     if couples_samples(model, train_mode):
-        raise ValueError("BatchNorm in train mode couples the samples of a batch")
+        raise ValueError("BatchNorm by batch statistics couples the samples of a batch")
     parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
 
     def loss(values, image, label):

@@ -1,12 +1,18 @@
 """What the attacker sees (`Target`) and what only scoring sees (`GroundTruth`)."""
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from models.batchnorm import BATCHNORM_REPLACEMENTS, batchnorm_layers, replace_batchnorm
+from models.batchnorm import (
+    BATCHNORM_REPLACEMENTS,
+    batchnorm_layers,
+    replace_batchnorm,
+    uses_learned_statistics,
+)
 from models.build import (
     WithoutMemory,
     architectures,
@@ -63,6 +69,28 @@ class Protection:
         )
 
 
+def guarantee_lines(
+    protection: Protection, model: nn.Module, *, train_mode: bool, uploads_bn: bool
+) -> list[str]:
+    """What differential privacy follows of all that a client sent, with what it does not cover.
+
+    model: with the weights that the client started from. uploads_bn: it sent the batch's BatchNorm
+    statistics as well.
+    """
+    lines = [protection.guarantee]
+    if uploads_bn:
+        lines.append(
+            "the BatchNorm statistics beside it are not protected: what was sent as a whole "
+            "carries no guarantee"
+        )
+    if protection.epsilon is not None and uses_learned_statistics(model, train_mode):
+        lines.append(
+            "the running statistics of BatchNorm in the network are not covered: where private "
+            "images made them, epsilon does not hold for those"
+        )
+    return lines
+
+
 @dataclass(frozen=True)
 class Target:
     """All that an attacker sees of one client step.
@@ -74,6 +102,8 @@ class Target:
     or None when the client did not send them. label_smoothing: the share ε of every label that the
     loss moved evenly to all classes. protection: noise and clipping, None without. replace_bn: what
     stands in the place of the architecture's BatchNorm layers, a name in BATCHNORM_REPLACEMENTS.
+    resolution: relative rounding error of the gradient's numbers as they were sent, None for that
+    of the narrowest type that holds them.
     """
 
     gradient: tuple[Tensor, ...]
@@ -91,6 +121,18 @@ class Target:
     label_smoothing: float = 0.0
     protection: Protection | None = None
     replace_bn: str | None = None
+    resolution: float | None = None
+
+    def unscaled(self, scale: float) -> "Target":
+        """The target with its gradient divided by `scale`, by which the client multiplied it.
+
+        What `protection` says is of the gradient before. Numbers divided are no finer than they
+        were sent.
+        """
+        if scale == 1:
+            return self
+        gradient = tuple(g / scale for g in self.gradient)
+        return replace(self, gradient=gradient, resolution=rounding_error(self.gradient))
 
     @property
     def network(self) -> str:
@@ -124,6 +166,26 @@ class GroundTruth:
     y: Tensor
     control: Update | None = None
     decoys: Tensor | None = None
+
+    def unscaled(self, scale: float) -> "GroundTruth":
+        """The same with the control's gradient divided by `scale`: it comes of the same client."""
+        if self.control is None or scale == 1:
+            return self
+        gradient = tuple(_wide(g) / scale for g in self.control.gradient)
+        return replace(self, control=replace(self.control, gradient=gradient))
+
+
+def _wide(g: Tensor) -> Tensor:
+    """As it is, or in float32 where it is in half precision: the attack computes in no less."""
+    return g.to(torch.promote_types(torch.float32, g.dtype))
+
+
+def rounding_error(gradient: Sequence[Tensor]) -> float:
+    """Relative rounding error of the numbers, told by the narrowest type that holds them all."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if all(torch.equal(g.to(dtype).to(g.dtype), g) for g in gradient):
+            return torch.finfo(dtype).eps
+    return torch.finfo(torch.float64).eps
 
 
 def target_from_checkpoint(checkpoint: dict) -> Target:

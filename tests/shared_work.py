@@ -15,6 +15,7 @@ from inversion.optimise import Loop, reconstruct
 from inversion.pixel_gradient import exact, plain, prior_only
 from inversion.restarts import best, initial_images, mean, noise_generator
 from models.build import build_model
+from models.gradient import couples_samples
 from tests.support import photos, smooth_network, target_of
 from train.capture import capture
 from train.privacy import protect_per_sample
@@ -32,6 +33,13 @@ def network(name, dtype=torch.float64):
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Softplus(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 8),
+        )  # fmt: skip
+    if name == "untracked":  # batch statistics in eval mode too, and a layer without shift
+        layers = [nn.BatchNorm2d(width, track_running_stats=False) for width in (4, 5)]
+        layers[1].bias = None
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), layers[0], nn.Softplus(), nn.Conv2d(4, 5, 3), layers[1],
+            nn.Softplus(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 8),
         )  # fmt: skip
     return model.to(dtype)
 
@@ -63,6 +71,11 @@ def derivatives(shard, device="cpu"):
     cases += [("conv", 7, exact, {"train_mode": False}), ("conv", 7, plain, {"distance": "L2"})]
     cases += [("resnet18", 6, exact, {"bn_grad": "detached"})]
     cases += [("conv", size, prior_only, {}) for size in (7, 2)]
+    cases += [
+        ("untracked", 7, exact, {"train_mode": mode, "bn_grad": derivative})
+        for mode in (True, False)
+        for derivative in ("exact", "detached")
+    ]
     for name, size, method, options in cases:
         objective = objective_of(shard, name, size, device=device, **options)
         objective = objective.toward(start(9, size).to(device))
@@ -77,7 +90,7 @@ def derivatives(shard, device="cpu"):
 def captures(shard):
     """What a client sends: gradients and BN statistics, whole."""
     found = {}
-    for name, size in (("conv", 7), ("resnet18", 6), ("conv", 2)):
+    for name, size in (("conv", 7), ("resnet18", 6), ("conv", 2), ("untracked", 7)):
         model = network(name)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         for mode in (True, False):
@@ -97,16 +110,16 @@ def measures(shard):
     found = {}
     for name, size, mode in (
         ("conv", 7, True), ("conv", 7, False), ("conv", 2, True), ("conv", 2, False),
-        ("resnet18", 6, True),
+        ("resnet18", 6, True), ("untracked", 7, False),
     ):  # fmt: skip
         model, (x, y) = network(name), batch(size)
         options = {"train_mode": mode, "label_smoothing": 0.1, "shard": shard}
         information = gradient_information_ratio(model, x, y, **options)
         for figure, value in vars(information).items():
-            if mode and figure == "sign_rate":
+            if figure == "sign_rate" and couples_samples(model, mode):
                 continue  # a bias before BatchNorm has no gradient: the sign of its rounding
             found[f"{name} {size} {mode} {figure}"] = torch.as_tensor(value).double()
-        if not mode:
+        if not couples_samples(model, mode):
             gradient = capture(model, x, y, **options).gradient
             draw = torch.Generator().manual_seed(0)
             sent = protect_per_sample(gradient, 0.1, 0.5, draw, model=model, x=x, y=y, **options)

@@ -5,9 +5,9 @@ import torch
 
 from inversion.objective import Objective, Weights
 from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, plain
-from models.batchnorm import batchnorm_layers, truncated_derivative
-from models.build import build_model, init_head
-from models.gradient import batch_gradient
+from models.batchnorm import batchnorm_layers, replace_batchnorm, truncated_derivative
+from models.build import build_model, init_head, load_weights
+from models.gradient import batch_gradient, trainable_parameters
 from tests.support import cosine, photos, smooth_network, target_of
 
 ALL_PRIORS = Weights(0.7, {"tv": 0.02, "bn": 0.05, "norm": -0.01}, {"tv": 0.001})
@@ -71,12 +71,16 @@ def test_detached_changes_the_second_derivative_only():
     assert cosine(truncated, plain(detached, x, 0.0)[1]) > 0.9999
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_truncated_batchnorm_has_the_same_gradient(affine):
+@pytest.mark.parametrize("lacks", [None, "scale and shift", "shift", "running statistics"])
+def test_truncated_batchnorm_has_the_same_gradient(lacks):
     torch.manual_seed(4)
     model = smooth_network()
-    if not affine:
+    if lacks == "scale and shift":
         model[1] = torch.nn.BatchNorm2d(4, affine=False).double()
+    if lacks == "shift":
+        model[1].bias = None
+    if lacks == "running statistics":
+        model[1] = torch.nn.BatchNorm2d(4, track_running_stats=False).double()
     x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     for train_mode in (True, False):
         native = batch_gradient(model, x, y, train_mode=train_mode)
@@ -85,6 +89,30 @@ def test_truncated_batchnorm_has_the_same_gradient(affine):
         for a, b in zip(native, truncated, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
     assert "forward" not in vars(batchnorm_layers(model)[0])
+
+
+def test_batchnorm_without_shift_works_as_one_of_shift_zero():
+    """Gradients, weights and GroupNorm in its place, with one missing parameter."""
+    torch.manual_seed(4)
+    with_shift, without = smooth_network(), smooth_network()
+    without.load_state_dict(with_shift.state_dict())
+    without[1].bias = None
+    load_weights(without, {k: v for k, v in with_shift.state_dict().items() if k != "1.bias"})
+    x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    for replaced in (False, True):
+        for model in (with_shift, without) if replaced else ():
+            replace_batchnorm(model, "groupnorm")
+        theirs = dict(
+            zip(
+                trainable_parameters(with_shift),
+                batch_gradient(with_shift, x, y, train_mode=True),
+                strict=True,
+            )
+        )
+        ours = batch_gradient(without, x, y, train_mode=True)
+        assert len(ours) == len(theirs) - 1
+        for name, g in zip(trainable_parameters(without), ours, strict=True):
+            torch.testing.assert_close(g, theirs[name])
 
 
 def test_truncated_batchnorm_holds_what_it_saved_for_constant():

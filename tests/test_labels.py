@@ -9,7 +9,14 @@ from torch import nn
 
 from benchmarks.labels import SETTINGS, SlimResNet, run
 from inversion.auxiliary_counts import auxiliary_counts
-from inversion.counts import homogeneous, lower_bounds, round_counts, with_bias_gradient
+from inversion.counts import (
+    ScaledGradientError,
+    check_scale,
+    homogeneous,
+    lower_bounds,
+    round_counts,
+    with_bias_gradient,
+)
 from inversion.evidence import Auxiliary, Evidence, features_of, gather_evidence
 from inversion.labels import (
     LABEL_STRATEGIES,
@@ -25,6 +32,7 @@ from models.target import Protection, model_of
 from tests.support import attack, call, photos, succeed, target_of
 from tests.test_datasets import image_folder
 from train.datasets import PHOTOS
+from utils.checkpoint import load, save
 from utils.image_files import PUBLIC_PHOTOS, public_photographs
 from utils.metrics import existence_accuracy, label_accuracy
 
@@ -114,7 +122,10 @@ def test_a_thousand_cases(block):
         for name in FROM_GRADIENT:
             estimate = LABEL_STRATEGIES[name](evidence, LabelInputs(nn.Identity()))
             check_counts(estimate.counts, len(y), evidence.num_classes)
-        bounds, certain = lower_bounds(with_bias_gradient(evidence))
+        complete = with_bias_gradient(evidence)
+        bounds, certain = lower_bounds(complete)
+        if not complete.is_surrogate:  # features of zero mean show no length of a stand-in
+            check_scale(complete)
         if certain:
             facts += 1
             true = torch.bincount(y, minlength=evidence.num_classes)
@@ -157,11 +168,25 @@ def test_rounding_is_exact():
         ]
         if not every:  # the bounds alone exceed B: they are lowered
             assert (found <= bounds).all()
-            continue
+            ranges = [range(bound + 1) for bound in bounds.tolist()]
+            every = [n for n in itertools.product(*ranges) if sum(n) == total]
         best = min(sum((a - b) ** 2 for a, b in zip(n, x.tolist(), strict=True)) for n in every)
         assert (found - x).square().sum().item() == pytest.approx(best)
     huge = round_counts(torch.full((5000,), 1e6).double(), torch.zeros(5000).long(), 7)
     check_counts(huge, 7, 5000)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e9, 1e15, 1e30])
+def test_no_scale_keeps_rounding_from_ending(scale):
+    torch.manual_seed(0)
+    x = scale * torch.randn(1000, dtype=torch.float64)
+    for bounds in (torch.zeros(1000), (x - 1).clamp(0, 1e15), torch.full((1000,), 1e15)):
+        check_counts(round_counts(x, bounds.long(), 64), 64, 1000)
+    evidence, y = random_case(1)
+    long = evidence.scaled(1 / scale)
+    for name in FROM_GRADIENT:
+        estimate = LABEL_STRATEGIES[name](long, LabelInputs(nn.Identity()))
+        check_counts(estimate.counts, len(y), evidence.num_classes)
 
 
 def test_the_identity_is_exact_where_all_samples_agree():
@@ -336,12 +361,18 @@ def test_auto_chooses_as_documented():
     uploaded = target_of(model, x, y, train_mode=True)
     silent = target_of(model, x, y, train_mode=True, capture_bn=False)
     evaluated = target_of(model, x, y, train_mode=False, capture_bn=False)
-    assert choose_method(uploaded, None)[0] == "counts"
-    assert choose_method(uploaded, many)[0] == "counts-bn"
-    assert choose_method(uploaded, few)[0] == "counts"
-    assert choose_method(silent, many)[0] == "counts"
-    assert choose_method(evaluated, few)[0] == "counts-aux"
-    assert len({choose_method(target, many)[1] for target in (uploaded, silent, evaluated)}) == 3
+    assert choose_method(uploaded, None, model)[0] == "counts"
+    assert choose_method(uploaded, many, model)[0] == "counts-bn"
+    assert choose_method(uploaded, few, model)[0] == "counts"
+    assert choose_method(silent, many, model)[0] == "counts"
+    assert choose_method(evaluated, few, model)[0] == "counts-aux"
+    assert (
+        len({choose_method(target, many, model)[1] for target in (uploaded, silent, evaluated)})
+        == 3
+    )
+    untracked = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), model)
+    name, why = choose_method(evaluated, few, untracked)
+    assert (name, "batch statistics" in why) == ("counts", True)
 
 
 def test_auxiliary_methods_run_from_a_target():
@@ -441,6 +472,102 @@ def test_noise_hides_whether_it_was_clipped():
         assert gather_evidence(model, found, public=public()).clipped
     quiet = protected(target, 1e-6, 1e3)
     assert not gather_evidence(model, quiet, public=public()).clipped
+
+
+# A scaled gradient --------------------------------------------------------------------------
+
+
+def scaled_target(distinct, scale, *, batch_size=24, has_bias=True, sigma=0.0):
+    x, y = batch(distinct, batch_size)
+    torch.manual_seed(0)
+    model = build_model("convnet", 8, (3, 32, 32))
+    init_head(model, "normal")
+    if not has_bias:
+        model[-1].bias = None
+    target = protected(target_of(model, x, y, train_mode=True), sigma, None)
+    return model, replace(target, gradient=tuple(scale * g for g in target.gradient))
+
+
+@pytest.mark.parametrize(
+    ("scale", "said", "estimate"),
+    [
+        (1000, "by about 1,000 (.* batch of 24 has; 1,024 lies near", 1000),
+        (65536, "by about 65,536, a power of two", 65536),
+        (1e6, "by about 1,000,000 (.* 1,048,576 lies near", 1e6),
+        (3, "by about 3 (", 3),
+    ],
+)
+def test_a_scaled_gradient_is_refused_with_its_scale(scale, said, estimate):
+    model, target = scaled_target(3, scale)
+    with pytest.raises(ScaledGradientError, match=said.replace("(", r"\(")) as refusal:
+        reconstruct_labels(target, LabelInputs(model, public()))
+    assert refusal.value.scale == pytest.approx(estimate, rel=0.01)
+    found = reconstruct_labels(target.unscaled(scale), LabelInputs(model, public()))
+    assert label_accuracy(found.labels, batch(3)[1]) == 1.0
+    assert found.certain
+
+
+def test_without_absent_classes_the_least_scale_is_said():
+    x, y = photos(8, 32, target_idx=3)[0], torch.arange(8)
+    torch.manual_seed(0)
+    model = build_model("convnet", 8, (3, 32, 32))
+    target = target_of(model, x, y, train_mode=True)
+    longer = replace(target, gradient=tuple(1000 * g for g in target.gradient))
+    with pytest.raises(ScaledGradientError, match="scaled by at least") as refusal:
+        reconstruct_labels(longer, LabelInputs(model, public()))
+    assert refusal.value.scale is None
+    least = float(str(refusal.value).split("at least ")[1].split(" ")[0])
+    assert 10 < least <= 1000
+    reconstruct_labels(target, LabelInputs(model, public()))
+
+
+def test_noise_and_a_missing_bias_are_refused_only_far_beyond_the_bounds():
+    for options in ({"has_bias": False}, {"sigma": 0.01}, {"sigma": 1.0}):
+        model, target = scaled_target(3, 1.0, **options)
+        found = reconstruct_labels(target, LabelInputs(model, public()))
+        assert not found.certain
+        assert found.lower_bounds.sum() <= 24  # what is told as likely is possible
+    for options in ({"has_bias": False}, {"sigma": 0.01}):
+        model, target = scaled_target(3, 1000.0, **options)
+        with pytest.raises(ScaledGradientError):
+            reconstruct_labels(target, LabelInputs(model, public()))
+
+
+def test_more_classes_than_images_are_no_matter_of_scale():
+    model, target = scaled_target(6, 1.0)
+    with pytest.raises(ValueError, match="6 classes occur, and the batch has 4 images"):
+        reconstruct_labels(replace(target, batch_size=4), LabelInputs(model, public()))
+
+
+def test_division_makes_no_number_finer_than_it_was_sent():
+    model, target = scaled_target(3, 1000.0)
+    halved = replace(target, gradient=tuple(g.half().float() for g in target.gradient))
+    seen = gather_evidence(model, halved.unscaled(1000.0), public=public())
+    assert seen.resolution == torch.finfo(torch.float16).eps
+    assert target.unscaled(1.0) is target
+
+
+def test_gradient_scale_undoes_what_the_client_multiplied(captured, tmp_path):
+    """By a power of two: the same bits, of the attack and of the control."""
+    path = captured("-a", "lenet", "-b", "4", "--with-control")
+    checkpoint = load(str(path))
+    longer = checkpoint | {
+        "target_gradient": [1024 * g for g in checkpoint["target_gradient"]],
+        "control": checkpoint["control"]
+        | {"target_gradient": [1024 * g for g in checkpoint["control"]["target_gradient"]]},
+    }
+    save(longer, str(tmp_path / "scaled.tar"))
+    flags = ("--epochs", 3, "--metric", "--pseudo-label-init", "from_grads")
+    flags += ("--gradient-loss-fun", "L2")
+    refused = call("run.py", "--checkpoint", tmp_path / "scaled.tar", "--lr", 0.1, *flags)
+    assert refused.code == 2
+    assert refused.err.endswith("; give --gradient-scale 1024\n")
+    ours, _ = attack(tmp_path / "a", path, *flags)
+    theirs, _ = attack(tmp_path / "b", tmp_path / "scaled.tar", *flags, "--gradient-scale", 1024)
+    assert theirs["settings"]["gradient_scale"] == 1024
+    assert theirs["losses"] == ours["losses"]
+    assert theirs["labels"]["lower_bounds"] == ours["labels"]["lower_bounds"]
+    assert theirs["metrics"] == ours["metrics"]
 
 
 # The table ----------------------------------------------------------------------------------

@@ -51,6 +51,18 @@ def test_eval_mode_equals_brute_force(distance):
         assert found.image_gradients <= 9 + 6
 
 
+def test_batch_statistics_in_eval_mode_are_searched_greedily():
+    def untracked():
+        model = smooth_network()
+        model[1] = torch.nn.BatchNorm2d(4, track_running_stats=False)
+        return model
+
+    objective, _, x_seeds = case(0, model=untracked)
+    assert combination_method(objective, 3, 2**30)[0] == "greedy"
+    found = combine(objective, x_seeds)
+    assert found.loss == pytest.approx(objective.gradient_distance(found.x), rel=1e-6)
+
+
 def test_train_mode_is_near_brute_force():
     ratios = []
     for seed in range(20):

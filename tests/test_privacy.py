@@ -8,11 +8,15 @@ import torch
 from scipy.integrate import quad
 from torch import nn
 
+import training
+from inversion.leakage import gradient_information_ratio
+from inversion.restarts import initial_images, noise_generator
 from models.batchnorm import batchnorm_layers, replace_batchnorm
-from models.build import build_model
-from models.gradient import batch_gradient, per_sample_gradients
+from models.build import SMALL_NETWORKS, build_model
+from models.gradient import batch_gradient, couples_samples, per_sample_gradients
 from models.target import Protection, model_of, target_from_checkpoint
 from tests.support import attack, call, capture_photos, photos, succeed
+from tests.test_datasets import image_folder
 from train.privacy import (
     clip_factors,
     epsilon,
@@ -21,6 +25,7 @@ from train.privacy import (
     sample_norms,
 )
 from utils.checkpoint import load
+from utils.streams import stream
 
 
 def norm(gradient):
@@ -73,7 +78,7 @@ def test_what_the_client_does_is_recorded_and_said(captured, tmp_path):
         assert torch.equal(a, b)
     (log,) = tmp_path.glob("*.log")
     assert "no differential-privacy guarantee" in log.read_text()
-    assert "BatchNorm statistics beside it are sent without any protection" in log.read_text()
+    assert "the BatchNorm statistics beside it are not protected" in log.read_text()
     result, _ = attack(tmp_path, path, "--epochs", 2, "--metric")
     assert result["metrics"]["mean"]["psnr"] > 0
 
@@ -191,7 +196,30 @@ def test_coupled_samples_are_refused():
     )  # fmt: skip
     assert outcome.code == 2
     assert "mixes the samples of the batch" in outcome.err
-    assert "--replace-bn groupnorm" in outcome.err
+    assert "--replace-bn groupnorm, or --model-eval" in outcome.err
+
+
+def test_batchnorm_without_running_statistics_couples_samples_in_eval_mode(monkeypatch):
+    def untracked(num_classes, image_shape):
+        norm = nn.BatchNorm2d(4, track_running_stats=False)
+        pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), *pool, nn.Linear(4, num_classes))
+
+    model, (x, y) = untracked(8, (3, 32, 32)), photos(3, 32)
+    assert couples_samples(model, False)
+    assert not couples_samples(nn.Sequential(nn.BatchNorm2d(4), nn.InstanceNorm2d(4)), False)
+    with pytest.raises(ValueError, match="couples the samples"):
+        next(per_sample_gradients(model, x, y, train_mode=False))
+    assert not gradient_information_ratio(model, x, y, train_mode=False).independent
+    monkeypatch.setitem(SMALL_NETWORKS, "untracked", untracked)
+    flags = (
+        "--data-name", "photos", "-a", "untracked", "-b", 2, "--enable-dp", "--dp-mode",
+        "per-sample", "-C", 1, "--sigma", 1, "--model-eval", "--dry-run",
+    )  # fmt: skip
+    outcome = call("training.py", *flags)
+    assert outcome.code == 2
+    assert outcome.err.endswith("give --replace-bn groupnorm\n")
+    assert call("training.py", *flags, "--replace-bn", "groupnorm").code == 0
 
 
 # Epsilon ------------------------------------------------------------------------------------
@@ -305,13 +333,49 @@ def test_clipping_alone_is_no_privacy(tmp_path):
     assert (record.epsilon, record.noise_multiplier, record.sigma) == (None, 0.0, 0.0)
     (log,) = tmp_path.glob("*.log")
     assert "without noise epsilon is infinite" in log.read_text()
-    assert "BatchNorm statistics beside it are sent without any protection" in log.read_text()
+    assert "the BatchNorm statistics beside it are not protected" in log.read_text()
     assert "as a whole carries no guarantee" in log.read_text()
     out = succeed(
         "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--labels", "0,1,2,3"
     ).out
     assert "without noise epsilon is infinite" in out
     assert "the BatchNorm statistics beside it are not protected" in out
+
+
+def test_what_epsilon_does_not_cover_is_said_by_both_sides(tmp_path):
+    """Uploaded statistics, under the scores too, running ones of the weights, and a sample rate
+    that is not the batch's."""
+    model = build_model("convnet", 3, (3, 16, 16))
+    private = (
+        "--enable-dp", "--dp-mode", "per-sample", "--sigma", "1", "-C", "1", "--model-eval",
+        "--sample-rate", "0.01",
+    )  # fmt: skip
+    flags = (
+        "--data-name", "folder", "--data", image_folder(tmp_path / "pictures"), "--image-size",
+        "16", "-a", "convnet", "-b", "3", "--results", tmp_path, *private,
+    )  # fmt: skip
+    learned = "the running statistics of BatchNorm in the network are not covered"
+    out = succeed("training.py", *flags, "--dry-run").out
+    assert learned not in out  # no image has made them
+    assert "--sample-rate 0.01, but the batch is 3 of 12 images, 0.25: epsilon is" in out
+    for rate in ("0.25", "1"):
+        out = succeed("training.py", *flags, "--sample-rate", rate, "--dry-run").out
+        assert "but the batch is" not in out
+    model[1].running_mean += 0.1
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    more = ("--pretrained", tmp_path / "weights.pth", "--outlayer-state", "keep", "--upload-bn")
+    out = succeed("training.py", *flags, *more).out
+    assert learned in out
+    (path,) = tmp_path.glob("*-checkpoint.pth.tar")
+    out = succeed(
+        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--metric",
+        "--no-controls",
+    ).out  # fmt: skip
+    plan, scores = out.split("paired by assignment")
+    for part in (plan, scores):
+        assert "epsilon" in part
+        assert learned in part
+        assert "the BatchNorm statistics beside it are not protected" in part
 
 
 def test_samples_clipped_in_two_processes(captured):
@@ -345,6 +409,30 @@ def test_noise_under_an_epsilon_is_another_every_time(tmp_path):
     assert "whoever knows --noise-seed" in next((tmp_path / "2").glob("*.log")).read_text()
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_clients_noise_is_not_the_attackers(seed):
+    """Under --dp-mode batch both come of a seed that may be the same number."""
+    args = training.parser().parse_args(["--enable-dp", "--sigma", "1", "--seed", str(seed)])
+    client, attacker = training.noise_generator(args), noise_generator(seed, torch.device("cpu"))
+    drawn = [torch.randn(200_000, generator=generator) for generator in (client, attacker)]
+    assert drawn[0].dot(drawn[1]).abs() / 200_000 < 0.01
+    again = torch.randn(200_000, generator=training.noise_generator(args))
+    assert torch.equal(again, drawn[0])
+    assert torch.equal(
+        initial_images(seed, 1, (1, 2, 2), torch.float32),
+        torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(seed)),
+    )
+
+
+def test_streams_of_different_seeds_or_purposes_differ():
+    numbers = {
+        torch.randint(2**62, (), generator=stream(purpose, seed)).item()
+        for purpose in ("a", "b")
+        for seed in (0, 1, 2**31 - 1)
+    }
+    assert len(numbers) == 6
+
+
 def test_labels_of_clipped_samples_are_said_to_be_rough(tmp_path):
     flags = ("-a", "resnet18", "-b", "12", "--distinct-labels", "2", "--target-idx", "1")
     private = ("--enable-dp", "--dp-mode", "per-sample", "-C", "0.5", "--model-eval")
@@ -371,6 +459,15 @@ def test_group_norm_takes_the_place_of_every_batchnorm():
     for layer, scale in zip(found, scales, strict=True):
         assert torch.equal(layer.weight, scale)
         assert layer.num_channels / layer.num_groups >= 2
+    own = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)).double().eval()
+    own[0].bias, own[1].weight.requires_grad = None, False
+    replace_batchnorm(own, "groupnorm")
+    assert (own[0].weight.dtype, own[0].bias, own[0].training) == (torch.float64, None, False)
+    assert own[1].bias.requires_grad
+    assert not own[1].weight.requires_grad
+    on_meta = nn.Sequential(nn.BatchNorm2d(4, device="meta"))
+    replace_batchnorm(on_meta, "groupnorm")
+    assert on_meta[0].weight.is_meta
     plain = nn.Sequential(nn.BatchNorm1d(7, affine=False))
     assert replace_batchnorm(plain, "groupnorm") == 1
     assert (plain[0].num_groups, plain[0].weight) == (1, None)

@@ -46,7 +46,7 @@ def commands():
 def workplace(tmp_path_factory):
     """A folder with the files that the README's commands name, shared by all of them."""
     folder = tmp_path_factory.mktemp("readme")
-    image_folder(folder / "imagenet" / "train", classes=("n01", "n02"), count=6, size=(250, 240))
+    image_folder(folder / "imagenet" / "train", classes=("n01", "n02"), count=8, size=(250, 240))
     image_folder(folder / "pictures")
     celeba_folder(folder / "celeba", count=8)
     torch.manual_seed(0)
@@ -108,6 +108,18 @@ def in_several_processes(command, workplace):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return Outcome(done.returncode, done.stdout.replace("_b3_", "_b256_"), done.stderr)
+
+
+def test_the_simulation_shares_no_image_with_the_target():
+    """Batches of one permutation and of different numbers are disjoint."""
+    target, simulation = (
+        training.parser().parse_args(shlex.split(command)[2:])
+        for command, _ in commands()
+        if command.startswith(("python training.py -b 8 ", "python training.py --id simulation "))
+        and "--ra" not in command
+    )
+    assert (target.seed, target.data) == (simulation.seed, simulation.data)
+    assert target.target_idx != simulation.target_idx
 
 
 def test_there_are_commands():
@@ -184,6 +196,8 @@ def mistakes(tmp_path_factory):
     flipped[flipped.index(state["0.weight"].numpy().tobytes())] ^= 1
     (folder / "flipped.tar").write_bytes(flipped)
     torch.save(checkpoint | {"args": Hostile(folder / "ran")}, folder / "hostile.tar")
+    gradient = [65536 * g for g in checkpoint["target_gradient"]]
+    save(checkpoint | {"target_gradient": gradient}, str(folder / "scaled.tar"))
     (folder / "damaged.tar").write_bytes((folder / "lenet.tar").read_bytes()[:5000])
     torch.save(build_model("convnet", 8, (3, 32, 32)).state_dict(), folder / "convnet.pth")
     image_folder(folder / "pictures")

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from skimage.metrics import structural_similarity
 
 from inversion.audit.scoring import score_reconstruction
 from inversion.distances import GRADIENT_DISTANCES, cosine_distance, squared_l2
 from inversion.priors import Candidate, bn_statistics, l2_norm, total_variation
 from tests import golden
+from tests.support import attack
+from train.datasets import DATASETS
 from utils import metrics
+from utils.checkpoint import load
 from utils.cli import InputError
+from utils.images import denormalise
 
 GOLDEN = json.loads(golden.FILE.read_text())
 
@@ -152,6 +157,40 @@ def backbone(tmp_path_factory):
     path.parent.mkdir(parents=True)
     torch.save(torchvision.models.alexnet().state_dict(), path)
     return path
+
+
+def test_ssim_original_is_the_default_of_scikit_image_on_8_bits():
+    torch.manual_seed(0)
+    x_true = torch.rand(2, 3, 20, 24)
+    x = (x_true + 0.1 * torch.randn(x_true.shape)).clamp(0, 1)
+    for found, a, b in zip(metrics.ssim_original(x, x_true), x, x_true, strict=True):
+        a, b = (
+            np.round(255 * t.permute(1, 2, 0).double().numpy()).astype(np.uint8) for t in (a, b)
+        )
+        expected = structural_similarity(a, b, channel_axis=-1)
+        assert found.item() == pytest.approx(expected, abs=1e-12)
+    assert (metrics.ssim_original(x, x_true) - metrics.ssim(x, x_true)).abs().min() > 1e-4
+    assert metrics.ssim_original(x, x)[0] == 1
+    assert metrics.ssim_original(x[..., :6], x[..., :6]).isnan().all()
+
+
+def test_ssim_original_scores_a_run(captured, tmp_path):
+    path = captured("-a", "lenet", "-b", "2")
+    found, flags = {}, ("--metric", "--no-controls")
+    for choice in metrics.SSIMS:
+        result, folder = attack(tmp_path / choice, path, *flags, "--ssim", choice)
+        assert result["settings"]["ssim"] == choice
+        found[choice] = result["metrics"]
+    checkpoint = load(str(path))
+    images = [
+        denormalise(x, *DATASETS["photos"].normalisation)
+        for x in (torch.load(folder / "x_recon.pth", weights_only=True), checkpoint["x_true"])
+    ]
+    order = [image["reconstruction"] for image in found["original"]["images"]]
+    expected = metrics.ssim_original(images[0][order], images[1]).mean().item()
+    assert found["original"]["mean"]["ssim"] == pytest.approx(expected, abs=1e-9)
+    assert found["original"]["mean"]["ssim"] != found["gaussian"]["mean"]["ssim"]
+    assert found["original"]["mean"]["psnr"] == found["gaussian"]["mean"]["psnr"]
 
 
 def test_lpips_equals_the_package_with_the_same_backbone(backbone, monkeypatch):

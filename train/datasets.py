@@ -190,6 +190,14 @@ def open_dataset(name: str, request: Request) -> Source:
     return spec.open(request, spec)
 
 
+def dataset_length(name: str, request: Request) -> int | None:
+    """Number of images of data set `name`, None where there is no end.
+
+    Raises InputError as `load_batch` does.
+    """
+    return open_dataset(name, request).length
+
+
 def dataset_spec(name: str, request: Request) -> DatasetSpec:
     """Shape and class count of data set `name`; its files are opened only where they tell.
 

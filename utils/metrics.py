@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import bootstrap
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from utils.cli import InputError
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+SSIM_ORIGINAL_WINDOW = 7
 #: Numbers of image pairs that are compared at once.
 SSIM_CHUNK = 2**23
 #: Bootstrap: resamples, and the share of them that an interval holds.
@@ -81,6 +83,24 @@ def _windows(side: int) -> Tensor:
     return places
 
 
+def ssim_original(x: Tensor, x_true: Tensor) -> Tensor:
+    """Structural similarity per image as the original (E2EGI, 2023) has it: (B,).
+
+    scikit-image's default, a uniform window of 7 × 7, on images rounded to 8 bits; mean over
+    channels. NaN for images under 7 pixels.
+    """
+    if min(x.shape[-2:]) < SSIM_ORIGINAL_WINDOW:
+        return torch.full((len(x),), float("nan"), dtype=torch.float64)
+    pairs = (
+        (255 * images.double().cpu()).round().clamp(0, 255).byte().numpy() for images in (x, x_true)
+    )
+    scores = [
+        structural_similarity(a, b, win_size=SSIM_ORIGINAL_WINDOW, data_range=255, channel_axis=0)
+        for a, b in zip(*pairs, strict=True)
+    ]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
 def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
     """LPIPS (Zhang et al., 2018; AlexNet, version 0.1) with the backbone in file `path`.
 
@@ -124,6 +144,8 @@ def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 #: name → function(x, x_true) → (B,). `lpips` joins them where its backbone is at hand.
 METRICS = {"mse": mse, "psnr": psnr, "ssim": ssim}
+#: `--ssim`: name → the function that METRICS' `ssim` is in a run.
+SSIMS = {"gaussian": ssim, "original": ssim_original}
 #: Those of which less is better.
 LOWER_IS_BETTER = {"mse", "lpips"}
 

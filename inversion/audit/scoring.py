@@ -90,6 +90,7 @@ def score_reconstruction(
     y_true: Tensor,
     *,
     by_index: bool,
+    ssim: Callable[[Tensor, Tensor], Tensor] = metrics.ssim,
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None = None,
     controls: Mapping[str, Tensor] | None = None,
     decoys: Tensor | None = None,
@@ -102,7 +103,7 @@ def score_reconstruction(
 
     Pairs by the best one-to-one assignment within the labels, or `by_index`. Beside the scores
     stand those of images that need no attack (`metrics.baselines`): an image whose PSNR is not
-    above the better of them is no reconstruction.
+    above the better of them is no reconstruction. ssim: a function of `metrics.SSIMS`.
 
     y_found, y_true: (B,) labels that the attack went by, and the true ones. controls: name →
     (B, C, H, W) in [0, 1], what comes out without the client's gradient, paired by the same rule;
@@ -117,7 +118,7 @@ def score_reconstruction(
         return list(range(len(true))) if by_index else metrics.assign(images, true, y_found, y_true)
 
     order = pairing_of(found)
-    used = {**metrics.METRICS, **({"lpips": lpips_score} if lpips_score else {})}
+    used = {**metrics.METRICS, "ssim": ssim, **({"lpips": lpips_score} if lpips_score else {})}
     names = [*metrics.METRICS, "lpips"]
     scores = metrics.score(found[order], true, used)
     orders = {name: pairing_of(images) for name, images in (controls or {}).items()}
