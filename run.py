@@ -1265,7 +1265,6 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     def save_consensus(done: int, x: Tensor) -> None:
         if folder is None:
             return
-        (folder / "consensus").mkdir(exist_ok=True)
         save_panels(
             [(f"iteration {done}", setting.images(x))], folder / "consensus" / f"{done:06d}.png"
         )

@@ -30,7 +30,7 @@ from train.datasets import (
     load_control,
 )
 from train.privacy import Protected, epsilon, protect_batch, protect_per_sample
-from utils.checkpoint import free_stem, make_checkpoint, save, seal
+from utils.checkpoint import make_checkpoint, save, seal
 from utils.cli import (
     InputError,
     Parser,
@@ -43,6 +43,7 @@ from utils.cli import (
     writable_folder,
 )
 from utils.distributed import Shard, add_flags, group_from, is_lost_peer, launch
+from utils.files import free_stem
 from utils.images import denormalise, save_panels
 from utils.report import (
     Reporter,

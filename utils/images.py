@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.files import whole_file
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 
@@ -28,12 +30,22 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one image (C, H, W) in [0, 1], C 1 or 3, as an 8-bit PNG."""
     pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    with whole_file(path) as file:
+        picture.save(file, format="png")
+
+
+def save_figure(figure: pyplot.Figure, path: str | Path) -> None:
+    """Write a figure as a PNG and close it."""
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, format="png", dpi=100)
+    finally:
+        pyplot.close(figure)
 
 
 def save_images(images: Tensor, folder: str | Path, name: str) -> None:
     """Write images (B, C, H, W) in [0, 1] as `{folder}/{name}_{index}.png`; makes the folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_png(image, Path(folder) / f"{name}_{i:03d}.png")
 
@@ -75,8 +87,7 @@ def save_panels(
     for i, caption in enumerate(captions or ()):
         top, left = corner(i, len(rows) - 1)
         axis.text(left + width / 2, top + height + gap, caption, ha="center", va="top", size=9)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: Path) -> None:
@@ -130,8 +141,7 @@ def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
         for place, seed in enumerate(seeds)
     ]
     axis.legend(handles=patches, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) -> None:
@@ -153,8 +163,7 @@ def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) 
             axis.set_xscale("log")
         axis.grid(alpha=0.3)
     figure.colorbar(dots, ax=axes[0, -1], label="iterations")
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def save_losses(
@@ -190,5 +199,4 @@ def save_losses(
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -19,8 +19,8 @@ from prettytable import PrettyTable
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import free_stem
 from utils.cli import FaultError
+from utils.files import free_stem, whole_file
 
 
 class Reporter:
@@ -144,7 +144,9 @@ def claim_folder(path: str | Path) -> Path:
 
 def write_json(content: Mapping, path: str | Path) -> None:
     """Write strict JSON; numbers that are not finite become null."""
-    Path(path).write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+    with whole_file(path, text=True) as file:
+        file.write(text)
 
 
 def _finite(value):
@@ -161,7 +163,7 @@ def _finite(value):
 
 def write_csv(header: Sequence[str], rows: Sequence[Sequence], path: str | Path) -> None:
     """Write rows under a header."""
-    with open(path, "w", newline="") as file:
+    with whole_file(path, text=True) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

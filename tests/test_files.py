@@ -1,0 +1,103 @@
+"""Files are whole or not there."""
+
+import os
+
+import pytest
+import torch
+from matplotlib import pyplot
+
+from utils import files, images
+from utils.checkpoint import save
+from utils.cli import FaultError
+from utils.files import whole_file
+from utils.report import write_csv, write_json
+
+TRIALS = [{"mse": 0.1 * i, "iterations": i, "lr": float(i)} for i in (1, 2)]
+ROUNDS = [{"iteration": 1, "seeds": [0, 1]}]
+LOSSES = (["seed", "iteration", "total", "gradient"], [[0, 0, 1.0, 1.0], [0, 1, 0.5, 0.5]], [])
+#: Everything that writes a file: name → function(path, which of two contents).
+WRITERS = {
+    "save": lambda path, n: save({"n": n}, path),
+    "write_json": lambda path, n: write_json({"n": n}, path),
+    "write_csv": lambda path, n: write_csv(["n"], [[n]], path),
+    "save_png": lambda path, n: images.save_png(torch.full((3, 4, 4), n / 2), path),
+    "save_panels": lambda path, n: images.save_panels([(f"{n}", torch.rand(2, 3, 4, 4))], path),
+    "save_choices": lambda path, n: images.save_choices(n * ROUNDS, path),
+    "save_trials": lambda path, n: images.save_trials(n * TRIALS, ["lr"], path),
+    "save_losses": lambda path, n: images.save_losses(LOSSES[0], n * LOSSES[1], [], path),
+}
+
+
+@pytest.fixture(params=WRITERS)
+def writer(request):
+    return WRITERS[request.param]
+
+
+def test_a_write_that_fails_at_its_end_leaves_the_first_file_whole(writer, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    writer(path, 1)
+    before = path.read_bytes()
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(FaultError, match=f"^{path} could not be written: Operation not permitted$"):
+        writer(path, 2)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["file"]
+    monkeypatch.undo()
+    writer(path, 2)
+    assert path.read_bytes() != before
+    assert not pyplot.get_fignums()
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_file(writer, tmp_path, monkeypatch):
+    """The device that is always full stands for the temporary file."""
+    path = tmp_path / "file"
+    writer(path, 1)
+    before = path.read_bytes()
+    opened = open
+    monkeypatch.setattr(files, "open", lambda *_: opened("/dev/full", "wb"), raising=False)
+    with pytest.raises(FaultError, match=f"^{path} could not be written: .*") as caught:
+        writer(path, 2)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["file"]
+    assert not pyplot.get_fignums()
+
+
+def test_a_folder_in_the_place_of_a_file_is_said(writer, tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(FaultError, match=f"^{tmp_path / 'file'} could not be written: Is a dir"):
+        writer(tmp_path / "file", 1)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "file"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(writer, tmp_path):
+    (tmp_path / "folder").write_text("a file")
+    path = tmp_path / "folder" / "file"
+    with pytest.raises(FaultError, match=f"^{path} could not be written: "):
+        writer(path, 1)
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, ValueError])
+def test_what_ends_a_write_in_its_middle_reaches_the_temporary_file_alone(tmp_path, ends):
+    path = tmp_path / "file"
+    path.write_bytes(b"first")
+    with pytest.raises(ends), whole_file(path) as file:
+        file.write(b"half of the second")
+        file.flush()
+        assert len(os.listdir(tmp_path)) == 2
+        raise ends
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_new_file_has_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with whole_file(tmp_path / "new" / "whole", text=True) as file:
+        file.write("é\n")
+    whole = tmp_path / "new" / "whole"
+    assert whole.read_bytes() == "é\n".encode()
+    assert whole.stat().st_mode == (tmp_path / "plain").stat().st_mode
