@@ -43,7 +43,7 @@ from utils.cli import (
     writable_folder,
 )
 from utils.distributed import Shard, add_flags, group_from, is_lost_peer, launch
-from utils.files import free_stem
+from utils.files import claimed_stem, free_stem
 from utils.images import denormalise, save_panels
 from utils.report import (
     Reporter,
@@ -188,12 +188,12 @@ def request_from(args) -> Request:
 
 
 def checkpoint_stem(args) -> str:
-    """Where the files go; the name says what they hold, a number avoids overwriting."""
+    """Where the files would go if none were there; the name says what they hold."""
     weights = "random" if args.pretrained is None else os.path.basename(args.pretrained)
     name = (
         f"id{args.id}_{args.arch}_{weights}_{args.data_name}_b{args.batch_size}_i{args.target_idx}"
     )
-    return free_stem(os.path.join(args.results, name), ENDINGS.values())
+    return os.path.join(args.results, name)
 
 
 def check(args) -> None:
@@ -335,6 +335,7 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         reporter.say("control: the same of other images with the same labels, for scoring alone")
     stem = checkpoint_stem(args)
     if args.dry_run:
+        stem = free_stem(stem, ENDINGS.values())
         reporter.say(f"dry run: would write {stem}{ENDINGS['checkpoint']}")
         return 0
     checkpoint = make_checkpoint(
@@ -357,7 +358,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         truth=(x, y),
         settings={**vars(args), "versions": versions(), "git": git_revision()},
     )
-    write(args, stem, checkpoint, denormalise(x, *spec.normalisation), reporter)
+    with claimed_stem(stem, tuple(ENDINGS.values())) as stem:
+        write(args, stem, checkpoint, denormalise(x, *spec.normalisation), reporter)
     return 0
 
 

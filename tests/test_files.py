@@ -1,15 +1,19 @@
-"""Files are whole or not there."""
+"""Files are whole or not there, and two runs at once never write over each other's."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib import pyplot
 
+from tests.support import call, capture_photos
 from utils import files, images
 from utils.checkpoint import save
 from utils.cli import FaultError
-from utils.files import whole_file
+from utils.files import claimed_stem, whole_file
 from utils.report import write_csv, write_json
 
 TRIALS = [{"mse": 0.1 * i, "iterations": i, "lr": float(i)} for i in (1, 2)]
@@ -101,3 +105,73 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
     whole = tmp_path / "new" / "whole"
     assert whole.read_bytes() == "é\n".encode()
     assert whole.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# Runs at once -------------------------------------------------------------------------------
+
+ENDINGS = ("-checkpoint", ".log")
+
+
+def test_eight_runs_at_once_get_eight_stems(tmp_path, monkeypatch):
+    """All of them find the same stem free before any of them takes it."""
+    together, of_this_thread, real = threading.Barrier(8), threading.local(), files.free_stem
+
+    def free_stem(stem, endings):
+        found = real(stem, endings)
+        if not hasattr(of_this_thread, "has_met"):
+            of_this_thread.has_met = True
+            together.wait(300)
+        return found
+
+    monkeypatch.setattr(files, "free_stem", free_stem)
+
+    def run(number):
+        with claimed_stem(str(tmp_path / "new" / "run"), ENDINGS) as stem:
+            for ending in ENDINGS:
+                with whole_file(stem + ending, text=True) as file:
+                    file.write(str(number))
+        return stem
+
+    with ThreadPoolExecutor(8) as pool:
+        stems = list(pool.map(run, range(8)))
+    base = tmp_path / "new" / "run"
+    assert set(stems) == {str(base), *(f"{base}-{n}" for n in range(2, 9))}
+    for number, stem in enumerate(stems):
+        assert [Path(stem + ending).read_text() for ending in ENDINGS] == [str(number)] * 2
+    assert len(os.listdir(tmp_path / "new")) == 16
+
+
+def test_a_run_that_was_done_in_between_keeps_its_stem(tmp_path, monkeypatch):
+    stem, real = str(tmp_path / "run"), files.free_stem
+
+    def free_stem(stem, endings):
+        found = real(stem, endings)
+        theirs = Path(stem + ".log")
+        if not theirs.exists():
+            theirs.write_text("theirs")
+        return found
+
+    monkeypatch.setattr(files, "free_stem", free_stem)
+    with claimed_stem(stem, ENDINGS) as ours:
+        Path(ours + ".log").write_text("ours")
+    assert ours == f"{stem}-2"
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "run.log": "theirs", "run-2.log": "ours"
+    }  # fmt: skip
+
+
+def test_a_capture_that_fails_in_its_middle_leaves_nothing_behind(tmp_path, monkeypatch):
+    """The picture comes after the checkpoint; an older capture beside it stays."""
+    flags = ("-a", "lenet", "-b", "2", "--seal")
+    capture_photos(tmp_path, *flags)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 4
+
+    def full(figure, path):
+        raise FaultError(f"{path} could not be written: No space left on device")
+
+    monkeypatch.setattr(images, "save_figure", full)
+    outcome = call("training.py", "--data-name", "photos", "--results", tmp_path, *flags)
+    assert outcome.code == 1
+    assert outcome.err.endswith("_i0-2-target.png could not be written: No space left on device\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

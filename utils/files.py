@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all."""
+"""Writing files: whole or not at all, and never over those of another run."""
 
 import contextlib
 import io
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import IO
 
 from utils.cli import FaultError
+
+#: Ending of the empty file that holds a stem while its files are written.
+CLAIM = ".claim"
 
 
 @contextlib.contextmanager
@@ -56,3 +59,46 @@ def free_stem(stem: str, endings: Sequence[str] = ("",)) -> str:
     while any(os.path.lexists(candidate + ending) for ending in endings):
         candidate, number = f"{stem}-{number}", number + 1
     return candidate
+
+
+@contextlib.contextmanager
+def claimed_stem(stem: str, endings: Sequence[str]) -> Iterator[str]:
+    """The first free stem of `free_stem`, which nobody else is given while the context lasts.
+
+    All files that the context writes are to have this stem and one of the endings: where it ends
+    early those there are removed, so that a run leaves all its files or none. The folder is
+    created where it is missing. Between processes, also of several machines, an empty file decides
+    that only one of them can create, `{stem}.claim`; a killed process leaves it behind, and its
+    number is then not used again.
+
+    Raises FaultError where it cannot be created.
+    """
+    free = _claim(stem, endings)
+    try:
+        yield free
+    except BaseException:
+        for ending in endings:
+            with contextlib.suppress(OSError):
+                os.unlink(free + ending)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(free + CLAIM)
+
+
+def _claim(stem: str, endings: Sequence[str]) -> str:
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(stem)), exist_ok=True)
+    except OSError as error:
+        raise unwritten(stem + endings[0], error) from error
+    while True:
+        free = free_stem(stem, [*endings, CLAIM])
+        try:
+            os.close(os.open(free + CLAIM, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:  # another process took it in between
+            continue
+        except OSError as error:
+            raise unwritten(free + endings[0], error) from error
+        if free_stem(free, endings) == free:
+            return free
+        os.unlink(free + CLAIM)  # another process took it, wrote and was done in between
