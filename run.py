@@ -92,6 +92,8 @@ from utils.report import (
     device_name,
     duration,
     git_revision,
+    null_if_nan,
+    null_unless_finite,
     peak_memory_mib,
     setting_lines,
     table,
@@ -105,6 +107,8 @@ LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {metrics.LPIPS_BACKBONE} of torchvision, by "
     "--lpips-weights FILE or in the torch hub cache"
 )
+#: Of result.json: raised by one whenever a reader of the number before could misread it.
+RESULT_FORMAT = 1
 RECORDED_STEPS = 2000
 #: Controls run unasked where the attack takes less, in seconds.
 CONTROL_SECONDS = 600
@@ -177,7 +181,7 @@ def parser() -> Parser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=integer_from(1), default=1, help="iterations")
-    add("--lr", type=float, default=0.0, help="first step size; must be given")
+    add("--lr", type=number(), default=0.0, help="first step size; must be given")
     add("--optim", choices=OPTIMISERS, default="Adam", help="optimiser")
     add("--n-seed", type=integer_from(1), default=1, help="restarts")
     add("--grad-sign", action="store_true", help="step along the derivative's sign")
@@ -304,7 +308,7 @@ def check(args, processes: int = 1) -> None:
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
     check_search(args, processes)
-    if not (math.isfinite(args.lr) and args.lr > 0) and "lr" not in tuned_names(args):
+    if not args.lr > 0 and "lr" not in tuned_names(args):
         raise InputError(f"--lr {args.lr:g}: must be above 0; give a step size such as 0.1")
     if args.pseudo_label_init == "from_grads" and args.labels is not None:
         raise InputError(
@@ -748,7 +752,7 @@ def search_record(found: SearchResult) -> dict:
         "algorithm": found.algorithm,
         "best": found.best,
         "model_based_picks": found.model_based,
-        "trials": found.trials,
+        "trials": null_unless_finite(found.trials),
     }
 
 
@@ -1148,6 +1152,7 @@ def write_result(args, setting: Setting, outcome: Outcome, folder: Path, **entri
     """Write result.json; entries: what only the caller knows."""
     target, losses = setting.target, outcome.final.losses
     result = {
+        "format": RESULT_FORMAT,
         "settings": vars(args),
         "target": {
             "arch": target.arch,
@@ -1165,12 +1170,14 @@ def write_result(args, setting: Setting, outcome: Outcome, folder: Path, **entri
         "processes": setting.shard.size,
         "iterations": outcome.iterations,
         "bn_source": setting.bn_source,
-        "losses": {"gradient": losses.gradient, "total": losses.total, **losses.terms},
+        "losses": null_unless_finite(
+            {"gradient": losses.gradient, "total": losses.total, **losses.terms}
+        ),
         "labels": label_record(args, setting),
         "seeds": [
             {
                 "seed": args.seed + index,
-                "gradient_loss": run.losses.gradient,
+                "gradient_loss": null_unless_finite(run.losses.gradient),
                 "iterations": run.steps,
                 "stopped": run.stopped,
             }
@@ -1205,7 +1212,9 @@ def write(
         checkpoints.save(outcome.final.x.cpu(), str(folder / "x_recon.pth"))
         checkpoints.save(setting.y, str(folder / "y_recon.pth"))
         write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
-    write_result(args, setting, outcome, folder, metrics=scores, controls=costs, **entries)
+    write_result(
+        args, setting, outcome, folder, metrics=null_if_nan(scores), controls=costs, **entries
+    )
     if controls:
         images = {name: control.images for name, control in controls.items()}
         save_controls(found, true, images, scores, folder / "controls.png")
@@ -1289,8 +1298,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
             "iterations_per_second": outcome.iterations / seconds,
             "peak_memory_mib": peak_memory_mib(setting.device),
             "stopped": "interrupted" if interrupted else outcome.final.stopped,
-            "information": information,
-            "rounds": recorder.rounds,
+            "information": null_unless_finite(information),
+            "rounds": null_unless_finite(recorder.rounds),
         }
         text, controls = "", None
         if shard.is_main:  # before anything more is done

@@ -17,9 +17,9 @@ from utils.checkpoint import load
 from utils.report import Reporter
 
 RESULT_KEYS = {
-    "settings", "target", "versions", "git", "device", "processes", "seconds", "iterations",
-    "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses", "labels",
-    "metrics", "controls", "information", "seeds", "rounds", "search",
+    "format", "settings", "target", "versions", "git", "device", "processes", "seconds",
+    "iterations", "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses",
+    "labels", "metrics", "controls", "information", "seeds", "rounds", "search",
 }  # fmt: skip
 
 
@@ -36,6 +36,8 @@ def test_everything_promised_is_written(captured, tmp_path):
     )  # fmt: skip
     assert folder == tmp_path / "results" / "exp" / "test"
     assert result.keys() == RESULT_KEYS
+    assert list(result)[0] == "format"
+    assert result["format"] == 1
     assert result["settings"]["epochs"] == 5
     assert result["iterations"] == 10
     assert result["processes"] == 1
@@ -47,7 +49,7 @@ def test_everything_promised_is_written(captured, tmp_path):
     assert result["losses"]["gradient"] == lowest
     scores = result["metrics"]
     assert scores.keys() == {
-        "pairing", "mean", "std", "images", "baselines", "controls", "leakage"
+        "pairing", "mean", "std", "exact_images", "images", "baselines", "controls", "leakage"
     }  # fmt: skip
     assert scores["mean"].keys() == scores["std"].keys() == {"mse", "psnr", "ssim", "lpips"}
     assert scores["mean"]["lpips"] is None
@@ -263,6 +265,41 @@ def test_a_loss_that_is_not_finite_is_said(captured, tmp_path, monkeypatch):
     result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
     assert result["stopped"] == "not finite"
     assert result["losses"]["gradient"] > 0
+
+
+def strict(path):
+    """The content of a JSON file, which holds no NaN or Infinity, as some writers leave them."""
+
+    def refuse(word):
+        raise AssertionError(f"{path}: {word}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_what_has_no_value_is_null_in_the_result(captured, tmp_path):
+    """SSIM and LPIPS of a tiny image, the interval over one image, the loss of a failed seed."""
+    path = captured("-a", "lenet", "-b", "1", "--image-size", "8")
+    attack(tmp_path, path, "--metric")
+    result = strict(tmp_path / "results" / "exp" / "test" / "result.json")
+    (image,) = result["metrics"]["images"]
+    assert image["ssim"] is image["lpips"] is result["metrics"]["mean"]["ssim"] is None
+    assert image["psnr"] == result["metrics"]["mean"]["psnr"] > 0
+    assert not image["exact"]
+    difference = result["metrics"]["leakage"]["psnr"]
+    assert difference["low"] is difference["high"] is None
+    assert difference["mean"] == difference["images"][0]
+    checkpoint = load(str(path))
+    checkpoint["target_gradient"][0][0] = 1e30  # its square is not finite in float32
+    torch.save(checkpoint, tmp_path / "overflow.tar")
+    outcome = call(
+        "run.py", "--root", tmp_path, "--id", "failed", "--checkpoint", tmp_path / "overflow.tar",
+        "--lr", "0.1", "--gradient-loss-fun", "L2",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert "no seed had a finite loss" in outcome.err
+    result = strict(tmp_path / "results" / "exp" / "failed" / "result.json")
+    assert result["losses"] == {"gradient": None, "total": None}
+    assert result["seeds"][0]["gradient_loss"] is None
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -90,6 +90,11 @@ def save_panels(
     save_figure(figure, path)
 
 
+def decibels(psnr: float | None) -> str:
+    """A PSNR in words; None is that of an exact image."""
+    return "exact" if psnr is None else f"{psnr:.1f} dB"
+
+
 def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: Path) -> None:
     """Write `pairs.png` and `images/`: reconstructions, and above them the truth if it is given.
 
@@ -101,7 +106,7 @@ def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: 
         save_images(found, folder / "images", "reconstruction")
         return
     paired = found[[image["reconstruction"] for image in scores["images"]]]
-    captions = [f"{image['psnr']:.1f} dB" for image in scores["images"]]
+    captions = [decibels(image["psnr"]) for image in scores["images"]]
     save_panels([("truth", true), ("reconstruction", paired)], folder / "pairs.png", captions)
     save_images(true, folder / "images", "truth")
     save_images(paired, folder / "images", "reconstruction")

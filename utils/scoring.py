@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils import metrics
+from utils.images import decibels
 from utils.report import table
 
 #: Metrics in which leakage is told: name → digits to print.
@@ -84,7 +85,8 @@ def score_reconstruction(
     better of them is no reconstruction. controls: name → (B, C, H, W) in [0, 1], what comes out
     without the client's gradient, paired by the same rule; `leakage` sets the scores against them.
 
-    Returns the `metrics` entry of result.json and a table to print.
+    Returns the `metrics` entry of result.json and a table to print. In the entry the PSNR of an
+    exact image is None and `exact` true; metrics that do not apply are None or NaN.
     """
 
     def pairing_of(images):
@@ -113,8 +115,10 @@ def score_reconstruction(
                 "label_true": int(y_true[i]),
                 "label": int(y_found[source]),
                 **values,
+                "psnr": _written_psnr(values["psnr"]),
+                "exact": values["mse"] == 0,
                 "above_baselines": values["psnr"] > floor,
-                "flat_psnr": floor,
+                "flat_psnr": _written_psnr(floor),
             }
         )
     pairing = "index" if by_index else "assignment"
@@ -122,6 +126,7 @@ def score_reconstruction(
         "pairing": pairing,
         "mean": {name: scores.mean.get(name) for name in names},
         "std": {name: scores.std.get(name) for name in names},
+        "exact_images": _exact_images(scores),
         "images": images,
         "baselines": {
             label: {name: reference.mean.get(name) for name in names}
@@ -134,7 +139,8 @@ def score_reconstruction(
         result["controls"] = {
             label: {
                 "mean": {name: control.mean.get(name) for name in names},
-                "images": control.images,
+                "exact_images": _exact_images(control),
+                "images": control.images | {"psnr": [*map(_written_psnr, control.images["psnr"])]},
                 "reconstruction": orders[label],
                 "leakage": leakage(scores.images, [control.images]),
             }
@@ -147,8 +153,8 @@ def score_reconstruction(
             image["true"],
             image["reconstruction"],
             f"{image['label_true']} / {image['label']}",
-            *(image[name] for name in names),
-            "yes" if image["above_baselines"] else f"no: flat {image['flat_psnr']:.1f} dB",
+            *("exact" if name == "psnr" and image["exact"] else image[name] for name in names),
+            "yes" if image["above_baselines"] else f"no: flat {decibels(image['flat_psnr'])}",
         ]
         for image in images
     ]
@@ -172,10 +178,23 @@ def score_reconstruction(
         f"label accuracy {100 * metrics.label_accuracy(y_found, y_true):.1f} %; paired by "
         f"{pairing}; {verdict}"
     )
+    if result["exact_images"]:
+        text += (
+            f"\n{result['exact_images']} of {len(true)} images are exact: in the mean their PSNR, "
+            f"which is infinite, counts as {metrics.PSNR_CEILING:g} dB"
+        )
     if controls:
         alone = {name: control["leakage"] for name, control in result["controls"].items()}
         text += f"\n{leakage_verdict(result['leakage'], alone)}"
     return result, text
+
+
+def _written_psnr(value: float) -> float | None:
+    return None if math.isinf(value) else value
+
+
+def _exact_images(scores: metrics.Scores) -> int:
+    return scores.images["mse"].count(0)
 
 
 def leakage(
