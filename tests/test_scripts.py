@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support import ROOT, attack, call, capture_photos, succeed
+from tests.support import HANG, ROOT, attack, call, capture_photos, succeed
 from utils.checkpoint import load
 from utils.report import Reporter
 
@@ -316,7 +316,7 @@ def test_an_interrupted_run_saves_what_there_is(captured, tmp_path, number, code
         assert line, process.stderr.read()
         seen += line
     process.send_signal(number)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=HANG)
     assert process.returncode == code, errors
     assert "interrupted after" in rest
     folder = tmp_path / "results" / "exp" / "test"
