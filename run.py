@@ -1245,7 +1245,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         if found is None or args.search_only:
             return 0
     setting = replace(load_setting(args, reporter, shard, local_rank), search=found)
-    reporter.say("settings\n" + setting_lines(vars(args)))
+    first_evaluation(args, setting)
+    reporter.say("settings\n" + setting_lines(vars(args)))  # a refusal would be lost below them
     if setting.labels is not None:
         say_labels(setting.labels, setting.truth if args.metric else None, reporter)
         if args.one_to_one_similarity and args.metric:
@@ -1258,7 +1259,6 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         reporter.say(LPIPS_HINT)
     if args.one_to_one_similarity and not args.metric:
         reporter.say("note: --one-to-one-similarity says how --metric pairs; it is not given")
-    first_evaluation(args, setting)
     if args.dry_run:
         reporter.say(measure(args, setting))
         return 0

@@ -278,9 +278,13 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     reporter = Reporter() if shard.is_main else Silent()
     device = choose_device(args.gpu, local_rank)
     check(args)
-    reporter.say("settings\n" + setting_lines(vars(args)))
 
     x, y, spec = load_target(args)
+    if spec.num_classes == 1:
+        raise InputError(
+            f"--data {args.data}: one class only: the cross-entropy of one class is 0 whatever the "
+            "images; give a folder of two classes or more"
+        )
     x_other = load_other_images(args, y) if args.with_control else None
     model = client_model(args, spec.num_classes, spec.shape, reporter)
     layers = len(batchnorm_layers(model))
@@ -319,6 +323,12 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
                 f"--arch {args.arch}: the gradient of {images} is not finite; check the weights "
                 "and the images"
             )
+        if gradient is not None and not any(g.any() for g in gradient):
+            raise InputError(
+                f"--arch {args.arch}: the gradient of {images} is zero: the network is already "
+                "certain of every label; give other weights"
+            )
+    reporter.say("settings\n" + setting_lines(vars(args)))  # a refusal would be lost below them
     if not shard.is_main:
         return 0
     gradient, norms = sent.gradient, None

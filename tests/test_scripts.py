@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+import run
+from models.build import build_model, find_head
 from tests.support import HANG, ROOT, attack, call, capture_photos, succeed
 from utils.checkpoint import load
 from utils.report import Reporter
@@ -349,6 +351,40 @@ def test_a_trained_head_is_kept_or_its_loss_is_said(tmp_path):
     assert "overwritten" not in kept.out
     (path,) = (tmp_path / "b").glob("*.tar")
     assert torch.equal(load(str(path))["state_dict"]["fc.weight"], weights["fc.weight"])
+
+
+def test_a_gradient_of_zero_is_refused(tmp_path):
+    """Whose bias makes the network certain of the one label there is."""
+    model = build_model("lenet", 8, (3, 32, 32))
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    state[f"{find_head(model)[0]}.bias"][0] = 1000
+    torch.save(state, tmp_path / "certain.pth")
+    outcome = call(
+        "training.py", "--data-name", "photos", "-a", "lenet", "-b", 1, "--results",
+        tmp_path / "new", "--pretrained", tmp_path / "certain.pth", "--outlayer-state", "keep",
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert outcome.err == (
+        "error: --arch lenet: the gradient of this batch is zero: the network is already certain "
+        "of every label; give other weights\n"
+    )
+    assert "settings" not in outcome.out
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_the_network_cannot_process_is_said_before_the_settings(
+    captured, tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setitem(run.PIXEL_GRADIENTS, "exact", refuse)
+    path = captured("-a", "lenet", "-b", "3")
+    outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1")
+    assert outcome.code == 2
+    assert "lenet cannot process its images (3, 32, 32): mat1 and mat2" in outcome.err
+    assert outcome.out == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_time_of_day_is_not_in_the_results(captured, tmp_path):
