@@ -98,6 +98,33 @@ def test_what_ends_a_write_in_its_middle_reaches_the_temporary_file_alone(tmp_pa
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_the_result_of_the_attack_outlives_a_full_disk_after_the_controls(
+    captured, tmp_path, monkeypatch
+):
+    """The same file is written twice: before the controls, and with them."""
+    written, real = [], os.replace
+
+    def replace(temporary, path):
+        if os.path.basename(path) == "result.json":
+            written.append(Path(temporary).read_bytes())
+            if len(written) == 2:
+                raise OSError(28, "No space left on device")
+        real(temporary, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    path = captured("-a", "lenet", "-b", "3")
+    outcome = call(
+        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--metric"
+    )  # fmt: skip
+    folder = tmp_path / "results" / "exp" / "test"
+    assert outcome.code == 1
+    says = f"fault: {folder / 'result.json'} could not be written: No space left on device\n"
+    assert outcome.err == says
+    assert (folder / "result.json").read_bytes() == written[0] != written[1]
+    assert (folder / "pairs.png").exists()
+    assert not list(tmp_path.rglob(".writing-*"))
+
+
 def test_a_new_file_has_the_usual_permissions(tmp_path):
     (tmp_path / "plain").write_text("")
     with whole_file(tmp_path / "new" / "whole", text=True) as file:
