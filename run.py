@@ -113,6 +113,8 @@ from utils.report import (
     device_name,
     duration,
     git_revision,
+    null_if_nan,
+    null_unless_finite,
     peak_memory_mib,
     setting_lines,
     table,
@@ -125,6 +127,8 @@ LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {metrics.LPIPS_BACKBONE} of torchvision, by "
     "--lpips-weights FILE or in the torch hub cache"
 )
+#: Of result.json: raised by one whenever a reader of the number before could misread it.
+RESULT_FORMAT = 1
 RECORDED_STEPS = 2000
 #: Controls run unasked where the attack takes less, in seconds.
 CONTROL_SECONDS = 600
@@ -202,7 +206,7 @@ def parser() -> Parser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=integer_from(1), help="iterations; must be given")
-    add("--lr", type=float, default=0.0, help="first step size; must be given")
+    add("--lr", type=number(), default=0.0, help="first step size; must be given")
     add("--optim", choices=OPTIMISERS, default="Adam", help="optimiser")
     add("--n-seed", type=integer_from(1), default=1, help="restarts")
     add("--grad-sign", action="store_true", help="step along the derivative's sign")
@@ -333,7 +337,7 @@ def check(args, processes: int = 1) -> None:
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
     check_search(args, processes)
-    if not (math.isfinite(args.lr) and args.lr > 0) and "lr" not in tuned_names(args):
+    if not args.lr > 0 and "lr" not in tuned_names(args):
         raise InputError(f"--lr {args.lr:g}: must be above 0; give a step size such as 0.1")
     if args.epochs is None and "epochs" not in tuned_names(args) and not args.search_only:
         raise InputError(
@@ -864,7 +868,7 @@ def search_record(found: SearchResult) -> dict:
         "algorithm": found.algorithm,
         "best": found.best,
         "model_based_picks": found.model_based,
-        "trials": found.trials,
+        "trials": null_unless_finite(found.trials),
     }
 
 
@@ -1301,7 +1305,7 @@ def score(
         arrived=finish.arrival.arrived,
     )
     reason = finish.arrival.reason
-    scores["attack"] = {
+    figures = {
         "loss_fall": finish.fall,
         "arrived": finish.arrival.arrived,
         "reason": reason,
@@ -1309,6 +1313,7 @@ def score(
         "objective_at_truth": finish.arrival.truth.total,
         "gradient_loss_at_truth": finish.arrival.truth.gradient,
     }
+    scores["attack"] = null_unless_finite(figures)
     scores["truth_gradient"] = asdict(check) | {"fits": check.fits, "bound": setting.bound}
     if scores["verdict"]["verdict"] not in (RECONSTRUCTION, IDENTIFIABLE):
         text += f"\nwhy it found no more: {reason}"
@@ -1321,6 +1326,7 @@ def write_result(args, setting: Setting, outcome: Outcome, folder: Path, **entri
     """Write result.json; entries: what only the caller knows."""
     target, losses = setting.target, outcome.final.losses
     result = {
+        "format": RESULT_FORMAT,
         "settings": vars(args),
         "target": {
             "arch": target.arch,
@@ -1338,12 +1344,14 @@ def write_result(args, setting: Setting, outcome: Outcome, folder: Path, **entri
         "processes": setting.shard.size,
         "iterations": outcome.iterations,
         "bn_source": setting.bn_source,
-        "losses": {"gradient": losses.gradient, "total": losses.total, **losses.terms},
+        "losses": null_unless_finite(
+            {"gradient": losses.gradient, "total": losses.total, **losses.terms}
+        ),
         "labels": label_record(args, setting),
         "seeds": [
             {
                 "seed": args.seed + index,
-                "gradient_loss": run.losses.gradient,
+                "gradient_loss": null_unless_finite(run.losses.gradient),
                 "iterations": run.steps,
                 "stopped": run.stopped,
             }
@@ -1381,7 +1389,9 @@ def write(
         checkpoints.save(outcome.final.x.cpu(), str(folder / "x_recon.pth"))
         checkpoints.save(setting.y, str(folder / "y_recon.pth"))
         write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
-    write_result(args, setting, outcome, folder, metrics=scores, controls=costs, **entries)
+    write_result(
+        args, setting, outcome, folder, metrics=null_if_nan(scores), controls=costs, **entries
+    )
     if controls:
         images = {name: control.images for name, control in controls.items()}
         save_controls(found, true, images, scores, folder / "controls.png")
@@ -1414,7 +1424,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         if found is None or args.search_only:
             return 0
     setting = replace(load_setting(args, reporter, shard, local_rank), search=found)
-    reporter.say("settings\n" + setting_lines(vars(args)))
+    first_evaluation(args, setting)
+    reporter.say("settings\n" + setting_lines(vars(args)))  # a refusal would be lost below them
     if setting.labels is not None:
         say_labels(setting.labels, setting.truth if args.metric else None, reporter)
         if args.one_to_one_similarity and args.metric:
@@ -1445,7 +1456,6 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     def save_consensus(done: int, x: Tensor) -> None:
         if folder is None:
             return
-        (folder / "consensus").mkdir(exist_ok=True)
         save_panels(
             [(f"iteration {done}", setting.images(x))], folder / "consensus" / f"{done:06d}.png"
         )
@@ -1470,8 +1480,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
             "iterations_per_second": outcome.iterations / seconds,
             "peak_memory_mib": peak_memory_mib(setting.device),
             "stopped": "interrupted" if interrupted else outcome.final.stopped,
-            "information": information,
-            "rounds": recorder.rounds,
+            "information": null_unless_finite(information),
+            "rounds": null_unless_finite(recorder.rounds),
         }
         text, controls, finish = "", None, None
         if args.metric:

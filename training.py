@@ -31,7 +31,7 @@ from train.datasets import (
     load_control,
 )
 from train.privacy import Protected, epsilon, protect_batch, protect_per_sample
-from utils.checkpoint import free_stem, make_checkpoint, save, seal
+from utils.checkpoint import make_checkpoint, save, seal
 from utils.cli import (
     InputError,
     Parser,
@@ -44,6 +44,7 @@ from utils.cli import (
     writable_folder,
 )
 from utils.distributed import Shard, add_flags, group_from, is_lost_peer, launch
+from utils.files import claimed_stem, free_stem
 from utils.images import denormalise, save_panels
 from utils.report import (
     Reporter,
@@ -215,12 +216,12 @@ def request_from(args) -> Request:
 
 
 def checkpoint_stem(args) -> str:
-    """Where the files go; the name says what they hold, a number avoids overwriting."""
+    """Where the files would go if none were there; the name says what they hold."""
     weights = "random" if args.pretrained is None else os.path.basename(args.pretrained)
     name = (
         f"id{args.id}_{args.arch}_{weights}_{args.data_name}_b{args.batch_size}_i{args.target_idx}"
     )
-    return free_stem(os.path.join(args.results, name), ENDINGS.values())
+    return os.path.join(args.results, name)
 
 
 def check(args) -> None:
@@ -307,9 +308,13 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
     reporter = Reporter() if shard.is_main else Silent()
     device = choose_device(args.gpu, local_rank)
     check(args)
-    reporter.say("settings\n" + setting_lines(vars(args)))
 
     x, y, spec = load_target(args)
+    if spec.num_classes == 1:
+        raise InputError(
+            f"--data {args.data}: one class only: the cross-entropy of one class is 0 whatever the "
+            "images; give a folder of two classes or more"
+        )
     x_other, decoys = None, None
     if args.with_control:
         x_other, decoys = load_other_images(args, y, spec.shape, reporter)
@@ -351,6 +356,12 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
                 f"--arch {args.arch}: the gradient of {images} is not finite; check the weights "
                 "and the images"
             )
+        if gradient is not None and not any(g.any() for g in gradient):
+            raise InputError(
+                f"--arch {args.arch}: the gradient of {images} is zero: the network is already "
+                "certain of every label; give other weights"
+            )
+    reporter.say("settings\n" + setting_lines(vars(args)))  # a refusal would be lost below them
     if not shard.is_main:
         return 0
     gradient, norms = sent.gradient, None
@@ -367,6 +378,7 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         reporter.say("control: the same of other images with the same labels, for scoring alone")
     stem = checkpoint_stem(args)
     if args.dry_run:
+        stem = free_stem(stem, ENDINGS.values())
         reporter.say(f"dry run: would write {stem}{ENDINGS['checkpoint']}")
         return 0
     checkpoint = make_checkpoint(
@@ -390,7 +402,8 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         decoys=decoys,
         settings={**vars(args), "versions": versions(), "git": git_revision()},
     )
-    write(args, stem, checkpoint, denormalise(x, *spec.normalisation), reporter)
+    with claimed_stem(stem, tuple(ENDINGS.values())) as stem:
+        write(args, stem, checkpoint, denormalise(x, *spec.normalisation), reporter)
     return 0
 
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from utils.checkpoint import make_checkpoint
 from utils.cli import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+#: In seconds: what only something that waits for ever reaches, however busy the machine is.
+HANG = 600
 MEAN, STD = DATASETS["photos"].mean, DATASETS["photos"].std
 
 
@@ -93,6 +97,31 @@ def succeed(script, *flags):
     outcome = call(script, *flags)
     assert outcome.code == 0, f"{script} {flags}: {outcome.code}\n{outcome.out}\n{outcome.err}"
     return outcome
+
+
+def wait_until(condition, process=None):
+    """Return when condition() is true; fail where `process` ends before, or nothing happens."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert process is None or process.poll() is None, "the process ended"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def no_hang():
+    """Raise TimeoutError in the main thread when the context lasts as only a hang does."""
+
+    def end(*_):
+        raise TimeoutError(f"not done after {HANG} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(HANG)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def capture_photos(folder, *flags):

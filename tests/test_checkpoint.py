@@ -27,8 +27,9 @@ from models.target import (
     truth_from_checkpoint,
 )
 from tests.support import ROOT, Hostile, attack, call, smooth_network, succeed
-from utils.checkpoint import FORMAT, free_stem, load, load_truth, make_checkpoint, save, seal
+from utils.checkpoint import FORMAT, load, load_truth, make_checkpoint, save, seal
 from utils.cli import FaultError, InputError
+from utils.files import free_stem
 
 SETUP = {"mean": [0.5] * 3, "std": [0.2] * 3, "size": (3, 32, 32), "n_classes": 8}
 PRIVATE = {

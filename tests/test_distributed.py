@@ -1,12 +1,13 @@
 """Several processes compute what one computes, share the work, and end together."""
 
+import datetime
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from inversion.pixel_gradient import exact
 from inversion.restarts import mean, noise_generator
 from models.batchnorm import whole_batch_normalisation
 from tests import shared_work
-from tests.support import ROOT, attack, call
+from tests.support import HANG, ROOT, attack, call, no_hang, wait_until
 from utils import distributed
 from utils.checkpoint import load
 from utils.cli import FaultError, InputError
@@ -87,9 +88,9 @@ def test_blocks_cover_the_batch(count):
 
 
 def test_an_error_of_one_process_ends_all(capfd):
-    begin = time.monotonic()
-    assert launch(shared_work.one_fails, [], group(2)) == 2
-    assert time.monotonic() - begin < 30
+    """The other one waits for it in a collective, and would for a day."""
+    with no_hang():
+        assert launch(shared_work.one_fails, [], group(2)) == 2
     assert "error: --flag: only process 1 objects (process 1)" in capfd.readouterr().err
 
 
@@ -156,7 +157,7 @@ def test_torchrun(tmp_path, captured, script):
         group(1).url.rpartition(":")[2], ROOT / "run.py", "--root", tmp_path, "--checkpoint", path,
         "--epochs", 3, "--lr", 0.1, "--metric",
     )  # fmt: skip
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert out.count("plan: ") == 1
     assert "2 processes, each with a part of the batch" in out
@@ -191,50 +192,43 @@ def alive(pid):
         return False
 
 
-def gone(pids, seconds=30):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(alive(pid) for pid in pids):
-            return True
-        time.sleep(0.1)
-    return False
+def all_end(pids):
+    """Wait for the end of the processes."""
+    wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
 def test_killing_one_process_ends_the_other(tmp_path, captured, script):
     process, children = running(script, tmp_path, captured("-a", "lenet", "-b", "5"))
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 1
     assert re.search("fault: process .* (ended by signal 9|lost another one)", err), err
-    assert gone(children)
+    all_end(children)
 
 
 def test_nothing_outlives_a_killed_launcher(tmp_path, script):
     path = tmp_path / "pid"
     process = script(sys.executable, "-m", "tests.shared_work", path, group(2).url)
     children = [Path(f"{path}.{rank}") for rank in range(2)]
-    deadline = time.monotonic() + 60
-    while not all(child.exists() and child.read_text() for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: all(child.exists() and child.read_text() for child in children), process)
     children = [int(child.read_text()) for child in children]
     assert all(alive(pid) for pid in children)
     process.kill()
-    process.communicate(timeout=30)
-    assert gone(children)
+    process.communicate(timeout=HANG)
+    all_end(children)
 
 
 def test_an_interruption_saves_what_there_is(tmp_path, captured, script):
     process, children = running(script, tmp_path, captured("-a", "lenet", "-b", "5"))
     assert len(children) == 2
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 130, err
     assert "interrupted after" in out
     x = torch.load(tmp_path / "results" / "exp" / "test" / "x_recon.pth", weights_only=True)
     assert x.shape == (5, 3, 32, 32)
-    assert gone(children)
+    all_end(children)
 
 
 # What is refused ----------------------------------------------------------------------------
@@ -296,6 +290,89 @@ def test_a_peer_that_does_not_come(monkeypatch):
         distributed._joined(lonely, 0),
     ):
         pass
+
+
+def test_nodes_with_different_flags_are_refused_on_every_node(tmp_path, captured, script):
+    path, url = captured("-a", "lenet", "-b", "5"), free_address()
+    nodes = [
+        script(
+            sys.executable, "run.py", "--root", tmp_path, "--checkpoint", path, "--epochs", 2,
+            "--lr", rate, "--world-size", 2, "--rank", rank, "--dist-url", address,
+            "--dist-backend", "gloo", "-p", 7,
+        )
+        for rank, rate, address in ((0, 0.1, url), (1, 0.2, url.replace("127.0.0.1", "localhost")))
+    ]  # fmt: skip
+    for rank, node in enumerate(nodes):
+        out, err = node.communicate(timeout=HANG)
+        assert node.returncode == 2, err
+        says = "error: --lr: node 1 has 0.2, node 0 has 0.1; give the same flags on every node"
+        assert err == f"{says}{' (process 1)' if rank else ''}\n"
+        assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def met(groups):
+    """What became of the processes of several nodes that meet, a node a group: None or the words.
+
+    Processes are threads here, and the store that they share lies in memory.
+    """
+    store = torch.distributed.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=HANG))
+
+    def process(group, rank):
+        try:
+            distributed._meet(store, group, rank)
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(16) as pool:
+        found = [
+            pool.submit(process, group, group.first + local)
+            for group in groups
+            for local in range(1 if group.joined else group.local)
+        ]
+        return [one.result(HANG) for one in found]
+
+
+def nodes(*given):
+    """Groups of as many nodes as there are mappings of flags."""
+    common = {"world_size": len(given), "dist_url": "tcp://10.0.0.1:99", "dist_backend": "gloo"}
+    return [
+        group_from(flags(**(common | {"rank": rank, "lr": 0.1, "TV_end": None} | own)))
+        for rank, own in enumerate(given)
+    ]
+
+
+def test_nodes_meet_with_the_same_flags(monkeypatch):
+    monkeypatch.setattr(distributed, "_check_port_is_free", lambda *_: None)
+    own = {"nproc": 2, "workers": 3, "gpu": None, "dist_url": "tcp://a.example:99"}
+    assert met(nodes({"nproc": 2}, own, {"nproc": 2})) == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([{}, {"TV_end": 0.5}, {}], "--TV-end: node 1 has 0.5, node 0 has None"),
+        ([{}, {}, {"lr": 0.3, "TV_end": 1}], "--lr: node 2 has 0.3, node 0 has 0.1"),
+        ([{"nproc": 3}, {"nproc": 2}], "--nproc: node 1 has 2, node 0 has 3"),
+        ([{"nproc": 2}, {"nproc": 2, "verbose": 1}], "--verbose: node 1 has 1, node 0 has None"),
+    ],
+)
+def test_every_process_is_told_the_first_flag_that_differs(given, says, monkeypatch):
+    monkeypatch.setattr(distributed, "_check_port_is_free", lambda *_: None)
+    groups = nodes(*given)
+    told = met(groups)
+    assert len(told) == sum(group.local for group in groups)
+    assert set(told) == {f"{says}; give the same flags on every node"}
+
+
+def test_an_outer_launcher_may_not_give_different_flags_either():
+    groups = [
+        Group(2, 2, rank, "env://", "gloo", joined=True, flags={"lr": 0.1 * (1 + rank)})
+        for rank in range(2)
+    ]
+    says = "--lr: process 1 has 0.2, process 0 has 0.1; give the same flags on every process"
+    assert met(groups) == [says] * 2
 
 
 def test_nccl_takes_one_process_a_gpu(monkeypatch):

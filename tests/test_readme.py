@@ -201,6 +201,7 @@ def mistakes(tmp_path_factory):
     (folder / "damaged.tar").write_bytes((folder / "lenet.tar").read_bytes()[:5000])
     torch.save(build_model("convnet", 8, (3, 32, 32)).state_dict(), folder / "convnet.pth")
     image_folder(folder / "pictures")
+    image_folder(folder / "single", classes=("all",))
     (folder / "empty").mkdir()
     (folder / "broken" / "a").mkdir(parents=True)
     (folder / "broken" / "a" / "x.png").write_text("no image")
@@ -222,6 +223,7 @@ def test_errors(command, says, mistakes, monkeypatch):
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: {says}")
     assert outcome.err.count("\n") == 1
+    assert "settings\n" not in outcome.out  # the line stands alone, not below forty others
     assert everything_in(mistakes) == before
 
 

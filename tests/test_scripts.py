@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support import ROOT, attack, call, capture_photos, succeed
+import run
+from models.build import build_model, find_head
+from tests.support import HANG, ROOT, attack, call, capture_photos, succeed
 from utils.checkpoint import load
 from utils.report import Reporter
 
 RESULT_KEYS = {
-    "settings", "target", "versions", "git", "device", "processes", "seconds", "iterations",
-    "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses", "labels",
-    "metrics", "controls", "information", "seeds", "rounds", "search",
+    "format", "settings", "target", "versions", "git", "device", "processes", "seconds",
+    "iterations", "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses",
+    "labels", "metrics", "controls", "information", "seeds", "rounds", "search",
 }  # fmt: skip
 
 
@@ -36,6 +38,8 @@ def test_everything_promised_is_written(captured, tmp_path):
     )  # fmt: skip
     assert folder == tmp_path / "results" / "exp" / "test"
     assert result.keys() == RESULT_KEYS
+    assert list(result)[0] == "format"
+    assert result["format"] == 1
     assert result["settings"]["epochs"] == 5
     assert result["iterations"] == 10
     assert result["processes"] == 1
@@ -47,7 +51,7 @@ def test_everything_promised_is_written(captured, tmp_path):
     assert result["losses"]["gradient"] == lowest
     scores = result["metrics"]
     assert scores.keys() == {
-        "pairing", "mean", "std", "images", "baselines", "controls", "leakage"
+        "pairing", "mean", "std", "exact_images", "images", "baselines", "controls", "leakage"
     }  # fmt: skip
     assert scores["mean"].keys() == scores["std"].keys() == {"mse", "psnr", "ssim", "lpips"}
     assert scores["mean"]["lpips"] is None
@@ -265,6 +269,41 @@ def test_a_loss_that_is_not_finite_is_said(captured, tmp_path, monkeypatch):
     assert result["losses"]["gradient"] > 0
 
 
+def strict(path):
+    """The content of a JSON file, which holds no NaN or Infinity, as some writers leave them."""
+
+    def refuse(word):
+        raise AssertionError(f"{path}: {word}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_what_has_no_value_is_null_in_the_result(captured, tmp_path):
+    """SSIM and LPIPS of a tiny image, the interval over one image, the loss of a failed seed."""
+    path = captured("-a", "lenet", "-b", "1", "--image-size", "8")
+    attack(tmp_path, path, "--metric")
+    result = strict(tmp_path / "results" / "exp" / "test" / "result.json")
+    (image,) = result["metrics"]["images"]
+    assert image["ssim"] is image["lpips"] is result["metrics"]["mean"]["ssim"] is None
+    assert image["psnr"] == result["metrics"]["mean"]["psnr"] > 0
+    assert not image["exact"]
+    difference = result["metrics"]["leakage"]["psnr"]
+    assert difference["low"] is difference["high"] is None
+    assert difference["mean"] == difference["images"][0]
+    checkpoint = load(str(path))
+    checkpoint["target_gradient"][0][0] = 1e30  # its square is not finite in float32
+    torch.save(checkpoint, tmp_path / "overflow.tar")
+    outcome = call(
+        "run.py", "--root", tmp_path, "--id", "failed", "--checkpoint", tmp_path / "overflow.tar",
+        "--lr", "0.1", "--gradient-loss-fun", "L2",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert "no seed had a finite loss" in outcome.err
+    result = strict(tmp_path / "results" / "exp" / "failed" / "result.json")
+    assert result["losses"] == {"gradient": None, "total": None}
+    assert result["seeds"][0]["gradient_loss"] is None
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_what_there_is(captured, tmp_path, number, code):
     path = captured("-a", "lenet", "-b", "3")
@@ -279,7 +318,7 @@ def test_an_interrupted_run_saves_what_there_is(captured, tmp_path, number, code
         assert line, process.stderr.read()
         seen += line
     process.send_signal(number)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=HANG)
     assert process.returncode == code, errors
     assert "interrupted after" in rest
     folder = tmp_path / "results" / "exp" / "test"
@@ -312,6 +351,40 @@ def test_a_trained_head_is_kept_or_its_loss_is_said(tmp_path):
     assert "overwritten" not in kept.out
     (path,) = (tmp_path / "b").glob("*.tar")
     assert torch.equal(load(str(path))["state_dict"]["fc.weight"], weights["fc.weight"])
+
+
+def test_a_gradient_of_zero_is_refused(tmp_path):
+    """Whose bias makes the network certain of the one label there is."""
+    model = build_model("lenet", 8, (3, 32, 32))
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    state[f"{find_head(model)[0]}.bias"][0] = 1000
+    torch.save(state, tmp_path / "certain.pth")
+    outcome = call(
+        "training.py", "--data-name", "photos", "-a", "lenet", "-b", 1, "--results",
+        tmp_path / "new", "--pretrained", tmp_path / "certain.pth", "--outlayer-state", "keep",
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert outcome.err == (
+        "error: --arch lenet: the gradient of this batch is zero: the network is already certain "
+        "of every label; give other weights\n"
+    )
+    assert "settings" not in outcome.out
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_the_network_cannot_process_is_said_before_the_settings(
+    captured, tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setitem(run.PIXEL_GRADIENTS, "exact", refuse)
+    path = captured("-a", "lenet", "-b", "3")
+    outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1")
+    assert outcome.code == 2
+    assert "lenet cannot process its images (3, 32, 32): mat1 and mat2" in outcome.err
+    assert outcome.out == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_time_of_day_is_not_in_the_results(captured, tmp_path):

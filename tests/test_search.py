@@ -27,7 +27,7 @@ from inversion.search import (
 )
 from models.build import build_model
 from models.target import GroundTruth
-from tests.support import ROOT, attack, call, photos, succeed, target_of
+from tests.support import HANG, ROOT, attack, call, photos, succeed, target_of, wait_until
 
 TARGET = ("-a", "convnet", "-b", "4", "--upload-bn")
 SIMULATION = (*TARGET, "--target-idx", "3")
@@ -166,12 +166,10 @@ def test_a_killed_search_goes_on(captured, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 90
-        while not any(done >= 120 for done in saved_iterations(folder).values()):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        time.sleep(1.5)  # Tune notes what it has every second
+        wait_until(lambda: any(n >= 120 for n in saved_iterations(folder).values()), process)
+        seen = time.time()
+        notes = lambda: folder.glob("tune/experiment_state-*.json")  # noqa: E731
+        wait_until(lambda: any(file.stat().st_mtime > seen for file in notes()), process)
     finally:
         process.kill()
         process.wait()
@@ -221,13 +219,9 @@ def test_an_interrupted_search_is_no_finished_one(captured, tmp_path):
     )  # fmt: skip
     folder = tmp_path / "results" / "search" / "test"
     try:
-        deadline = time.monotonic() + 90
-        while not saved_iterations(folder):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_until(lambda: saved_iterations(folder), process)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(HANG) == 130
     finally:
         process.kill()
     assert not (folder / "search.json").exists()

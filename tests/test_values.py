@@ -22,6 +22,7 @@ from utils import metrics
 from utils.checkpoint import load
 from utils.cli import InputError
 from utils.images import denormalise
+from utils.report import null_if_nan, null_unless_finite, write_json
 
 GOLDEN = json.loads(golden.FILE.read_text())
 
@@ -138,6 +139,64 @@ def test_the_table_says_what_is_no_reconstruction():
         found.flip(0), true, torch.tensor([7, 5, 6]), torch.tensor([6, 5, 7]), by_index=True
     )
     assert [image["reconstruction"] for image in by_index["images"]] == [0, 1, 2]
+
+
+def test_an_exact_image_is_said_to_be_exact():
+    """Its PSNR is infinite: null in result.json, beside `exact`, and 100 dB in the mean."""
+    true = torch.rand(2, 3, 16, 16)
+    true[1] = true[1].mean((-2, -1), keepdim=True).round(decimals=1)  # its own mean colour
+    found = true.clone()
+    found[1] = (found[1] + 0.1).clamp(max=1)
+    y = torch.tensor([0, 1])
+    result, text = score_reconstruction(
+        found, true, y, y, by_index=True, controls={"all": true, "none": 0 * true}
+    )
+    exact, other = result["images"]
+    assert (exact["psnr"], exact["mse"], exact["exact"], exact["above_baselines"]) == (
+        None, 0, True, True
+    )  # fmt: skip
+    assert exact["flat_psnr"] > 0
+    assert (other["psnr"], other["exact"]) == (pytest.approx(20, abs=0.1), False)
+    assert result["exact_images"] == 1
+    assert result["mean"]["psnr"] == pytest.approx(60, abs=0.1)
+    assert result["std"]["psnr"] == pytest.approx(40, abs=0.1)
+    assert result["controls"]["all"]["exact_images"] == 2
+    assert result["controls"]["all"]["images"]["psnr"] == [None, None]
+    assert result["controls"]["all"]["mean"]["psnr"] == 100
+    assert result["controls"]["none"]["exact_images"] == 0
+    (row,) = [line for line in text.splitlines() if line.startswith("|") and " 0 / 0 " in line]
+    assert row.split("|")[5].strip() == "exact"
+    assert (
+        "1 of 2 images are exact: in the mean their PSNR, which is infinite, counts as 100 dB"
+        in (text)
+    )
+    assert "inf " not in text
+    json.dumps(null_if_nan(result), allow_nan=False)  # no infinity is left anywhere
+
+
+def test_a_flat_image_is_exactly_its_mean_colour():
+    true = torch.full((1, 3, 16, 16), 0.25)
+    y = torch.tensor([0])
+    result, text = score_reconstruction(true + 0.1, true, y, y, by_index=True)
+    assert result["images"][0]["flat_psnr"] is None
+    assert "no: flat exact" in text
+    assert result["baselines"]["mean colour"]["psnr"] == 100
+
+
+def test_json_refuses_numbers_that_nobody_handled(tmp_path):
+    path = tmp_path / "result.json"
+    write_json({"a": [1.5, None], "b": {"c": torch.tensor([1, 2])}}, path)
+    before = path.read_bytes()
+    assert json.loads(before) == {"a": [1.5, None], "b": {"c": [1, 2]}}
+    for number in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"^/b/1/c: {number} has no meaning in JSON$"):
+            write_json({"a": 1, "b": [0, {"c": number}]}, path)
+        with pytest.raises(ValueError, match="^/a/0: "):
+            write_json({"a": torch.tensor([number])}, path)
+    assert path.read_bytes() == before
+    mixed = {"a": (1.0, math.nan), "b": [{"c": math.inf}], "d": "nan"}
+    assert null_unless_finite(mixed) == {"a": [1.0, None], "b": [{"c": None}], "d": "nan"}
+    assert null_if_nan(mixed) == {"a": [1.0, None], "b": [{"c": math.inf}], "d": "nan"}
 
 
 def test_grey_images_are_scored_too():

@@ -11,7 +11,6 @@ import datetime
 import os
 import pickle
 import re
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from utils import checking
 from utils.binding import bind
-from utils.cli import FaultError, InputError
+from utils.cli import InputError
+from utils.files import unwritten, whole_file
 
 #: Raised by one whenever a reader of the number before could misread the file.
 FORMAT = 4
@@ -230,35 +230,17 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
 
 
 def save(content, path: str) -> None:
-    """Write tensors and plain values to `path` under a temporary name, then rename it.
-
-    The file is whole or not there at all.
+    """Write tensors and plain values to `path`: the whole file, or nothing (`whole_file`).
 
     Raises FaultError when it cannot be written; whatever stood at `path` is then untouched.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        os.makedirs(folder, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=folder)
-    except OSError as error:
-        raise FaultError(f"{path} could not be written: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with whole_file(path) as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of positions, raised while handling the cause
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        why = getattr(cause, "strerror", None) or _one_line(cause)
-        raise FaultError(f"{path} could not be written: {why}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        except RuntimeError as error:
+            # torch reports a full disk as a RuntimeError of positions, raised while handling it
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise unwritten(path, cause) from error
 
 
 def load_plain(path: str, flag: str):
@@ -471,14 +453,6 @@ def _check_format(content: dict, path: str, flag: str) -> None:
             f"{flag} {path}: format {number}, written by a newer version; this one reads formats "
             f"up to {FORMAT}: update the project"
         )
-
-
-def free_stem(stem: str, endings: Sequence[str] = ("",)) -> str:
-    """The first of `stem`, `stem-2`, `stem-3`, … with which no file of these endings exists."""
-    candidate, number = stem, 2
-    while any(os.path.lexists(candidate + ending) for ending in endings):
-        candidate, number = f"{stem}-{number}", number + 1
-    return candidate
 
 
 def _one_line(error: Exception) -> str:

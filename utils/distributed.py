@@ -8,13 +8,14 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import json
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
 
 import torch
@@ -30,6 +31,8 @@ MEETING_TIMEOUT = 300
 COLLECTIVE_TIMEOUT = 24 * 3600
 #: How long the others may take to end when one process has failed, in seconds.
 GRACE = 3.0
+#: Flags that may differ between the nodes of one run; the number of processes is compared itself.
+FLAGS_OF_A_NODE = {"rank", "gpu", "dist_url", "workers", "multiprocessing_distributed"}
 #: What a process says that can only report the end of another.
 LOST = "lost another one"
 #: What torch.distributed says when another process is gone.
@@ -168,7 +171,8 @@ class Group:
     """The processes that a command line asks for.
 
     local: on this node, numbers first … first + local − 1 of `size`. url: where they meet.
-    joined: an outer launcher (torchrun) has started this process as rank `first`.
+    joined: an outer launcher (torchrun) has started this process as rank `first`. flags: those
+    that all of them must have been given alike, by name.
     """
 
     size: int = 1
@@ -177,6 +181,7 @@ class Group:
     url: str = ""
     backend: str = "gloo"
     joined: bool = False
+    flags: dict = field(default_factory=dict, repr=False)
 
 
 def group_from(args) -> Group:
@@ -219,7 +224,7 @@ def group_from(args) -> Group:
     host, port = _address(url)
     if rank == 0 and args.dist_url is not None:
         _check_port_is_free(host, port, url)
-    return Group(size, local, rank * local, url, backend)
+    return Group(size, local, rank * local, url, backend, flags=_flags_of_all(args, local))
 
 
 def _group_of_environment(args, backend: str) -> Group:
@@ -239,7 +244,14 @@ def _group_of_environment(args, backend: str) -> Group:
         return Group()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     _check_gpus(args, backend, local, torch.cuda.device_count())
-    return Group(size, local, rank, "env://", backend, joined=True)
+    flags = _flags_of_all(args, None)
+    return Group(size, local, rank, "env://", backend, joined=True, flags=flags)
+
+
+def _flags_of_all(args, local: int | None) -> dict:
+    """The flags that may not differ; local: processes on this node where the flags decide."""
+    given = {name: value for name, value in vars(args).items() if name not in FLAGS_OF_A_NODE}
+    return given | {"nproc": local}
 
 
 def _check_gpus(args, backend: str, local: int, gpus: int) -> None:
@@ -334,21 +346,23 @@ def _die_with(parent: int) -> None:
 def _joined(group: Group, rank: int):
     """Within this context the process is `rank` of the group."""
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT)
+    waiting = datetime.timedelta(seconds=MEETING_TIMEOUT)
     try:
         if group.url == "env://":
-            dist.init_process_group(group.backend, "env://", timeout=timeout)
+            store, _, _ = next(dist.rendezvous("env://", timeout=waiting))
+            store.set_timeout(waiting)
         else:
             host, port = _address(group.url)
             store = dist.TCPStore(
-                host,
-                port,
-                group.size,
-                is_master=rank == 0,
-                timeout=datetime.timedelta(seconds=MEETING_TIMEOUT),
+                host, port, is_master=rank == 0, timeout=waiting, wait_for_workers=False
             )
-            dist.init_process_group(
-                group.backend, store=store, rank=rank, world_size=group.size, timeout=timeout
-            )
+        _meet(store, group, rank)
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            group.backend, store=store, rank=rank, world_size=group.size, timeout=timeout
+        )
+    except InputError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise FaultError(
             f"process {rank} of {group.size} did not meet the others at {group.url} within "
@@ -365,6 +379,37 @@ def _joined(group: Group, rank: int):
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, group: Group, rank: int) -> None:
+    """Wait in the store for all processes of the group, and compare what they were started with.
+
+    Before any collective: what differs would end, if at all, in a wrong result or in processes
+    that wait for one another. All processes of a node have its flags, so that nodes are compared;
+    under an outer launcher every process has its own.
+
+    Raises InputError on every process where a flag differs.
+    """
+    who, share = ("process", 1) if group.joined else ("node", group.local)
+    own, count = rank // share, group.size // share
+    store.set(f"flags/{own}", json.dumps(group.flags, default=str))
+    first = json.loads(store.get("flags/0"))
+    for number in (own, *range(1, count)):
+        other = json.loads(store.get(f"flags/{number}"))
+        differing = [name for name in first | other if first.get(name) != other.get(name)]
+        if not differing:
+            continue
+        if store.add(f"refusing/{own}", 1) == share:
+            store.set(f"refused/{own}", "")
+        with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
+            store.wait([f"refused/{number}" for number in range(count)])
+        name = differing[0]
+        raise InputError(
+            f"--{name.replace('_', '-')}: {who} {number} has {other.get(name)}, {who} 0 has "
+            f"{first.get(name)}; give the same flags on every {who}"
+        )
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{number}" for number in range(group.size)])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Pictures: from normalised tensors to files that a person looks at."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import matplotlib
 import torch
 from PIL import Image
 from torch import Tensor
+
+from utils.files import whole_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend comes first)
@@ -29,12 +30,22 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one image (C, H, W) in [0, 1], C 1 or 3, as an 8-bit PNG."""
     pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    with whole_file(path) as file:
+        picture.save(file, format="png")
+
+
+def save_figure(figure: pyplot.Figure, path: str | Path) -> None:
+    """Write a figure as a PNG and close it."""
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, format="png", dpi=100)
+    finally:
+        pyplot.close(figure)
 
 
 def save_images(images: Tensor, folder: str | Path, name: str) -> None:
     """Write images (B, C, H, W) in [0, 1] as `{folder}/{name}_{index}.png`; makes the folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_png(image, Path(folder) / f"{name}_{i:03d}.png")
 
@@ -84,8 +95,12 @@ def save_panels(
         top, left = corner(marked, 0)
         size = (width - 1, len(rows) * (height + gap) - gap - 1)
         axis.add_patch(pyplot.Rectangle((left, top), *size, fill=False, ec="red", lw=2))
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_figure(figure, path)
+
+
+def decibels(psnr: float | None) -> str:
+    """A PSNR in words; None is that of an exact image."""
+    return "exact" if psnr is None else f"{psnr:.1f} dB"
 
 
 def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: Path) -> None:
@@ -99,7 +114,7 @@ def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: 
         save_images(found, folder / "images", "reconstruction")
         return
     paired = found[[image["reconstruction"] for image in scores["images"]]]
-    captions = [f"{image['psnr']:.1f} dB" for image in scores["images"]]
+    captions = [decibels(image["psnr"]) for image in scores["images"]]
     save_panels([("truth", true), ("reconstruction", paired)], folder / "pairs.png", captions)
     save_images(true, folder / "images", "truth")
     save_images(paired, folder / "images", "reconstruction")
@@ -119,14 +134,10 @@ def save_controls(
         rows.append((name, images[scores["controls"][name]["reconstruction"]]))
     worst = scores["verdict"]["worst_image"]
     captions = [
-        f"{image['true']}: {_decibels(image['psnr'])}{' (worst)' if image['true'] == worst else ''}"
+        f"{image['true']}: {decibels(image['psnr'])}{' (worst)' if image['true'] == worst else ''}"
         for image in scores["images"]
     ]
     save_panels(rows, path, captions, marked=worst)
-
-
-def _decibels(value: float) -> str:
-    return f"{value:.1f} dB" if math.isfinite(value) else "exact"
 
 
 def save_decoys(
@@ -165,8 +176,7 @@ def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
         for place, seed in enumerate(seeds)
     ]
     axis.legend(handles=patches, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) -> None:
@@ -188,8 +198,7 @@ def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) 
             axis.set_xscale("log")
         axis.grid(alpha=0.3)
     figure.colorbar(dots, ax=axes[0, -1], label="iterations")
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def save_losses(
@@ -225,5 +234,4 @@ def save_losses(
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_figure(figure, path)

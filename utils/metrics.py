@@ -28,6 +28,9 @@ SSIM_CHUNK = 2**23
 RESAMPLES = 9999
 CONFIDENCE = 0.95
 LPIPS_SMALLEST = 31
+#: In dB: what the PSNR of one image counts for at most in a mean, so that an exact image, whose
+#: PSNR is infinite, leaves one.
+PSNR_CEILING = 100.0
 
 
 def mse(x: Tensor, x_true: Tensor) -> Tensor:
@@ -36,7 +39,10 @@ def mse(x: Tensor, x_true: Tensor) -> Tensor:
 
 
 def psnr(x: Tensor, x_true: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio an image in dB, for a range of 1: (B,), higher is better."""
+    """Peak signal-to-noise ratio an image in dB, for a range of 1: (B,), higher is better.
+
+    Infinite for an exact image.
+    """
     return -10 * mse(x, x_true).log10()
 
 
@@ -205,7 +211,11 @@ def assign(
 
 @dataclass(frozen=True)
 class Scores:
-    """images: metric → (B,) values in the order of the true images; mean, std: over images."""
+    """Scores of a batch, image by image and over the images.
+
+    images: metric → (B,) values in the order of the true images; the PSNR of an exact image is
+    infinite. mean, std: metric → over the images, each of whose PSNR counts up to PSNR_CEILING.
+    """
 
     images: dict[str, list[float]]
     mean: dict[str, float]
@@ -215,10 +225,13 @@ class Scores:
 def score(x: Tensor, x_true: Tensor, metrics: dict[str, Callable]) -> Scores:
     """Score images pair by pair with every metric; std is the population's."""
     values = {name: metric(x, x_true).double().cpu() for name, metric in metrics.items()}
+    counted = {
+        name: v.clamp(max=PSNR_CEILING) if name == "psnr" else v for name, v in values.items()
+    }
     return Scores(
         {name: v.tolist() for name, v in values.items()},
-        {name: v.mean().item() for name, v in values.items()},
-        {name: v.std(correction=0).item() for name, v in values.items()},
+        {name: v.mean().item() for name, v in counted.items()},
+        {name: v.std(correction=0).item() for name, v in counted.items()},
     )
 
 

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -19,8 +19,8 @@ from prettytable import PrettyTable
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import free_stem
 from utils.cli import FaultError
+from utils.files import free_stem, whole_file
 
 
 class Reporter:
@@ -143,25 +143,50 @@ def claim_folder(path: str | Path) -> Path:
 
 
 def write_json(content: Mapping, path: str | Path) -> None:
-    """Write strict JSON; numbers that are not finite become null."""
-    Path(path).write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    """Write strict JSON, in which every number is finite.
+
+    Raises ValueError, naming the entry, for one that is not: JSON has no word for it, so the
+    caller says by `null_if_nan` or `null_unless_finite` where null stands for such a number, and
+    the documentation what it means there.
+    """
+    text = json.dumps(_plain(content, ""), indent=1, allow_nan=False) + "\n"
+    with whole_file(path, text=True) as file:
+        file.write(text)
 
 
-def _finite(value):
+def _plain(value, place: str):
     if isinstance(value, Mapping):
-        return {str(key): _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return {str(key): _plain(v, f"{place}/{key}") for key, v in value.items()}
     if isinstance(value, Tensor):
-        return _finite(value.tolist())
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{place}/{i}") for i, v in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        raise ValueError(f"{place}: {value} has no meaning in JSON")
     return value
+
+
+def null_if_nan(value):
+    """`value`, of mappings and sequences, with None for NaN, which stands for "no value" here."""
+    return _with_null(value, math.isnan)
+
+
+def null_unless_finite(value):
+    """`value`, of mappings and sequences, with None for NaN and infinities: it overflowed."""
+    return _with_null(value, lambda number: not math.isfinite(number))
+
+
+def _with_null(value, where: Callable[[float], bool]):
+    if isinstance(value, Mapping):
+        return {key: _with_null(v, where) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(v, where) for v in value]
+    return None if isinstance(value, float) and where(value) else value
 
 
 def write_csv(header: Sequence[str], rows: Sequence[Sequence], path: str | Path) -> None:
     """Write rows under a header."""
-    with open(path, "w", newline="") as file:
+    with whole_file(path, text=True) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

@@ -25,10 +25,9 @@ from inversion.audit.verdict import (
     judge,
 )
 from utils import metrics
+from utils.images import decibels
 from utils.report import table
 
-#: PSNR counts up to here, in dB: an exact image has an infinite one.
-HIGHEST_PSNR = 100.0
 #: Decoys that are recorded for the picture of an image.
 SHOWN_DECOYS = 6
 #: The control that has the client's settings and other images.
@@ -111,7 +110,8 @@ def score_reconstruction(
     could have been in the place of each true one (`identification.identify`). verdict_metric: the
     metric that decides. missing, doubt, arrived: as in `verdict.judge`.
 
-    Returns the `metrics` entry of result.json and a table to print.
+    Returns the `metrics` entry of result.json and a table to print. In the entry the PSNR of an
+    exact image is None and `exact` true; metrics that do not apply are None or NaN.
     """
 
     def pairing_of(images):
@@ -140,8 +140,10 @@ def score_reconstruction(
                 "label_true": int(y_true[i]),
                 "label": int(y_found[source]),
                 **values,
+                "psnr": _written_psnr(values["psnr"]),
+                "exact": values["mse"] == 0,
                 "above_baselines": values["psnr"] > floor,
-                "flat_psnr": floor,
+                "flat_psnr": _written_psnr(floor),
             }
         )
     pairing = "index" if by_index else "assignment"
@@ -149,6 +151,7 @@ def score_reconstruction(
         "pairing": pairing,
         "mean": {name: scores.mean.get(name) for name in names},
         "std": {name: scores.std.get(name) for name in names},
+        "exact_images": _exact_images(scores),
         "images": images,
         "baselines": {
             label: {name: reference.mean.get(name) for name in names}
@@ -163,7 +166,8 @@ def score_reconstruction(
         result["controls"] = {
             label: {
                 "mean": {name: control.mean.get(name) for name in names},
-                "images": control.images,
+                "exact_images": _exact_images(control),
+                "images": control.images | {"psnr": [*map(_written_psnr, control.images["psnr"])]},
                 "reconstruction": orders[label],
                 "leakage": leakage(scores.images, [control.images]),
             }
@@ -208,8 +212,8 @@ def score_reconstruction(
             image["true"],
             image["reconstruction"],
             f"{image['label_true']} / {image['label']}",
-            *(image[name] for name in names),
-            "yes" if image["above_baselines"] else f"no: flat {image['flat_psnr']:.1f} dB",
+            *("exact" if name == "psnr" and image["exact"] else image[name] for name in names),
+            "yes" if image["above_baselines"] else f"no: flat {decibels(image['flat_psnr'])}",
         ]
         for image in images
     ]
@@ -239,6 +243,11 @@ def score_reconstruction(
         f"{pairing}; {flat}\n{verdict.sentence}"
     )
     details = _details(verdict, result, identification)
+    if result["exact_images"]:
+        details.append(
+            f"{result['exact_images']} of {len(true)} images are exact: in the mean their PSNR, "
+            f"which is infinite, counts as {metrics.PSNR_CEILING:g} dB"
+        )
     return result, "\n".join([text, *details])
 
 
@@ -251,12 +260,12 @@ def _deciding_metric(wanted: str, scores: metrics.Scores) -> str:
 def _better_is_higher(metric: str, values: Mapping[str, Sequence[float]]) -> np.ndarray:
     """Values (B,) of a metric such that higher is better and no PSNR is infinite."""
     sign = -1 if metric in metrics.LOWER_IS_BETTER else 1
-    return np.minimum(sign * np.array(values[metric]), HIGHEST_PSNR)
+    return np.minimum(sign * np.array(values[metric]), metrics.PSNR_CEILING)
 
 
 def _likeness(metric: str, score: Callable) -> Callable[[Tensor, Tensor], Tensor]:
     sign = -1 if metric in metrics.LOWER_IS_BETTER else 1
-    return lambda x, y: (sign * score(x, y)).clamp(max=HIGHEST_PSNR)
+    return lambda x, y: (sign * score(x, y)).clamp(max=metrics.PSNR_CEILING)
 
 
 def _eight_bits(images: Tensor) -> Tensor:
@@ -267,6 +276,14 @@ def _eight_bits(images: Tensor) -> Tensor:
 def _paired(matrix: np.ndarray, theirs: np.ndarray) -> dict:
     differences, p = paired_difference(matrix, theirs)
     return {"images": differences, "mean": float(np.mean(differences)), "p": p}
+
+
+def _written_psnr(value: float) -> float | None:
+    return None if math.isinf(value) else value
+
+
+def _exact_images(scores: metrics.Scores) -> int:
+    return scores.images["mse"].count(0)
 
 
 def leakage(

@@ -1,0 +1,104 @@
+"""Writing files: whole or not at all, and never over those of another run."""
+
+import contextlib
+import io
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from utils.cli import FaultError
+
+#: Ending of the empty file that holds a stem while its files are written.
+CLAIM = ".claim"
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, *, text: bool = False) -> Iterator[IO]:
+    """A file to write into, bytes or UTF-8 text, that becomes `path` when the context ends well.
+
+    It is written under a temporary name in the folder of `path`, which is created where it is
+    missing, brought to the disk and renamed. Whatever ends the context early, also in the middle
+    of a write, leaves what stood at `path` untouched and no temporary file behind; only a killed
+    process leaves its own, `.writing-…`.
+
+    Raises FaultError, naming `path`, where anything cannot be written.
+    """
+    final = os.path.abspath(path)
+    folder = os.path.dirname(final)
+    temporary = os.path.join(folder, f".writing-{secrets.token_hex(8)}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "xb") as file:
+            if text:
+                words = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+                yield words
+                words.detach()
+            else:
+                yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    except OSError as error:
+        raise unwritten(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone where all went well
+            os.unlink(temporary)
+
+
+def unwritten(path: str | Path, error: Exception) -> FaultError:
+    """The fault that `path` could not be written, with the reason in one line."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return FaultError(f"{path} could not be written: {reason or type(error).__name__}")
+
+
+def free_stem(stem: str, endings: Sequence[str] = ("",)) -> str:
+    """The first of `stem`, `stem-2`, `stem-3`, … with which no file of these endings exists."""
+    candidate, number = stem, 2
+    while any(os.path.lexists(candidate + ending) for ending in endings):
+        candidate, number = f"{stem}-{number}", number + 1
+    return candidate
+
+
+@contextlib.contextmanager
+def claimed_stem(stem: str, endings: Sequence[str]) -> Iterator[str]:
+    """The first free stem of `free_stem`, which nobody else is given while the context lasts.
+
+    All files that the context writes are to have this stem and one of the endings: where it ends
+    early those there are removed, so that a run leaves all its files or none. The folder is
+    created where it is missing. Between processes, also of several machines, an empty file decides
+    that only one of them can create, `{stem}.claim`; a killed process leaves it behind, and its
+    number is then not used again.
+
+    Raises FaultError where it cannot be created.
+    """
+    free = _claim(stem, endings)
+    try:
+        yield free
+    except BaseException:
+        for ending in endings:
+            with contextlib.suppress(OSError):
+                os.unlink(free + ending)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(free + CLAIM)
+
+
+def _claim(stem: str, endings: Sequence[str]) -> str:
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(stem)), exist_ok=True)
+    except OSError as error:
+        raise unwritten(stem + endings[0], error) from error
+    while True:
+        free = free_stem(stem, [*endings, CLAIM])
+        try:
+            os.close(os.open(free + CLAIM, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:  # another process took it in between
+            continue
+        except OSError as error:
+            raise unwritten(free + endings[0], error) from error
+        if free_stem(free, endings) == free:
+            return free
+        os.unlink(free + CLAIM)  # another process took it, wrote and was done in between
