@@ -1424,7 +1424,6 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         if found is None or args.search_only:
             return 0
     setting = replace(load_setting(args, reporter, shard, local_rank), search=found)
-    first_evaluation(args, setting)
     reporter.say("settings\n" + setting_lines(vars(args)))  # a refusal would be lost below them
     if setting.labels is not None:
         say_labels(setting.labels, setting.truth if args.metric else None, reporter)

@@ -11,11 +11,15 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
+from inversion.audit.verdict import IDENTIFIABLE, INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
 from utils.report import table, write_csv
 
 #: What is correlated with the scores; the last is how many images of the batch share the label.
 FIGURES = ("ratio", "information", "norm", "cosine_distance", "confidence", "same label")
 CONTROLS = ("mean image", "prior only", "other gradient")
+#: Verdicts in a word.
+WORDS = {RECONSTRUCTION: "reconstruction", IDENTIFIABLE: "identifiable", NOT_SHOWN: "none",
+         INCOMPLETE: "incomplete"}  # fmt: skip
 
 
 def information_rows(results: dict[str, dict]) -> list[dict]:
@@ -91,8 +95,16 @@ def leakage_rows(results: dict[str, dict]) -> list[dict]:
         for key in ("mean", "low", "high"):
             against_other = scores["controls"]["other gradient"]["leakage"]["psnr"]
             row[f"above other gradient psnr {key}"] = against_other[key]
-        above = scores["leakage"]["psnr"]["images"]
+        above = scores["leakage"]["ssim"]["images"]
         row |= {"images above": sum(v > 0 for v in above), "images": len(above)}
+        verdict, ranks = scores["verdict"], scores["identification"]
+        row |= {"verdict": verdict["verdict"], "p": verdict["p"]}
+        row |= {"ranks p": ranks["p"], "paired p": scores["paired"]["p"]}
+        row |= {"images of rank 1": ranks["ranks"].count(1)}
+        row |= {"images identified": len(verdict["identified"])}
+        for name in CONTROLS:
+            row[f"{name} ranks p"] = scores["controls"][name]["identification_p"]
+        row["arrived"] = scores["attack"]["arrived"]
         row["attack seconds"] = result["seconds"]
         for name in CONTROLS:
             row[f"{name} seconds"] = result["controls"][name]["seconds"]
@@ -109,7 +121,7 @@ def summary(rows: list[dict]) -> str:
         def mean(key, runs=runs):
             return statistics.mean(row[key] for row in runs)
 
-        leaks = sum(max(row["leakage psnr low"], row["leakage ssim low"]) > 0 for row in runs)
+        found = [WORDS[row["verdict"]] for row in runs]
         spread, other = (
             " ".join(f"{row[f'{kind} psnr mean']:+.1f}" for row in runs)
             for kind in ("leakage", "above other gradient")
@@ -124,7 +136,10 @@ def summary(rows: list[dict]) -> str:
                 spread,
                 other,
                 f"{mean('leakage ssim mean'):+.3f}",
-                f"{leaks} of {len(runs)}",
+                " ".join(found),
+                " ".join(f"{row['p']:.2g}" for row in runs),
+                " ".join(f"{row['images identified']}/{row['images of rank 1']}" for row in runs),
+                " ".join("yes" if row["arrived"] else "no" for row in runs),
                 f"{sum(row['images above'] for row in runs)} of {sum(r['images'] for r in runs)}",
                 f"{mean('prior only seconds') / mean('attack seconds'):.2f}",
                 f"{mean('other gradient seconds') / mean('attack seconds'):.2f}",
@@ -132,8 +147,8 @@ def summary(rows: list[dict]) -> str:
         )
     header = [
         "run", "epsilon", "PSNR", "SSIM", *CONTROLS, "leakage dB by seed",
-        "above other gradient dB by seed", "leakage SSIM", "runs that leak", "images above",
-        "time prior only", "time other gradient",
+        "above other gradient dB by seed", "leakage SSIM", "verdicts", "p",
+        "identified / rank 1", "arrived", "images above", "time prior only", "time other gradient",
     ]  # fmt: skip
     return table(header, lines)
 

@@ -41,7 +41,8 @@ KEYS = {
     "free_last_layers_list", "target_gradient", "bn_mean_list", "bn_var_list", "x_true", "y_true",
     "args",
 }  # fmt: skip
-NEW_KEYS = {"format", "trainable", "label_smoothing", "protection", "replace_bn"}
+NEW_KEYS = {"format", "trainable", "label_smoothing", "protection", "replace_bn", "id"}
+NEW_KEYS |= {"truth_digest", "truth_salt", "checkpoint_digest"}
 
 
 def test_keys_and_plain_types(captured):
@@ -110,12 +111,13 @@ def test_sealed_file_holds_only_what_an_attacker_has(tmp_path):
     shapes = [g.shape for g in checkpoint["target_gradient"]]
     assert [g.shape for g in truth.control.gradient] == shapes
     assert "mean" in load_truth(str(truth_path))["protection_norms"]
-    assert checkpoint.keys() == (KEYS | NEW_KEYS) - {"x_true", "y_true"}
+    private = {"x_true", "y_true", "truth_salt", "checkpoint_digest"}
+    assert checkpoint.keys() == (KEYS | NEW_KEYS) - private
     values = set(truth.x.flatten().tolist())
     stored = [*checkpoint["state_dict"].values(), *checkpoint["target_gradient"]]
     assert not any(values & set(t.flatten().tolist()) - {0.0, 1.0} for t in stored)
 
-    no_truth = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1)
+    no_truth = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1)
     assert no_truth.code == 2
     assert "--truth" in no_truth.err
     assert "--labels" in no_truth.err
@@ -189,7 +191,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
     checkpoint["args"] = Hostile(tmp_path / "ran")
     path = tmp_path / "hostile.pth.tar"
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
-    outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1)
+    outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1)
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert "refused: it holds" in outcome.err
@@ -299,7 +301,17 @@ def test_unfit_checkpoints_are_refused(captured, tmp_path, change, message):
 def test_unfit_truths_are_refused(captured, tmp_path, change, message):
     """Before anything is attacked or written."""
     save(load(str(captured("-a", "lenet", "-b", "3"))) | change, str(tmp_path / "c.pth.tar"))
-    flags = ("--root", tmp_path, "--checkpoint", tmp_path / "c.pth.tar", "--lr", 0.1, "--metric")
+    flags = (
+        "--root",
+        tmp_path,
+        "--checkpoint",
+        tmp_path / "c.pth.tar",
+        "--lr",
+        0.1,
+        "--epochs",
+        1,
+        "--metric",
+    )
     outcome = call("run.py", *flags)
     assert outcome.code == 2
     assert message in outcome.err
@@ -538,7 +550,15 @@ def test_bn_statistics_that_do_not_fit_are_not_blamed_on_the_control(tmp_path):
     ):  # fmt: skip
         save(sound | change, str(tmp_path / "c.tar"))
         outcome = call(
-            "run.py", "--checkpoint", tmp_path / "c.tar", "--lr", 0.1, "--root", tmp_path
+            "run.py",
+            "--checkpoint",
+            tmp_path / "c.tar",
+            "--lr",
+            0.1,
+            "--epochs",
+            1,
+            "--root",
+            tmp_path,
         )
         assert outcome.code == 2
         assert message in outcome.err
@@ -586,7 +606,7 @@ def test_a_full_disk_is_a_fault(captured, tmp_path, script, limit):
     flags = ["--data-name", "photos", "-a", "lenet", "-b", "2", "--results", str(tmp_path)]
     if script == "run.py":
         path = captured("-a", "lenet", "-b", "3")
-        flags = ["--checkpoint", str(path), "--lr", "0.1", "--root", str(tmp_path)]
+        flags = ["--checkpoint", str(path), "--lr", "0.1", "--epochs", "1", "--root", str(tmp_path)]
     outcome = subprocess.run(
         [sys.executable, script, *flags],
         cwd=ROOT, capture_output=True, text=True,

@@ -114,7 +114,7 @@ def test_the_result_of_the_attack_outlives_a_full_disk_after_the_controls(
     monkeypatch.setattr(os, "replace", replace)
     path = captured("-a", "lenet", "-b", "3")
     outcome = call(
-        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--metric"
+        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1, "--metric"
     )  # fmt: skip
     folder = tmp_path / "results" / "exp" / "test"
     assert outcome.code == 1

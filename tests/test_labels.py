@@ -559,7 +559,9 @@ def test_gradient_scale_undoes_what_the_client_multiplied(captured, tmp_path):
     save(longer, str(tmp_path / "scaled.tar"))
     flags = ("--epochs", 3, "--metric", "--pseudo-label-init", "from_grads")
     flags += ("--gradient-loss-fun", "L2")
-    refused = call("run.py", "--checkpoint", tmp_path / "scaled.tar", "--lr", 0.1, *flags)
+    refused = call(
+        "run.py", "--checkpoint", tmp_path / "scaled.tar", "--lr", 0.1, "--epochs", 1, *flags
+    )
     assert refused.code == 2
     assert refused.err.endswith("; give --gradient-scale 1024\n")
     ours, _ = attack(tmp_path / "a", path, *flags)
@@ -633,7 +635,7 @@ def test_auxiliary_folder(captured, tmp_path):
         tmp_path, path, "--epochs", 1, "--pseudo-label-init", "from_grads", "--label-aux", root
     )
     assert result["labels"]["method"] == "counts-aux"
-    flags = ("--checkpoint", path, "--lr", "0.1", "--pseudo-label-init", "from_grads")
+    flags = ("--checkpoint", path, "--lr", 0.1, "--epochs", 1, "--pseudo-label-init", "from_grads")
     small = image_folder(tmp_path / "small", classes=names[:3])
     outcome = call("run.py", *flags, "--label-aux", small)
     assert outcome.code == 2

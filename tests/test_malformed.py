@@ -311,7 +311,7 @@ def attacked(sound, kind, path, root):
     if kind == "truth":
         files = {"--checkpoint": sound["sealed"], "--truth": path}
     flags = [word for pair in files.items() for word in pair]
-    return call("run.py", *flags, "--root", root, "--lr", 0.1, "--dry-run")
+    return call("run.py", *flags, "--root", root, "--lr", 0.1, "--epochs", 1, "--dry-run")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the odd tensors, as they are made

@@ -336,7 +336,17 @@ def test_clipping_alone_is_no_privacy(tmp_path):
     assert "the BatchNorm statistics beside it are not protected" in log.read_text()
     assert "as a whole carries no guarantee" in log.read_text()
     out = succeed(
-        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--labels", "0,1,2,3"
+        "run.py",
+        "--root",
+        tmp_path,
+        "--checkpoint",
+        path,
+        "--lr",
+        0.1,
+        "--epochs",
+        1,
+        "--labels",
+        "0,1,2,3",
     ).out
     assert "without noise epsilon is infinite" in out
     assert "the BatchNorm statistics beside it are not protected" in out
@@ -368,7 +378,7 @@ def test_what_epsilon_does_not_cover_is_said_by_both_sides(tmp_path):
     assert learned in out
     (path,) = tmp_path.glob("*-checkpoint.pth.tar")
     out = succeed(
-        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1", "--metric",
+        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1, "--metric",
         "--no-controls",
     ).out  # fmt: skip
     plan, scores = out.split("paired by assignment")
@@ -438,7 +448,7 @@ def test_labels_of_clipped_samples_are_said_to_be_rough(tmp_path):
     private = ("--enable-dp", "--dp-mode", "per-sample", "-C", "0.5", "--model-eval")
     path = capture_photos(tmp_path, *flags, *private)
     outcome = succeed(
-        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1",
+        "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1,
         "--pseudo-label-init", "from_grads",
     )  # fmt: skip
     assert "every sample was clipped by a factor of its own" in outcome.out

@@ -108,7 +108,16 @@ def test_mlco_writes_its_rounds(captured, tmp_path):
 
 
 def test_the_plan_of_the_defaults_says_its_iterations(captured, tmp_path):
-    flags = ("--root", tmp_path, "--checkpoint", captured("-a", "lenet", "-b", "3"), "--lr", 0.1)
+    flags = (
+        "--root",
+        tmp_path,
+        "--checkpoint",
+        captured("-a", "lenet", "-b", "3"),
+        "--lr",
+        0.1,
+        "--epochs",
+        1,
+    )
     mlco = ("--MinCombine", "--epochs", 24000, "--n-seed", 8, "--dry-run")
     out = succeed("run.py", *flags, *mlco).out
     assert "= 124,800 iterations" in out
@@ -233,7 +242,7 @@ def test_both_pixel_gradients_run(captured, tmp_path, method):
 
 def test_exact_bn_without_statistics_warns_and_records(captured, tmp_path):
     path = captured("-a", "convnet", "-b", "4")
-    flags = ("--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--BN", 0.1)
+    flags = ("--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1, "--BN", 0.1)
     warned = succeed("run.py", *flags, "--exact-bn")
     lines = [line for line in warned.out.splitlines() if line.startswith("warning")]
     assert len(lines) == 1
@@ -380,7 +389,7 @@ def test_what_the_network_cannot_process_is_said_before_the_settings(
 
     monkeypatch.setitem(run.PIXEL_GRADIENTS, "exact", refuse)
     path = captured("-a", "lenet", "-b", "3")
-    outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", "0.1")
+    outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1)
     assert outcome.code == 2
     assert "lenet cannot process its images (3, 32, 32): mat1 and mat2" in outcome.err
     assert outcome.out == ""
