@@ -706,6 +706,7 @@ def objective_from(args, model, target, y, bn_source: str | None, shard: Shard) 
 def untuned(args) -> argparse.Namespace:
     """The flags with some value for every searched parameter, to check all the others by."""
     stand_in = argparse.Namespace(**vars(args))
+    stand_in.epochs = args.epochs or args.HP_epochs  # --search-only needs none
     for name in tuned_names(args):
         setattr(stand_in, attribute_of(tuned_flag(name)), RANGES[name].low)
     return stand_in

@@ -9,7 +9,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from tests.support import Hostile
+from tests.support import Hostile, succeed
 from train.datasets import (
     DATASETS,
     PHOTOS,
@@ -286,25 +286,66 @@ def test_control_images_have_the_labels_and_are_not_the_batch(tmp_path):
             by_content[image.numpy().tobytes()] = int(label)
     assert len(by_content) == 18
     x, y, _ = load_batch("folder", request, 3, 1)
-    other = load_control("folder", request, 1, y)
+    other, decoys = load_control("folder", request, 1, y, 99)
     assert [by_content[image.numpy().tobytes()] for image in other] == y.tolist()
     assert len(rows_of(other)) == 3
     assert not rows_of(other) & rows_of(x)
-    assert torch.equal(load_control("folder", request, 1, y), other)
+    # As many decoys for each as the rarest class has left, of its label, none of them twice.
+    wanted = Counter(y.tolist())
+    count = min((6 - n - n) // n for n in wanted.values())
+    assert (decoys.shape, decoys.dtype) == ((3, count, 3, 8, 8), torch.uint8)
+    eight_bit = {
+        _eight_bits(torch.frombuffer(bytearray(key), dtype=torch.float32)): label
+        for key, label in by_content.items()
+    }
+    for of_image, label in zip(decoys, y.tolist(), strict=True):
+        assert [eight_bit[image.numpy().tobytes()] for image in of_image] == [label] * count
+    used = {image.numpy().tobytes() for image in decoys.flatten(0, 1)}
+    assert len(used) == 3 * count
+    assert not used & {_eight_bits(image) for image in torch.cat([x, other])}
+    assert torch.equal(load_control("folder", request, 1, y, 99)[0], other)
+    assert load_control("folder", request, 1, y, 1)[1].shape[1] == 1
+
+
+def _eight_bits(image):
+    """Content of a normalised image as decoys are stored."""
+    mean, std = DATASETS["folder"].normalisation
+    pixels = (image.view(3, 8, 8) * std + mean) * 255
+    return pixels.round().byte().numpy().tobytes()
 
 
 def test_control_needs_enough_images_of_a_class(tmp_path):
     request = Request(str(image_folder(tmp_path)), size=8)
     _, y, _ = load_batch("folder", request, 12, 0)
     with pytest.raises(InputError, match="class . of --data-name folder has too few images"):
-        load_control("folder", request, 0, y)
+        load_control("folder", request, 0, y, 99)
+
+
+def test_without_more_images_there_are_no_decoys(tmp_path):
+    request = Request(str(image_folder(tmp_path, count=2, classes=("a", "b"))), size=8)
+    _, y, _ = load_batch("folder", request, 1, 0)
+    other, decoys = load_control("folder", request, 0, y, 99)
+    assert (len(other), decoys) == (1, None)
+    flags = ("-a", "lenet", "-b", "1", "--image-size", "8", "--with-control")
+    outcome = succeed(
+        "training.py", "--data-name", "folder", "--data", tmp_path, *flags, "--results",
+        tmp_path / "new",
+    )  # fmt: skip
+    assert "note: a class has too few images outside the batch for decoys" in outcome.out
 
 
 def test_control_of_photos_are_public_photographs():
     request = Request(size=16, seed=2)
     _, y, spec = load_batch("photos", request, 4, 0)
     public = image_files.public_photographs(4, (3, 16, 16), seed=2)
-    assert torch.equal(load_control("photos", request, 0, y), normalise(public, spec))
+    other, decoys = load_control("photos", request, 0, y, 5)
+    assert torch.equal(other, normalise(public, spec))
+    assert decoys.shape == (4, 5, 3, 16, 16)
+    # None of them is a crop that the control or the attacker's public images have.
+    shown = {image.numpy().tobytes() for image in decoys.flatten(0, 1)}
+    public = image_files.public_photographs(128, (3, 16, 16), seed=2)
+    assert len(shown) == 20
+    assert not shown & {(image * 255).round().byte().numpy().tobytes() for image in public}
 
 
 def test_a_backup_of_odd_tensors_is_refused(tmp_path):
@@ -326,11 +367,12 @@ def test_control_of_a_backup(tmp_path):
     x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % 3
     torch.save(x, tmp_path / "x_true.pth.bk")
     torch.save(y, tmp_path / "y_true.pth.bk")
-    other = load_backup_control(str(tmp_path), "cifar100", 1, y[4:8])
+    other, decoys = load_backup_control(str(tmp_path), "cifar100", 1, y[4:8], 99)
+    assert decoys is None  # both others of label 1 are the control's
     # Labels 1, 2, 0, 1 of images 4 to 7; the first others of those labels.
     assert torch.equal(other, x[[1, 2, 0, 10]])
     with pytest.raises(InputError, match="class 0 of --data-backup"):
-        load_backup_control(str(tmp_path), "cifar100", 0, torch.zeros(4).long())
+        load_backup_control(str(tmp_path), "cifar100", 0, torch.zeros(4).long(), 99)
 
 
 def test_spec_without_files(tmp_path):

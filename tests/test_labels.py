@@ -32,6 +32,7 @@ from models.target import Protection, model_of
 from tests.support import attack, call, photos, succeed, target_of
 from tests.test_datasets import image_folder
 from train.datasets import PHOTOS
+from utils.binding import bind
 from utils.checkpoint import load, save
 from utils.image_files import PUBLIC_PHOTOS, public_photographs
 from utils.metrics import existence_accuracy, label_accuracy
@@ -556,12 +557,11 @@ def test_gradient_scale_undoes_what_the_client_multiplied(captured, tmp_path):
         "control": checkpoint["control"]
         | {"target_gradient": [1024 * g for g in checkpoint["control"]["target_gradient"]]},
     }
+    bind(longer)
     save(longer, str(tmp_path / "scaled.tar"))
     flags = ("--epochs", 3, "--metric", "--pseudo-label-init", "from_grads")
     flags += ("--gradient-loss-fun", "L2")
-    refused = call(
-        "run.py", "--checkpoint", tmp_path / "scaled.tar", "--lr", 0.1, "--epochs", 1, *flags
-    )
+    refused = call("run.py", "--checkpoint", tmp_path / "scaled.tar", "--lr", 0.1, *flags)
     assert refused.code == 2
     assert refused.err.endswith("; give --gradient-scale 1024\n")
     ours, _ = attack(tmp_path / "a", path, *flags)

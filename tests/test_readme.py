@@ -175,7 +175,7 @@ def mistakes(tmp_path_factory):
     """A folder with the files that the table of errors names."""
     folder = tmp_path_factory.mktemp("errors")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2"), folder / "lenet.tar")
-    os.rename(capture_photos(folder, "-a", "lenet", "-b", "3"), folder / "other.tar")
+    os.rename(capture_photos(folder, "-a", "lenet", "-b", "3", *OTHER), folder / "other.tar")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2", "--seal"), folder / "sealed.tar")
     squeezenet = ("-a", "squeezenet1_1", "-b", "2", "--image-size", "64")
     os.rename(capture_photos(folder, *squeezenet), folder / "squeezenet.tar")
@@ -207,6 +207,10 @@ def mistakes(tmp_path_factory):
     (folder / "broken" / "a" / "x.png").write_text("no image")
     (folder / "file.txt").write_text("a file")
     return folder
+
+
+#: Images that no other file of the table has.
+OTHER = ("--target-idx", "1")
 
 
 def everything_in(folder):

@@ -15,6 +15,7 @@ from PIL import Image
 import run
 from models.build import build_model, find_head
 from tests.support import HANG, ROOT, attack, call, capture_photos, succeed
+from utils.binding import bind
 from utils.checkpoint import load
 from utils.report import Reporter
 
@@ -51,7 +52,8 @@ def test_everything_promised_is_written(captured, tmp_path):
     assert result["losses"]["gradient"] == lowest
     scores = result["metrics"]
     assert scores.keys() == {
-        "pairing", "mean", "std", "exact_images", "images", "baselines", "controls", "leakage"
+        "pairing", "mean", "std", "exact_images", "images", "baselines", "controls",
+        "leakage", "identification", "paired", "verdict", "attack", "truth_gradient",
     }  # fmt: skip
     assert scores["mean"].keys() == scores["std"].keys() == {"mse", "psnr", "ssim", "lpips"}
     assert scores["mean"]["lpips"] is None
@@ -213,12 +215,15 @@ def test_a_gradient_of_other_images_gives_no_photographs(captured, tmp_path):
     other = captured("-a", "lenet", "-b", "8", "--outlayer-state", "keep", "--target-idx", "1")
     checkpoint = load(str(path))
     checkpoint["target_gradient"] = load(str(other))["target_gradient"]
+    bind(checkpoint)
     torch.save(checkpoint, tmp_path / "mixed.pth.tar")
     result, _ = attack(
         tmp_path, tmp_path / "mixed.pth.tar", "--epochs", 200, "--lr", 0.05, "--TV", 1e-4,
         "--grad-sign", "--input-boxed", "--min-grads-loss", "--metric",
     )  # fmt: skip
     assert not any(image["above_baselines"] for image in result["metrics"]["images"])
+    assert result["metrics"]["truth_gradient"]["kind"] == "other"
+    assert result["metrics"]["verdict"]["verdict"] == "incomplete"
 
 
 @pytest.mark.parametrize("flags", [("--optim", "LBFGS"), ("--gradient-loss-fun", "L2")])
@@ -301,10 +306,11 @@ def test_what_has_no_value_is_null_in_the_result(captured, tmp_path):
     assert difference["mean"] == difference["images"][0]
     checkpoint = load(str(path))
     checkpoint["target_gradient"][0][0] = 1e30  # its square is not finite in float32
+    bind(checkpoint)
     torch.save(checkpoint, tmp_path / "overflow.tar")
     outcome = call(
         "run.py", "--root", tmp_path, "--id", "failed", "--checkpoint", tmp_path / "overflow.tar",
-        "--lr", "0.1", "--gradient-loss-fun", "L2",
+        "--lr", "0.1", "--epochs", 1, "--gradient-loss-fun", "L2",
     )  # fmt: skip
     assert outcome.code == 1
     assert "no seed had a finite loss" in outcome.err

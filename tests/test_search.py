@@ -211,7 +211,7 @@ def test_an_interrupted_search_is_no_finished_one(captured, tmp_path):
         "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET),
         "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
         captured(*SIMULATION), "--search-alg", "random", "--num-samples", 8, "--max-t", 3000,
-        "--min-t", 60, "--HP-epochs", 3000, "--max-concurrent", 2, "--verbose", 0,
+        "--min-t", 60, "--HP-epochs", 3000, "--max-concurrent", 2, "--verbose", 0, "--epochs", 5,
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -242,7 +242,7 @@ def test_a_dry_run_searches_nothing(captured, tmp_path):
     outcome = succeed(
         "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET), "--dry-run",
         "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
-        captured(*SIMULATION), "--search-alg", "random", *BUDGET,
+        captured(*SIMULATION), "--search-alg", "random", *BUDGET, "--epochs", 5,
     )  # fmt: skip
     assert "search: random (asked for), 8 trials of 20 to 60 iterations over lr" in outcome.out
     assert not list(Path(tmp_path).iterdir())
@@ -252,9 +252,11 @@ def test_the_target_is_no_simulation_unless_allowed(captured, tmp_path):
     path = captured(*TARGET)
     flags = (
         "--root", tmp_path, "--checkpoint", path, "--superparameters-search", "--lr-tune",
-        "--simulation-checkpoint", path, "--dry-run",
+        "--simulation-checkpoint", path, "--dry-run", "--epochs", 5,
     )  # fmt: skip
     outcome = call("run.py", *flags)
     assert outcome.code == 2
-    assert "is the target itself, and the search reads its truth" in outcome.err
+    assert (
+        "is the target itself, or holds images of it, and the search reads its truth" in outcome.err
+    )
     succeed("run.py", *flags, "--allow-target-as-simulation")
