@@ -27,14 +27,13 @@ from inversion.audit.scoring import (
     score_reconstruction,
 )
 from inversion.audit.truth import (
-    SAME_BATCH,
     Finish,
     TruthCheck,
     arrival,
     check_truth_gradient,
     second_half_fall,
 )
-from inversion.audit.verdict import IDENTIFIABLE, LEAKAGE_DIGITS, RECONSTRUCTION
+from inversion.audit.verdict import ALPHA, LEAKAGE_DIGITS
 from inversion.combine import Combination, combination_method
 from inversion.counts import ScaledGradientError
 from inversion.distances import GRADIENT_DISTANCES
@@ -771,18 +770,20 @@ def shares_images(args, truth: GroundTruth, target: Target, model: nn.Module) ->
     By the target's truth where a file of this command holds it, so that noise and clipping do not
     hide it; also by the gradient of the simulation's images.
     """
-    source = checkpoints.load(args.checkpoint)
+    checkpoint = source = checkpoints.load(args.checkpoint)
+    name = f"--checkpoint {args.checkpoint}"
     if args.truth is not None:
-        source = checkpoints.load_truth(args.truth)
+        source, name = checkpoints.load_truth(args.truth), f"--truth {args.truth}"
     x_true = source.get("x_true")
-    if isinstance(x_true, Tensor) and x_true.shape[1:] == truth.x.shape[1:]:
+    if x_true is not None and source.get("y_true") is not None:
+        checkpoints.check_truth(source, checkpoint, name)
         near = torch.cdist(truth.x.double().flatten(1), x_true.double().flatten(1))
         if bool((near < SAME_IMAGE * truth.x[0].numel() ** 0.5).any()):
             return True
     if target.batch_size != len(truth.x):
         return False
     x = truth.x.to(target.gradient[0].dtype)
-    return check_truth_gradient(model, target, x, truth.y).distance <= SAME_BATCH
+    return check_truth_gradient(model, target, x, truth.y).kind in ("same", "scaled")
 
 
 def search_folder(args) -> Path:
@@ -1268,11 +1269,16 @@ def label_record(args, setting: Setting) -> dict:
 
 def finish_of(args, setting: Setting, outcome: Outcome, recorder: Recorder) -> Finish:
     """Follow the chosen run to its end, and evaluate the objective at the truth."""
+    curves: dict = {}
+    for row in recorder.rows:
+        curves.setdefault(row[0], []).append(row[4])
     name = CONSENSUS if outcome.chosen is None else args.seed + outcome.chosen
-    rows = [row for row in recorder.rows if row[0] == name] or recorder.rows
+    ends = [curves[name]] if name in curves else curves.values()  # of a mean, all seeds
+    falls = [second_half_fall(losses) for losses in ends]
+    fall = max((fall for fall in falls if fall is not None), default=None)
     found = outcome.final.x.to(setting.device)
     at = arrival(setting.objective, found, setting.true_images(), setting.truth.y)
-    return Finish(second_half_fall([row[4] for row in rows]), at)
+    return Finish(fall, at, outcome.final.stopped)
 
 
 def score(
@@ -1288,6 +1294,8 @@ def score(
         return None, ""
     truth, protection = setting.truth, setting.target.protection
     check, doubt = setting.truth_check, finish.doubt
+    if check.kind == "protected" and not setting.bound:
+        doubt = "nothing binds the truth to what was attacked, which was protected"
     if not check.fits:
         doubt = "what was attacked is not the truth's gradient, so that nothing follows"
     scores, text = score_reconstruction(
@@ -1316,7 +1324,8 @@ def score(
     }
     scores["attack"] = null_unless_finite(figures)
     scores["truth_gradient"] = asdict(check) | {"fits": check.fits, "bound": setting.bound}
-    if scores["verdict"]["verdict"] not in (RECONSTRUCTION, IDENTIFIABLE):
+    p = scores["verdict"]["p"]
+    if p is not None and p > ALPHA:
         text += f"\nwhy it found no more: {reason}"
     if protection is not None:
         text += f"\nthe client's protection ({protection.mode}): {'; '.join(guarantee_of(setting))}"
@@ -1393,12 +1402,12 @@ def write(
     write_result(
         args, setting, outcome, folder, metrics=null_if_nan(scores), controls=costs, **entries
     )
+    if args.metric and setting.truth.decoys is not None:
+        save_decoys(found, true, setting.truth.decoys, scores, folder / "decoys.png")
     if controls:
         images = {name: control.images for name, control in controls.items()}
         save_controls(found, true, images, scores, folder / "controls.png")
         return text
-    if args.metric and setting.truth.decoys is not None:
-        save_decoys(found, true, setting.truth.decoys, scores, folder / "decoys.png")
     save_pairs(found, true, scores, folder)
     if recorder.rows:
         save_losses(loss_header(args), recorder.rows, recorder.rounds, folder / "losses.png")

@@ -78,12 +78,12 @@ def _parts(draw, shape) -> dict[str, np.ndarray]:
 def judged(case: Case, seed: int, metric: str = "ssim") -> str:
     """The verdict on a case."""
     ranks = identify(case.similar[metric], draws=DRAWS, seed=seed)
-    count, paired_p = len(case.scores[metric]), None
-    if count >= FEWEST_PAIRS:
-        _, paired_p = paired_difference(case.similar[metric], case.other[metric], draws=DRAWS)
-    if evidence_against_chance(ranks, paired_p, count)[0] > ALPHA:
+    paired = None
+    if len(case.scores[metric]) >= FEWEST_PAIRS:  # it counts from there on
+        paired = paired_difference(case.similar[metric], case.other[metric], draws=DRAWS, seed=seed)
+    if evidence_against_chance(ranks, paired)[0] > ALPHA:
         return NOT_SHOWN  # whatever the differences are: they need no intervals
-    return judge(leakage(case.scores, [case.control]), ranks, paired_p, metric=metric).verdict
+    return judge(leakage(case.scores, [case.control]), ranks, paired, metric=metric).verdict
 
 
 def false_alarms(batch_size: int, seed: int = 0, cases: int = CASES) -> dict[str, float]:

@@ -99,7 +99,8 @@ def leakage_rows(results: dict[str, dict]) -> list[dict]:
         row |= {"images above": sum(v > 0 for v in above), "images": len(above)}
         verdict, ranks = scores["verdict"], scores["identification"]
         row |= {"verdict": verdict["verdict"], "p": verdict["p"]}
-        row |= {"ranks p": ranks["p"], "paired p": scores["paired"]["p"]}
+        row |= {"ranks p": ranks["p"]}
+        row |= {f"paired {key}": scores["paired"][key] for key in ("p", "signs_p")}
         row |= {"images of rank 1": ranks["ranks"].count(1)}
         row |= {"images identified": len(verdict["identified"])}
         for name in CONTROLS:

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inversion.audit.truth import Arrival, arrival, check_truth_gradient
+from inversion.audit.truth import (
+    Arrival,
+    Finish,
+    arrival,
+    check_truth_gradient,
+    second_half_fall,
+)
 from inversion.objective import Losses, Objective, Weights
 from models.build import build_model
 from models.gradient import batch_gradient
@@ -90,6 +96,8 @@ def test_protection_leaves_the_gradient_of_the_truth_undecided(tmp_path):
     found = result["metrics"]["truth_gradient"]
     assert (found["kind"], found["fits"], found["bound"]) == ("protected", True, False)
     assert found["distance"] > 0.1
+    sentence = result["metrics"]["verdict"]["sentence"]
+    assert sentence.startswith("incomplete: ")
 
 
 def test_nobody_can_check_a_guess_by_the_digest(two_clients, tmp_path):
@@ -114,6 +122,17 @@ def test_an_id_that_is_no_text_is_refused(two_clients, tmp_path):
         outcome = scored(tmp_path / "new", two_clients[0][0], tmp_path / "odd.tar")
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
         assert f"is {type(value).__name__}, not text" in outcome.err
+
+
+def test_entries_that_nobody_reads_do_not_matter(two_clients, tmp_path):
+    """They may be of any kind, as a file from elsewhere may hold them."""
+    checkpoint = torch.load(two_clients[0][0], weights_only=True)
+    checkpoint["dataset_setup"] |= {
+        "odd": torch.zeros(2).to_sparse(),
+        3: torch.empty(1, device="meta"),
+    }
+    save(checkpoint, str(tmp_path / "more.tar"))
+    assert scored(tmp_path / "new", tmp_path / "more.tar", two_clients[0][1]).code == 0
 
 
 def test_decoys_are_private_and_count_as_truth(tmp_path):
@@ -201,6 +220,18 @@ def test_each_kind_of_update_is_named(updates, kind, distance, ratio, words):
     assert words in found.finding
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rounded_gradient_is_still_the_truths(updates, dtype):
+    checkpoint = updates["same"]
+    halves = [g.to(dtype) for g in checkpoint["target_gradient"]]
+    target = target_from_checkpoint(checkpoint | {"target_gradient": halves})
+    found = check_truth_gradient(
+        model_of(target), target, checkpoint["x_true"], checkpoint["y_true"]
+    )
+    assert found.kind == "same"
+    assert found.distance > 1e-9
+
+
 def test_images_that_are_not_normalised_in_the_truth_are_named(updates):
     checkpoint = updates["same"]
     target = target_from_checkpoint(checkpoint)
@@ -258,6 +289,22 @@ def test_a_search_does_not_read_the_truth_of_its_target(captured, tmp_path, twin
     assert "is the target itself, or holds images of it" in outcome.err
 
 
+def test_other_images_of_the_same_labels_may_be_the_simulation(captured, tmp_path):
+    """Their gradient on a random LeNet has nearly the direction of the target's."""
+    target = captured(*LENET)
+    other = captured(*LENET, "--target-idx", "1", "--distinct-labels", "3")
+    checkpoint = load(str(other))
+    checkpoint["y_true"] = torch.arange(3)
+    model = model_of(target_from_checkpoint(checkpoint))
+    gradient = batch_gradient(model, checkpoint["x_true"], checkpoint["y_true"], train_mode=True)
+    save(sent_by(model, gradient, checkpoint["x_true"], torch.arange(3)), str(tmp_path / "own.tar"))
+    flags = (
+        "--root", tmp_path, "--checkpoint", target, "--simulation-checkpoint",
+        tmp_path / "own.tar", "--superparameters-search", "--lr-tune", "--epochs", 5, "--dry-run",
+    )  # fmt: skip
+    succeed("run.py", *flags)
+
+
 def test_a_sealed_target_is_recognised_by_the_gradient_of_its_images(tmp_path):
     target = capture_photos(tmp_path, *LENET, "--seal")
     simulation = capture_photos(tmp_path / "own", *LENET)
@@ -293,6 +340,30 @@ def test_the_value_without_a_graph_is_the_objective():
     assert at.reconstruction.total == pytest.approx(objective(start, 1.0).total.item())
     assert not at.arrived
     assert at.reason.startswith("the optimiser did not arrive: ")
+
+
+@pytest.mark.parametrize(
+    ("finish", "doubt"),
+    [
+        ((0.5,), "its loss was still falling"),
+        ((None,), "the attack had one iteration"),
+        ((0.0, "not finite"), "the attack ended early (not finite)"),
+        ((0.0,), None),
+    ],
+)
+def test_what_leaves_a_doubt_of_an_attack_that_did_not_arrive(finish, doubt):
+    low, high = Losses(0.5, 0.4, {}), Losses(0.7, 0.6, {})
+    fall, *stopped = finish
+    found = Finish(fall, Arrival(truth=low, reconstruction=high), *stopped)
+    assert found.doubt is None if doubt is None else doubt in found.doubt
+    assert Finish(fall, Arrival(truth=high, reconstruction=low), *stopped).doubt is None
+
+
+def test_the_second_half_of_a_curve_tells_whether_it_falls():
+    assert second_half_fall([3.0]) is None
+    assert second_half_fall([4.0, 2.0]) == 0.5
+    assert second_half_fall([1 / (k + 1) for k in range(100)]) > 0.4
+    assert abs(second_half_fall([9.0] * 5 + [1.0] * 40)) < 1e-12
 
 
 def test_an_objective_that_prefers_another_image_is_said():

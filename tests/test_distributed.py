@@ -451,18 +451,7 @@ def test_seeds_that_nobody_started_are_left_out_of_the_mean():
 
 def test_lbfgs_is_refused_on_a_shared_batch(captured, tmp_path):
     path = captured("-a", "lenet", "-b", "5")
-    base = (
-        "--checkpoint",
-        path,
-        "--root",
-        tmp_path,
-        "--lr",
-        "1",
-        "--epochs",
-        "1",
-        "--optim",
-        "LBFGS",
-    )
+    base = ("--checkpoint", path, "--root", tmp_path, "--lr", 1, "--epochs", 1, "--optim", "LBFGS")
     outcome = call("run.py", *base, "--nproc", "2")
     assert outcome.code == 2
     assert "--optim LBFGS: its line search needs the whole batch" in outcome.err

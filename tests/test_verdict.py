@@ -11,6 +11,7 @@ from scipy.stats import kstest
 from benchmarks.calibration import CASES, SIZES, false_alarms, null_case
 from inversion.audit.identification import (
     Identification,
+    Paired,
     identify,
     nearest_decoys,
     paired_difference,
@@ -129,23 +130,44 @@ def test_images_of_one_label_are_not_paired_in_view_of_the_truth():
     assert nearest_decoys([0.5, 0.1, 0.9, 0.3], 2) == [1, 2]
 
 
-def test_signs_flipped_by_hand():
-    scores, other = np.zeros((3, 1)), np.array([[-3.0], [-2.0], [1.0]])
-    gains, p = paired_difference(scores, other)
-    assert gains == [3, 2, -1]
-    sums = [sum(s * g for s, g in zip(signs, gains, strict=True))
-            for signs in itertools.product((1, -1), repeat=3)]  # fmt: skip
-    assert p == pytest.approx(np.mean(np.array(sums) >= 4))
-    assert paired_difference(np.ones((1, 1)), np.zeros((1, 1))) == ([1], 1.0)
+def test_paired_differences_by_hand():
+    scores = np.array([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0], [1.0, 3.0, 0.0]])
+    other = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]])
+    found = paired_difference(scores, other)
+    assert found.images == [2, 1, -1]
+    assert found.mean == pytest.approx(2 / 3)
+    gaps = scores - other
+    sums = [sum(gaps[i, c] for i, c in enumerate(case))
+            for case in itertools.product(range(3), repeat=3)]  # fmt: skip
+    assert found.p == pytest.approx(np.mean(np.array(sums) >= 2))
+    assert found.smallest_p == 1 / 27
+    signed = [sum(s * g for s, g in zip(signs, (2, 1, -1), strict=True))
+              for signs in itertools.product((1, -1), repeat=3)]  # fmt: skip
+    assert found.signs_p == pytest.approx(np.mean(np.array(signed) >= 2))
+    alone = paired_difference(np.ones((1, 1)), np.zeros((1, 1)))
+    assert (alone.images, alone.p, alone.signs_p) == ([1], None, None)
 
 
 def test_resembling_everything_more_is_no_difference():
-    """An attack whose images are smoother than its control's gains as much on decoys."""
+    """An attack whose images are smoother than its control's gains as much on decoys; the signs of
+    its differences alone would say otherwise."""
     draw = np.random.default_rng(0)
     other = draw.normal(size=(8, 50))
-    gains, p = paired_difference(other + 5 + 0.1 * draw.normal(size=(8, 50)), other)
-    assert abs(np.mean(gains)) < 0.2
-    assert p > 0.05
+    found = paired_difference(other + 5 + 0.1 * draw.normal(size=(8, 50)), other)
+    assert found.p > 0.05
+    assert found.signs_p < 0.01
+
+
+def test_paired_differences_are_exact_where_they_are_skewed():
+    """Chance alone gives p at most 1 % no more often than that, whatever the distribution."""
+    draw = np.random.default_rng(5)
+    ps = [
+        paired_difference(
+            draw.exponential(size=(8, 30)) ** 3, np.zeros((8, 30)), seed=k, draws=499
+        ).p
+        for k in range(500)
+    ]
+    assert np.mean(np.array(ps) <= 0.01) <= 0.025
 
 
 # Calibration --------------------------------------------------------------------------------
@@ -223,31 +245,38 @@ def ranked(p, ranks, smallest=1e-4):
 
 SHOWN, HIDDEN = ranked(0.001, [1, 2, 1]), ranked(0.4, [50, 20, 70])
 ABOVE, BELOW = differences([0.5, 0.6, 0.4], 0.4, 0.6), differences([-0.2, 0.1, -0.3], -0.3, 0.1)
+SLIGHT = differences([0.02, 0.01, 0.03], 0.01, 0.03)
 
 
 @pytest.mark.parametrize(
-    ("leak", "ranks", "paired", "options", "verdict", "says"),
+    ("leak", "ranks", "options", "verdict", "says"),
     [
-        (ABOVE, SHOWN, None, {}, RECONSTRUCTION, "worst image 0 (rank 1 of 100, SSIM +0.500)"),
-        (BELOW, SHOWN, None, {}, IDENTIFIABLE, "on average no reconstruction: SSIM -0.133"),
-        (ABOVE, HIDDEN, None, {}, NOT_SHOWN, "p = 0.4, where 0.0001 was the least possible"),
-        (BELOW, HIDDEN, None, {}, NOT_SHOWN, "nearest is image 1 (rank 20 of 100"),
-        (BELOW, HIDDEN, None, {"doubt": "it was not finished"}, INCOMPLETE, "not finished"),
-        (ABOVE, SHOWN, None, {"doubt": "it was not finished"}, RECONSTRUCTION, "p = 0.001"),
-        (BELOW, HIDDEN, None, {"missing": ["control x was interrupted"]}, INCOMPLETE,
-         "control x was interrupted: without it no verdict; by the test alone the client's "
-         "gradient does not show"),
-        (ABOVE, SHOWN, None, {"missing": ["a", "b"]}, INCOMPLETE,
+        (ABOVE, SHOWN, {}, RECONSTRUCTION, "worst image 0 (rank 1 of 100, SSIM +0.500)"),
+        (BELOW, SHOWN, {}, IDENTIFIABLE, "on average no reconstruction: SSIM -0.133"),
+        (SLIGHT, SHOWN, {}, IDENTIFIABLE, "on average no reconstruction: SSIM +0.020"),
+        (ABOVE, HIDDEN, {}, NOT_SHOWN, "p = 0.4, where 0.0001 was the least possible"),
+        (BELOW, HIDDEN, {}, NOT_SHOWN, "nearest is image 1 (rank 20 of 100"),
+        (BELOW, HIDDEN, {"arrived": False}, NOT_SHOWN, "the attack's optimiser did not arrive"),
+        (BELOW, HIDDEN, {"doubt": "it was not finished"}, INCOMPLETE, "not finished"),
+        (ABOVE, SHOWN, {"doubt": "it was not finished"}, RECONSTRUCTION, "p = 0.001"),
+        (BELOW, HIDDEN, {"missing": ["control x was interrupted"], "doubt": "it was cut short"},
+         INCOMPLETE, "control x was interrupted: without it no verdict; by the test alone the "
+         "client's gradient does not show (p = 0.4); it was cut short"),
+        (ABOVE, SHOWN, {"missing": ["a", "b"]}, INCOMPLETE,
          "a; b: without it no verdict; by the test alone the client's gradient shows in the "
          "images (p = 0.001)"),
-        (None, None, None, {}, INCOMPLETE, "no control was run"),
-        (None, SHOWN, None, {}, INCOMPLETE, "no control was run"),
-        (ABOVE, None, None, {}, INCOMPLETE, "no decoys to test with"),
-        (BELOW, ranked(0.4, [1, 1, 1], 0.2), None, {}, INCOMPLETE, "(smallest p 0.2)"),
+        (BELOW, ranked(0.4, [1, 1, 1], 0.2), {"missing": ["a"]}, INCOMPLETE,
+         "incomplete: a: without it no verdict"),
+        (None, None, {}, INCOMPLETE, "no control was run"),
+        (None, SHOWN, {}, INCOMPLETE, "no control was run"),
+        (ABOVE, None, {}, INCOMPLETE, "no decoys to test with"),
+        (BELOW, ranked(0.4, [1, 1, 1], 0.2), {}, INCOMPLETE, "(smallest p 0.2)"),
+        (BELOW, SHOWN, {"unlike": ["control prior only"]}, INCOMPLETE,
+         "the decoys are unlike the true images in kind: control prior only"),
     ],
 )  # fmt: skip
-def test_verdicts(leak, ranks, paired, options, verdict, says):
-    found = judge(leak, ranks, paired, metric="ssim", **options)
+def test_verdicts(leak, ranks, options, verdict, says):
+    found = judge(leak, ranks, None, metric="ssim", **options)
     assert found.verdict == verdict
     assert found.sentence.startswith(f"{verdict}: ")
     assert says in found.sentence
@@ -262,15 +291,55 @@ def test_one_image_needs_a_clear_difference():
         assert judge(one, ranked(0.6, [60], 0.01), None, metric="ssim").verdict == NOT_SHOWN
 
 
+def test_no_image_is_called_identified_where_nothing_is_shown():
+    almost = ranked(0.05, [1, 60, 70])
+    almost.image_p[0] = 0.03
+    found = judge(BELOW, almost, None, metric="ssim")
+    assert (found.verdict, found.identified) == (NOT_SHOWN, [])
+
+
 def test_both_tests_share_what_false_alarms_may_be():
+    def pairs(p, count=8):
+        return Paired([0.1] * count, 0.1, p, 1e-4, 0.5)
+
     ranks = ranked(0.03, [1] * 8)
-    assert evidence_against_chance(ranks, None, 8)[0] == 0.03
-    assert evidence_against_chance(ranks, 0.9, 8)[0] == pytest.approx(0.03 / 0.8)
-    assert evidence_against_chance(ranks, 0.004, 8)[0] == pytest.approx(0.02)
-    assert evidence_against_chance(ranks, 0.004, 4)[0] == 0.03  # four signs say too little
-    assert evidence_against_chance(None, 0.03, 5) == (0.03, 1 / 32)
-    assert evidence_against_chance(None, 0.03, 4) == (None, None)
-    assert evidence_against_chance(None, None, 8) == (None, None)
+    assert evidence_against_chance(ranks, None) == (0.03, 1e-4)
+    assert evidence_against_chance(ranks, pairs(0.9))[0] == pytest.approx(0.03 / 0.8)
+    assert evidence_against_chance(ranks, pairs(0.004))[0] == pytest.approx(0.02)
+    assert evidence_against_chance(ranks, pairs(0.004))[1] == pytest.approx(1e-4 / 0.8)
+    assert evidence_against_chance(ranks, pairs(0.004, 4))[0] == 0.03
+    assert evidence_against_chance(None, pairs(0.001)) == (None, None)
+
+
+def test_independent_noise_without_decoys_gives_no_verdict():
+    """Differences alone, however equal their signs, are no test."""
+    draw = torch.Generator().manual_seed(0)
+    true, y = torch.rand(8, 3, 16, 16, generator=draw), torch.arange(8)
+    noise = 0.4 + 0.2 * torch.rand(true.shape, generator=draw)
+    black = torch.zeros_like(true)
+    controls = {"prior only": black, "other gradient": black}
+    result, text = score_reconstruction(
+        noise, true, y, y, by_index=True, controls=controls, verdict_metric="psnr"
+    )
+    assert result["verdict"]["verdict"] == INCOMPLETE
+    assert result["paired"]["signs_p"] < 0.01
+    assert "incomplete: no decoys to test with" in text
+
+
+def test_decoys_that_a_control_tells_from_the_truth_prove_nothing():
+    """True images dark, decoys bright: a dark control finds them as well as a dark attack."""
+    draw = torch.Generator().manual_seed(0)
+    true = 0.2 * torch.rand(8, 3, 16, 16, generator=draw)
+    decoys = (200 + 55 * torch.rand(8, 60, 3, 16, 16, generator=draw)).byte()
+    dark = [0.2 * torch.rand(true.shape, generator=draw) for _ in range(2)]
+    y = torch.arange(8)
+    result, text = score_reconstruction(
+        dark[0], true, y, y, by_index=True, controls={"other gradient": dark[1]}, decoys=decoys,
+        verdict_metric="psnr",
+    )  # fmt: skip
+    assert result["identification"]["p"] < 0.001
+    assert result["verdict"]["verdict"] == INCOMPLETE
+    assert "the decoys are unlike the true images in kind: control other gradient" in text
 
 
 def test_only_the_metric_named_beforehand_decides():

@@ -14,6 +14,11 @@ PUBLIC_KEYS = (
     "batch_size", "dataset_setup", "arch", "model_eval", "state_dict", "trainable",
     "target_gradient", "bn_mean_list", "bn_var_list", "label_smoothing", "protection", "replace_bn",
 )  # fmt: skip
+#: Entries of those that hold others, and of the truth's control: only these are read.
+INNER_KEYS = {
+    "dataset_setup": ("mean", "std", "size", "n_classes"),
+    "control": ("target_gradient", "bn_mean_list", "bn_var_list"),
+}
 #: What the checkpoint's `truth_digest` covers.
 TRUTH_KEYS = ("x_true", "y_true", "control", "decoys")
 
@@ -29,7 +34,7 @@ def bind(checkpoint: dict) -> None:
         return
     checkpoint["truth_salt"] = secrets.token_hex(16)
     checkpoint["truth_digest"] = _truth_digest(checkpoint)
-    checkpoint["checkpoint_digest"] = _digest([checkpoint.get(key) for key in PUBLIC_KEYS])
+    checkpoint["checkpoint_digest"] = _digest(_entries(checkpoint, PUBLIC_KEYS))
 
 
 def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint_name: str) -> bool:
@@ -59,7 +64,7 @@ def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint
             f"{truth_name}: has been changed since it was written with {checkpoint_name}; capture "
             "both anew"
         )
-    if _digest([checkpoint.get(key) for key in PUBLIC_KEYS]) != truth["checkpoint_digest"]:
+    if _digest(_entries(checkpoint, PUBLIC_KEYS)) != truth["checkpoint_digest"]:
         raise InputError(
             f"{checkpoint_name}: has been changed since it was written with its truth, "
             f"{truth_name}; capture both anew"
@@ -68,7 +73,18 @@ def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint
 
 
 def _truth_digest(truth: Mapping) -> str:
-    return _digest([truth["truth_salt"], *(truth.get(key) for key in TRUTH_KEYS)])
+    return _digest([truth["truth_salt"], *_entries(truth, TRUTH_KEYS)])
+
+
+def _entries(content: Mapping, keys: Sequence[str]) -> list:
+    """The entries of those names, without what nobody reads inside them."""
+    found = []
+    for key in keys:
+        value = content.get(key)
+        if value is not None and key in INNER_KEYS:
+            value = {inner: value.get(inner) for inner in INNER_KEYS[key]}
+        found.append(value)
+    return found
 
 
 def _digest(content) -> str:

@@ -97,12 +97,7 @@ def identify(scores: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> Identi
     spread = np.median(np.abs(scores - centre), axis=1, keepdims=True) / NORMAL_MAD
     high = np.divide(scores - centre, spread, out=np.zeros_like(scores), where=spread > 0)
 
-    if candidates**count <= draws:
-        cases = np.array(list(itertools.product(range(candidates), repeat=count)))
-    else:
-        draw = np.random.default_rng([seed, count, candidates])
-        cases = draw.integers(candidates, size=(draws, count))
-        cases = np.concatenate([np.zeros((1, count), dtype=int), cases])
+    cases = _cases(count, candidates, draws, seed)
     images = np.arange(count)
     sums, largest = low[images, cases].sum(1), high[images, cases].max(1)
     # case 0 is the observed one: the true image of every batch
@@ -144,31 +139,64 @@ def _share_at_most(values: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.sort(rounded), rounded, side="right") / len(values)
 
 
-def paired_difference(
-    scores: np.ndarray, other: np.ndarray, *, draws: int = DRAWS
-) -> tuple[list[float], float]:
-    """Compare the attack with the same attack on other images' gradient, image by image.
+@dataclass(frozen=True)
+class Paired:
+    """The attack beside the same attack without the client's gradient, image by image."""
 
-    scores, other: (B, N) of `similarities`, of the attack and of the control. A difference counts
-    as far as it exceeds the mean difference on the image's decoys: an attack that merely draws
-    smoother images than its control resembles everything more. Returns the (B,) differences and
-    the probability of a mean as high if every sign were a coin's (sign-flip permutation test; all
-    2^B cases or `draws` random ones, by scipy), which is 1 for a single image.
+    #: Difference in similarity to the true image, per image.
+    images: list[float]
+    #: Their mean.
+    mean: float
+    #: Probability of so high a mean, beside that of the decoys, were nothing there; None without.
+    p: float | None
+    #: The lowest `p` possible.
+    smallest_p: float | None
+    #: Probability of so high a mean if every sign were a coin's; None for one image.
+    signs_p: float | None
+
+
+def paired_difference(
+    scores: np.ndarray, other: np.ndarray, *, draws: int = DRAWS, seed: int = 0
+) -> Paired:
+    """Compare the attack with a control, such as the same attack on other images' gradient.
+
+    scores, other: (B, N) of `similarities`, of the attack and of the control, the true image
+    first. `p` sets the mean difference at the true images against those at decoys, by the same
+    draws as `identify`: an attack that merely draws smoother or darker images than its control
+    gains on everything. `signs_p` is the sign-flip permutation test (by scipy) of the differences
+    at the true images alone. It takes the two attacks for exchangeable, which they are only where
+    their images are alike in kind, and decides nothing.
     """
-    gains = (scores - other)[:, 0]
-    if scores.shape[1] > 1:
-        gains = gains - (scores - other)[:, 1:].mean(1)
-    if len(gains) < 2:
-        return gains.tolist(), 1.0
-    test = permutation_test(
-        (gains,),
-        np.mean,
-        permutation_type="samples",
-        alternative="greater",
-        n_resamples=draws,
-        random_state=np.random.default_rng(0),
-    )
-    return gains.tolist(), float(test.pvalue)
+    gaps = scores - other
+    count, candidates = gaps.shape
+    gains, p, smallest, signs_p = gaps[:, 0], None, None, None
+    if candidates > 1:
+        cases = _cases(count, candidates, draws, seed)
+        means = gaps[np.arange(count), cases].mean(1)
+        p, smallest = float(_share_at_most(-means)[0]), 1 / len(cases)
+    if count > 1:
+        test = permutation_test(
+            (gains,),
+            np.mean,
+            permutation_type="samples",
+            alternative="greater",
+            n_resamples=draws,
+            random_state=np.random.default_rng(seed),
+        )
+        signs_p = float(test.pvalue)
+    return Paired(gains.tolist(), float(gains.mean()), p, smallest, signs_p)
+
+
+def _cases(count: int, candidates: int, draws: int, seed: int) -> np.ndarray:
+    """Which candidate of every image is taken for the true one: (n, B), the observed case first.
+
+    All N^B cases where there are at most `draws`, else that many random ones after the observed.
+    """
+    if candidates**count <= draws:
+        return np.array(list(itertools.product(range(candidates), repeat=count)))
+    draw = np.random.default_rng([seed, count, candidates])
+    cases = draw.integers(candidates, size=(draws, count))
+    return np.concatenate([np.zeros((1, count), dtype=int), cases])
 
 
 def nearest_decoys(scores: Sequence[float], count: int) -> list[int]:

@@ -28,6 +28,9 @@ from utils import metrics
 from utils.images import decibels
 from utils.report import table
 
+#: A control whose p is at most this many times the attack's tells true images from decoys nearly as
+#: well, without knowing anything of them: the decoys are then unlike them.
+NEARLY_AS_CLEAR = 10
 #: Decoys that are recorded for the picture of an image.
 SHOWN_DECOYS = 6
 #: The control that has the client's settings and other images.
@@ -175,7 +178,7 @@ def score_reconstruction(
         }
         result["leakage"] = leakage(scores.images, [c.images for c in control_scores.values()])
     metric = _deciding_metric(verdict_metric, scores)
-    identification, paired_p = None, None
+    identification, paired, unlike = None, None, []
     if decoys is not None:
         likeness = _likeness(metric, used[metric])
 
@@ -192,17 +195,18 @@ def score_reconstruction(
         }
         for name, images_of in (controls or {}).items():
             theirs = similar(images_of)
-            result["controls"][name]["identification_p"] = identify(theirs).p
+            p = result["controls"][name]["identification_p"] = identify(theirs).p
+            if p <= min(ALPHA, NEARLY_AS_CLEAR * identification.p):
+                unlike.append(f"control {name}")
             if name == OTHER_GRADIENT:
-                result["paired"] = _paired(matrix, theirs)
+                paired = paired_difference(matrix, theirs)
     elif OTHER_GRADIENT in control_scores:
         mine, theirs = (_better_is_higher(metric, of.images)[:, None]
                         for of in (scores, control_scores[OTHER_GRADIENT]))  # fmt: skip
-        result["paired"] = _paired(mine, theirs)
-    if result["paired"] is not None:
-        paired_p = result["paired"]["p"]
+        paired = paired_difference(mine, theirs)
+    result["paired"] = paired and asdict(paired)
     verdict = judge(
-        result["leakage"], identification, paired_p, metric=metric, missing=missing, doubt=doubt,
+        result["leakage"], identification, paired, metric=metric, missing=missing, doubt=doubt,
         arrived=arrived,
     )  # fmt: skip
     result["verdict"] = asdict(verdict)
@@ -273,11 +277,6 @@ def _eight_bits(images: Tensor) -> Tensor:
     return (images * 255).round() / 255
 
 
-def _paired(matrix: np.ndarray, theirs: np.ndarray) -> dict:
-    differences, p = paired_difference(matrix, theirs)
-    return {"images": differences, "mean": float(np.mean(differences)), "p": p}
-
-
 def _written_psnr(value: float) -> float | None:
     return None if math.isinf(value) else value
 
@@ -324,13 +323,17 @@ def _details(verdict: Verdict, result: Mapping, identification: Identification |
                 lines.append(
                     f"caution: the ranks of control {name}, which knows nothing of the client's "
                     f"gradient, have p = {control['identification_p']:.2g}: these decoys may be "
-                    "unlike the true images in kind, and the p above then means less"
+                    "unlike the true images in kind"
                 )
-    if result["paired"] is not None:
+    paired = result["paired"]
+    if paired is not None:
+        decoys, signs = (
+            "" if paired[key] is None else f"; p = {paired[key]:.2g} by {what}"
+            for key, what in (("p", "the decoys"), ("signs_p", "signs, which decides nothing"))
+        )
         lines.append(
             f"against the gradient of other images, image by image: {verdict.metric.upper()} "
-            f"{result['paired']['mean']:+.{LEAKAGE_DIGITS[verdict.metric]}f}, p = "
-            f"{result['paired']['p']:.2g} (signs flipped)"
+            f"{paired['mean']:+.{LEAKAGE_DIGITS[verdict.metric]}f}{decoys}{signs}"
         )
     if result["leakage"] is None:
         return lines

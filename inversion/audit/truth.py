@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from inversion.distances import cosine_distance, joint_norm
 from inversion.objective import Losses, Objective, Weights
 from models.batchnorm import batchnorm_layers
-from models.target import Target
+from models.target import Target, rounding_error
 from utils.distributed import ALONE, Shard
 
 #: Cosine distance up to which two gradients can be those of one batch but for rounding, the share
-#: of a flat batch's distance that it must stay below, and the distance that is only rounding.
-SAME_BATCH, SHARE_OF_FLAT, ROUNDING = 1e-3, 0.1, 1e-10
+#: of a flat batch's distance that it must stay below, and the distance that is only rounding: of
+#: the computation, and of the numbers sent, in squares of their relative rounding error.
+SAME_BATCH, SHARE_OF_FLAT, ROUNDING, ROUNDED_BY = 1e-3, 0.1, 1e-10, 0.1
 #: Share of its loss that an attack still loses in the second half if it is called unfinished.
 STILL_FALLING = 0.1
 #: Relative difference of norms up to which they are equal but for rounding.
@@ -65,7 +66,9 @@ def check_truth_gradient(
             return distance, (joint_norm(sent) / joint_norm(gradient)).item()
 
     flat = x.mean((-2, -1), keepdim=True).expand_as(x)
-    limit = min(SAME_BATCH, max(ROUNDING, SHARE_OF_FLAT * compared(flat)[0]))
+    resolution = target.resolution or rounding_error(target.gradient)
+    rounding = max(ROUNDING, ROUNDED_BY * resolution**2)
+    limit = min(SAME_BATCH, max(rounding, SHARE_OF_FLAT * compared(flat)[0]))
     distance, ratio = compared(x)
     figures = f"cosine distance {distance:.2g}, norm ratio {ratio:.3g}"
 
@@ -175,13 +178,21 @@ class Finish:
     fall: float | None
     #: The objective at the truth and at the reconstruction.
     arrival: Arrival
+    #: Why it ended early ("interrupted", "not finite"), None where all iterations ran.
+    stopped: str | None = None
 
     @property
     def doubt(self) -> str | None:
         """Why an attack that found nothing has shown nothing yet, None where there is no reason."""
-        if self.fall is None or self.fall < STILL_FALLING or self.arrival.arrived:
+        if self.arrival.arrived:
             return None
-        return "the attack had not finished: its loss was still falling; give more --epochs"
+        if self.stopped is not None:
+            return f"the attack ended early ({self.stopped})"
+        if self.fall is None:
+            return "the attack had one iteration; give more --epochs"
+        if self.fall >= STILL_FALLING:
+            return "the attack had not finished: its loss was still falling; give more --epochs"
+        return None
 
     @property
     def lines(self) -> list[str]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from inversion.audit.identification import Identification
+from inversion.audit.identification import Identification, Paired
 
 RECONSTRUCTION = "leakage: reconstruction"
 IDENTIFIABLE = "leakage: identifiable"
@@ -21,11 +21,11 @@ INCOMPLETE = "incomplete"
 ALPHA = 0.04
 #: Share of ALPHA that the paired difference may spend; the ranks have the rest.
 PAIRED_SHARE = 0.2
-#: Images from which on 2^−B is low enough for that share, and for all of ALPHA.
-FEWEST_PAIRS, FEWEST_PAIRS_ALONE = 7, 5
+#: Images from which on it gets that share; fewer leave all of ALPHA to the ranks.
+FEWEST_PAIRS = 7
 #: Metrics in which leakage is told: name → digits to print.
 LEAKAGE_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
-#: What a single image, which has no interval, must stand above the controls.
+#: What images must stand above the controls on average to be called reconstructions.
 CLEAR_DIFFERENCE = {"psnr": 1.0, "ssim": 0.1, "lpips": 0.05}
 #: Bootstrap intervals of fewer images are said to be too narrow.
 FEW_IMAGES = 8
@@ -54,9 +54,10 @@ class Verdict:
 def judge(
     leakage: Mapping[str, Mapping] | None,
     identification: Identification | None,
-    paired_p: float | None,
+    paired: Paired | None,
     *,
     metric: str,
+    unlike: Sequence[str] = (),
     missing: Sequence[str] = (),
     doubt: str | None = None,
     arrived: bool = True,
@@ -65,53 +66,63 @@ def judge(
 
     leakage: metric → mean, low, high and images of the difference to the best control (of
     `inversion.audit.scoring.leakage`), None without controls. identification: None without decoys.
-    paired_p: of `paired_difference`, None without the gradient of other images. metric: the one in
-    `leakage` that decides. missing: words for every control that should be there and is not. doubt:
-    why an attack that found nothing has shown nothing, None where there is no such reason.
-    arrived: whether the attack's objective became as low as it is at the truth.
+    paired: the difference to the control with other images' gradient, None without one. metric:
+    the one in `leakage` that decides. unlike: controls that tell the true images from the decoys
+    nearly as clearly as the attack: the decoys are then unlike the true images.
+    missing: words for every control that should be there and is not. doubt: why an attack that
+    found nothing has shown nothing, None where there is no such reason. arrived: whether the
+    attack's objective became as low as it is at the truth.
     """
-    p, smallest = evidence_against_chance(identification, paired_p, _count(leakage, identification))
+    p, smallest = evidence_against_chance(identification, paired)
     above = None if leakage is None else leakage[metric]
     worst = _worst(above, identification)
+    shown = p is not None and p <= ALPHA and not unlike
     identified = []
-    if identification is not None:
+    if shown:
         identified = [i for i, q in enumerate(identification.image_p) if q <= ALPHA]
     test = "no test, for want of decoys" if p is None else f"p = {p:.2g}"
+    able = smallest is not None and smallest <= ALPHA
     if missing or above is None:
         verdict = INCOMPLETE
-        reasons = list(missing) or ["no control was run"]
-        words = f"{'; '.join(reasons)}: without it no verdict"
-        if p is not None:
-            shows = "shows" if p <= ALPHA else "does not show"
-            words += f"; by the test alone the client's gradient {shows} in the images ({test})"
-    elif p is not None and p <= ALPHA:
+        words = f"{'; '.join(missing or ['no control was run'])}: without it no verdict"
+        if shown:
+            words += f"; by the test alone the client's gradient shows in the images ({test})"
+        elif able:
+            words += f"; by the test alone the client's gradient does not show ({test})"
+            words += f"; {doubt}" if doubt else ""
+    elif shown:
         stands = _stands_above(above, metric)
         verdict = RECONSTRUCTION if stands else IDENTIFIABLE
         shows = f"the client's gradient shows in the images ({test})"
+        named = f"worst image {worst}{_standing(worst, identification, above, metric)}"
         if stands:
             words = (
                 f"{difference(metric, above)} above everything made without the gradient; {shows}; "
-                f"worst image {worst}{_standing(worst, identification, above, metric)}"
+                f"{named}"
             )
         else:
-            words = (
-                f"{shows}; worst image {worst}{_standing(worst, identification, above, metric)}; "
-                f"on average no reconstruction: {difference(metric, above)}"
-            )
-    elif p is None or smallest > ALPHA or doubt is not None:
+            words = f"{shows}; {named}; on average no reconstruction: {difference(metric, above)}"
+    elif p is None:
         verdict = INCOMPLETE
-        if p is None:
-            words = (
-                "no decoys to test with, so nothing follows; capture with training.py "
-                f"--with-control to have them ({difference(metric, above)} above the best control)"
-            )
-        elif smallest > ALPHA:
-            words = (
-                f"so few decoys and images could not have shown leakage (smallest p {smallest:.2g})"
-                f"; {test}; give training.py more --decoys"
-            )
-        else:
-            words = f"nothing was found ({test}), but {doubt}"
+        words = (
+            "no decoys to test with, so nothing follows; capture with training.py --with-control "
+            f"to have them ({difference(metric, above)} above the best control)"
+        )
+    elif unlike and p <= ALPHA:
+        verdict = INCOMPLETE
+        words = (
+            f"the decoys are unlike the true images in kind: {', '.join(unlike)}, which knows "
+            f"nothing of the client's gradient, tells them apart nearly as well ({test})"
+        )
+    elif not able:
+        verdict = INCOMPLETE
+        words = (
+            f"so few decoys and images could not have shown leakage (smallest p {smallest:.2g}); "
+            f"{test}; give training.py more --decoys"
+        )
+    elif doubt is not None:
+        verdict = INCOMPLETE
+        words = f"nothing was found ({test}), but {doubt}"
     else:
         verdict = NOT_SHOWN
         words = (
@@ -125,38 +136,27 @@ def judge(
 
 
 def evidence_against_chance(
-    identification: Identification | None, paired_p: float | None, count: int
+    identification: Identification | None, paired: Paired | None
 ) -> tuple[float | None, float | None]:
-    """The p of the first question and the lowest possible one, from both tests; None without any.
+    """The p of the first question and the lowest possible one; None for both without decoys.
 
-    By Bonferroni's inequality with fixed shares of ALPHA, so that false "leakage" stays below it
-    whatever the two have to do with each other. Below FEWEST_PAIRS images the signs of paired
-    differences cannot be improbable enough, and the ranks have all of ALPHA.
+    From FEWEST_PAIRS images on the paired difference counts as well, by Bonferroni's inequality
+    with fixed shares of ALPHA, so that false "leakage" stays below it whatever the two tests have
+    to do with each other.
     """
     if identification is None:
-        if paired_p is None or count < FEWEST_PAIRS_ALONE:
-            return None, None
-        return paired_p, 0.5**count
-    if paired_p is None or count < FEWEST_PAIRS:
+        return None, None
+    if paired is None or len(paired.images) < FEWEST_PAIRS:
         return identification.p, identification.smallest_p
-    shares = (1 - PAIRED_SHARE, PAIRED_SHARE)
-    found, least = (
-        min(1.0, *(p / share for p, share in zip(ps, shares, strict=True)))
-        for ps in ((identification.p, paired_p), (identification.smallest_p, 0.5**count))
-    )
-    return found, least
-
-
-def _count(leakage, identification) -> int:
-    if identification is not None:
-        return len(identification.ranks)
-    return 0 if leakage is None else len(next(iter(leakage.values()))["images"])
+    ranks, pairs = 1 - PAIRED_SHARE, PAIRED_SHARE
+    p = min(1.0, identification.p / ranks, paired.p / pairs)
+    return p, min(1.0, identification.smallest_p / ranks, paired.smallest_p / pairs)
 
 
 def _stands_above(above: Mapping, metric: str) -> bool:
-    if math.isnan(above["low"]):  # one image has no interval
-        return above["mean"] >= CLEAR_DIFFERENCE[metric]
-    return above["low"] > 0
+    """Whether a difference is clear, and, of several images, its interval above 0."""
+    interval = math.isnan(above["low"]) or above["low"] > 0  # one image has none
+    return interval and above["mean"] >= CLEAR_DIFFERENCE[metric]
 
 
 def _worst(above: Mapping | None, identification: Identification | None) -> int | None:
