@@ -206,8 +206,8 @@ def score_reconstruction(
         paired = paired_difference(mine, theirs)
     result["paired"] = paired and asdict(paired)
     verdict = judge(
-        result["leakage"], identification, paired, metric=metric, missing=missing, doubt=doubt,
-        arrived=arrived,
+        result["leakage"], identification, paired, metric=metric, unlike=unlike, missing=missing,
+        doubt=doubt, arrived=arrived,
     )  # fmt: skip
     result["verdict"] = asdict(verdict)
 
