@@ -36,7 +36,8 @@ demo: $(READY) ## reconstruct eight photographs from one gradient (about a minut
 	cp $(DEMO)/results/exp/demo/pairs.png Demo_images/photos_lenet.png
 	cp $(DEMO)/results/exp/demo/losses.png Demo_images/photos_lenet_losses.png
 	cp $(DEMO)/results/exp/demo/controls.png Demo_images/photos_lenet_controls.png
-	@echo "pictures: Demo_images/photos_lenet.png, photos_lenet_losses.png, photos_lenet_controls.png"
+	cp $(DEMO)/results/exp/demo/decoys.png Demo_images/photos_lenet_decoys.png
+	@echo "pictures: Demo_images/photos_lenet.png, and _losses, _controls, _decoys beside it"
 
 test: $(READY) ## run all tests (CPU; those that need a GPU are skipped without one)
 	$(PY) -m pytest -q -n 2 --dist loadfile

@@ -18,10 +18,11 @@ capture() { # id seed arch flags...
 attack() { # id checkpoint seed flags...
   local id=$1 file=$2 seed=$3
   shift 3
-  [ ! -e "$out/results/exp/$id/result.json" ] || return 0
+  [ ! -e "$out/results/exp/$id/done" ] || return 0 # result.json is there before the controls are
   rm -rf "$out/results/exp/$id"
   $python run.py --id "$id" --root "$out" --checkpoint "$out/id${file}-checkpoint.pth.tar" \
     --seed "$seed" --grad-sign --input-boxed --min-grads-loss --metric -p 1000000 "$@" >/dev/null
+  touch "$out/results/exp/$id/done"
   echo "$id"
 }
 demo="--epochs 3000 --lr 0.05 --TV 1e-4 --TV-end 1e-6"
@@ -53,12 +54,14 @@ defended() { # name seed flags...
 defences() {
   for seed in 0 1 2; do
     defended none $seed
-    defended batch-clip $seed --enable-dp -C 0.5
-    defended batch-noise $seed --enable-dp -C 0.5 --sigma 0.01
     for sigma in 0.0001 0.001 0.01; do
       defended sample-$sigma $seed --enable-dp --dp-mode per-sample -C 20 --sigma $sigma \
         --noise-seed $seed
     done
+  done
+  for seed in 0 1 2; do
+    defended batch-clip $seed --enable-dp -C 0.5
+    defended batch-noise $seed --enable-dp -C 0.5 --sigma 0.01
   done
 }
 
