@@ -166,7 +166,7 @@ def main() -> None:
     }
     for name, rows, text in (
         ("information", information_rows(results), correlations),
-        ("leakage", leakage_rows(results), summary),
+        ("verdicts", leakage_rows(results), summary),
     ):
         if not rows:
             continue
