@@ -128,6 +128,8 @@ def test_images_of_one_label_are_not_paired_in_view_of_the_truth():
     by_index = similarities(likeness, found, y_found, true, y_true, decoys, by_index=True)
     assert by_index[1, 0] == pytest.approx(likeness(found[1:2], true[1:2]).item(), rel=1e-5)
     assert nearest_decoys([0.5, 0.1, 0.9, 0.3], 2) == [1, 2]
+    wide = similarities(likeness, found.double(), y_found, true, y_true, decoys)
+    np.testing.assert_allclose(wide, scores, rtol=1e-5)  # an attack in float64 on a float32 truth
 
 
 def test_paired_differences_by_hand():

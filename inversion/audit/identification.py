@@ -66,7 +66,7 @@ def similarities(
     for i, image in enumerate(true):
         candidates = torch.cat([image[None], decoys[i].to(image) / 255])
         options = found[i : i + 1] if by_index else found[y_found == y_true[i]]
-        options = options if len(options) else found
+        options = (options if len(options) else found).to(candidates)
         nearest = torch.cdist(candidates.flatten(1), options.flatten(1)).argmin(1)
         rows.append(metric(options[nearest], candidates).double().cpu().numpy())
     return np.stack(rows)
