@@ -269,6 +269,8 @@ SLIGHT = differences([0.02, 0.01, 0.03], 0.01, 0.03)
          "images (p = 0.001)"),
         (BELOW, ranked(0.4, [1, 1, 1], 0.2), {"missing": ["a"]}, INCOMPLETE,
          "incomplete: a: without it no verdict"),
+        (BELOW, SHOWN, {"missing": ["a"], "unlike": ["control b"]}, INCOMPLETE,
+         "incomplete: a: without it no verdict"),
         (None, None, {}, INCOMPLETE, "no control was run"),
         (None, SHOWN, {}, INCOMPLETE, "no control was run"),
         (ABOVE, None, {}, INCOMPLETE, "no decoys to test with"),
@@ -283,6 +285,7 @@ def test_verdicts(leak, ranks, options, verdict, says):
     assert found.sentence.startswith(f"{verdict}: ")
     assert says in found.sentence
     assert "nothing to find" not in found.sentence
+    assert not ("does not show" in found.sentence and found.p <= 0.04)
 
 
 def test_one_image_needs_a_clear_difference():

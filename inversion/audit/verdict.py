@@ -87,7 +87,7 @@ def judge(
         words = f"{'; '.join(missing or ['no control was run'])}: without it no verdict"
         if shown:
             words += f"; by the test alone the client's gradient shows in the images ({test})"
-        elif able:
+        elif able and p > ALPHA:
             words += f"; by the test alone the client's gradient does not show ({test})"
             words += f"; {doubt}" if doubt else ""
     elif shown:
