@@ -148,7 +148,7 @@ FREE_ON_RESUME = {
     "pseudo_label_init", "label_method", "label_aux", "label_prior", "n_seed", "strategy",
     "combine_memory", "offload_seeds", "metric", "one_to_one_similarity", "lpips_weights",
     "GInfoR", "controls", "target_gradient", "gradient_scale", "max_concurrent", "cpus_per_trial",
-    "ngpus_per_trial", "ray_address", "ssim",
+    "ngpus_per_trial", "ray_address", "ssim", "verdict_metric",
     "search_resume", "search_only", "verbose", "allow_target_as_simulation", "nproc",
     "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "shard",
 }  # fmt: skip
@@ -716,7 +716,8 @@ def load_problem(args, device: str) -> Problem:
     flag = "--simulation-checkpoint"
     simulation = checkpoints.load(args.simulation_checkpoint, flag)
     source = f"{flag} {args.simulation_checkpoint}"
-    target = target_from_checkpoint(checkpoints.load(args.checkpoint))
+    checkpoint = checkpoints.load(args.checkpoint)
+    target = target_from_checkpoint(checkpoint)
     check_fits(target)
     if simulation.get("x_true") is None or simulation.get("y_true") is None:
         raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
@@ -740,7 +741,9 @@ def load_problem(args, device: str) -> Problem:
     checkpoints.check_truth(simulation, simulation, source)
     truth = truth_from_checkpoint(simulation)
     model = model_of(simulated)
-    if not args.allow_target_as_simulation and shares_images(args, truth, target, model):
+    if not args.allow_target_as_simulation and shares_images(
+        args, checkpoint, truth, target, model
+    ):
         raise InputError(
             f"{source}: is the target itself, or holds images of it, and the search reads its "
             "truth; capture other images of your own, or give --allow-target-as-simulation"
@@ -764,14 +767,15 @@ def load_problem(args, device: str) -> Problem:
     )
 
 
-def shares_images(args, truth: GroundTruth, target: Target, model: nn.Module) -> bool:
+def shares_images(
+    args, checkpoint: dict, truth: GroundTruth, target: Target, model: nn.Module
+) -> bool:
     """Whether the simulation's images are the target's, all of them or some.
 
     By the target's truth where a file of this command holds it, so that noise and clipping do not
     hide it; also by the gradient of the simulation's images.
     """
-    checkpoint = source = checkpoints.load(args.checkpoint)
-    name = f"--checkpoint {args.checkpoint}"
+    source, name = checkpoint, f"--checkpoint {args.checkpoint}"
     if args.truth is not None:
         source, name = checkpoints.load_truth(args.truth), f"--truth {args.truth}"
     x_true = source.get("x_true")
@@ -1482,7 +1486,7 @@ def work(argv: list[str], shard: Shard, local_rank: int) -> int:
         if args.shard == "seeds":
             recorder.rows = all_rows(recorder.rows, shard)
         say_outcome(args, outcome, reporter)
-        interrupted = shard.any(interrupts.signal is not None)
+        interrupted = interrupts_asked(setting, interrupts)
         failed = math.isnan(outcome.final.losses.gradient)
         entries = {
             "seconds": seconds,

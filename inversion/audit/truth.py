@@ -65,10 +65,6 @@ def check_truth_gradient(
             distance = cosine_distance(gradient, sent).item()
             return distance, (joint_norm(sent) / joint_norm(gradient)).item()
 
-    flat = x.mean((-2, -1), keepdim=True).expand_as(x)
-    resolution = target.resolution or rounding_error(target.gradient)
-    rounding = max(ROUNDING, ROUNDED_BY * resolution**2)
-    limit = min(SAME_BATCH, max(rounding, SHARE_OF_FLAT * compared(flat)[0]))
     distance, ratio = compared(x)
     figures = f"cosine distance {distance:.2g}, norm ratio {ratio:.3g}"
 
@@ -77,6 +73,10 @@ def check_truth_gradient(
 
     if target.protection is not None:
         return finding("protected", "what was sent is protected, so it is not the truth's gradient")
+    flat = x.mean((-2, -1), keepdim=True).expand_as(x)
+    resolution = target.resolution or rounding_error(target.gradient)
+    rounding = max(ROUNDING, ROUNDED_BY * resolution**2)
+    limit = min(SAME_BATCH, max(rounding, SHARE_OF_FLAT * compared(flat)[0]))
     if distance <= limit:
         if abs(ratio - 1) <= SAME_NORM:
             return finding("same", "what was sent is the truth's gradient")
