@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from inversion.audit.information import gradient_information_ratio
 from inversion.audit.scoring import (
     OTHER_GRADIENT,
     information_table,
@@ -35,34 +36,35 @@ from inversion.audit.truth import (
 )
 from inversion.audit.verdict import ALPHA, LEAKAGE_DIGITS
 from inversion.combine import Combination, combination_method
-from inversion.counts import ScaledGradientError
 from inversion.distances import GRADIENT_DISTANCES
-from inversion.labels import (
+from inversion.labels.counts import ScaledGradientError
+from inversion.labels.reconstruct import (
     AUTO,
     LABEL_STRATEGIES,
     LabelInputs,
     LabelResult,
     reconstruct_labels,
 )
-from inversion.leakage import gradient_information_ratio
 from inversion.mlco import MLCOSchedule
 from inversion.objective import Losses, Objective, Weights
 from inversion.optimise import OPTIMISERS, Loop, Outcome, lowest, reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS, prior_only
 from inversion.priors import PRIORS
-from inversion.restarts import STRATEGIES, initial_images, noise_generator
-from inversion.search import (
+from inversion.restarts import initial_images, noise_generator
+from inversion.search.trial import RANGES, Problem
+from inversion.search.tune import (
     ALGORITHMS,
-    RANGES,
     Budget,
-    Problem,
     Resources,
     SearchResult,
     SearchUnavailableError,
     available,
     search,
 )
+from inversion.strategies import STRATEGIES
+from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
+from models.binding import check_bound
 from models.gradient import couples_samples, trainable_parameters
 from models.target import (
     GroundTruth,
@@ -74,28 +76,16 @@ from models.target import (
     target_from_checkpoint,
     truth_from_checkpoint,
 )
-from utils import checkpoint as checkpoints
 from utils import metrics
-from utils.binding import check_bound
-from utils.cli import (
-    FaultError,
-    InputError,
-    Interrupts,
-    Parser,
-    check_reachable,
-    choose_device,
-    file_name,
-    integer_from,
-    is_out_of_memory,
-    number,
-    run_script,
-    writable_folder,
-)
-from utils.distributed import ALONE, Shard, add_flags, group_from, is_lost_peer, launch
+from utils.console import Progress, Reporter, Silent, duration, setting_lines, table
+from utils.device import choose_device, device_name, peak_memory_mib
+from utils.errors import FaultError, InputError, is_out_of_memory
+from utils.files import claim_folder, null_if_nan, null_unless_finite, write_csv, write_json
+from utils.flags import Parser, add_process_flags, file_name, integer_from, number
 from utils.image_files import load_auxiliary, public_photographs
-from utils.images import (
-    denormalise,
-    normalise,
+from utils.images import denormalise, normalise
+from utils.launch import group_from, launch
+from utils.pictures import (
     save_choices,
     save_controls,
     save_decoys,
@@ -104,23 +94,16 @@ from utils.images import (
     save_panels,
     save_trials,
 )
-from utils.report import (
-    Progress,
-    Reporter,
-    Silent,
-    claim_folder,
-    device_name,
-    duration,
+from utils.script import (
+    Interrupts,
+    check_reachable,
     git_revision,
-    null_if_nan,
-    null_unless_finite,
-    peak_memory_mib,
-    setting_lines,
-    table,
+    run_script,
     versions,
-    write_csv,
-    write_json,
+    writable_folder,
 )
+from utils.shard import ALONE, Shard, is_lost_peer
+from utils.tensor_files import save
 
 LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {metrics.LPIPS_BACKBONE} of torchvision, by "
@@ -258,7 +241,7 @@ def parser() -> Parser:
     add("--allow-target-as-simulation", action="store_true",
         help="let the search read the target's own truth")  # fmt: skip
     add("--verbose", type=integer_from(0, 3), default=3, help="how much Ray Tune prints")
-    add_flags(parser)
+    add_process_flags(parser)
     parser.add_argument_group("several processes").add_argument(
         "--shard", choices=SHARDS, default="batch", help="what the processes share out"
     )
@@ -1400,8 +1383,8 @@ def write(
     found = setting.images(outcome.final.x)
     true = setting.images(setting.truth.x) if args.metric else None
     if not controls:
-        checkpoints.save(outcome.final.x.cpu(), str(folder / "x_recon.pth"))
-        checkpoints.save(setting.y, str(folder / "y_recon.pth"))
+        save(outcome.final.x.cpu(), str(folder / "x_recon.pth"))
+        save(setting.y, str(folder / "y_recon.pth"))
         write_csv(loss_header(args), recorder.rows, folder / "losses.csv")
     write_result(
         args, setting, outcome, folder, metrics=null_if_nan(scores), controls=costs, **entries

@@ -15,6 +15,7 @@ import torch
 
 from models.batchnorm import BATCHNORM_REPLACEMENTS, batchnorm_layers, replace_batchnorm
 from models.build import HEAD_INITS, architectures, build_model, find_head, init_head
+from models.checkpoint import make_checkpoint, seal
 from models.gradient import couples_samples, trainable_parameters
 from models.pretrained import load_pretrained
 from models.rank_analysis import MODES, rank_analysis
@@ -31,31 +32,18 @@ from train.datasets import (
     load_control,
 )
 from train.privacy import Protected, epsilon, protect_batch, protect_per_sample
-from utils.checkpoint import make_checkpoint, save, seal
-from utils.cli import (
-    InputError,
-    Parser,
-    choose_device,
-    file_name,
-    integer_from,
-    is_out_of_memory,
-    number,
-    run_script,
-    writable_folder,
-)
-from utils.distributed import Shard, add_flags, group_from, is_lost_peer, launch
+from utils.console import Reporter, Silent, setting_lines, table
+from utils.device import choose_device, device_name
+from utils.errors import InputError, is_out_of_memory
 from utils.files import claimed_stem, free_stem
-from utils.images import denormalise, save_panels
-from utils.report import (
-    Reporter,
-    Silent,
-    device_name,
-    git_revision,
-    setting_lines,
-    table,
-    versions,
-)
+from utils.flags import Parser, add_process_flags, file_name, integer_from, number
+from utils.images import denormalise
+from utils.launch import group_from, launch
+from utils.pictures import save_panels
+from utils.script import git_revision, run_script, versions, writable_folder
+from utils.shard import Shard, is_lost_peer
 from utils.streams import stream
+from utils.tensor_files import save
 
 #: What is written, all with one stem.
 ENDINGS = {
@@ -125,7 +113,7 @@ def parser() -> Parser:
     add("--ra", action="store_true", help="print RA-i of the network and stop")
     add("--ra-mode", choices=MODES, default="all",
         help="count all convolutions of a block, or as the original")  # fmt: skip
-    add_flags(parser)
+    add_process_flags(parser)
     return parser
 
 

@@ -14,7 +14,8 @@ from benchmarks.setting import photo_objective
 from inversion.objective import Weights
 from inversion.pixel_gradient import exact
 from inversion.restarts import initial_images
-from utils.report import table, write_csv
+from utils.console import table
+from utils.files import write_csv
 
 CASES = (("convnet", 32, 8), ("resnet18", 32, 8), ("resnet18", 64, 4), ("resnet50", 64, 4))
 

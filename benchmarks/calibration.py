@@ -25,7 +25,8 @@ from inversion.audit.verdict import (
     evidence_against_chance,
     judge,
 )
-from utils.report import table, write_csv
+from utils.console import table
+from utils.files import write_csv
 
 #: Images per batch, cases per size, decoys per image.
 SIZES, CASES, DECOYS = (1, 2, 4, 8, 16), 2000, 99

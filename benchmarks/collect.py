@@ -12,7 +12,8 @@ import re
 import statistics
 from pathlib import Path
 
-from utils.report import table, write_csv
+from utils.console import table
+from utils.files import write_csv
 
 FIGURES = ("gradient_loss", "psnr", "ssim", "mse", "above_baselines", "mean_colour_psnr")
 

@@ -18,7 +18,8 @@ from inversion.combine import combine
 from inversion.optimise import Loop, reconstruct
 from inversion.pixel_gradient import exact
 from inversion.restarts import initial_images
-from utils.report import table, write_csv
+from utils.console import table
+from utils.files import write_csv
 
 
 def main() -> None:

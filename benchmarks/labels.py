@@ -24,14 +24,14 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 from torchvision.models.resnet import BasicBlock, resnet50
 
-from inversion.evidence import Auxiliary, Evidence, features_of
-from inversion.labels import LABEL_STRATEGIES, LabelInputs
+from inversion.labels.evidence import Auxiliary, Evidence, features_of
+from inversion.labels.reconstruct import LABEL_STRATEGIES, LabelInputs
 from models.build import SMALL_NETWORKS, build_model, find_head, init_head
 from models.gradient import batch_gradient
 from train.datasets import DATASETS, PHOTOS
+from utils.files import write_csv
 from utils.image_files import public_photographs, square_crop
 from utils.metrics import label_accuracy
-from utils.report import write_csv
 
 SIZE, JITTER = 32, 6
 SCALES = (1.0, 1.5, 2.0)

@@ -12,7 +12,8 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 from inversion.audit.verdict import IDENTIFIABLE, INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
-from utils.report import table, write_csv
+from utils.console import table
+from utils.files import write_csv
 
 #: What is correlated with the scores; the last is how many images of the batch share the label.
 FIGURES = ("ratio", "information", "norm", "cosine_distance", "confidence", "same label")

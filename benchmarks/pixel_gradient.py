@@ -15,7 +15,8 @@ import torch
 from benchmarks.setting import photo_objective
 from inversion.pixel_gradient import exact, plain
 from inversion.restarts import initial_images
-from utils.report import device_name, write_csv
+from utils.device import device_name
+from utils.files import write_csv
 
 
 def main() -> None:

@@ -18,8 +18,10 @@ import torch
 from benchmarks.setting import photo_objective
 from inversion.pixel_gradient import exact
 from inversion.restarts import initial_images
-from utils.distributed import Group, Shard, free_address, launch
-from utils.report import table, write_csv
+from utils.console import table
+from utils.files import write_csv
+from utils.launch import Group, free_address, launch
+from utils.shard import Shard
 
 
 @dataclass(frozen=True)

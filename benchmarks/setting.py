@@ -4,11 +4,11 @@ import torch
 
 from inversion.objective import Objective, Weights
 from models.build import build_model, init_head
+from models.checkpoint import make_checkpoint
 from models.target import target_from_checkpoint
 from train.capture import capture
 from train.datasets import DATASETS, normalise, photo_batch
-from utils.checkpoint import make_checkpoint
-from utils.distributed import ALONE, Shard
+from utils.shard import ALONE, Shard
 
 
 def photo_objective(

@@ -15,7 +15,7 @@ from torch import Tensor
 from inversion.objective import Objective
 from inversion.optimise import lowest
 from models.gradient import couples_samples, trainable_parameters
-from utils.distributed import Shard
+from utils.shard import Shard
 
 #: Up to this many combinations all are tried, where their losses cost nothing.
 EXHAUSTIVE = 4096

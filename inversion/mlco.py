@@ -14,8 +14,9 @@ from torch import Generator, Tensor
 
 from inversion.combine import Combination, InterruptedSearchError, combine
 from inversion.objective import Objective
-from inversion.optimise import Loop, Outcome, Reconstruction, exchange, lowest, reconstruct
-from utils.distributed import ALONE, Shard
+from inversion.optimise import Loop, Outcome, Reconstruction, lowest, reconstruct
+from inversion.restarts import exchange
+from utils.shard import ALONE, Shard
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from inversion.priors import PRIORS, Candidate, Prior
 from models.batchnorm import batch_statistics, running_moments
 from models.gradient import batch_gradient, gradient_mode
 from models.target import Target, check_gradient_fits
-from utils.cli import InputError
-from utils.distributed import ALONE, Shard, differentiable_sum, sum_tensors
+from utils.errors import InputError
+from utils.shard import ALONE, Shard, differentiable_sum, sum_tensors
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor
 
 from inversion.objective import Losses
-from utils.distributed import ALONE, Shard
+from utils.shard import ALONE, Shard
 
 
 def _adam(x: Tensor, lr: float) -> torch.optim.Optimizer:
@@ -111,29 +111,6 @@ def lowest(losses: Sequence[float]) -> int:
     """Index of the lowest loss; one that is not finite counts as the highest."""
     finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
     return finite.index(min(finite))
-
-
-def exchange(
-    runs: Sequence[Reconstruction | None], x_seeds: Sequence[Tensor], seeds: Shard
-) -> list[Reconstruction]:
-    """All seeds' runs on every process, each of which has run its own of them in turn.
-
-    runs: one a seed, None where another process ran it. One that nobody started, after an
-    interruption, is its start `x_seeds[index]` with NaN losses. Optimisers' states stay where
-    they are.
-    """
-    owned = [i for i, run in enumerate(runs) if run is not None and seeds.owns(i)]
-    mine = {i: replace(runs[i], x=None, optimiser_state=None) for i in owned}
-    found = {i: run for part in seeds.objects(mine) for i, run in part.items()}
-    whole = []
-    for index, (run, x_init) in enumerate(zip(runs, x_seeds, strict=True)):
-        if index not in found:
-            whole.append(Reconstruction(x_init, Losses(math.nan, math.nan, {}), 0, "interrupted"))
-            continue
-        x = run.x if seeds.owns(index) else torch.zeros_like(x_init)
-        x = seeds.sum(x.to(seeds.device)).to(x_init.device)  # one seed at a time
-        whole.append(run if seeds.owns(index) else replace(found[index], x=x))
-    return whole
 
 
 class _NotFiniteError(Exception):

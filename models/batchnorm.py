@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import ALONE, Shard, differentiable_sum
+from utils.shard import ALONE, Shard, differentiable_sum
 
 #: Every BatchNorm of torch, SyncBatchNorm included.
 BATCHNORM_TYPES = (nn.modules.batchnorm._BatchNorm,)

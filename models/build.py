@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models as torchvision_models
 
-from utils.cli import InputError
+from utils.errors import InputError
 
 
 def lenet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) -> nn.Module:

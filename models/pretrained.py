@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from models import checking
 from models.build import (
     find_head,
     input_convolution,
@@ -13,9 +14,8 @@ from models.build import (
     misfits,
     some,
 )
-from utils import checking
-from utils.checkpoint import load_plain
-from utils.cli import InputError
+from utils.errors import InputError
+from utils.tensor_files import load_plain
 
 #: Where a file that holds more than a state dict keeps it.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")

@@ -21,9 +21,9 @@ from models.build import (
     misfits,
     some,
 )
+from models.checkpoint import without_wrapper
 from models.gradient import trainable_parameters
-from utils.checkpoint import without_wrapper
-from utils.cli import InputError
+from utils.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from inversion.distances import GRADIENT_DISTANCES
-from inversion.evidence import Auxiliary, Evidence
-from inversion.labels import LABEL_STRATEGIES, LabelInputs
+from inversion.labels.evidence import Auxiliary, Evidence
+from inversion.labels.reconstruct import LABEL_STRATEGIES, LabelInputs
 from inversion.priors import PRIORS, Candidate
 from utils import metrics
 

@@ -7,20 +7,22 @@ import time
 import torch
 from torch import nn
 
+from inversion.audit.information import gradient_information_ratio
 from inversion.combine import combine
-from inversion.leakage import gradient_information_ratio
 from inversion.mlco import MLCOSchedule, mlco
 from inversion.objective import Objective, Weights
 from inversion.optimise import Loop, reconstruct
 from inversion.pixel_gradient import exact, plain, prior_only
-from inversion.restarts import best, initial_images, mean, noise_generator
+from inversion.restarts import initial_images, noise_generator
+from inversion.strategies import best, mean
 from models.build import build_model
 from models.gradient import couples_samples
 from tests.support import photos, smooth_network, target_of
 from train.capture import capture
 from train.privacy import protect_per_sample
-from utils.cli import InputError
-from utils.distributed import ALONE, Group, launch
+from utils.errors import InputError
+from utils.launch import Group, launch
+from utils.shard import ALONE
 
 SIZE = 16
 WEIGHTS = Weights(2.0, {"tv": 0.1, "bn": 0.01, "norm": -1e-3, "group": 0.5})

@@ -13,11 +13,11 @@ from torch import nn
 
 import run
 import training
+from models.checkpoint import make_checkpoint
 from models.target import target_from_checkpoint
 from train.capture import capture
 from train.datasets import DATASETS, normalise, photo_batch
-from utils.checkpoint import make_checkpoint
-from utils.cli import run_script
+from utils.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 #: In seconds: what only something that waits for ever reaches, however busy the machine is.

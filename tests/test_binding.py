@@ -15,10 +15,11 @@ from inversion.audit.truth import (
 )
 from inversion.objective import Losses, Objective, Weights
 from models.build import build_model
+from models.checkpoint import load, load_truth, make_checkpoint, seal
 from models.gradient import batch_gradient
 from models.target import model_of, target_from_checkpoint
 from tests.support import MEAN, STD, attack, call, capture_photos, photos, smooth_network, succeed
-from utils.checkpoint import load, load_truth, make_checkpoint, save, seal
+from utils.tensor_files import save
 
 LENET = ("-a", "lenet", "-b", "3", "--outlayer-state", "keep")
 

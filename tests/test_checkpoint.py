@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from models.build import build_model
+from models.checkpoint import FORMAT, load, load_truth, make_checkpoint, seal
 from models.gradient import batch_gradient
 from models.target import (
     Protection,
@@ -27,9 +28,9 @@ from models.target import (
     truth_from_checkpoint,
 )
 from tests.support import ROOT, Hostile, attack, call, smooth_network, succeed
-from utils.checkpoint import FORMAT, load, load_truth, make_checkpoint, save, seal
-from utils.cli import FaultError, InputError
+from utils.errors import FaultError, InputError
 from utils.files import free_stem
+from utils.tensor_files import save
 
 SETUP = {"mean": [0.5] * 3, "std": [0.2] * 3, "size": (3, 32, 32), "n_classes": 8}
 PRIVATE = {

@@ -13,11 +13,12 @@ import run
 from inversion.objective import Objective, Weights
 from inversion.optimise import Loop, reconstruct
 from inversion.pixel_gradient import exact, prior_only
+from models.binding import bind
 from models.build import build_model
+from models.checkpoint import load
 from models.target import target_from_checkpoint
 from tests.support import attack, call, capture_photos, photos, smooth_network, target_of
-from utils.binding import bind
-from utils.checkpoint import load, save
+from utils.tensor_files import save
 
 
 @pytest.mark.parametrize("train_mode", [True, False])

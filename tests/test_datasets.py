@@ -23,7 +23,7 @@ from train.datasets import (
     photo_batch,
 )
 from utils import image_files
-from utils.cli import InputError
+from utils.errors import InputError
 
 
 def write_images(folder, count, size=(40, 30), mode="RGB", ending="png", seed=0):

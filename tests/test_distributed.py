@@ -17,14 +17,16 @@ import torch
 import run
 from inversion.optimise import Loop
 from inversion.pixel_gradient import exact
-from inversion.restarts import mean, noise_generator
+from inversion.restarts import noise_generator
+from inversion.strategies import mean
 from models.batchnorm import whole_batch_normalisation
+from models.checkpoint import load
 from tests import shared_work
 from tests.support import HANG, ROOT, attack, call, no_hang, wait_until
-from utils import distributed
-from utils.checkpoint import load
-from utils.cli import FaultError, InputError
-from utils.distributed import ALONE, Group, Shard, free_address, group_from, launch
+from utils import launch as launching
+from utils.errors import FaultError, InputError
+from utils.launch import Group, free_address, group_from, launch
+from utils.shard import ALONE, Shard
 
 
 def group(size):
@@ -283,11 +285,11 @@ def test_usable_defaults():
 
 def test_a_peer_that_does_not_come(monkeypatch):
     """A timeout that names the address."""
-    monkeypatch.setattr(distributed, "MEETING_TIMEOUT", 2)
+    monkeypatch.setattr(launching, "MEETING_TIMEOUT", 2)
     lonely = Group(2, 1, 0, group(1).url, "gloo")
     with (
         pytest.raises(FaultError, match=rf"did not meet the others at {lonely.url} within 2 s"),
-        distributed._joined(lonely, 0),
+        launching._joined(lonely, 0),
     ):
         pass
 
@@ -321,7 +323,7 @@ def met(groups):
 
     def process(group, rank):
         try:
-            distributed._meet(store, group, rank)
+            launching._meet(store, group, rank)
         except InputError as error:
             return str(error)
 
@@ -344,7 +346,7 @@ def nodes(*given):
 
 
 def test_nodes_meet_with_the_same_flags(monkeypatch):
-    monkeypatch.setattr(distributed, "_check_port_is_free", lambda *_: None)
+    monkeypatch.setattr(launching, "_check_port_is_free", lambda *_: None)
     own = {"nproc": 2, "workers": 3, "gpu": None, "dist_url": "tcp://a.example:99"}
     assert met(nodes({"nproc": 2}, own, {"nproc": 2})) == [None] * 6
 
@@ -359,7 +361,7 @@ def test_nodes_meet_with_the_same_flags(monkeypatch):
     ],
 )
 def test_every_process_is_told_the_first_flag_that_differs(given, says, monkeypatch):
-    monkeypatch.setattr(distributed, "_check_port_is_free", lambda *_: None)
+    monkeypatch.setattr(launching, "_check_port_is_free", lambda *_: None)
     groups = nodes(*given)
     told = met(groups)
     assert len(told) == sum(group.local for group in groups)

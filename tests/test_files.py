@@ -10,11 +10,10 @@ import torch
 from matplotlib import pyplot
 
 from tests.support import call, capture_photos
-from utils import files, images
-from utils.checkpoint import save
-from utils.cli import FaultError
-from utils.files import claimed_stem, whole_file
-from utils.report import write_csv, write_json
+from utils import files, pictures
+from utils.errors import FaultError
+from utils.files import claimed_stem, whole_file, write_csv, write_json
+from utils.tensor_files import save
 
 TRIALS = [{"mse": 0.1 * i, "iterations": i, "lr": float(i)} for i in (1, 2)]
 ROUNDS = [{"iteration": 1, "seeds": [0, 1]}]
@@ -24,11 +23,11 @@ WRITERS = {
     "save": lambda path, n: save({"n": n}, path),
     "write_json": lambda path, n: write_json({"n": n}, path),
     "write_csv": lambda path, n: write_csv(["n"], [[n]], path),
-    "save_png": lambda path, n: images.save_png(torch.full((3, 4, 4), n / 2), path),
-    "save_panels": lambda path, n: images.save_panels([(f"{n}", torch.rand(2, 3, 4, 4))], path),
-    "save_choices": lambda path, n: images.save_choices(n * ROUNDS, path),
-    "save_trials": lambda path, n: images.save_trials(n * TRIALS, ["lr"], path),
-    "save_losses": lambda path, n: images.save_losses(LOSSES[0], n * LOSSES[1], [], path),
+    "save_png": lambda path, n: pictures.save_png(torch.full((3, 4, 4), n / 2), path),
+    "save_panels": lambda path, n: pictures.save_panels([(f"{n}", torch.rand(2, 3, 4, 4))], path),
+    "save_choices": lambda path, n: pictures.save_choices(n * ROUNDS, path),
+    "save_trials": lambda path, n: pictures.save_trials(n * TRIALS, ["lr"], path),
+    "save_losses": lambda path, n: pictures.save_losses(LOSSES[0], n * LOSSES[1], [], path),
 }
 
 
@@ -197,7 +196,7 @@ def test_a_capture_that_fails_in_its_middle_leaves_nothing_behind(tmp_path, monk
     def full(figure, path):
         raise FaultError(f"{path} could not be written: No space left on device")
 
-    monkeypatch.setattr(images, "save_figure", full)
+    monkeypatch.setattr(pictures, "save_figure", full)
     outcome = call("training.py", "--data-name", "photos", "--results", tmp_path, *flags)
     assert outcome.code == 1
     assert outcome.err.endswith("_i0-2-target.png could not be written: No space left on device\n")

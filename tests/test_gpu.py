@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from inversion.leakage import gradient_information_ratio
+from inversion.audit.information import gradient_information_ratio
 from inversion.objective import Objective, Weights
 from inversion.pixel_gradient import exact, plain
 from models.build import build_model
 from tests import shared_work
 from tests.support import attack, cosine, photos, target_of
 from train.privacy import protect_per_sample
-from utils.distributed import ALONE, Group, Shard, _joined, free_address, launch, sum_tensors
+from utils.launch import Group, _joined, free_address, launch
+from utils.shard import ALONE, Shard, sum_tensors
 
 pytestmark = pytest.mark.gpu
 

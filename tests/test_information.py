@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inversion.leakage import gradient_information_ratio, information_ratio
+from inversion.audit.information import gradient_information_ratio, information_ratio
 from models.build import build_model
+from models.checkpoint import load
 from models.gradient import batch_gradient, gradient_mode
 from tests.support import attack, call, capture_photos, photos, succeed
-from utils.checkpoint import load
 
 
 @pytest.mark.parametrize("train_mode", [True, False])

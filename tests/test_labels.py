@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks.labels import SETTINGS, SlimResNet, run
-from inversion.auxiliary_counts import auxiliary_counts
-from inversion.counts import (
+from inversion.labels.auxiliary_counts import auxiliary_counts
+from inversion.labels.counts import (
     ScaledGradientError,
     check_scale,
     homogeneous,
@@ -17,8 +17,8 @@ from inversion.counts import (
     round_counts,
     with_bias_gradient,
 )
-from inversion.evidence import Auxiliary, Evidence, features_of, gather_evidence
-from inversion.labels import (
+from inversion.labels.evidence import Auxiliary, Evidence, features_of, gather_evidence
+from inversion.labels.reconstruct import (
     LABEL_STRATEGIES,
     LabelInputs,
     choose_method,
@@ -26,16 +26,17 @@ from inversion.labels import (
     reconstruct_labels,
 )
 from models.batchnorm import batchnorm_layers
+from models.binding import bind
 from models.build import build_model, init_head
+from models.checkpoint import load
 from models.gradient import batch_gradient
 from models.target import Protection, model_of
 from tests.support import attack, call, photos, succeed, target_of
 from tests.test_datasets import image_folder
 from train.datasets import PHOTOS
-from utils.binding import bind
-from utils.checkpoint import load, save
 from utils.image_files import PUBLIC_PHOTOS, public_photographs
 from utils.metrics import existence_accuracy, label_accuracy
+from utils.tensor_files import save
 
 FROM_GRADIENT = [name for name in LABEL_STRATEGIES if not name.startswith("counts-")]
 

@@ -8,8 +8,9 @@ import torch
 
 from inversion.objective import Losses, Weights
 from inversion.optimise import OPTIMISERS, Loop, reconstruct
-from inversion.restarts import best, initial_images, noise_generator
-from utils.distributed import ALONE
+from inversion.restarts import initial_images, noise_generator
+from inversion.strategies import best
+from utils.shard import ALONE
 
 GOAL = torch.tensor([0.3, -0.2, 0.9, 0.0]).view(1, 1, 2, 2)
 

@@ -12,7 +12,8 @@ from inversion.mlco import MLCOSchedule
 from inversion.objective import Objective, Weights
 from inversion.optimise import OPTIMISERS, Loop, reconstruct
 from inversion.pixel_gradient import exact
-from inversion.restarts import STRATEGIES, initial_images
+from inversion.restarts import initial_images
+from inversion.strategies import STRATEGIES
 from models.build import build_model
 from tests.support import smooth_network, target_of
 

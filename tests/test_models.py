@@ -15,7 +15,7 @@ from models.build import (
     input_convolution,
 )
 from models.pretrained import load_pretrained
-from utils.cli import InputError
+from utils.errors import InputError
 
 FIXED_SIZE = {"maxvit_t": 224, "inception_v3": 96}
 

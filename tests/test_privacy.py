@@ -9,10 +9,11 @@ from scipy.integrate import quad
 from torch import nn
 
 import training
-from inversion.leakage import gradient_information_ratio
+from inversion.audit.information import gradient_information_ratio
 from inversion.restarts import initial_images, noise_generator
 from models.batchnorm import batchnorm_layers, replace_batchnorm
 from models.build import SMALL_NETWORKS, build_model
+from models.checkpoint import load
 from models.gradient import batch_gradient, couples_samples, per_sample_gradients
 from models.target import Protection, model_of, target_from_checkpoint
 from tests.support import attack, call, capture_photos, photos, succeed
@@ -24,7 +25,6 @@ from train.privacy import (
     protect_per_sample,
     sample_norms,
 )
-from utils.checkpoint import load
 from utils.streams import stream
 
 

@@ -13,13 +13,14 @@ import torchvision
 import run
 import training
 from inversion.priors import PRIORS
-from inversion.search import RANGES
+from inversion.search.trial import RANGES
 from models.build import build_model
+from models.checkpoint import FORMAT, load
 from tests.support import ROOT, Hostile, Outcome, call, capture_photos
 from tests.test_datasets import celeba_folder, image_folder
 from tests.test_models import moco_file
-from utils.checkpoint import FORMAT, load, save
-from utils.distributed import free_address
+from utils.launch import free_address
+from utils.tensor_files import save
 
 LOOKED_UP = {prior.flag for prior in PRIORS.values()}
 LOOKED_UP |= {f"{run.tuned_flag(name)}-tune" for name in RANGES}

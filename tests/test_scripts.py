@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import run
+from models.binding import bind
 from models.build import build_model, find_head
+from models.checkpoint import load
 from tests.support import HANG, ROOT, attack, call, capture_photos, succeed
-from utils.binding import bind
-from utils.checkpoint import load
-from utils.report import Reporter
+from utils.console import Reporter
 
 RESULT_KEYS = {
     "format", "settings", "target", "versions", "git", "device", "processes", "seconds",

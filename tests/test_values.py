@@ -15,14 +15,15 @@ from skimage.metrics import structural_similarity
 from inversion.audit.scoring import score_reconstruction
 from inversion.distances import GRADIENT_DISTANCES, cosine_distance, squared_l2
 from inversion.priors import Candidate, bn_statistics, l2_norm, total_variation
+from models.checkpoint import load
 from tests import golden
 from tests.support import attack
 from train.datasets import DATASETS
 from utils import metrics
-from utils.checkpoint import load
-from utils.cli import InputError
+from utils.errors import InputError
+from utils.files import null_if_nan, null_unless_finite, write_json
 from utils.images import denormalise
-from utils.report import null_if_nan, null_unless_finite, write_json
+from utils.matching import assign
 
 GOLDEN = json.loads(golden.FILE.read_text())
 
@@ -108,7 +109,7 @@ def test_assignment_minimises_the_summed_mse():
     x_true = torch.rand(5, 1, 3, 3)
     x = (x_true + 0.3 * torch.randn(5, 1, 3, 3)).roll(2, 0)
     cost = lambda order: metrics.mse(x[list(order)], x_true).sum().item()  # noqa: E731
-    order = metrics.assign(x, x_true)
+    order = assign(x, x_true)
     assert sorted(order) == list(range(5))
     assert cost(order) == pytest.approx(min(map(cost, permutations(range(5)))))
 

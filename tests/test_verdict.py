@@ -29,7 +29,8 @@ from inversion.audit.verdict import (
 from tests.support import attack, photos
 from train.datasets import DATASETS, Request, load_control
 from utils.images import denormalise
-from utils.metrics import RESAMPLES, assign, bootstrap_interval, psnr
+from utils.matching import assign
+from utils.metrics import RESAMPLES, bootstrap_interval, psnr
 
 # Identification -----------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from models.batchnorm import batch_statistics, batchnorm_layers
 from models.gradient import batch_gradient
 from models.target import Update
-from utils.distributed import ALONE, Shard, sum_tensors
+from utils.shard import ALONE, Shard, sum_tensors
 
 
 def capture(

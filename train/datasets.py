@@ -20,9 +20,8 @@ from torchvision.datasets import SVHN
 from torchvision.transforms.v2 import functional as transforms
 
 import utils.images
-from utils import checking
-from utils.checkpoint import load_plain
-from utils.cli import InputError
+from models import checking
+from utils.errors import InputError
 from utils.image_files import (
     centre_crop,
     decode_all,
@@ -31,6 +30,7 @@ from utils.image_files import (
     public_photographs,
     random_crop,
 )
+from utils.tensor_files import load_plain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)

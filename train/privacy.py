@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from models.gradient import CHUNK_BYTES, per_sample_gradients
-from utils.distributed import ALONE, Shard, sum_tensors
+from utils.shard import ALONE, Shard, sum_tensors
 
 
 @dataclass(frozen=True)

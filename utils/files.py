@@ -1,14 +1,17 @@
 """Writing files: whole or not at all, and never over those of another run."""
 
 import contextlib
+import csv
 import io
+import json
+import math
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from utils.cli import FaultError
+from utils.errors import FaultError
 
 #: Ending of the empty file that holds a stem while its files are written.
 CLAIM = ".claim"
@@ -102,3 +105,69 @@ def _claim(stem: str, endings: Sequence[str]) -> str:
         if free_stem(free, endings) == free:
             return free
         os.unlink(free + CLAIM)  # another process took it, wrote and was done in between
+
+
+def claim_folder(path: str | Path) -> Path:
+    """Create folder `path`, or `path-2`, `path-3`, … where it exists, and return it.
+
+    Raises FaultError when it cannot be created.
+    """
+    while True:
+        free = Path(free_stem(str(path)))
+        try:
+            free.mkdir(parents=True)
+            return free
+        except FileExistsError:  # somebody else took the name in between
+            continue
+        except OSError as error:
+            raise FaultError(f"{free} could not be created: {error.strerror}") from error
+
+
+def write_json(content: Mapping, path: str | Path) -> None:
+    """Write strict JSON, in which every number is finite.
+
+    Raises ValueError, naming the entry, for one that is not: JSON has no word for it, so the
+    caller says by `null_if_nan` or `null_unless_finite` where null stands for such a number, and
+    the documentation what it means there.
+    """
+    text = json.dumps(_plain(content, ""), indent=1, allow_nan=False) + "\n"
+    with whole_file(path, text=True) as file:
+        file.write(text)
+
+
+def _plain(value, place: str):
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v, f"{place}/{key}") for key, v in value.items()}
+    if hasattr(value, "tolist"):  # tensors and arrays
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{place}/{i}") for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place}: {value} has no meaning in JSON")
+    return value
+
+
+def null_if_nan(value):
+    """`value`, of mappings and sequences, with None for NaN, which stands for "no value" here."""
+    return _with_null(value, math.isnan)
+
+
+def null_unless_finite(value):
+    """`value`, of mappings and sequences, with None for NaN and infinities: it overflowed."""
+    return _with_null(value, lambda number: not math.isfinite(number))
+
+
+def _with_null(value, where: Callable[[float], bool]):
+    if isinstance(value, Mapping):
+        return {key: _with_null(v, where) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(v, where) for v in value]
+    return None if isinstance(value, float) and where(value) else value
+
+
+def write_csv(header: Sequence[str], rows: Sequence[Sequence], path: str | Path) -> None:
+    """Write rows under a header."""
+    with whole_file(path, text=True) as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import lpips
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import bootstrap
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from utils.cli import InputError
+from utils.errors import InputError
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
@@ -189,24 +188,6 @@ def existence_accuracy(y: Tensor, y_true: Tensor, num_classes: int) -> float:
     """
     found, true = (torch.bincount(v.cpu(), minlength=num_classes) > 0 for v in (y, y_true))
     return (found == true).double().mean().item()
-
-
-def assign(
-    x: Tensor, x_true: Tensor, y: Tensor | None = None, y_true: Tensor | None = None
-) -> list[int]:
-    """Optimal one-to-one pairing: for true image i the index of its reconstruction.
-
-    Minimises the summed MSE (Hungarian method, scipy). With labels `y` of the reconstructions and
-    `y_true`, (B,) each, first the number of pairs whose labels differ: an attack that knew the
-    labels said which of its images is which.
-    """
-    a, b = x.double().flatten(1).cpu(), x_true.double().flatten(1).cpu()
-    cost = (b.square().sum(1)[:, None] + a.square().sum(1)[None] - 2 * b @ a.T).numpy()
-    if y is not None:
-        differ = (y_true.cpu()[:, None] != y.cpu()[None]).numpy()
-        cost = cost + (np.ptp(cost) + 1) * len(cost) * differ
-    rows, columns = linear_sum_assignment(cost)
-    return columns[np.argsort(rows)].tolist()
 
 
 @dataclass(frozen=True)

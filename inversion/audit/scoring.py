@@ -25,8 +25,9 @@ from inversion.audit.verdict import (
     judge,
 )
 from utils import metrics
-from utils.images import decibels
-from utils.report import table
+from utils.console import table
+from utils.matching import assign
+from utils.pictures import decibels
 
 #: A control whose p is at most this many times the attack's tells true images from decoys nearly as
 #: well, without knowing anything of them: the decoys are then unlike them.
@@ -118,7 +119,7 @@ def score_reconstruction(
     """
 
     def pairing_of(images):
-        return list(range(len(true))) if by_index else metrics.assign(images, true, y_found, y_true)
+        return list(range(len(true))) if by_index else assign(images, true, y_found, y_true)
 
     order = pairing_of(found)
     used = {**metrics.METRICS, "ssim": ssim, **({"lpips": lpips_score} if lpips_score else {})}

@@ -11,7 +11,7 @@ from inversion.distances import cosine_distance, joint_norm
 from inversion.objective import Losses, Objective, Weights
 from models.batchnorm import batchnorm_layers
 from models.target import Target, rounding_error
-from utils.distributed import ALONE, Shard
+from utils.shard import ALONE, Shard
 
 #: Cosine distance up to which two gradients can be those of one batch but for rounding, the share
 #: of a flat batch's distance that it must stay below, and the distance that is only rounding: of

@@ -9,14 +9,14 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from inversion.counts import (
+from inversion.labels.counts import (
     Estimate,
     clipping_remark,
     plausible_spread,
     prepared,
     round_counts,
 )
-from inversion.evidence import Evidence
+from inversion.labels.evidence import Evidence
 
 #: Up to this many classes all statistics are used, with their covariances.
 MANY_CLASSES = 200

@@ -15,7 +15,7 @@ from models.gradient import (
     per_sample_gradients,
     trainable_parameters,
 )
-from utils.distributed import ALONE, Shard, sum_tensors
+from utils.shard import ALONE, Shard, sum_tensors
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,5 @@
-"""Several processes that share one computation: starting them, splitting, summing.
+"""Starting, watching and ending the processes that share one computation."""
 
-A `Shard` is what the rest of the code sees; for one process all it does is the identity. This is
-the only file that knows torch.distributed.
-"""
-
-import argparse
 import contextlib
 import ctypes
 import datetime
@@ -20,9 +15,10 @@ from multiprocessing import connection, get_context
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from utils.cli import FaultError, InputError, integer_from, run_script
+from utils.errors import FaultError, InputError
+from utils.script import run_script
+from utils.shard import ALONE, Shard, is_lost_peer
 
 #: How long processes wait for one another, in seconds: to meet, and in a collective. The latter is
 #: long because one may still run a whole seed; a process that ended is noticed by its closed
@@ -35,135 +31,6 @@ GRACE = 3.0
 FLAGS_OF_A_NODE = {"rank", "gpu", "dist_url", "workers", "multiprocessing_distributed"}
 #: What a process says that can only report the end of another.
 LOST = "lost another one"
-#: What torch.distributed says when another process is gone.
-LOST_PEER = ("peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This process's place among `size` processes: rank 0 … size − 1.
-
-    Batches are split into contiguous blocks, the first ones larger by one image where the batch
-    does not divide; blocks may be empty. Every method but `split`, `block` and `owns` is a
-    collective: all processes call it, in the same order.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process reports and writes."""
-        return self.rank == 0
-
-    def block(self, count: int, rank: int | None = None) -> slice:
-        """The part of `count` items that a process (this one) has."""
-        rank = self.rank if rank is None else rank
-        share, more = divmod(count, self.size)
-        start = rank * share + min(rank, more)
-        return slice(start, start + share + (rank < more))
-
-    def split(self, whole: Tensor) -> Tensor:
-        """This process's block of the first dimension, a view."""
-        return whole[self.block(len(whole))]
-
-    def owns(self, index: int) -> bool:
-        """Whether item `index` of items dealt out in turn is this process's."""
-        return index % self.size == self.rank
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over processes; `x` itself is untouched."""
-        if self.size == 1:
-            return x
-        return self.sum_(x.detach().clone(memory_format=torch.contiguous_format))
-
-    def sum_(self, x: Tensor) -> Tensor:
-        """Sum over processes in place of the contiguous `x`, which is returned."""
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
-
-    def gather(self, own: Tensor, count: int) -> Tensor:
-        """The whole (count, ...) of which every process has its block."""
-        if self.size == 1:
-            return own
-        whole = own.new_zeros(count, *own.shape[1:])
-        whole[self.block(count)] = own.detach()
-        return self.sum_(whole)
-
-    @property
-    def device(self) -> str:
-        """Where tensors must lie to be summed, if they may lie anywhere."""
-        return "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any process."""
-        if self.size == 1:
-            return bool(flag)
-        return bool(self.sum_(torch.tensor([float(flag)], device=self.device)).item() > 0)
-
-    def objects(self, own) -> list:
-        """A small picklable object of every process, in the order of ranks."""
-        if self.size == 1:
-            return [own]
-        found = [None] * self.size
-        dist.all_gather_object(found, own)
-        return found
-
-
-def is_lost_peer(error: Exception) -> bool:
-    """Whether torch.distributed raised `error` because another process is gone."""
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST_PEER)
-
-
-#: The only process.
-ALONE = Shard()
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over processes, any number of times differentiable: it is its own derivative."""
-
-    @staticmethod
-    def forward(ctx, x, shard):
-        ctx.shard = shard
-        return shard.sum(x)
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        return _Sum.apply(cotangent, ctx.shard), None
-
-
-def differentiable_sum(x: Tensor, shard: Shard) -> Tensor:
-    """`shard.sum` on the graph.
-
-    A cotangent is summed over processes as well. What every process computes alike from the sum
-    must therefore enter a derivative divided by the number of processes.
-    """
-    return x if shard.size == 1 else _Sum.apply(x, shard)
-
-
-def sum_tensors(tensors: Sequence[Tensor], shard: Shard) -> tuple[Tensor, ...]:
-    """Sums over processes of several tensors of one type, in one collective."""
-    if shard.size == 1:
-        return tuple(tensors)
-    flat = shard.sum_(torch.cat([t.detach().flatten() for t in tensors]))
-    parts = flat.split([t.numel() for t in tensors])
-    return tuple(part.view(t.shape) for part, t in zip(parts, tensors, strict=True))
-
-
-# Flags -------------------------------------------------------------------------------------
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags by which both scripts are run in several processes."""
-    add = parser.add_argument_group("several processes").add_argument
-    add("--multiprocessing-distributed", action="store_true",
-        help="one process a GPU on every node")  # fmt: skip
-    add("--nproc", type=integer_from(1), help="processes on this node")
-    add("--world-size", type=int, default=-1, help="nodes; default: this one alone")
-    add("--rank", type=int, default=-1, help="number of this node; default: 0")
-    add("--dist-url", help="where they meet: tcp://HOST:PORT or env://; default: a local port")
-    add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl with CUDA, else gloo")
 
 
 @dataclass(frozen=True)
@@ -287,9 +154,6 @@ def _check_port_is_free(host: str, port: int, url: str) -> None:
             raise InputError(
                 f"--dist-url {url}: cannot be opened here ({error.strerror}); give another port"
             ) from error
-
-
-# Starting ----------------------------------------------------------------------------------
 
 
 def launch(work: Callable[[list[str], Shard, int], int], argv: list[str], group: Group) -> int:

@@ -4,24 +4,17 @@ A checkpoint is a dict of plain types and tensors with the keys of the original 
 `format` number; `make_checkpoint` says what each holds. Loading never runs code from the file.
 """
 
-import argparse
-import collections
 import contextlib
 import datetime
-import os
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from utils import checking
-from utils.binding import bind
-from utils.cli import InputError
-from utils.files import unwritten, whole_file
+from models import checking
+from models.binding import bind
+from utils.errors import InputError
+from utils.tensor_files import _one_line, load_plain
 
 #: Raised by one whenever a reader of the number before could misread the file.
 FORMAT = 4
@@ -40,13 +33,6 @@ PRIVATE_KEYS = (
 )  # fmt: skip
 #: What stands before every name of a network that is wrapped.
 WRAPPERS = ("module.", "_orig_mod.")
-#: What checkpoints of the original hold besides tensors and plain types.
-ORIGINAL_TYPES = [
-    argparse.Namespace,
-    collections.OrderedDict,
-    datetime.datetime,
-    datetime.timedelta,
-]
 
 
 def make_checkpoint(
@@ -229,90 +215,6 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
     return sealed, {"format": FORMAT, **truth}
 
 
-def save(content, path: str) -> None:
-    """Write tensors and plain values to `path`: the whole file, or nothing (`whole_file`).
-
-    Raises FaultError when it cannot be written; whatever stood at `path` is then untouched.
-    """
-    with whole_file(path) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            # torch reports a full disk as a RuntimeError of positions, raised while handling it
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise unwritten(path, cause) from error
-
-
-def load_plain(path: str, flag: str):
-    """Load a file of tensors and plain types onto the CPU; nothing in it is run.
-
-    Besides those, only the harmless types that checkpoints of the original hold are allowed.
-
-    A zip archive, which torch.save writes, is read only when every member is stored as it is,
-    within the file's size, and has its checksum; torch itself reads the checksums of none. The
-    format of torch before 1.6 has no checksums.
-
-    Raises InputError, naming `flag`, when the file is missing, damaged, or holds anything else.
-    """
-    if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "no such file"
-        raise InputError(f"{flag} {path}: {what}; give a file")
-    try:
-        is_archive = _check_archive(path, flag)
-        with torch.serialization.safe_globals(ORIGINAL_TYPES), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL:? ([\w.]+)", str(error))
-        if not found and not is_archive:
-            raise InputError(
-                f"{flag} {path}: unreadable or damaged: no file that torch.save wrote; "
-                "write it again"
-            ) from error
-        holds = f"it holds {found[1]}, which" if found else "it holds something that"
-        raise InputError(
-            f"{flag} {path}: refused: {holds} is no tensor or plain value, and nothing else is "
-            "read from a pickle; save it again as tensors, numbers, strings, lists and dicts"
-        ) from error
-    except PermissionError as error:
-        raise InputError(f"{flag} {path}: no permission to read it") from error
-    except Exception as error:  # torch raises many types for damaged files
-        raise InputError(
-            f"{flag} {path}: unreadable or damaged ({_one_line(error)[:120]}); write it again"
-        ) from error
-
-
-def _check_archive(path: str, flag: str) -> bool:
-    """Whether the file is a zip archive; raise InputError where one is not as torch writes it."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # how torch tells an archive from its older format
-            return False
-    damaged = f"{flag} {path}: damaged:"
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        for member in members:
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise InputError(
-                    f"{damaged} {member.filename} is compressed, and torch.save compresses "
-                    "nothing; write it again"
-                )
-        if len(set(archive.namelist())) < len(members):
-            raise InputError(f"{damaged} it holds members of the same name; write it again")
-        total, size = sum(member.file_size for member in members), os.path.getsize(path)
-        if total > size:
-            raise InputError(
-                f"{damaged} its members claim {total} bytes, the file has {size}; write it again"
-            )
-        broken = archive.testzip()
-    if broken is not None:
-        raise InputError(
-            f"{damaged} {broken} does not match its checksum; copy it again from where it was made"
-        )
-    return True
-
-
 def load(path: str, flag: str = "--checkpoint") -> dict:
     """Load and check a checkpoint, of this project or of the original.
 
@@ -453,7 +355,3 @@ def _check_format(content: dict, path: str, flag: str) -> None:
             f"{flag} {path}: format {number}, written by a newer version; this one reads formats "
             f"up to {FORMAT}: update the project"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

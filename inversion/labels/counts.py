@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from inversion.evidence import Evidence
+from inversion.labels.evidence import Evidence
 
 #: Spread of the logits over samples from which on a head counts as trained (saturated).
 SPREAD_LIMIT = 1.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from inversion.auxiliary_counts import IMAGES_FOR_BN, auxiliary_counts
-from inversion.counts import (
+from inversion.labels.auxiliary_counts import IMAGES_FOR_BN, auxiliary_counts
+from inversion.labels.counts import (
     Estimate,
     check_scale,
     counts,
@@ -20,7 +20,7 @@ from inversion.counts import (
     round_counts,
     with_bias_gradient,
 )
-from inversion.evidence import Evidence, gather_evidence
+from inversion.labels.evidence import Evidence, gather_evidence
 from models.build import find_head
 from models.gradient import couples_samples, trainable_parameters
 from models.target import Target

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from utils.cli import InputError
+from utils.errors import InputError
 
 #: What the truth's `checkpoint_digest` covers.
 PUBLIC_KEYS = (

@@ -1,0 +1,114 @@
+"""What a run prints: lines and their log, progress, tables."""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prettytable import PrettyTable
+from tqdm import tqdm
+
+
+class Reporter:
+    """Prints lines and keeps them for a log file; lines from before `log_to` go there too.
+
+    A closed output or a full disk silences it, but never ends the work it reports on.
+    """
+
+    def __init__(self):
+        self._lines: list[str] = []
+        self._path: Path | None = None
+
+    def say(self, text: str = "") -> None:
+        """Print `text` and log it."""
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # such as `| head` that has seen enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        self._lines.append(text)
+        if self._path is not None:
+            self._flush()
+
+    def log_to(self, path: str | Path) -> None:
+        """Write the log to `path` from now on."""
+        self._path = Path(path)
+        self._flush()
+
+    def _flush(self):
+        try:
+            with open(self._path, "a") as log:
+                log.writelines(line + "\n" for line in self._lines)
+            self._lines.clear()
+        except OSError:
+            pass  # the lines are kept for the next attempt
+
+
+class Silent(Reporter):
+    """The reporter of every process but the first."""
+
+    def say(self, text: str = "") -> None:
+        """Say nothing."""
+
+    def log_to(self, path: str | Path) -> None:
+        """Write nothing."""
+
+
+class Progress:
+    """Progress of `total` iterations: a bar on a terminal, else a line every `every` iterations."""
+
+    def __init__(self, total: int, every: int, reporter: Reporter):
+        self.total, self.every, self.reporter = total, every, reporter
+        self.done = 0
+        self.start = time.perf_counter()
+        shown = sys.stderr.isatty() and not isinstance(reporter, Silent)
+        self._bar = tqdm(total=total, unit="it") if shown else None
+
+    def step(self, prefix: str, values: Mapping[str, float]) -> None:
+        """Count one iteration; `prefix` and `values` are shown with it."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+        elif self.done % self.every == 0 or self.done == self.total:
+            seconds = time.perf_counter() - self.start
+            left = seconds / self.done * (self.total - self.done)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.reporter.say(
+                f"{prefix}  iteration {self.done}/{self.total}  {shown}  "
+                f"{self.done / seconds:.1f} it/s  {duration(left)} left"
+            )
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence], separated: int = 0) -> str:
+    """A text table; floats with four digits, NaN as n/a; a line before the last `separated`."""
+    pretty = PrettyTable(list(header), align="r")
+    for i, row in enumerate(rows):
+        pretty.add_row([_cell(v) for v in row], divider=i == len(rows) - separated - 1)
+    return pretty.get_string()
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return "n/a" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def setting_lines(settings: Mapping) -> str:
+    """Every setting, `name value` in columns sorted by name."""
+    width = max(map(len, settings))
+    return "\n".join(f"  {name:<{width}}  {settings[name]}" for name in sorted(settings))

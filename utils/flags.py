@@ -1,0 +1,86 @@
+"""Flag types and the parser that both scripts build on."""
+
+import argparse
+import math
+import os
+
+from utils.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and which takes no abbreviated flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
+
+    def error(self, message):
+        """Refuse the command line."""
+        raise InputError(" ".join(message.split()))
+
+
+def integer_from(low: int, high: int = 2**31 - 1):
+    """A flag type: an integer from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not an integer") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is below {low}; give {low} or more")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{value} is above {high}; give {high} or less")
+        return value
+
+    return parse
+
+
+def number(
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+):
+    """A flag type: a finite number in [low, high], strictly above `above` and below `below`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above:g}")
+        if below is not None and value >= below:
+            raise argparse.ArgumentTypeError(f"{text} must be below {below:g}")
+        if not low <= value <= high:
+            allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give {allowed}")
+        return value
+
+    return parse
+
+
+def file_name(text: str) -> str:
+    """A flag type: something that can be part of a file's name."""
+    if os.sep in text or text in ("", ".", "..") or len(text.encode()) > 100:
+        raise argparse.ArgumentTypeError(
+            f"'{text[:120]}' is part of a file name: give 1 to 100 characters without {os.sep}"
+        )
+    return text
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags by which both scripts are run in several processes."""
+    add = parser.add_argument_group("several processes").add_argument
+    add("--multiprocessing-distributed", action="store_true",
+        help="one process a GPU on every node")  # fmt: skip
+    add("--nproc", type=integer_from(1), help="processes on this node")
+    add("--world-size", type=int, default=-1, help="nodes; default: this one alone")
+    add("--rank", type=int, default=-1, help="number of this node; default: 0")
+    add("--dist-url", help="where they meet: tcp://HOST:PORT or env://; default: a local port")
+    add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl with CUDA, else gloo")

@@ -1,0 +1,226 @@
+"""Pictures of images, losses and trials."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend comes first)
+from PIL import Image
+from torch import Tensor
+
+from utils.files import whole_file
+
+PAIRS_A_ROW = 8
+
+
+def save_png(image: Tensor, path: str | Path) -> None:
+    """Write one image (C, H, W) in [0, 1], C 1 or 3, as an 8-bit PNG."""
+    pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    with whole_file(path) as file:
+        picture.save(file, format="png")
+
+
+def save_figure(figure: pyplot.Figure, path: str | Path) -> None:
+    """Write a figure as a PNG and close it."""
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, format="png", dpi=100)
+    finally:
+        pyplot.close(figure)
+
+
+def save_images(images: Tensor, folder: str | Path, name: str) -> None:
+    """Write images (B, C, H, W) in [0, 1] as `{folder}/{name}_{index}.png`; makes the folder."""
+    for i, image in enumerate(images):
+        save_png(image, Path(folder) / f"{name}_{i:03d}.png")
+
+
+def save_panels(
+    rows: Sequence[tuple[str, Tensor]],
+    path: str | Path,
+    captions: Sequence[str] | None = None,
+    marked: int | None = None,
+) -> None:
+    """Write one picture of several rows of images, image i of every row above one another.
+
+    rows: (title, images (B, C, H, W) in [0, 1]). captions: B texts under the last row. marked:
+    number of the image that gets a frame. Batches of more than eight go on in further groups of
+    rows below.
+    """
+    count = len(rows[0][1])
+    columns = min(count, PAIRS_A_ROW)
+    groups = -(-count // columns)
+    height, width = rows[0][1].shape[-2:]
+    gap = max(1, round(0.06 * width))
+    text = 0 if captions is None else max(1, round(0.22 * height))
+    step_y, step_x = len(rows) * (height + gap) + text, width + gap
+    canvas = torch.ones(groups * step_y, columns * step_x, 3)
+
+    def corner(i, r):
+        return i // columns * step_y + r * (height + gap), i % columns * step_x
+
+    for r, (_, images) in enumerate(rows):
+        for i, image in enumerate(images):
+            top, left = corner(i, r)
+            canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    inches = 1.5 / step_x  # an inch and a half an image
+    figure = pyplot.figure(figsize=(inches * canvas.shape[1] + 0.4, inches * canvas.shape[0]))
+    share = 0.4 / figure.get_figwidth()
+    axis = figure.add_axes((share, 0, 1 - share, 1))
+    axis.imshow(canvas.numpy(), interpolation="nearest")
+    axis.set_axis_off()
+    for group in range(groups):
+        for r, (title, _) in enumerate(rows):
+            top, _ = corner(group * columns, r)
+            axis.text(-gap, top + height / 2, title, rotation=90, ha="right", va="center", size=9)
+    for i, caption in enumerate(captions or ()):
+        top, left = corner(i, len(rows) - 1)
+        axis.text(left + width / 2, top + height + gap, caption, ha="center", va="top", size=9)
+    if marked is not None:
+        top, left = corner(marked, 0)
+        size = (width - 1, len(rows) * (height + gap) - gap - 1)
+        axis.add_patch(pyplot.Rectangle((left, top), *size, fill=False, ec="red", lw=2))
+    save_figure(figure, path)
+
+
+def decibels(psnr: float | None) -> str:
+    """A PSNR in words; None is that of an exact image."""
+    return "exact" if psnr is None else f"{psnr:.1f} dB"
+
+
+def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: Path) -> None:
+    """Write `pairs.png` and `images/`: reconstructions, and above them the truth if it is given.
+
+    found, true: (B, C, H, W) in [0, 1]. scores: the metrics of result.json, which hold the
+    pairing; with them everything is in the order of the true images, else in that of `found`.
+    """
+    if scores is None:
+        save_panels([("reconstruction", found)], folder / "pairs.png")
+        save_images(found, folder / "images", "reconstruction")
+        return
+    paired = found[[image["reconstruction"] for image in scores["images"]]]
+    captions = [decibels(image["psnr"]) for image in scores["images"]]
+    save_panels([("truth", true), ("reconstruction", paired)], folder / "pairs.png", captions)
+    save_images(true, folder / "images", "truth")
+    save_images(paired, folder / "images", "reconstruction")
+
+
+def save_controls(
+    found: Tensor, true: Tensor, controls: Mapping[str, Tensor], scores: dict, path: str | Path
+) -> None:
+    """Write truth, reconstruction and what every control made, one above the other.
+
+    found, true and the controls: (B, C, H, W) in [0, 1]. scores: the metrics of result.json, which
+    hold the pairing. Under each image stand its number and its PSNR; the worst one is marked.
+    """
+    paired = found[[image["reconstruction"] for image in scores["images"]]]
+    rows = [("truth", true), ("attack", paired)]
+    for name, images in controls.items():
+        rows.append((name, images[scores["controls"][name]["reconstruction"]]))
+    worst = scores["verdict"]["worst_image"]
+    captions = [
+        f"{image['true']}: {decibels(image['psnr'])}{' (worst)' if image['true'] == worst else ''}"
+        for image in scores["images"]
+    ]
+    save_panels(rows, path, captions, marked=worst)
+
+
+def save_decoys(
+    found: Tensor, true: Tensor, decoys: Tensor, scores: dict, path: str | Path
+) -> None:
+    """Write the worst image's reconstruction, its truth, and the decoys most similar to it.
+
+    found, true: (B, C, H, W) in [0, 1]. decoys: (B, N, C, H, W) of uint8. scores: the metrics of
+    result.json, which hold the pairing and the ranks.
+    """
+    worst, ranks = scores["verdict"]["worst_image"], scores["identification"]
+    source = scores["images"][worst]["reconstruction"]
+    nearest = ranks["nearest"][worst]
+    row = torch.cat([found[source][None], true[worst][None], decoys[worst, nearest] / 255])
+    captions = ["reconstruction", f"truth, rank {ranks['ranks'][worst]}\nof {ranks['candidates']}"]
+    captions += [f"decoy\n{place + 1}" for place in range(len(nearest))]
+    save_panels([(f"image {worst}", row)], path, captions, marked=1)
+
+
+def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
+    """Write which seed each image came from: rounds × images, coloured by seed.
+
+    rounds: dicts with `iteration` and `seeds`, a seed an image.
+    """
+    seeds = sorted({seed for found in rounds for seed in found["seeds"]})
+    colours = pyplot.get_cmap("tab20" if len(seeds) > 10 else "tab10", max(len(seeds), 10))
+    places = [[seeds.index(seed) for seed in found["seeds"]] for found in rounds]
+    width, height = max(4.0, 0.25 * len(places[0]) + 2), 0.3 * len(rounds) + 1.2
+    figure, axis = pyplot.subplots(figsize=(min(width, 30), height), layout="constrained")
+    axis.imshow(places, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, aspect="auto")
+    axis.set(xlabel="image", ylabel="after iteration")
+    axis.set_yticks(range(len(rounds)), [found["iteration"] for found in rounds])
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    patches = [
+        pyplot.Rectangle((0, 0), 1, 1, color=colours(place), label=f"seed {seed}")
+        for place, seed in enumerate(seeds)
+    ]
+    axis.legend(handles=patches, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path)
+
+
+def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) -> None:
+    """Write error against every searched parameter, a dot a trial, coloured by its iterations.
+
+    trials: dicts with `mse`, `iterations` and a value for every name; unscored ones are left out.
+    """
+    scored = [trial for trial in trials if trial["mse"] is not None]
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(3.5 * len(names) + 1, 3), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        values = [trial[name] for trial in scored]
+        dots = axis.scatter(
+            values, [t["mse"] for t in scored], c=[t["iterations"] for t in scored], s=18
+        )
+        axis.set(xlabel=name, ylabel="mean squared error", yscale="log")
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axis.set_xscale("log")
+        axis.grid(alpha=0.3)
+    figure.colorbar(dots, ax=axes[0, -1], label="iterations")
+    save_figure(figure, path)
+
+
+def save_losses(
+    header: Sequence[str], rows: Sequence[Sequence], rounds: Sequence[dict], path: str | Path
+) -> None:
+    """Write the loss curves: a panel a column from "total" on, a line a seed, log scale if > 0.
+
+    header, rows: of losses.csv, its first two columns seed and iteration; empty cells are left
+    out. rounds: dicts with `iteration` and `gradient_loss`, a dot each in the panel "gradient".
+    """
+    curves = {}
+    for column in range(header.index("total"), len(header)):
+        lines = curves[header[column]] = {}
+        for row in rows:
+            if row[column] != "":
+                label = row[0] if isinstance(row[0], str) else f"seed {row[0]}"
+                steps, values = lines.setdefault(label, ([], []))
+                steps.append(row[1])
+                values.append(row[column])
+    figure, axes = pyplot.subplots(
+        1, len(curves), figsize=(4 * len(curves), 3), squeeze=False, layout="constrained"
+    )
+    for axis, (title, lines) in zip(axes[0], curves.items(), strict=True):
+        for label, (steps, values) in lines.items():
+            axis.plot(steps, values, linewidth=1, label=label)
+        if rounds and title == "gradient":
+            steps = [found["iteration"] for found in rounds]
+            values = [found["gradient_loss"] for found in rounds]
+            axis.plot(steps, values, "ko", markersize=4, label="consensus formed")
+        if all(v > 0 for _, values in lines.values() for v in values):
+            axis.set_yscale("log")
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=7)
+    save_figure(figure, path)
