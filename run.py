@@ -44,13 +44,11 @@ from inversion.labels.reconstruct import (
     LabelResult,
     reconstruct_labels,
 )
-from inversion.mlco import MLCOSchedule
-from inversion.objective import Losses, Objective, Weights
-from inversion.optimise import Loop, Outcome, lowest, reconstruct
+from inversion.objective import Losses, Objective
+from inversion.optimise import Outcome, lowest, reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS, prior_only
-from inversion.priors import PRIORS
 from inversion.restarts import initial_images, noise_generator
-from inversion.search.trial import RANGES, Problem
+from inversion.search.trial import Problem
 from inversion.search.tune import (
     Budget,
     Resources,
@@ -59,6 +57,7 @@ from inversion.search.tune import (
     available,
     search,
 )
+from inversion.settings import PRIORS, RANGES, Loop, MLCOSchedule, Weights
 from inversion.strategies import STRATEGIES
 from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers

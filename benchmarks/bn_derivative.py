@@ -11,9 +11,9 @@ import argparse
 import torch
 
 from benchmarks.setting import photo_objective
-from inversion.objective import Weights
 from inversion.pixel_gradient import exact
 from inversion.restarts import initial_images
+from inversion.settings import Weights
 from utils.console import table
 from utils.files import write_csv
 

@@ -15,9 +15,10 @@ import torch
 
 from benchmarks.setting import photo_objective
 from inversion.combine import combine
-from inversion.optimise import Loop, reconstruct
+from inversion.optimise import reconstruct
 from inversion.pixel_gradient import exact
 from inversion.restarts import initial_images
+from inversion.settings import Loop
 from utils.console import table
 from utils.files import write_csv
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from inversion.objective import Objective, Weights
+from inversion.objective import Objective
+from inversion.settings import Weights
 from models.build import build_model, init_head
 from models.checkpoint import make_checkpoint
 from models.target import target_from_checkpoint

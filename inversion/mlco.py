@@ -6,7 +6,7 @@ consensus alone is refined.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,45 +14,10 @@ from torch import Generator, Tensor
 
 from inversion.combine import Combination, InterruptedSearchError, combine
 from inversion.objective import Objective
-from inversion.optimise import Loop, Outcome, Reconstruction, lowest, reconstruct
+from inversion.optimise import Outcome, Reconstruction, lowest, reconstruct
 from inversion.restarts import exchange
+from inversion.settings import Loop, MLCOSchedule
 from utils.shard import ALONE, Shard
-
-
-@dataclass(frozen=True)
-class MLCOSchedule:
-    """The three stages of MLCO as shares of the iterations.
-
-    initial: every seed alone. inner: every seed pulled towards the consensus, which is formed
-    anew every `inner_steps` iterations. final: the consensus alone. The shares sum to 1.
-    """
-
-    initial: float = 0.3
-    inner: float = 0.3
-    inner_steps: int = 1000
-    final: float = 0.4
-
-    def __post_init__(self):
-        total = self.initial + self.inner + self.final
-        if abs(total - 1) > 1e-6 or min(self.initial, self.inner, self.final) < 0:
-            raise ValueError(f"the stages' shares must be at least 0 and sum to 1, not {total:g}")
-        if self.inner_steps < 1:
-            raise ValueError(f"inner_steps {self.inner_steps} must be positive")
-
-    def spans(self, steps: int) -> tuple[range, list[range], range]:
-        """Iterations of the initial stage, of each round, of the final stage; `steps` in all."""
-        first = round(self.initial * steps)
-        last = round((self.initial + self.inner) * steps)
-        rounds = [
-            range(start, min(start + self.inner_steps, last))
-            for start in range(first, last, self.inner_steps)
-        ]
-        return range(first), rounds, range(last, steps)
-
-    def iterations(self, steps: int, num_seeds: int) -> int:
-        """Iterations of all seeds and the consensus together."""
-        _, _, final = self.spans(steps)
-        return num_seeds * final.start + len(final)
 
 
 def mlco(

@@ -2,47 +2,19 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from inversion.distances import GRADIENT_DISTANCES, joint_norm
-from inversion.priors import PRIORS, Candidate, Prior
+from inversion.priors import PRIOR_FUNCTIONS, Candidate
+from inversion.settings import PRIORS, Weights
 from models.batchnorm import batch_statistics, running_moments
 from models.gradient import batch_gradient, gradient_mode
 from models.target import Target, check_gradient_fits
 from utils.errors import InputError
 from utils.shard import ALONE, Shard, differentiable_sum, sum_tensors
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights of the objective's terms.
-
-    gradient ≥ 0. priors: name in PRIORS → weight at the first iteration; one left out or 0 is
-    not computed. priors_end: name → weight at the last iteration, approached geometrically;
-    both ends must then be positive. Names without an entry keep their weight.
-    """
-
-    gradient: float = 1.0
-    priors: Mapping[str, float] = field(default_factory=dict)
-    priors_end: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self):
-        for name in (*self.priors, *self.priors_end):
-            if name not in PRIORS:
-                raise ValueError(f"no prior {name}; there are {', '.join(PRIORS)}")
-        for name, end in self.priors_end.items():
-            if end <= 0 or self.priors.get(name, 0) <= 0:
-                raise ValueError(f"a geometric course of {name} needs two positive weights")
-
-    def at(self, progress: float) -> dict[str, float]:
-        """Weights of the priors in use at `progress` in [0, 1] of the run."""
-        weights = {name: weight for name, weight in self.priors.items() if weight != 0}
-        for name, end in self.priors_end.items():
-            weights[name] *= (end / weights[name]) ** progress
-        return weights
 
 
 @dataclass(frozen=True)
@@ -186,17 +158,17 @@ class Objective:
             for name in self.weights.at(0.0)
             if self.consensus is not None or not PRIORS[name].needs_consensus
         ]
-        return {name: self._prior_share(PRIORS[name], candidate) for name in names}
+        return {name: self._prior_share(name, candidate) for name in names}
 
-    def _prior_share(self, prior: Prior, candidate: Candidate) -> Tensor:
+    def _prior_share(self, name: str, candidate: Candidate) -> Tensor:
         """Priors are means over images, but for those of the whole batch's moments."""
         if self.shard.size == 1:
-            return prior.function(candidate)
-        if prior.needs_moments:
-            return prior.function(candidate) / self.shard.size
+            return PRIOR_FUNCTIONS[name](candidate)
+        if PRIORS[name].needs_moments:
+            return PRIOR_FUNCTIONS[name](candidate) / self.shard.size
         if not len(candidate.x):
             return candidate.x.sum()
-        return prior.function(candidate) * (len(candidate.x) / len(self.y))
+        return PRIOR_FUNCTIONS[name](candidate) * (len(candidate.x) / len(self.y))
 
     def whole(
         self, gradient: Sequence[Tensor], terms: Mapping[str, Tensor]

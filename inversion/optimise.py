@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from inversion.objective import Losses
+from inversion.settings import Loop
 from utils.shard import ALONE, Shard
 
 
@@ -38,43 +39,6 @@ OPTIMISERS = {"Adam": _adam, "LBFGS": _lbfgs}
 #: derivative itself: for losses near 1e-5 it moves the images so little that float32 shows no
 #: difference in the loss, and the line search gives up.
 NORMALISED = {"LBFGS"}
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Settings of one optimisation.
-
-    steps ≥ 1 iterations; lr > 0, the first step size, which falls along a cosine to
-    min(1e-3, lr). signed: step along the sign of the derivative. box: (low, high), each
-    (C, 1, 1), to which the images are clamped after every step. keep_best: return the iterate
-    with the lowest gradient loss instead of the last. noise ≥ 0: after every step
-    rate · noise · N(0, 1) is added (Langevin dynamics, Welling & Teh, 2011).
-    """
-
-    steps: int
-    lr: float
-    optimiser: str = "Adam"
-    signed: bool = False
-    box: tuple[Tensor, Tensor] | None = None
-    keep_best: bool = False
-    noise: float = 0.0
-
-    def __post_init__(self):
-        if self.steps < 1 or self.lr <= 0:
-            raise ValueError(f"steps {self.steps} and lr {self.lr} must be positive")
-        if self.optimiser == "LBFGS" and (self.signed or self.box is not None or self.noise):
-            raise ValueError(
-                "L-BFGS learns the curvature from its own steps: no signs, no box, no noise"
-            )
-
-    def rate(self, step: int) -> float:
-        """Step size at iteration `step` of 0 … steps − 1."""
-        low = min(1e-3, self.lr)
-        return low + (self.lr - low) * (1 + math.cos(math.pi * step / self.steps)) / 2
-
-    def progress(self, step: int) -> float:
-        """Share of the run done at iteration `step`: 0 at the first, 1 at the last."""
-        return step / max(1, self.steps - 1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inversion.objective import Losses, Objective
+from inversion.settings import PRIOR_ONLY
 
 
 def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losses, Tensor]:
@@ -69,5 +70,5 @@ def prior_only(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[
     return Losses(total, total, values), derivative
 
 
-#: `--pixel-gradient`: name → function(objective, x, progress).
-PIXEL_GRADIENTS = {"exact": exact, "plain": plain}
+#: name in `inversion.settings`, PIXEL_GRADIENTS or PRIOR_ONLY → function(objective, x, progress).
+PIXEL_GRADIENTS = {"exact": exact, "plain": plain, PRIOR_ONLY: prior_only}

@@ -1,7 +1,8 @@
 """Priors on images: what the attacker believes of them beside the gradient.
 
 Every prior takes a `Candidate` and returns a differentiable scalar, the same number whatever
-the batch size for images alike. A new prior is one function and one line in PRIORS.
+the batch size for images alike. A new prior is one function and one line in
+PRIOR_FUNCTIONS, and one record in `inversion.settings.PRIORS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,57 +62,10 @@ def group_consistency(candidate: Candidate) -> Tensor:
     return (candidate.x - candidate.consensus).square().mean()
 
 
-@dataclass(frozen=True)
-class Range:
-    """Where a search looks: kind "uniform", "loguniform" or "integer", from low to high."""
-
-    kind: str
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Prior:
-    """An entry of PRIORS: the function, its flag, and whether its weight may be negative.
-
-    One that `needs_consensus` counts only while there is one, whatever its weight. range: where a
-    search looks for the weight, None where none does.
-    """
-
-    function: Callable[[Candidate], Tensor]
-    flag: str
-    help: str
-    signed: bool = False
-    needs_moments: bool = False
-    needs_consensus: bool = False
-    default: float = 0.0
-    range: Range | None = None
-
-
-#: name → Prior. The name is the column in losses.csv and the key in result.json.
-PRIORS = {
-    "tv": Prior(
-        total_variation, "--TV", "weight of total variation", range=Range("loguniform", 1e-6, 0.1)
-    ),
-    "bn": Prior(
-        bn_statistics,
-        "--BN",
-        "weight of the BN-statistics prior",
-        needs_moments=True,
-        range=Range("loguniform", 1e-6, 0.1),
-    ),
-    "group": Prior(
-        group_consistency,
-        "--Group",
-        "weight of group consistency in the rounds of --MinCombine",
-        needs_consensus=True,
-        default=0.01,
-    ),
-    "norm": Prior(
-        l2_norm,
-        "--input-norm",
-        "weight of the images' l2 norm",
-        signed=True,
-        range=Range("uniform", -1e-6, 0.0),
-    ),
+#: name in `inversion.settings.PRIORS` → function.
+PRIOR_FUNCTIONS: dict[str, Callable[[Candidate], Tensor]] = {
+    "tv": total_variation,
+    "bn": bn_statistics,
+    "group": group_consistency,
+    "norm": l2_norm,
 }

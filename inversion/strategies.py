@@ -9,8 +9,9 @@ from torch import Generator, Tensor
 
 from inversion.mlco import mlco
 from inversion.objective import Objective
-from inversion.optimise import Loop, Outcome, Reconstruction, lowest, reconstruct
+from inversion.optimise import Outcome, Reconstruction, lowest, reconstruct
 from inversion.restarts import exchange
+from inversion.settings import Loop
 from utils.matching import assign
 from utils.shard import ALONE, Shard
 

@@ -13,7 +13,8 @@ import torch
 from inversion.distances import GRADIENT_DISTANCES
 from inversion.labels.evidence import Auxiliary, Evidence
 from inversion.labels.reconstruct import LABEL_STRATEGIES, LabelInputs
-from inversion.priors import PRIORS, Candidate
+from inversion.priors import Candidate
+from inversion.settings import PRIORS
 from utils import metrics
 
 FILE = Path(__file__).with_name("golden.json")

@@ -9,11 +9,12 @@ from torch import nn
 
 from inversion.audit.information import gradient_information_ratio
 from inversion.combine import combine
-from inversion.mlco import MLCOSchedule, mlco
-from inversion.objective import Objective, Weights
-from inversion.optimise import Loop, reconstruct
+from inversion.mlco import mlco
+from inversion.objective import Objective
+from inversion.optimise import reconstruct
 from inversion.pixel_gradient import exact, plain, prior_only
 from inversion.restarts import initial_images, noise_generator
+from inversion.settings import Loop, MLCOSchedule, Weights
 from inversion.strategies import best, mean
 from models.build import build_model
 from models.gradient import couples_samples

@@ -13,7 +13,8 @@ from inversion.audit.truth import (
     check_truth_gradient,
     second_half_fall,
 )
-from inversion.objective import Losses, Objective, Weights
+from inversion.objective import Losses, Objective
+from inversion.settings import Weights
 from models.build import build_model
 from models.checkpoint import load, load_truth, make_checkpoint, seal
 from models.gradient import batch_gradient

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import run
-from inversion.objective import Objective, Weights
-from inversion.optimise import Loop, reconstruct
+from inversion.objective import Objective
+from inversion.optimise import reconstruct
 from inversion.pixel_gradient import exact, prior_only
+from inversion.settings import Loop, Weights
 from models.binding import bind
 from models.build import build_model
 from models.checkpoint import load

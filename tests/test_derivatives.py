@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from inversion.objective import Objective, Weights
+from inversion.objective import Objective
 from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, plain
+from inversion.settings import Weights
 from models.batchnorm import batchnorm_layers, replace_batchnorm, truncated_derivative
 from models.build import build_model, init_head, load_weights
 from models.gradient import batch_gradient, trainable_parameters

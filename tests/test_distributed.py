@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import run
-from inversion.optimise import Loop
 from inversion.pixel_gradient import exact
 from inversion.restarts import noise_generator
+from inversion.settings import Loop
 from inversion.strategies import mean
 from models.batchnorm import whole_batch_normalisation
 from models.checkpoint import load

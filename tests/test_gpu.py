@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from inversion.audit.information import gradient_information_ratio
-from inversion.objective import Objective, Weights
+from inversion.objective import Objective
 from inversion.pixel_gradient import exact, plain
+from inversion.settings import Weights
 from models.build import build_model
 from tests import shared_work
 from tests.support import attack, cosine, photos, target_of

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inversion.objective import Losses, Weights
-from inversion.optimise import OPTIMISERS, Loop, reconstruct
+from inversion.objective import Losses
+from inversion.optimise import OPTIMISERS, reconstruct
 from inversion.restarts import initial_images, noise_generator
+from inversion.settings import Loop, Weights
 from inversion.strategies import best
 from utils.shard import ALONE
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from inversion.combine import combination_method, combine
-from inversion.mlco import MLCOSchedule
-from inversion.objective import Objective, Weights
-from inversion.optimise import OPTIMISERS, Loop, reconstruct
+from inversion.objective import Objective
+from inversion.optimise import OPTIMISERS, reconstruct
 from inversion.pixel_gradient import exact
 from inversion.restarts import initial_images
+from inversion.settings import Loop, MLCOSchedule, Weights
 from inversion.strategies import STRATEGIES
 from models.build import build_model
 from tests.support import smooth_network, target_of

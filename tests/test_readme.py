@@ -12,8 +12,7 @@ import torchvision
 
 import run
 import training
-from inversion.priors import PRIORS
-from inversion.search.trial import RANGES
+from inversion.settings import PRIORS, RANGES
 from models.build import build_model
 from models.checkpoint import FORMAT, load
 from tests.support import ROOT, Hostile, Outcome, call, capture_photos

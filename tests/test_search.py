@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from inversion.objective import Weights
-from inversion.optimise import Loop
-from inversion.priors import PRIORS
 from inversion.search import tune as searching
-from inversion.search.trial import RANGES, Problem, image_error, run_trial
+from inversion.search.trial import Problem, image_error, run_trial
 from inversion.search.tune import Budget, SearchUnavailableError, available
+from inversion.settings import PRIORS, RANGES, Loop, Weights
 from models.build import build_model
 from models.target import GroundTruth
 from tests.support import HANG, ROOT, attack, call, photos, succeed, target_of, wait_until

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from inversion.distances import joint_norm
-from inversion.objective import Objective, Weights
+from inversion.objective import Objective
+from inversion.settings import Weights
 from models.batchnorm import batchnorm_layers
 from models.build import build_model, init_head
 from models.target import model_of

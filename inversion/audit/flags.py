@@ -2,25 +2,22 @@
 
 import argparse
 
-from inversion.audit.verdict import LEAKAGE_DIGITS
-from inversion.distances import GRADIENT_DISTANCES
-from inversion.labels.reconstruct import (
+from inversion.settings import (
     AUTO,
-    LABEL_STRATEGIES,
+    BN_GRADIENTS,
+    GRADIENT_DISTANCES,
+    LABEL_METHODS,
+    OPTIMISERS,
+    PIXEL_GRADIENTS,
+    PRIORS,
+    RANGES,
+    SEARCH_ALGORITHMS,
+    SHARDS,
+    SSIMS,
+    STRATEGIES,
+    VERDICT_METRICS,
 )
-from inversion.optimise import OPTIMISERS
-from inversion.pixel_gradient import PIXEL_GRADIENTS
-from inversion.priors import PRIORS
-from inversion.search.trial import RANGES
-from inversion.search.tune import (
-    ALGORITHMS,
-)
-from inversion.strategies import STRATEGIES
-from utils import metrics
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
-
-#: `--shard`: the images of a batch, or whole seeds.
-SHARDS = ("batch", "seeds")
 
 
 def parser() -> Parser:
@@ -50,7 +47,7 @@ def parser() -> Parser:
         help="shuffled: a test of the controls, with nothing to find in it")  # fmt: skip
 
     add = parser.add_argument_group("label reconstruction").add_argument
-    add("--label-method", choices=(AUTO, *LABEL_STRATEGIES), default=AUTO,
+    add("--label-method", choices=(AUTO, *LABEL_METHODS), default=AUTO,
         help="how from_grads finds labels")  # fmt: skip
     add("--label-aux", help="folder of labelled images of the attacker's own, a subfolder a class")
     add("--label-prior", choices=("none", "uniform"), default="none",
@@ -65,7 +62,7 @@ def parser() -> Parser:
         add(prior.flag, type=kind, default=prior.default, help=prior.help)
     add("--TV-end", type=number(above=0), help="weight of total variation at the end")
     add("--exact-bn", action="store_true", help="BN prior to the captured batch statistics")
-    add("--bn-grad", choices=("exact", "detached"), default="exact",
+    add("--bn-grad", choices=BN_GRADIENTS, default="exact",
         help="second derivative of BatchNorm; detached: as the original")  # fmt: skip
     add("--pixel-gradient", choices=PIXEL_GRADIENTS, default="exact", help="how it is computed")
 
@@ -94,11 +91,11 @@ def parser() -> Parser:
     add = parser.add_argument_group("scoring").add_argument
     add("--metric", action="store_true", help="score against the truth")
     add("--one-to-one-similarity", action="store_true", help="pair by index, not by assignment")
-    add("--verdict-metric", choices=LEAKAGE_DIGITS, default="ssim",
+    add("--verdict-metric", choices=VERDICT_METRICS, default="ssim",
         help="the metric that decides the verdict")  # fmt: skip
-    add("--ssim", choices=metrics.SSIMS, default="gaussian",
+    add("--ssim", choices=SSIMS, default="gaussian",
         help="window of SSIM: Wang et al.'s, or the original's, on 8-bit images")  # fmt: skip
-    add("--lpips-weights", help=f"backbone of LPIPS, {metrics.LPIPS_BACKBONE}")
+    add("--lpips-weights", help="backbone of LPIPS, alexnet-owt-7be5be79.pth")
     add("--GInfoR", action="store_true", help="gradient information ratio of every image")
     add("--controls", action=argparse.BooleanOptionalAction,
         help="attack without the gradient too; default: after up to 10 minutes")  # fmt: skip
@@ -106,7 +103,12 @@ def parser() -> Parser:
     add("--superparameters-search", action="store_true",
         help="search on --simulation-checkpoint, then attack with what was found")  # fmt: skip
     add("--simulation-checkpoint", help="checkpoint with truth, of the attacker's own images")
-    add("--search-alg", choices=("auto", *ALGORITHMS), default="auto", help="search algorithm")
+    add(
+        "--search-alg",
+        choices=("auto", *SEARCH_ALGORITHMS),
+        default="auto",
+        help="search algorithm",
+    )
     add("--num-samples", type=integer_from(1), default=64, help="trials")
     add("--HP-epochs", type=integer_from(1), default=5000,
         help="iterations that a trial's rate schedule is made for")  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from inversion.distances import cosine_distance, joint_norm
-from inversion.objective import Losses, Objective, Weights
+from inversion.objective import Losses, Objective
+from inversion.settings import Weights
 from models.batchnorm import batchnorm_layers
 from models.target import Target, rounding_error
 from utils.shard import ALONE, Shard

@@ -7,25 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from inversion.objective import Objective, Weights
-from inversion.optimise import Loop, reconstruct
+from inversion.objective import Objective
+from inversion.optimise import reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
-from inversion.priors import PRIORS, Range
 from inversion.restarts import initial_images, noise_generator
+from inversion.settings import PRIORS, Loop, Weights
 from models.target import GroundTruth, Target
 from utils.matching import assign
 from utils.metrics import mse
-
-#: Parameter → range, for those that are no prior's weight.
-LOOP_RANGES = {
-    "epochs": Range("integer", 5000, 20000),
-    "lr": Range("uniform", 0.1, 1.0),
-    "grads_weight": Range("uniform", 0.01, 1.0),
-}
-#: Every parameter that can be searched → range.
-RANGES: dict[str, Range] = LOOP_RANGES | {
-    name: prior.range for name, prior in PRIORS.items() if prior.range is not None
-}
 
 
 @dataclass(frozen=True)

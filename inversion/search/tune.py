@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from inversion.priors import Range
-from inversion.search.trial import RANGES, Problem, run_trial
+from inversion.search.trial import Problem, run_trial
+from inversion.settings import RANGES, Range
 
 #: How often a trial reports between its first report and its end.
 REPORTS = 10

@@ -1,0 +1,24 @@
+"""The names in inversion/settings.py are those of the registries, which need torch."""
+
+from inversion import settings
+from inversion.audit.verdict import LEAKAGE_DIGITS
+from inversion.distances import GRADIENT_DISTANCES
+from inversion.labels.reconstruct import LABEL_STRATEGIES
+from inversion.optimise import OPTIMISERS
+from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.priors import PRIOR_FUNCTIONS
+from inversion.search.tune import ALGORITHMS
+from inversion.strategies import STRATEGIES
+from utils.metrics import SSIMS
+
+
+def test_every_name_has_a_function_and_every_function_a_name():
+    assert tuple(GRADIENT_DISTANCES) == settings.GRADIENT_DISTANCES
+    assert tuple(PIXEL_GRADIENTS) == (*settings.PIXEL_GRADIENTS, settings.PRIOR_ONLY)
+    assert tuple(OPTIMISERS) == settings.OPTIMISERS
+    assert tuple(ALGORITHMS) == settings.SEARCH_ALGORITHMS
+    assert tuple(LEAKAGE_DIGITS) == settings.VERDICT_METRICS
+    assert tuple(SSIMS) == settings.SSIMS
+    assert list(PRIOR_FUNCTIONS) == list(settings.PRIORS)
+    assert list(STRATEGIES) == list(settings.STRATEGIES)
+    assert list(LABEL_STRATEGIES) == list(settings.LABEL_METHODS)
