@@ -47,22 +47,22 @@ class Prior:
 #: name → Prior. The name is the column in losses.csv and the key in result.json; the function of
 #: that name is in `inversion.priors.PRIOR_FUNCTIONS`.
 PRIORS = {
-    "tv": Prior("--TV", "weight of total variation", range=Range("loguniform", 1e-6, 0.1)),
+    "tv": Prior("--TV", "Weight of total variation.", range=Range("loguniform", 1e-6, 0.1)),
     "bn": Prior(
         "--BN",
-        "weight of the BN-statistics prior",
+        "Weight of the BN-statistics prior.",
         needs_moments=True,
         range=Range("loguniform", 1e-6, 0.1),
     ),
     "group": Prior(
         "--Group",
-        "weight of group consistency in the rounds of --MinCombine",
+        "Weight of group consistency in the rounds of --MinCombine.",
         needs_consensus=True,
         default=0.01,
     ),
     "norm": Prior(
         "--input-norm",
-        "weight of the images' l2 norm",
+        "Weight of the images' l2 norm; it may be negative: --input-norm=-1e-6.",
         signed=True,
         range=Range("uniform", -1e-6, 0.0),
     ),
@@ -319,10 +319,35 @@ class AttackSettings:
 
     def loop_in(self, box: "tuple[Tensor, Tensor]") -> Loop:
         """Return the settings of each optimisation; box: lowest and highest valid colours."""
-        noise = self.noise
-        if noise is None:
-            noise = STRATEGIES[self.strategy].noise if self.loop.optimiser == "Adam" else 0.0
-        return replace(self.loop, box=box if self.boxed else None, noise=noise)
+        return replace(self.loop, box=box if self.boxed else None, noise=self._noise)
+
+    @property
+    def _noise(self) -> float:
+        if self.noise is not None:
+            return self.noise
+        return STRATEGIES[self.strategy].noise if self.loop.optimiser == "Adam" else 0.0
+
+    def _without_consensus(self, **changes) -> "AttackSettings":
+        priors = {n: w for n, w in self.weights.priors.items() if not PRIORS[n].needs_consensus}
+        return replace(
+            self, strategy="best", num_seeds=1, weights=replace(self.weights, priors=priors),
+            **changes,
+        )  # fmt: skip
+
+    def for_trials(self, steps: int) -> "AttackSettings":
+        """Return the settings of a search's trials: one seed, with rates for `steps` iterations.
+
+        Two attacks with the same trials have equal settings here, whatever else they differ in.
+        """
+        default = AttackSettings(self.weights, self.loop)
+        return self._without_consensus(
+            loop=replace(self.loop, steps=steps, keep_best=False),
+            noise=self._noise,
+            schedule=default.schedule,
+            combine_memory=default.combine_memory,
+            offload_seeds=default.offload_seeds,
+            shared=default.shared,
+        )
 
     def without_gradient(self) -> "AttackSettings":
         """Return the settings of the control that has priors only.
@@ -331,13 +356,10 @@ class AttackSettings:
         end without consensus and so without the strategy's own Langevin noise; one that averages
         needs all seeds.
         """
-        control = replace(self, pixel_gradient=PRIOR_ONLY, exact_bn=False)
+        changes = {"pixel_gradient": PRIOR_ONLY, "exact_bn": False}
         if STRATEGIES[self.strategy].averages:
-            return control
-        priors = {n: w for n, w in self.weights.priors.items() if not PRIORS[n].needs_consensus}
-        return replace(
-            control, strategy="best", num_seeds=1, weights=replace(self.weights, priors=priors)
-        )
+            return replace(self, **changes)
+        return self._without_consensus(**changes)
 
     def with_values(self, values: Mapping[str, float]) -> "AttackSettings":
         """Return the settings with searched parameters, names in RANGES, at these values."""

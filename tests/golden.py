@@ -13,8 +13,7 @@ import torch
 from inversion.distances import GRADIENT_DISTANCES
 from inversion.labels.evidence import Auxiliary, Evidence
 from inversion.labels.reconstruct import LABEL_STRATEGIES, LabelInputs
-from inversion.priors import Candidate
-from inversion.settings import PRIORS
+from inversion.priors import PRIOR_FUNCTIONS, Candidate
 from utils import metrics
 
 FILE = Path(__file__).with_name("golden.json")
@@ -60,7 +59,7 @@ def values():
     result = {
         f"distance {k}": d.value(gradient, target).item() for k, d in GRADIENT_DISTANCES.items()
     }
-    result |= {f"prior {k}": prior.function(candidate).item() for k, prior in PRIORS.items()}
+    result |= {f"prior {k}": f(candidate).item() for k, f in PRIOR_FUNCTIONS.items()}
     inputs = LabelInputs(torch.nn.Identity())
     result |= {
         f"labels {k}": method(label_evidence(), inputs).counts.tolist()

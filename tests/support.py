@@ -13,6 +13,8 @@ from torch import nn
 
 import run
 import training
+from inversion.audit.scoring import Rules, score_images
+from inversion.audit.tables import score_table
 from models.checkpoint import make_checkpoint
 from models.target import target_from_checkpoint
 from train.capture import capture
@@ -129,6 +131,14 @@ def capture_photos(folder, *flags):
     succeed("training.py", "--data-name", "photos", "--results", folder, *flags)
     (path,) = Path(folder).glob("*-checkpoint.pth.tar")
     return path
+
+
+def scored(found, true, y_found, y_true, *, controls=None, decoys=None, **rules):
+    """Scores of images by `Rules(**rules)`, and what is printed of them."""
+    scores = score_images(
+        found, true, y_found, y_true, Rules(**rules), controls=controls, decoys=decoys
+    )
+    return scores, score_table(scores)
 
 
 def attack(folder, checkpoint, *flags):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import run
+from inversion.audit import controls
+from inversion.audit.inputs import shuffled
 from inversion.objective import Objective
 from inversion.optimise import reconstruct
-from inversion.pixel_gradient import exact, prior_only
-from inversion.settings import Loop, Weights
+from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, prior_only
+from inversion.settings import PRIOR_ONLY, Loop, Weights
 from models.binding import bind
 from models.build import build_model
 from models.checkpoint import load
@@ -137,7 +138,7 @@ def test_time_of_controls_stands_apart(demo_runs, captured, tmp_path):
 
 
 def test_long_attacks_have_controls_only_when_asked(captured, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "CONTROL_SECONDS", 0)
+    monkeypatch.setattr(controls, "CONTROL_SECONDS", 0)
     path = captured("-a", "lenet", "-b", "3")
     result, folder = attack(tmp_path, path, "--metric")
     assert result["controls"] is None
@@ -202,18 +203,18 @@ def test_controls_in_two_processes(captured, tmp_path):
 
 def test_shuffling_leaves_nothing_of_what_was_sent(captured):
     target = target_from_checkpoint(load(str(captured("-a", "convnet", "-b", "4", "--upload-bn"))))
-    mixed = run.shuffled(target, 0)
+    mixed = shuffled(target, 0)
     for field in ("gradient", "bn_mean", "bn_var"):
         for a, b in zip(getattr(target, field), getattr(mixed, field), strict=True):
             assert torch.equal(a.flatten().sort().values, b.flatten().sort().values)
             assert a.numel() < 8 or a.unique().numel() == 1 or not torch.equal(a, b)
-    assert run.shuffled(replace(target, bn_mean=None, bn_var=None), 0).bn_mean is None
+    assert shuffled(replace(target, bn_mean=None, bn_var=None), 0).bn_mean is None
 
 
 def test_what_the_attack_found_is_written_before_the_controls(captured, tmp_path, monkeypatch):
     """So that nothing that happens to a control can take it away."""
     path = captured("-a", "lenet", "-b", "3")
-    monkeypatch.setattr(run, "run_controls", lambda *_: 1 / 0)
+    monkeypatch.setattr(controls, "run_controls", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attack(tmp_path, path, "--metric", "--epochs", 2)
     folder = tmp_path / "results" / "exp" / "test"
@@ -251,7 +252,7 @@ def test_an_interrupted_control_is_left_out(captured, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return prior_only(objective, x, progress)
 
-    monkeypatch.setattr(run, "prior_only", interrupted)
+    monkeypatch.setitem(PIXEL_GRADIENTS, PRIOR_ONLY, interrupted)
     outcome = call(
         "run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 3, "--metric"
     )

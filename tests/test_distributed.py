@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import run
 from inversion.pixel_gradient import exact
 from inversion.restarts import noise_generator
 from inversion.settings import Loop
@@ -390,23 +389,6 @@ def test_nccl_takes_one_process_a_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(InputError, match="nccl takes one process a GPU"):
         group_from(flags(dist_url="env://"))
-
-
-def test_a_lost_peer_is_no_bad_checkpoint(monkeypatch):
-    """What breaks off the first evaluation is told from what the network cannot process."""
-
-    def lost(*_):
-        raise RuntimeError("[gloo] Read error [127.0.0.1]:1: Connection reset by peer")
-
-    monkeypatch.setitem(run.PIXEL_GRADIENTS, "exact", lost)
-    args = SimpleNamespace(pixel_gradient="exact", seed=0, checkpoint="file")
-    setting = SimpleNamespace(
-        objective=SimpleNamespace(own=lambda x: x), start=lambda seed: torch.zeros(1),
-        device="cpu",
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match="reset by peer") as caught:
-        run.first_evaluation(args, setting)
-    assert not isinstance(caught.value, InputError)
 
 
 def test_one_value_a_channel_is_refused_as_by_one_process():

@@ -12,6 +12,7 @@ import torchvision
 
 import run
 import training
+from inversion.audit.flags import tuned_flag
 from inversion.settings import PRIORS, RANGES
 from models.build import build_model
 from models.checkpoint import FORMAT, load
@@ -22,7 +23,7 @@ from utils.launch import free_address
 from utils.tensor_files import save
 
 LOOKED_UP = {prior.flag for prior in PRIORS.values()}
-LOOKED_UP |= {f"{run.tuned_flag(name)}-tune" for name in RANGES}
+LOOKED_UP |= {f"{tuned_flag(name)}-tune" for name in RANGES}
 README = (ROOT / "README.md").read_text()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import run
+from inversion.priors import PRIOR_FUNCTIONS
 from models.binding import bind
 from models.build import build_model, find_head
 from models.checkpoint import load
@@ -393,12 +393,26 @@ def test_what_the_network_cannot_process_is_said_before_the_settings(
     def refuse(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setitem(run.PIXEL_GRADIENTS, "exact", refuse)
+    monkeypatch.setattr(torch.nn.Linear, "forward", refuse)
     path = captured("-a", "lenet", "-b", "3")
     outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1)
     assert outcome.code == 2
     assert "lenet cannot process its images (3, 32, 32): mat1 and mat2" in outcome.err
     assert outcome.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_in_a_prior_shows_as_a_bug(captured, tmp_path, monkeypatch):
+    """It is no fault of the checkpoint, and its traceback is not swallowed."""
+
+    def broken(candidate):
+        return candidate.x @ candidate.x[0, 0, :3]
+
+    monkeypatch.setitem(PRIOR_FUNCTIONS, "tv", broken)
+    path = captured("-a", "lenet", "-b", "3")
+    flags = ("--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1, "--TV", 0.1)
+    with pytest.raises(RuntimeError, match="size"):
+        call("run.py", *flags)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,12 +12,11 @@ import torch
 import torchvision
 from skimage.metrics import structural_similarity
 
-from inversion.audit.scoring import score_reconstruction
 from inversion.distances import GRADIENT_DISTANCES, cosine_distance, squared_l2
 from inversion.priors import Candidate, bn_statistics, l2_norm, total_variation
 from models.checkpoint import load
 from tests import golden
-from tests.support import attack
+from tests.support import attack, scored
 from train.datasets import DATASETS
 from utils import metrics
 from utils.errors import InputError
@@ -126,7 +125,7 @@ def test_the_table_says_what_is_no_reconstruction():
     true = torch.rand(3, 3, 16, 16)
     found = true.clone()
     found[1] = true[1].mean((-2, -1), keepdim=True)
-    result, text = score_reconstruction(
+    result, text = scored(
         found.flip(0), true, torch.tensor([7, 5, 6]), torch.tensor([6, 5, 7]), by_index=False
     )
     assert [image["above_baselines"] for image in result["images"]] == [True, False, True]
@@ -136,7 +135,7 @@ def test_the_table_says_what_is_no_reconstruction():
     assert "n/a" in text  # LPIPS without its backbone
     for line in ("mean", "std", "grey image", "mean colour image", "label accuracy 100.0 %"):
         assert line in text
-    by_index, _ = score_reconstruction(
+    by_index, _ = scored(
         found.flip(0), true, torch.tensor([7, 5, 6]), torch.tensor([6, 5, 7]), by_index=True
     )
     assert [image["reconstruction"] for image in by_index["images"]] == [0, 1, 2]
@@ -149,7 +148,7 @@ def test_an_exact_image_is_said_to_be_exact():
     found = true.clone()
     found[1] = (found[1] + 0.1).clamp(max=1)
     y = torch.tensor([0, 1])
-    result, text = score_reconstruction(
+    result, text = scored(
         found, true, y, y, by_index=True, controls={"all": true, "none": 0 * true}
     )
     exact, other = result["images"]
@@ -178,7 +177,7 @@ def test_an_exact_image_is_said_to_be_exact():
 def test_a_flat_image_is_exactly_its_mean_colour():
     true = torch.full((1, 3, 16, 16), 0.25)
     y = torch.tensor([0])
-    result, text = score_reconstruction(true + 0.1, true, y, y, by_index=True)
+    result, text = scored(true + 0.1, true, y, y, by_index=True)
     assert result["images"][0]["flat_psnr"] is None
     assert "no: flat exact" in text
     assert result["baselines"]["mean colour"]["psnr"] == 100
@@ -202,9 +201,7 @@ def test_json_refuses_numbers_that_nobody_handled(tmp_path):
 
 def test_grey_images_are_scored_too():
     true = torch.rand(2, 1, 32, 32)
-    result, _ = score_reconstruction(
-        true, true * 0.9, torch.tensor([0, 1]), torch.tensor([0, 1]), by_index=True
-    )
+    result, _ = scored(true, true * 0.9, torch.tensor([0, 1]), torch.tensor([0, 1]), by_index=True)
     assert np.isfinite([result["mean"][name] for name in ("mse", "psnr", "ssim")]).all()
 
 

@@ -17,7 +17,7 @@ from inversion.audit.identification import (
     paired_difference,
     similarities,
 )
-from inversion.audit.scoring import leakage, score_reconstruction
+from inversion.audit.scoring import leakage
 from inversion.audit.verdict import (
     IDENTIFIABLE,
     INCOMPLETE,
@@ -26,7 +26,7 @@ from inversion.audit.verdict import (
     evidence_against_chance,
     judge,
 )
-from tests.support import attack, photos
+from tests.support import attack, photos, scored
 from train.datasets import DATASETS, Request, load_control
 from utils.images import denormalise
 from utils.matching import assign
@@ -205,9 +205,7 @@ def test_an_image_at_half_contrast_is_found_among_seven_of_noise():
         "mean image": flat.mean(0, keepdim=True).expand_as(true),
         "other gradient": noise.flip(0),
     }
-    result, text = score_reconstruction(
-        found, true, y, y, by_index=False, controls=controls, decoys=decoys
-    )
+    result, text = scored(found, true, y, y, by_index=False, controls=controls, decoys=decoys)
     verdict = result["verdict"]
     assert verdict["verdict"] == IDENTIFIABLE
     assert verdict["worst_image"] == 5
@@ -324,7 +322,7 @@ def test_independent_noise_without_decoys_gives_no_verdict():
     noise = 0.4 + 0.2 * torch.rand(true.shape, generator=draw)
     black = torch.zeros_like(true)
     controls = {"prior only": black, "other gradient": black}
-    result, text = score_reconstruction(
+    result, text = scored(
         noise, true, y, y, by_index=True, controls=controls, verdict_metric="psnr"
     )
     assert result["verdict"]["verdict"] == INCOMPLETE
@@ -339,7 +337,7 @@ def test_decoys_that_a_control_tells_from_the_truth_prove_nothing():
     decoys = (200 + 55 * torch.rand(8, 60, 3, 16, 16, generator=draw)).byte()
     dark = [0.2 * torch.rand(true.shape, generator=draw) for _ in range(2)]
     y = torch.arange(8)
-    result, text = score_reconstruction(
+    result, text = scored(
         dark[0], true, y, y, by_index=True, controls={"other gradient": dark[1]}, decoys=decoys,
         verdict_metric="psnr",
     )  # fmt: skip
@@ -391,7 +389,7 @@ def test_every_control_is_told_alone():
     y = torch.arange(8)
     noisy = (true + 0.2 * torch.randn(true.shape, generator=draw)).clamp(0, 1)
     flat = torch.full_like(true, 0.5)
-    _, text = score_reconstruction(
+    _, text = scored(
         noisy, true, y, y, by_index=True, controls={"prior only": true, "other gradient": flat}
     )
     assert "against one control alone: prior only SSIM -" in text
@@ -403,13 +401,13 @@ def test_controls_are_paired_by_the_same_rule():
     true = torch.rand(3, 3, 16, 16)
     shuffled, y = true[[1, 2, 0]], torch.zeros(3, dtype=torch.long)
     controls = {"prior only": shuffled}
-    scores, text = score_reconstruction(true, true, y, y, by_index=False, controls=controls)
+    scores, text = scored(true, true, y, y, by_index=False, controls=controls)
     assert scores["controls"]["prior only"]["reconstruction"] == [2, 0, 1]
     assert scores["leakage"]["psnr"]["mean"] == 0  # as good as the attack
     assert "control: prior only" in text
-    scores, text = score_reconstruction(true, true, y, y, by_index=True, controls=controls)
+    scores, text = scored(true, true, y, y, by_index=True, controls=controls)
     assert scores["leakage"]["psnr"]["mean"] > 50
-    assert score_reconstruction(true, true, y, y, by_index=True)[0]["leakage"] is None
+    assert scored(true, true, y, y, by_index=True)[0]["leakage"] is None
 
 
 def test_pairing_respects_the_labels_that_the_attack_went_by():
@@ -426,7 +424,5 @@ def test_pairing_respects_the_labels_that_the_attack_went_by():
 def test_psnr_decides_where_images_are_too_small_for_ssim():
     true = torch.rand(8, 1, 8, 8)
     y = torch.arange(8)
-    result, _ = score_reconstruction(
-        true, true, y, y, by_index=True, controls={"mean image": true.flip(0)}
-    )
+    result, _ = scored(true, true, y, y, by_index=True, controls={"mean image": true.flip(0)})
     assert result["verdict"]["metric"] == "psnr"

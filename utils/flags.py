@@ -6,6 +6,9 @@ import os
 
 from utils.errors import InputError
 
+#: Of both scripts; CHANGELOG.md says what changed.
+VERSION = "0.13.0"
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and which takes no abbreviated flags."""
@@ -13,6 +16,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
+        self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+        self.add_argument(
+            "--traceback",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="Print where in the code an input was refused, besides the one line.",
         )
 
     def error(self, message):
@@ -74,13 +84,25 @@ def file_name(text: str) -> str:
     return text
 
 
-def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags by which both scripts are run in several processes."""
+def add_process_flags(parser: argparse.ArgumentParser):
+    """Add the flags by which both scripts run in several processes; return the group's adder."""
     add = parser.add_argument_group("several processes").add_argument
-    add("--multiprocessing-distributed", action="store_true",
-        help="one process a GPU on every node")  # fmt: skip
-    add("--nproc", type=integer_from(1), help="processes on this node")
-    add("--world-size", type=int, default=-1, help="nodes; default: this one alone")
-    add("--rank", type=int, default=-1, help="number of this node; default: 0")
-    add("--dist-url", help="where they meet: tcp://HOST:PORT or env://; default: a local port")
-    add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl with CUDA, else gloo")
+    add(
+        "--multiprocessing-distributed",
+        action="store_true",
+        help="Start one process per GPU on every node.",
+    )
+    add(
+        "--nproc",
+        type=integer_from(1),
+        help="Processes on this node. Without it: one, or one per GPU with the flag above.",
+    )
+    add("--world-size", type=int, default=-1, help="Number of nodes; -1 is this one alone.")
+    add("--rank", type=int, default=-1, help="Number of this node; -1 is 0.")
+    add(
+        "--dist-url",
+        help="Where processes meet: tcp://HOST:PORT of node 0, or env://. Without it: a free "
+        "local port.",
+    )
+    add("--dist-backend", choices=("nccl", "gloo"), help="Without it: nccl with CUDA, else gloo.")
+    return add

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy
@@ -69,19 +70,25 @@ def run_script(main, argv: list[str] | None = None, complain=None) -> int:
     """Call `main(argv)` and turn what it raises into the documented exit codes.
 
     0 done, 2 a refused input (one line on stderr), 1 a fault, 130 interrupted. An integer
-    that `main` returns is the exit code itself. complain(line): instead of stderr.
+    that `main` returns is the exit code itself. complain(line): instead of stderr. With
+    --traceback among the flags the place in the code stands before the line.
     """
+    argv = sys.argv[1:] if argv is None else argv
     if complain is None:
 
         def complain(line):
             print(line, file=sys.stderr)
 
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        return main(argv) or 0
     except InputError as error:
+        if "--traceback" in argv:
+            traceback.print_exc()
         complain(f"error: {' '.join(str(error).splitlines())}")  # names from files may have more
         return 2
     except (FaultError, OSError) as error:
+        if "--traceback" in argv:
+            traceback.print_exc()
         complain(f"fault: {error}")
         return 1
     except (RuntimeError, MemoryError) as error:

@@ -1,33 +1,23 @@
-"""Scoring a reconstruction against the truth: pairing, scores, what images score that need no
-attack or no gradient, and what of the reconstruction is therefore leakage."""
+"""Scores of a reconstruction, of images that need no attack, and of the controls; the verdict."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from inversion.audit.identification import (
     Identification,
+    Paired,
     identify,
     nearest_decoys,
     paired_difference,
     similarities,
 )
-from inversion.audit.verdict import (
-    ALPHA,
-    FEW_IMAGES,
-    LEAKAGE_DIGITS,
-    Verdict,
-    difference,
-    judge,
-)
+from inversion.audit.verdict import ALPHA, LEAKAGE_DIGITS, judge
 from utils import metrics
-from utils.console import table
 from utils.matching import assign
-from utils.pictures import decibels
 
 #: A control whose p is at most this many times the attack's tells true images from decoys nearly as
 #: well, without knowing anything of them: the decoys are then unlike them.
@@ -36,129 +26,109 @@ NEARLY_AS_CLEAR = 10
 SHOWN_DECOYS = 6
 #: The control that has the client's settings and other images.
 OTHER_GRADIENT = "other gradient"
-#: Classes that are printed, the most frequent ones first.
-PRINTED_CLASSES = 40
+
+Metric = Callable[[Tensor, Tensor], Tensor]
 
 
-def label_table(
-    y: Tensor, lower_bounds: Tensor, *, certain: bool, y_true: Tensor | None = None
-) -> str:
-    """A table of reconstructed labels to print: class, count, lower bound, true count.
+@dataclass(frozen=True)
+class Rules:
+    """How images are paired and scored."""
 
-    y: (B,) labels. lower_bounds: (C,) least number of every class. y_true: for scoring.
-    """
-    num_classes = len(lower_bounds)
-    n = torch.bincount(y.cpu(), minlength=num_classes)
-    true = None if y_true is None else torch.bincount(y_true.cpu(), minlength=num_classes)
-    involved = (n > 0) | (lower_bounds > 0)
-    if true is not None:
-        involved |= true > 0
-    classes = involved.nonzero().flatten()
-    order = n[classes].argsort(descending=True, stable=True)
-    classes = classes[order].tolist()
-    header = ["class", "labels", "at least" if certain else "likely at least"]
-    columns = [n, lower_bounds]
-    if true is not None:
-        header.append("true")
-        columns.append(true)
-    rows = [[k, *(int(column[k]) for column in columns)] for k in classes[:PRINTED_CLASSES]]
-    lines = [table(header, rows)]
-    if len(classes) > PRINTED_CLASSES:
-        lines.append(f"and {len(classes) - PRINTED_CLASSES} more classes, in result.json")
-    kind = "certain" if certain else "likely"
-    lines.append(
-        f"{int(torch.minimum(lower_bounds, n).sum())} of {len(y)} labels are {kind} from the "
-        "gradient alone"
-    )
-    if true is not None:
-        distinct = int((true > 0).sum())
-        lines.append(
-            f"label accuracy {100 * metrics.label_accuracy(y, y_true):.1f} % (overlap of the two "
-            f"label multisets); classes: {int(((n > 0) & (true > 0)).sum())} of {distinct} found, "
-            f"{int(((n > 0) & (true == 0)).sum())} wrong, existence accuracy "
-            f"{100 * metrics.existence_accuracy(y, y_true, num_classes):.1f} % of {num_classes}"
+    #: Pair image by image, not by the best one-to-one assignment within the labels.
+    by_index: bool = False
+    #: A function of `metrics.SSIMS`.
+    ssim: Metric = metrics.ssim
+    #: LPIPS, None without its weights.
+    lpips: Metric | None = None
+    #: The metric that decides the verdict, a name in VERDICT_METRICS.
+    verdict_metric: str = "ssim"
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Name → function, of the metrics at hand."""
+        return {
+            **metrics.METRICS, "ssim": self.ssim, **({"lpips": self.lpips} if self.lpips else {})
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """What weakens a verdict; the fields are those of `verdict.judge`."""
+
+    missing: Sequence[str] = ()
+    doubt: str | None = None
+    arrived: bool = True
+
+
+#: Names of all metrics, in the order of the tables.
+NAMES = [*metrics.METRICS, "lpips"]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Images and labels, with the rules by which everything in them is paired and scored."""
+
+    true: Tensor
+    y_true: Tensor
+    y_found: Tensor
+    rules: Rules
+
+    def pairing(self, images: Tensor) -> list[int]:
+        """For each true image the index of its reconstruction."""
+        if self.rules.by_index:
+            return list(range(len(self.true)))
+        return assign(images, self.true, self.y_found, self.y_true)
+
+    def score(self, images: Tensor) -> metrics.Scores:
+        """Scores of images that are paired already."""
+        return metrics.score(images, self.true, self.rules.metrics)
+
+    def similar(self, metric: str, images: Tensor, decoys: Tensor) -> np.ndarray:
+        """Similarities of true images and decoys to `images`, by that metric: (B, N)."""
+        likeness = _likeness(metric, self.rules.metrics[metric])
+        true = (self.true * 255).round() / 255  # as decoys are stored: rounding tells none apart
+        return similarities(
+            likeness, images, self.y_found, true, self.y_true, decoys, by_index=self.rules.by_index
         )
-        shared = int(true[true > 1].sum())
-        lines.append(
-            f"repetition rate: {100 * (1 - distinct / len(y)):.1f} % as 1 − distinct / B, "
-            f"{100 * shared / len(y):.1f} % as the share of images whose label another one has"
-        )
-    return "\n".join(lines)
 
 
-def score_reconstruction(
+def score_images(
     found: Tensor,
     true: Tensor,
     y_found: Tensor,
     y_true: Tensor,
+    rules: Rules = Rules(),
     *,
-    by_index: bool,
-    ssim: Callable[[Tensor, Tensor], Tensor] = metrics.ssim,
-    lpips_score: Callable[[Tensor, Tensor], Tensor] | None = None,
     controls: Mapping[str, Tensor] | None = None,
     decoys: Tensor | None = None,
-    verdict_metric: str = "ssim",
-    missing: Sequence[str] = (),
-    doubt: str | None = None,
-    arrived: bool = True,
-) -> tuple[dict, str]:
+    doubts: Doubts = Doubts(),
+) -> dict:
     """Score images `found` against `true`, both (B, C, H, W) in [0, 1], and judge them.
 
-    Pairs by the best one-to-one assignment within the labels, or `by_index`. Beside the scores
-    stand those of images that need no attack (`metrics.baselines`): an image whose PSNR is not
-    above the better of them is no reconstruction. ssim: a function of `metrics.SSIMS`.
+    Beside the scores stand those of images that need no attack (`metrics.baselines`): an image
+    whose PSNR is not above the better of them is no reconstruction.
 
     y_found, y_true: (B,) labels that the attack went by, and the true ones. controls: name →
-    (B, C, H, W) in [0, 1], what comes out without the client's gradient, paired by the same rule;
-    `leakage` sets the scores against them. decoys: (B, N − 1, C, H, W) of uint8, images that
-    could have been in the place of each true one (`identification.identify`). verdict_metric: the
-    metric that decides. missing, doubt, arrived: as in `verdict.judge`.
+    (B, C, H, W) in [0, 1], what an attack without the client's gradient made, paired by the same
+    rules; `leakage` sets the scores against them. decoys: (B, N − 1, C, H, W) of uint8, images that
+    could have been in the place of each true one (`identification.identify`).
 
-    Returns the `metrics` entry of result.json and a table to print. In the entry the PSNR of an
-    exact image is None and `exact` true; metrics that do not apply are None or NaN.
+    Returns the `metrics` entry of result.json. In it the PSNR of an exact image is None and
+    `exact` true; metrics that do not apply are None or NaN.
     """
-
-    def pairing_of(images):
-        return list(range(len(true))) if by_index else assign(images, true, y_found, y_true)
-
-    order = pairing_of(found)
-    used = {**metrics.METRICS, "ssim": ssim, **({"lpips": lpips_score} if lpips_score else {})}
-    names = [*metrics.METRICS, "lpips"]
-    scores = metrics.score(found[order], true, used)
-    orders = {name: pairing_of(images) for name, images in (controls or {}).items()}
-    control_scores = {
-        name: metrics.score(controls[name][orders[name]], true, used) for name in orders
-    }
-    references = {
-        name: metrics.score(images, true, used) for name, images in metrics.baselines(true).items()
-    }
-
-    images = []
-    for i, source in enumerate(order):
-        values = {name: scores.images[name][i] if name in used else math.nan for name in names}
-        floor = max(reference.images["psnr"][i] for reference in references.values())
-        images.append(
-            {
-                "true": i,
-                "reconstruction": source,
-                "label_true": int(y_true[i]),
-                "label": int(y_found[source]),
-                **values,
-                "psnr": _written_psnr(values["psnr"]),
-                "exact": values["mse"] == 0,
-                "above_baselines": values["psnr"] > floor,
-                "flat_psnr": _written_psnr(floor),
-            }
-        )
-    pairing = "index" if by_index else "assignment"
+    batch = _Batch(true, y_true, y_found, rules)
+    order = batch.pairing(found)
+    scores = batch.score(found[order])
+    references = {name: batch.score(x) for name, x in metrics.baselines(true).items()}
+    images = _image_entries(batch, order, scores, references)
     result = {
-        "pairing": pairing,
-        "mean": {name: scores.mean.get(name) for name in names},
-        "std": {name: scores.std.get(name) for name in names},
+        "pairing": "index" if rules.by_index else "assignment",
+        "mean": {name: scores.mean.get(name) for name in NAMES},
+        "std": {name: scores.std.get(name) for name in NAMES},
         "exact_images": _exact_images(scores),
         "images": images,
         "baselines": {
-            label: {name: reference.mean.get(name) for name in names}
+            label: {name: reference.mean.get(name) for name in NAMES}
             for label, reference in references.items()
         },
         "controls": None,
@@ -166,94 +136,100 @@ def score_reconstruction(
         "identification": None,
         "paired": None,
     }
+    control_scores: dict[str, metrics.Scores] = {}
+    for name, theirs in (controls or {}).items():
+        pairing = batch.pairing(theirs)
+        control_scores[name] = batch.score(theirs[pairing])
+        result["controls"] = result["controls"] or {}
+        result["controls"][name] = _control_entry(pairing, control_scores[name], scores)
     if controls:
-        result["controls"] = {
-            label: {
-                "mean": {name: control.mean.get(name) for name in names},
-                "exact_images": _exact_images(control),
-                "images": control.images | {"psnr": [*map(_written_psnr, control.images["psnr"])]},
-                "reconstruction": orders[label],
-                "leakage": leakage(scores.images, [control.images]),
-            }
-            for label, control in control_scores.items()
-        }
         result["leakage"] = leakage(scores.images, [c.images for c in control_scores.values()])
-    metric = _deciding_metric(verdict_metric, scores)
+    metric = _deciding_metric(rules.verdict_metric, scores)
     identification, paired, unlike = None, None, []
     if decoys is not None:
-        likeness = _likeness(metric, used[metric])
-
-        def similar(images):
-            return similarities(
-                likeness, images, y_found, _eight_bits(true), y_true, decoys, by_index=by_index
-            )
-
-        matrix = similar(found)
-        identification = identify(matrix)
-        result["identification"] = asdict(identification) | {
-            "metric": metric,
-            "nearest": [nearest_decoys(row, SHOWN_DECOYS) for row in matrix],
-        }
-        for name, images_of in (controls or {}).items():
-            theirs = similar(images_of)
-            p = result["controls"][name]["identification_p"] = identify(theirs).p
-            if p <= min(ALPHA, NEARLY_AS_CLEAR * identification.p):
-                unlike.append(f"control {name}")
-            if name == OTHER_GRADIENT:
-                paired = paired_difference(matrix, theirs)
+        identification, paired, unlike = _test(batch, metric, found, controls or {}, decoys, result)
     elif OTHER_GRADIENT in control_scores:
-        mine, theirs = (_better_is_higher(metric, of.images)[:, None]
-                        for of in (scores, control_scores[OTHER_GRADIENT]))  # fmt: skip
-        paired = paired_difference(mine, theirs)
+        paired = _paired_without_decoys(metric, scores, control_scores[OTHER_GRADIENT])
     result["paired"] = paired and asdict(paired)
     verdict = judge(
-        result["leakage"], identification, paired, metric=metric, unlike=unlike, missing=missing,
-        doubt=doubt, arrived=arrived,
+        result["leakage"], identification, paired, metric=metric, unlike=unlike,
+        missing=doubts.missing, doubt=doubts.doubt, arrived=doubts.arrived,
     )  # fmt: skip
     result["verdict"] = asdict(verdict)
+    return result
 
-    rows = [
-        [
-            image["true"],
-            image["reconstruction"],
-            f"{image['label_true']} / {image['label']}",
-            *("exact" if name == "psnr" and image["exact"] else image[name] for name in names),
-            "yes" if image["above_baselines"] else f"no: flat {decibels(image['flat_psnr'])}",
-        ]
-        for image in images
-    ]
-    if identification is not None:
-        for row, rank in zip(rows, identification.ranks, strict=True):
-            row.append(f"{rank} of {identification.candidates}")
-    summaries = {"mean": scores.mean, "std": scores.std}
-    summaries |= {f"{label} image": reference.mean for label, reference in references.items()}
-    summaries |= {f"control: {label}": control.mean for label, control in control_scores.items()}
-    empty = [""] * (1 if identification is None else 2)
-    rows += [
-        [title, "", "", *(values.get(name, math.nan) for name in names), *empty]
-        for title, values in summaries.items()
-    ]
-    header = ["image", "paired with", "label true / used", "MSE", "PSNR dB", "SSIM", "LPIPS"]
-    header += ["reconstruction?"] + ([] if identification is None else ["rank among decoys"])
-    below = sum(not image["above_baselines"] for image in images)
-    flat = (
-        f"{below} of {len(true)} images score no better in PSNR than a flat image: by that measure "
-        "those are no reconstructions (for dark images see SSIM and the pictures)"
-        if below
-        else "every image scores above a grey image and above its own mean colour"
-    )
-    text = (
-        f"{table(header, rows, separated=len(summaries))}\n"
-        f"label accuracy {100 * metrics.label_accuracy(y_found, y_true):.1f} %; paired by "
-        f"{pairing}; {flat}\n{verdict.sentence}"
-    )
-    details = _details(verdict, result, identification)
-    if result["exact_images"]:
-        details.append(
-            f"{result['exact_images']} of {len(true)} images are exact: in the mean their PSNR, "
-            f"which is infinite, counts as {metrics.PSNR_CEILING:g} dB"
+
+def _test(
+    batch: _Batch,
+    metric: str,
+    found: Tensor,
+    controls: Mapping[str, Tensor],
+    decoys: Tensor,
+    result: dict,
+) -> tuple[Identification, Paired | None, list[str]]:
+    """Tests of the images and of the controls against decoys; fills in the entries of `result`.
+
+    Returns the test of the images, their difference to the control with another gradient, and
+    the controls that tell true images from decoys nearly as well.
+    """
+    matrix = batch.similar(metric, found, decoys)
+    identification, paired, unlike = identify(matrix), None, []
+    result["identification"] = asdict(identification) | {
+        "metric": metric,
+        "nearest": [nearest_decoys(row, SHOWN_DECOYS) for row in matrix],
+    }
+    for name, images in controls.items():
+        theirs = batch.similar(metric, images, decoys)
+        p = result["controls"][name]["identification_p"] = identify(theirs).p
+        if p <= min(ALPHA, NEARLY_AS_CLEAR * identification.p):
+            unlike.append(f"control {name}")
+        if name == OTHER_GRADIENT:
+            paired = paired_difference(matrix, theirs)
+    return identification, paired, unlike
+
+
+def _image_entries(
+    batch: _Batch,
+    order: Sequence[int],
+    scores: metrics.Scores,
+    references: Mapping[str, metrics.Scores],
+) -> list[dict]:
+    """An entry per true image: its pair, labels, scores, and how they stand to flat images."""
+    images = []
+    for i, source in enumerate(order):
+        values = {
+            name: scores.images[name][i] if name in scores.images else math.nan for name in NAMES
+        }
+        floor = max(reference.images["psnr"][i] for reference in references.values())
+        images.append(
+            {
+                "true": i,
+                "reconstruction": source,
+                "label_true": int(batch.y_true[i]),
+                "label": int(batch.y_found[source]),
+                **values,
+                "psnr": _written_psnr(values["psnr"]),
+                "exact": values["mse"] == 0,
+                "above_baselines": values["psnr"] > floor,
+                "flat_psnr": _written_psnr(floor),
+            }
         )
-    return result, "\n".join([text, *details])
+    return images
+
+
+def _control_entry(pairing: Sequence[int], control: metrics.Scores, attack: metrics.Scores) -> dict:
+    return {
+        "mean": {name: control.mean.get(name) for name in NAMES},
+        "exact_images": _exact_images(control),
+        "images": control.images | {"psnr": [*map(_written_psnr, control.images["psnr"])]},
+        "reconstruction": pairing,
+        "leakage": leakage(attack.images, [control.images]),
+    }
+
+
+def _paired_without_decoys(metric: str, attack: metrics.Scores, control: metrics.Scores) -> Paired:
+    mine, theirs = (_better_is_higher(metric, of.images)[:, None] for of in (attack, control))
+    return paired_difference(mine, theirs)
 
 
 def _deciding_metric(wanted: str, scores: metrics.Scores) -> str:
@@ -271,11 +247,6 @@ def _better_is_higher(metric: str, values: Mapping[str, Sequence[float]]) -> np.
 def _likeness(metric: str, score: Callable) -> Callable[[Tensor, Tensor], Tensor]:
     sign = -1 if metric in metrics.LOWER_IS_BETTER else 1
     return lambda x, y: (sign * score(x, y)).clamp(max=metrics.PSNR_CEILING)
-
-
-def _eight_bits(images: Tensor) -> Tensor:
-    """Images in [0, 1] rounded as decoys are stored, so that rounding tells none from another."""
-    return (images * 255).round() / 255
 
 
 def _written_psnr(value: float) -> float | None:
@@ -306,85 +277,3 @@ def leakage(
             "mean": float(above.mean()), "low": low, "high": high, "images": above.tolist()
         }  # fmt: skip
     return found
-
-
-def _details(verdict: Verdict, result: Mapping, identification: Identification | None) -> list[str]:
-    """The lines below the verdict: what it rests on, and what weakens it."""
-    lines = []
-    if identification is not None:
-        found = ", ".join(map(str, verdict.identified)) or "none"
-        lines.append(
-            f"ranks among {identification.candidates - 1} decoys per image, by "
-            f"{verdict.metric.upper()}: p = {identification.p:.2g} (all images together "
-            f"{identification.batch_p:.2g}); identified one by one, corrected for their number: "
-            f"{found}"
-        )
-        for name, control in (result["controls"] or {}).items():
-            if control["identification_p"] <= ALPHA:
-                lines.append(
-                    f"caution: the ranks of control {name}, which knows nothing of the client's "
-                    f"gradient, have p = {control['identification_p']:.2g}: these decoys may be "
-                    "unlike the true images in kind"
-                )
-    paired = result["paired"]
-    if paired is not None:
-        decoys, signs = (
-            "" if paired[key] is None else f"; p = {paired[key]:.2g} by {what}"
-            for key, what in (("p", "the decoys"), ("signs_p", "signs, which decides nothing"))
-        )
-        lines.append(
-            f"against the gradient of other images, image by image: {verdict.metric.upper()} "
-            f"{paired['mean']:+.{LEAKAGE_DIGITS[verdict.metric]}f}{decoys}{signs}"
-        )
-    if result["leakage"] is None:
-        return lines
-    above = result["leakage"][verdict.metric]["images"]
-    lines += [
-        "against each image's best control: "
-        + ", ".join(difference(name, of) for name, of in result["leakage"].items())
-        + f"; {sum(value > 0 for value in above)} of {len(above)} images stand above every control "
-        f"in {verdict.metric.upper()}",
-        "against one control alone: "
-        + "; ".join(
-            f"{name} {difference(verdict.metric, control['leakage'][verdict.metric])}"
-            for name, control in result["controls"].items()
-        ),
-    ]
-    if 1 < len(above) < FEW_IMAGES:
-        lines.append(
-            f"fewer than {FEW_IMAGES} images: the intervals are too narrow, a hint at most; the "
-            "p values hold"
-        )
-    return lines
-
-
-def information_table(
-    columns: Mapping[str, Sequence], batch_norm: float, *, independent: bool, protected: bool
-) -> str:
-    """The gradient information ratio as a table to print.
-
-    columns: field of `inversion.leakage.Information` → (B,) values, with "label" before them.
-    protected: whether what the client sent was changed before.
-    """
-    titles = {
-        "label": "label", "confidence": "confidence", "predicted": "predicted",
-        "predicted_confidence": "its confidence", "norm": "norm", "squared_l2": "squared L2",
-        "cosine_distance": "cosine distance", "sign_rate": "equal signs %",
-        "information": "information", "ratio": "ratio %",
-    }  # fmt: skip
-    rows = [[i, *values] for i, values in enumerate(zip(*columns.values(), strict=True))]
-    total = {"norm": batch_norm, "information": sum(columns["information"])}
-    rows.append(["batch", *(total.get(name, "") for name in columns)])
-    rows[-1][-1] = sum(columns["ratio"])
-    header = ["image", *(titles[name] for name in columns)]
-    kind = (
-        "every image's own gradient"
-        if independent
-        else "BatchNorm mixes the images: each one's share inside the batch's statistics"
-    )
-    before = ", before protection" if protected else ""
-    return (
-        f"gradient information ratio ({kind}{before}; distances and signs against the batch's "
-        f"gradient; ratio: share of the information after a shift by the smallest, if negative; no "
-        f"measure of risk)\n{table(header, rows, separated=1)}"
-    )

@@ -1,0 +1,316 @@
+"""Running the attack: the plan before it, what is recorded on the way, and how it ended."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from inversion.audit.inputs import Case
+from inversion.audit.settings import Settings
+from inversion.combine import Combination, combination_method
+from inversion.objective import Losses
+from inversion.optimise import Outcome, lowest, reconstruct
+from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.restarts import noise_generator
+from inversion.settings import PRIOR_ONLY, AttackSettings
+from inversion.strategies import STRATEGIES
+from models.gradient import trainable_parameters
+from utils.console import Progress, Reporter, duration
+from utils.device import device_name, peak_memory_mib
+from utils.errors import FaultError
+from utils.script import Interrupts
+from utils.shard import ALONE, Shard
+
+#: Rows of losses.csv per seed at most.
+RECORDED_STEPS = 2000
+#: What stands in the place of a seed's number in the rows of the consensus.
+CONSENSUS = "consensus"
+
+
+@dataclass
+class Recorder:
+    """Follows the iterations: progress, rows for losses.csv, rounds, and the wish to stop."""
+
+    settings: AttackSettings
+    progress: Progress
+    interrupts: Interrupts
+    #: Called with the iterations done and the images of a new consensus.
+    save_consensus: Callable[[int, Tensor], None] = lambda done, x: None
+    #: What stands before every line.
+    title: str = ""
+    #: Rows of losses.csv, in the order of `header`.
+    rows: list = field(default_factory=list)
+    #: What every round of MLCO chose.
+    rounds: list[dict] = field(default_factory=list)
+
+    @property
+    def header(self) -> list[str]:
+        """The columns of losses.csv."""
+        return ["seed", "iteration", "rate", "total", "gradient", *self.settings.prior_names]
+
+    def on_step(self, index: int | None, step: int, losses: Losses, rate: float) -> bool:
+        """Record an iteration of seed number `index`, or of the consensus; true asks to stop."""
+        settings, steps = self.settings, self.settings.loop.steps
+        name = CONSENSUS if index is None else settings.first_seed + index
+        has_gradient = settings.pixel_gradient != PRIOR_ONLY
+        gradient = {"gradient": losses.gradient} if has_gradient else {}
+        values = {"total": losses.total, **gradient, **losses.terms}
+        self.progress.step(self.title + (name if index is None else f"seed {name}"), values)
+        if step % max(1, steps // RECORDED_STEPS) == 0 or step == steps - 1:
+            terms = [losses.terms.get(term, "") for term in settings.prior_names]
+            self.rows.append([name, step, rate, losses.total, losses.gradient, *terms])
+        return self.interrupts.signal is not None
+
+    def on_round(self, done: int, combination: Combination) -> None:
+        """Record a consensus formed after `done` iterations of every seed."""
+        self.save_consensus(done, combination.x)
+        seeds = [self.settings.first_seed + index for index in combination.choice]
+        best = combination.seed_losses[lowest(combination.seed_losses)]
+        self.progress.reporter.say(
+            f"{self.title}consensus after {done} iterations: gradient loss {combination.loss:.6g}, "
+            f"of the best seed {best:.6g}; images "
+            + ", ".join(f"{n} of seed {seed}" for seed, n in sorted(Counter(seeds).items()))
+        )
+        self.rounds.append(
+            {
+                "iteration": done,
+                "seeds": seeds,
+                "gradient_loss": combination.loss,
+                "seed_gradient_losses": list(combination.seed_losses),
+                "image_gradients": combination.image_gradients,
+            }
+        )
+
+
+def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outcome:
+    """Run the strategy over all seeds, and close the recorder's progress."""
+    home = torch.device("cpu") if settings.offload_seeds else case.device
+    options = {}
+    if settings.forms_consensus:
+        options = {
+            "schedule": settings.schedule,
+            "memory": settings.combine_memory,
+            "on_round": recorder.on_round,
+            "should_stop": lambda: case.objective.shard.any(recorder.interrupts.signal is not None),
+        }
+    try:
+        return STRATEGIES[settings.strategy](
+            case.objective,
+            PIXEL_GRADIENTS[settings.pixel_gradient],
+            [case.start(seed).to(home) for seed in settings.seeds],
+            settings.loop_in(case.target.box),
+            generators=[noise_generator(seed, case.device) for seed in settings.seeds],
+            on_step=recorder.on_step,
+            seeds=ALONE if settings.shared == "batch" else case.processes,
+            **options,
+        )
+    finally:
+        recorder.progress.close()
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """An attack that has run, with what was recorded of it."""
+
+    outcome: Outcome
+    #: (B, C, H, W) reconstruction as colours in [0, 1], on the CPU.
+    images: Tensor
+    #: Rows of losses.csv of all processes, and their columns.
+    rows: list
+    header: list[str]
+    rounds: list[dict]
+    seconds: float
+    peak_memory_mib: float
+    #: Whether any process was asked to stop.
+    interrupted: bool
+
+    @property
+    def failed(self) -> bool:
+        """Whether no seed had a finite loss."""
+        return math.isnan(self.outcome.final.losses.gradient)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why it ended early, None where all iterations ran."""
+        return "interrupted" if self.interrupted else self.outcome.final.stopped
+
+    def gradient_losses(self, settings: AttackSettings) -> list[list[float]]:
+        """Return the course of the gradient loss of the final run, or of all seeds of a mean."""
+        curves: dict = {}
+        for row in self.rows:
+            curves.setdefault(row[0], []).append(row[4])
+        chosen = self.outcome.chosen
+        name = CONSENSUS if chosen is None else settings.first_seed + chosen
+        return [curves[name]] if name in curves else list(curves.values())
+
+
+def attack(
+    settings: AttackSettings,
+    case: Case,
+    interrupts: Interrupts,
+    reporter: Reporter,
+    *,
+    print_freq: int,
+    title: str = "",
+    save_consensus: Callable[[int, Tensor], None] = lambda done, x: None,
+) -> Attacked:
+    """Run an attack from its settings to its images, and report its progress.
+
+    print_freq: iterations between two progress lines, each of which begins with `title`.
+    save_consensus(iterations, x): called with every consensus.
+    """
+    start = time.perf_counter()
+    total = settings.total_iterations(own_seeds(settings, case.processes))
+    progress = Progress(total, print_freq, reporter)
+    recorder = Recorder(settings, progress, interrupts, save_consensus, title)
+    outcome = run_attack(settings, case, recorder)
+    seconds = time.perf_counter() - start
+    rows = recorder.rows
+    if settings.shared == "seeds":
+        rows = _all_rows(rows, case.processes)
+    return Attacked(
+        outcome,
+        case.images(outcome.final.x),
+        rows,
+        recorder.header,
+        recorder.rounds,
+        seconds,
+        peak_memory_mib(case.device),
+        interrupted=asked_to_stop(case, interrupts),
+    )
+
+
+def asked_to_stop(case: Case, interrupts: Interrupts) -> bool:
+    """Return whether any process was asked to stop; the answer is the same on all of them."""
+    return case.processes.any(interrupts.signal is not None)
+
+
+def own_seeds(settings: AttackSettings, processes: Shard) -> int:
+    """Return the number of seeds that this process runs."""
+    if settings.shared == "batch":
+        return settings.num_seeds
+    return sum(processes.owns(index) for index in range(settings.num_seeds))
+
+
+def _all_rows(rows: list, processes: Shard) -> list:
+    """Rows of losses.csv of all processes that ran whole seeds, the consensus only once."""
+    parts = processes.objects(rows)
+    return [
+        row for rank, part in enumerate(parts) for row in part if row[0] != CONSENSUS or rank == 0
+    ]
+
+
+def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
+    """Describe how every seed ended and which one was chosen, a line each."""
+    lines = []
+    first = settings.first_seed
+    runs = [(f"seed {first + index}", run) for index, run in enumerate(outcome.runs)]
+    if outcome.chosen is None:
+        runs.append((CONSENSUS, outcome.final))
+    for name, run in runs:
+        if run.stopped == "interrupted":
+            lines.append(
+                f"{name}: interrupted after {run.steps} iterations; what there is will be saved"
+            )
+        elif run.stopped is not None:
+            lines.append(
+                f"{name}: a loss was not finite after {run.steps} iterations; its best images "
+                "are kept"
+            )
+    chosen = settings.strategy if outcome.chosen is None else f"seed {first + outcome.chosen}"
+    losses = outcome.final.losses
+    terms = "  ".join(f"{name} {value:.4g}" for name, value in losses.terms.items())
+    return [*lines, f"chosen: {chosen}  gradient loss {losses.gradient:.6g}  {terms}"]
+
+
+# Before the attack -------------------------------------------------------------------------
+
+
+def plan(settings: AttackSettings, case: Case, *, shuffled: bool) -> str:
+    """Describe what will be done."""
+    target, num_seeds = case.target, settings.num_seeds
+    parameters = sum(p.numel() for p in trainable_parameters(case.objective.model).values())
+    stages, lines = f"{num_seeds} seed(s) x {settings.loop.steps:,}", []
+    if settings.forms_consensus:
+        initial, rounds, final = settings.schedule.spans(settings.loop.steps)
+        lengths = " + ".join(f"{len(r):,}" for r in rounds) or "none"
+        method, why = combination_method(case.objective, num_seeds, settings.combine_memory)
+        stages = (
+            f"{num_seeds} seed(s) x ({len(initial):,} initial + "
+            f"{final.start - len(initial):,} in {len(rounds)} rounds) + {len(final):,} final"
+        )
+        lines += [f"rounds: {lengths}", f"combination: {method} ({why})"]
+    lines.insert(
+        0,
+        f"plan: {stages} = {settings.total_iterations(num_seeds):,} iterations, "
+        f"{target.batch_size} images {target.image_shape}, {target.network} with {parameters:,} "
+        f"parameters in {'train' if target.train_mode else 'eval'} mode, "
+        f"{device_name(case.device)}",
+    )
+    lines.append(
+        f"{settings.distance} gradient distance, priors: "
+        f"{', '.join(settings.prior_names) or 'none'}; BN statistics: "
+        f"{case.bn_source or 'not used'}"
+    )
+    lines += _protection_lines(case)
+    if shuffled:
+        lines.append("what was sent is shuffled: there is nothing to find in it")
+    if case.processes.size > 1:
+        lines.append(f"{case.processes.size} processes, each with a part of the {settings.shared}")
+    if num_seeds > 1:
+        numbers = num_seeds * target.batch_size * math.prod(target.image_shape)
+        size = numbers * target.gradient[0].element_size() / 2**20
+        home = "cpu, by --offload-seeds" if settings.offload_seeds else case.device.type
+        lines.append(f"images of all seeds: {size:,.1f} MiB, kept on {home}")
+    return "\n      ".join(lines)
+
+
+def _protection_lines(case: Case) -> list[str]:
+    protection = case.target.protection
+    if protection is None:
+        return []
+    clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
+    first, *rest = case.guarantee
+    return [
+        f"the client's protection: {protection.mode}, {clip}, noise of {protection.sigma:g} a "
+        f"number; {first}",
+        *rest,
+    ]
+
+
+def estimate(settings: Settings, case: Case) -> str:
+    """Measure two steps of the loop, and tell the time and memory that the plan will take."""
+    attack, scoring = settings.attack, settings.scoring
+    times = [time.perf_counter()]
+
+    def note_time(*_) -> bool:
+        times.append(time.perf_counter())
+        return False
+
+    loop = attack.loop_in(case.target.box)
+    reconstruct(
+        partial(PIXEL_GRADIENTS[attack.pixel_gradient], case.objective),
+        case.start(attack.first_seed).to(case.device),
+        replace(loop, steps=max(2, loop.steps)),
+        generator=noise_generator(attack.first_seed, case.device),
+        on_step=note_time,
+        span=range(2),
+        shard=case.objective.shard,
+    )
+    if len(times) < 3:
+        raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
+    seconds = times[2] - times[1]  # the first step warms up
+    total = seconds * attack.total_iterations(own_seeds(attack, case.processes))
+    left_out = ["combinations"] if attack.forms_consensus else []
+    left_out += ["controls"] if scoring.metric and scoring.controls is not False else []
+    left_out += ["--GInfoR"] if scoring.information else []
+    not_counted = f", {' and '.join(left_out)} not counted" if left_out else ""
+    return (
+        f"estimate: {seconds * 1e3:.1f} ms an iteration, {duration(total)} in all{not_counted}, "
+        f"peak memory {peak_memory_mib(case.device):.0f} MiB"
+    )

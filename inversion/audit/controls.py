@@ -1,0 +1,126 @@
+"""The same attack without the client's gradient, to set its scores beside."""
+
+import time
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from inversion.audit.attack import Attacked, asked_to_stop, attack
+from inversion.audit.inputs import PUBLIC_IMAGES, Case, Sealed
+from inversion.audit.scoring import OTHER_GRADIENT
+from inversion.audit.settings import ScoringSettings
+from inversion.settings import AttackSettings
+from models.target import Target, Update
+from utils.console import Reporter, duration
+from utils.errors import InputError
+from utils.image_files import public_photographs
+from utils.script import Interrupts
+
+#: Controls run unasked where the attack takes less, in seconds.
+CONTROL_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Control:
+    """What an attack without the client's gradient made."""
+
+    #: (B, C, H, W) in [0, 1].
+    images: Tensor
+    #: 0 where there was nothing to run, as are the seconds.
+    iterations: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The controls that ran, by name, and in words what is missing of them."""
+
+    found: dict[str, Control] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> dict[str, Tensor]:
+        """Name → (B, C, H, W) in [0, 1]."""
+        return {name: control.images for name, control in self.found.items()}
+
+
+#: Before the controls have run, or where they do not.
+NOT_RUN = Controls(missing=["the controls were not run"])
+
+
+def controls_wanted(
+    scoring: ScoringSettings, case: Case, attacked: Attacked, reporter: Reporter
+) -> bool:
+    """Return whether to run controls after this attack; the answer is the same on every process."""
+    if attacked.interrupted or attacked.failed:
+        return False
+    if not scoring.metric or scoring.controls is not None:
+        return bool(scoring.controls)
+    if case.processes.objects(attacked.seconds)[0] > CONTROL_SECONDS:
+        reporter.say(
+            f"controls: left out, since the attack took over {duration(CONTROL_SECONDS)}; give "
+            "--controls to have them"
+        )
+        return False
+    return True
+
+
+def run_controls(
+    settings: AttackSettings,
+    case: Case,
+    sealed: Sealed,
+    interrupts: Interrupts,
+    reporter: Reporter,
+    *,
+    print_freq: int,
+) -> Controls:
+    """Run the same attack without the client's gradient, in three ways.
+
+    "prior only": no gradient, the priors alone, BN to running statistics, since those of the batch
+    are the client's too. "other gradient": everything as in the attack, on the gradient (and BN
+    statistics) of other images with the same labels. "mean image": of the public photographs. The
+    labels are those of the attack. A control that cannot be run or is interrupted is left out with
+    a printed note, and is missing in the result.
+    """
+    target = case.target
+    mean = public_photographs(PUBLIC_IMAGES, target.image_shape).mean(0)
+    controls = Controls({"mean image": Control(mean.expand(target.batch_size, -1, -1, -1))})
+    plans = [("prior only", settings.without_gradient(), target)]
+    if sealed.truth.control is not None:
+        plans.append((OTHER_GRADIENT, settings, _with_update(target, sealed.truth.control)))
+    else:
+        reporter.say(
+            "controls: the checkpoint holds no gradient of other images; capture with training.py "
+            "--with-control to compare with one"
+        )
+    for name, changed, theirs in plans:
+        if controls.missing and asked_to_stop(case, interrupts):
+            controls.missing.append(f"control {name} was not run")
+            continue
+        start = time.perf_counter()
+        try:
+            without = case.attacked_by(changed, theirs)
+        except InputError as error:
+            reporter.say(f"control, {name}: left out: {error}")
+            controls.missing.append(f"control {name} could not be run")
+            continue
+        attacked = attack(
+            changed, without, interrupts, reporter, print_freq=print_freq,
+            title=f"control, {name}: ",
+        )  # fmt: skip
+        if attacked.interrupted:
+            reporter.say(f"control, {name}: interrupted, left out")
+            controls.missing.append(f"control {name} was interrupted")
+            continue
+        outcome, seconds = attacked.outcome, time.perf_counter() - start
+        controls.found[name] = Control(attacked.images, outcome.iterations, seconds)
+        stopped = ", ended by a loss that was not finite" if outcome.final.stopped else ""
+        reporter.say(
+            f"control, {name}: {outcome.iterations} iterations in {duration(seconds)}{stopped}"
+        )
+    return controls
+
+
+def _with_update(target: Target, sent: Update) -> Target:
+    """The target as a client would make it that sent `sent`."""
+    return replace(target, gradient=sent.gradient, bn_mean=sent.bn_mean, bn_var=sent.bn_var)

@@ -1,0 +1,371 @@
+"""The files of a run, read and checked: what an attacker has, and what only scoring may see."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from inversion.audit.settings import InputSettings, Settings
+from inversion.audit.truth import TruthCheck, check_truth_gradient
+from inversion.labels.counts import ScaledGradientError
+from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_labels
+from inversion.objective import Objective
+from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.restarts import initial_images
+from inversion.settings import AttackSettings
+from models import checkpoint as checkpoints
+from models.batchnorm import batchnorm_layers
+from models.binding import check_bound
+from models.gradient import couples_samples, gradient_mode
+from models.target import (
+    GroundTruth,
+    Target,
+    Update,
+    check_fits,
+    guarantee_lines,
+    model_of,
+    target_from_checkpoint,
+    truth_from_checkpoint,
+)
+from utils.console import Reporter
+from utils.device import choose_device
+from utils.errors import InputError, is_out_of_memory
+from utils.image_files import load_auxiliary, public_photographs
+from utils.images import denormalise, normalise
+from utils.metrics import LPIPS_BACKBONE, load_lpips
+from utils.shard import ALONE, Shard
+
+LPIPS_HINT = (
+    f"LPIPS n/a: needs the AlexNet weights {LPIPS_BACKBONE} of torchvision, by "
+    "--lpips-weights FILE or in the torch hub cache"
+)
+#: Images by which the network is probed, two at least where the batch has as many: BatchNorm by
+#: batch statistics needs more than one value per channel.
+PROBED_IMAGES = 8
+#: Photographs that show labels' regime and make the mean image.
+PUBLIC_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an attacker has, loaded and checked. It holds nothing of the truth."""
+
+    #: As it is attacked: unscaled, and shuffled where that was asked for.
+    target: Target
+    #: (B,) labels that the attack goes by.
+    y: Tensor
+    #: How the labels were reconstructed; None where they were known.
+    labels: LabelResult | None
+    objective: Objective
+    #: Where the BN prior pulls to, "batch" or "running"; None without the prior.
+    bn_source: str | None
+    device: torch.device
+    #: The processes of this run.
+    processes: Shard = ALONE
+
+    def start(self, seed: int) -> Tensor:
+        """Return the initial images of a seed, on the CPU."""
+        target = self.target
+        return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
+
+    def images(self, x: Tensor) -> Tensor:
+        """Return normalised images (B, C, H, W) as colours in [0, 1], on the CPU."""
+        return denormalise(x, self.target.mean, self.target.std)
+
+    def attacked_by(self, settings: AttackSettings, target: Target | None = None) -> "Case":
+        """Return the case as other settings attack it, or with another target."""
+        target = self.target if target is None else target
+        model = self.objective.model
+        return make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
+
+    @property
+    def guarantee(self) -> list[str]:
+        """What follows from the client's protection, and what it does not cover, in words."""
+        target = self.target
+        if target.protection is None:
+            return []
+        return guarantee_lines(
+            target.protection,
+            self.objective.model,
+            train_mode=target.train_mode,
+            uploads_bn=target.bn_mean is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What only scoring has."""
+
+    truth: GroundTruth
+    #: How the truth's gradient compares with what was sent; None where nothing depends on it.
+    check: TruthCheck | None
+    #: Whether ids and digests bind the truth to the checkpoint.
+    bound: bool
+    #: LPIPS of (B, C, H, W) images in [0, 1]; None without its weights.
+    lpips_score: Callable[[Tensor, Tensor], Tensor] | None
+
+    def images_for(self, case: Case) -> Tensor:
+        """Return the true images, normalised, where and as the attack computes."""
+        return self.truth.x.to(case.device, case.target.gradient[0].dtype)
+
+
+def load_inputs(
+    settings: Settings, reporter: Reporter, processes: Shard, local_rank: int
+) -> tuple[Case, Sealed | None]:
+    """Load every file that the settings name, and refuse what cannot be attacked or scored.
+
+    Returns the attacker's case, and what only scoring has: None where nothing is scored.
+    """
+    inputs, scoring, attack = settings.inputs, settings.scoring, settings.attack
+    device = choose_device(inputs.gpu, local_rank)
+    files = _read_files(settings)
+    target, truth = files.target, files.truth
+    model = model_of(target).to(device)
+    labels, y = _labels(inputs, target, truth, model, processes)
+    _refuse_bn(attack, target, model)
+    for line in _notes_on_bn(attack, target):
+        reporter.say(line)
+    case = make_case(attack, model, target, y, labels, device, processes)
+    lpips_score = load_lpips(scoring.lpips_weights) if scoring.metric else None
+    if scoring.verdict_metric == "lpips" and lpips_score is None:
+        raise InputError(f"--verdict-metric lpips: {LPIPS_HINT}")
+    _refuse_unfit_network(case, f"--checkpoint {inputs.checkpoint}")
+    _evaluate_once(attack, case)
+    if truth is None:
+        return case, None
+    sealed = Sealed(truth, None, files.bound, lpips_score)
+    if scoring.metric or not files.bound:
+        sealed = replace(sealed, check=_check_truth(inputs, files, case, sealed))
+    return case, sealed if scoring.needs_truth else None
+
+
+def make_case(
+    settings: AttackSettings,
+    model: nn.Module,
+    target: Target,
+    y: Tensor,
+    labels: LabelResult | None = None,
+    device: torch.device | None = None,
+    processes: Shard = ALONE,
+) -> Case:
+    """Put together what an attacker has, with the objective that the settings ask for.
+
+    Raises InputError where the target's gradient is zero or does not fit the model.
+    """
+    source = bn_source(settings, target)
+    objective = Objective(
+        model,
+        target,
+        y,
+        settings.weights,
+        distance=settings.distance,
+        bn_source=source or "running",
+        bn_grad=settings.bn_grad,
+        shard=processes if settings.shared == "batch" else ALONE,
+    )
+    return Case(target, y, labels, objective, source, device or torch.device("cpu"), processes)
+
+
+def bn_source(settings: AttackSettings, target: Target) -> str | None:
+    """Return where the BN prior pulls to: "batch", "running", or None without the prior."""
+    if not settings.weights.priors.get("bn"):
+        return None
+    return "batch" if settings.exact_bn and target.bn_mean is not None else "running"
+
+
+# Files -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the checkpoint and the truth file hold."""
+
+    #: The target that is attacked.
+    target: Target
+    #: The target as it was sent, before anything was shuffled.
+    sent: Target
+    #: Only where the settings call for it.
+    truth: GroundTruth | None = None
+    #: Whether ids and digests bind the truth to the checkpoint.
+    bound: bool = False
+    #: The file of the truth, with its flag.
+    truth_source: str = ""
+
+
+def _read_files(settings: Settings) -> _Files:
+    """Load the checkpoint, and the truth if scoring or known labels need it."""
+    inputs, scoring = settings.inputs, settings.scoring
+    seed = settings.attack.first_seed
+    checkpoint = checkpoints.load(inputs.checkpoint)
+    sent = target_from_checkpoint(checkpoint)
+    check_fits(sent)  # before a truth is compared with it, which may be the sound one
+    target = sent = sent.unscaled(inputs.gradient_scale)
+    if inputs.shuffled:
+        target = shuffled(sent, seed)
+    knows_labels = inputs.labels is not None or inputs.labels_from_gradient
+    if not scoring.needs_truth and knows_labels:
+        return _Files(target, sent)
+    source, truth_source = checkpoint, f"--checkpoint {inputs.checkpoint}"
+    if inputs.truth is not None:
+        source, truth_source = checkpoints.load_truth(inputs.truth), f"--truth {inputs.truth}"
+    if source.get("x_true") is None or source.get("y_true") is None:
+        needs = "--metric" if scoring.metric else "--GInfoR"
+        needs = needs if knows_labels else "--pseudo-label-init known"
+        remedy = "" if knows_labels else ", or the labels by --labels"
+        raise InputError(
+            f"{needs}: {inputs.checkpoint} holds no truth; give the sealed file by --truth{remedy}"
+        )
+    checkpoints.check_truth(source, checkpoint, truth_source)
+    bound = check_bound(source, checkpoint, truth_source, f"--checkpoint {inputs.checkpoint}")
+    truth = truth_from_checkpoint(source, checkpoint).unscaled(inputs.gradient_scale)
+    if inputs.shuffled and truth.control is not None:
+        truth = replace(truth, control=shuffled_update(truth.control, seed + 1))
+    return _Files(target, sent, truth, bound, truth_source)
+
+
+def shuffled(target: Target, seed: int) -> Target:
+    """Return the target with the numbers of every tensor that was sent in a random order."""
+    sent = Update(target.gradient, target.bn_mean, target.bn_var)
+    return replace(target, **vars(shuffled_update(sent, seed)))
+
+
+def shuffled_update(sent: Update, seed: int) -> Update:
+    """Return what a client sent with the numbers of every tensor in a random order."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def mixed(tensors):
+        return tensors and tuple(
+            t.flatten()[torch.randperm(t.numel(), generator=draw)].view(t.shape) for t in tensors
+        )
+
+    return Update(mixed(sent.gradient), mixed(sent.bn_mean), mixed(sent.bn_var))
+
+
+def _check_truth(inputs: InputSettings, files: _Files, case: Case, sealed: Sealed) -> TruthCheck:
+    """Compare the truth's gradient with what was sent.
+
+    Raises InputError where no id binds the truth to the checkpoint and its gradient is another.
+    """
+    x, y = sealed.images_for(case), sealed.truth.y.to(case.device)
+    objective = case.objective
+    check = check_truth_gradient(objective.model, files.sent, x, y, objective.shard)
+    if not (files.bound or check.fits):
+        raise InputError(
+            f"{files.truth_source}: no id binds its truth to --checkpoint {inputs.checkpoint}, and "
+            f"{check.finding}; give the truth of this checkpoint"
+        )
+    return check
+
+
+# Labels ------------------------------------------------------------------------------------
+
+
+def _labels(
+    inputs: InputSettings,
+    target: Target,
+    truth: GroundTruth | None,
+    model: nn.Module,
+    processes: Shard,
+) -> tuple[LabelResult | None, Tensor]:
+    """The labels that the attack goes by, (B,), after how they were reconstructed, if they were."""
+    if inputs.labels_from_gradient:
+        found = None
+        if processes.is_main:  # rounding may differ between machines, labels may not
+            found = _labels_from_gradient(inputs, target, model)
+        found = processes.objects(found)[0]
+        return found, found.labels
+    if inputs.labels is not None:
+        return None, _given_labels(inputs.labels, target)
+    assert truth is not None  # _read_files saw to it
+    return None, truth.y
+
+
+def _given_labels(given: str, target: Target) -> Tensor:
+    """The labels of `--labels`, (B,)."""
+    text = given
+    try:
+        if os.path.isfile(text):
+            with open(text, errors="replace") as file:
+                text = file.read()
+        y = torch.tensor([int(word) for word in text.replace(",", " ").split()])
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"--labels {given[:80]}: neither a readable file nor integers like 3,1,2"
+        ) from error
+    checkpoints.check_labels(y, target.batch_size, target.num_classes, f"--labels {given[:80]}")
+    return y
+
+
+def _labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Module) -> LabelResult:
+    """The labels that the gradient gives away."""
+    shape = target.image_shape
+    public = normalise(public_photographs(PUBLIC_IMAGES, shape), target.mean, target.std)
+    auxiliary = None
+    if inputs.label_images is not None:
+        x, y = load_auxiliary(inputs.label_images, target.num_classes, shape, "--label-aux")
+        auxiliary = normalise(x, target.mean, target.std), y
+    known = LabelInputs(model, public, auxiliary, inputs.uniform_labels)
+    try:
+        return reconstruct_labels(target, known, inputs.label_method)
+    except ScaledGradientError as error:
+        scale = "its factor by --gradient-scale"
+        if error.scale is not None:
+            scale = f"--gradient-scale {error.scale:.10g}"
+        raise InputError(f"--checkpoint {inputs.checkpoint}: {error}; give {scale}") from error
+    except ValueError as error:
+        raise InputError(
+            f"--pseudo-label-init from_grads: {error}; give the labels by --labels"
+        ) from error
+
+
+# What the network allows -------------------------------------------------------------------
+
+
+def _refuse_bn(settings: AttackSettings, target: Target, model: nn.Module) -> None:
+    """Raise InputError for what concerns BatchNorm where the network has none of it."""
+    if settings.bn_grad == "detached" and not couples_samples(model, target.train_mode):
+        raise InputError(
+            "--bn-grad detached: concerns BatchNorm by batch statistics, which this checkpoint's "
+            "network does not use; leave it out"
+        )
+    weight = settings.weights.priors.get("bn", 0.0)
+    if weight and not batchnorm_layers(model):
+        raise InputError(f"--BN {weight:g}: {target.arch} has no BatchNorm layer; leave it out")
+
+
+def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
+    if not settings.exact_bn:
+        return []
+    if not settings.weights.priors.get("bn"):
+        return ["note: --exact-bn says where the BN prior pulls to; --BN is 0"]
+    if target.bn_mean is None:
+        return [
+            "warning: --exact-bn, but the checkpoint holds no batch statistics: running ones are "
+            "used; capture with training.py --upload-bn to have them"
+        ]
+    return []
+
+
+def _refuse_unfit_network(case: Case, source: str) -> None:
+    """Raise InputError, naming `source`, when the network cannot process the images."""
+    model, target = case.objective.model, case.target
+    x = case.start(0)[:PROBED_IMAGES].to(case.device)
+    try:
+        with gradient_mode(model, target.train_mode), torch.no_grad():
+            model(x)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{source}: {target.arch} cannot process its images {target.image_shape}: "
+            f"{' '.join(str(error).split())[:160]}"
+        ) from error
+
+
+def _evaluate_once(settings: AttackSettings, case: Case) -> None:
+    """Evaluate the objective at the initial images, so that a fault shows before the long work."""
+    x = case.start(settings.first_seed).to(case.device)
+    objective = case.objective
+    PIXEL_GRADIENTS[settings.pixel_gradient](objective, objective.own(x), 0.0)

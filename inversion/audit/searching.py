@@ -1,0 +1,283 @@
+"""A search of hyper-parameters: its problem, its folder, its report."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from inversion.audit.flags import tuned_flag
+from inversion.audit.inputs import bn_source, load_inputs
+from inversion.audit.settings import SearchSettings, Settings, settings_from
+from inversion.audit.truth import check_truth_gradient
+from inversion.search.trial import Problem
+from inversion.search.tune import (
+    Budget,
+    Resources,
+    SearchResult,
+    SearchUnavailableError,
+    available,
+    search,
+)
+from inversion.settings import AttackSettings
+from models import checkpoint as checkpoints
+from models.batchnorm import batchnorm_layers
+from models.target import (
+    GroundTruth,
+    Target,
+    check_fits,
+    model_of,
+    target_from_checkpoint,
+    truth_from_checkpoint,
+)
+from utils.console import Reporter, Silent, table
+from utils.errors import FaultError, InputError
+from utils.files import claim_folder, null_unless_finite, write_csv, write_json
+from utils.pictures import save_trials
+from utils.script import check_reachable
+from utils.shard import ALONE
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+#: Root mean square difference of normalised images up to which they are the same image.
+SAME_IMAGE = 1e-2
+#: What a target and its simulation must have in common.
+ALIKE = ("arch", "replace_bn", "num_classes", "image_shape", "train_mode", "label_smoothing")
+#: Ray: no usage reports, nothing written beside the search, trials saved as they report.
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupted search is no finished one
+}
+#: What a cluster's machines need not get of this folder.
+RAY_EXCLUDED = [".git", ".venv*", "results", "train/checkpoint", "Demo_images", "docs", "tests"]
+
+
+def run_search(settings: Settings, reporter: Reporter) -> dict | None:
+    """Search, report, write, and return the entry `search` of result.json; None under --dry-run."""
+    wanted = settings.search
+    assert wanted is not None
+    _refuse_machine(wanted, settings.inputs.gpu)
+    gpus = wanted.gpus
+    if gpus is None:
+        gpus = 0.5 if torch.cuda.is_available() else 0.0
+    problem = load_problem(settings, wanted, "cuda" if gpus else "cpu")
+    load_inputs(settings, Silent(), ALONE, 0)  # refuse before the long work
+    algorithm, why = available(wanted.algorithm)
+    reporter.say(
+        f"search: {algorithm} ({why}), {wanted.num_samples} trials of {wanted.first_report} to "
+        f"{wanted.last_report} iterations over {', '.join(wanted.parameters)}; {wanted.cpus:g} "
+        f"CPUs and {gpus:g} GPUs each"
+    )
+    if settings.dry_run:
+        return None
+    folder = _search_folder(settings, wanted)
+    reporter.say(f"search kept in {folder}; go on with it by --search-resume")
+    os.environ.update(RAY_ENVIRONMENT)
+    try:
+        found = search(
+            problem,
+            wanted.parameters,
+            Budget(wanted.num_samples, wanted.first_report, wanted.last_report),
+            _resources(wanted, gpus),
+            algorithm=algorithm,
+            storage=str(folder),
+            name="tune",
+            resume=wanted.resume,
+            verbose=wanted.verbose,
+        )
+    except (SearchUnavailableError, ConnectionError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise FaultError(f"the search in {folder} ended without a result: {text}") from error
+    record = {
+        "algorithm": found.algorithm,
+        "best": found.best,
+        "model_based_picks": found.model_based,
+        "trials": null_unless_finite(found.trials),
+    }
+    header = list(found.trials[0])
+    rows = [[trial[key] for key in header] for trial in found.trials]
+    write_csv(header, rows, folder / "trials.csv")
+    save_trials(found.trials, wanted.parameters, folder / "trials.png")
+    write_json(record, folder / "search.json")
+    _say(found, reporter)
+    return record
+
+
+def _refuse_machine(wanted: SearchSettings, gpu: int | None) -> None:
+    """Raise InputError for a search that this machine or its packages cannot run."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu is not None and gpus > 1:
+        raise InputError(
+            f"--gpu {gpu}: trials take every GPU; set CUDA_VISIBLE_DEVICES={gpu} instead"
+        )
+    if wanted.gpus and wanted.gpus > max(1, gpus):
+        raise InputError(
+            f"--ngpus-per-trial {wanted.gpus:g}: this machine has {gpus}, trials would wait for "
+            "ever; give less"
+        )
+    if wanted.gpus and not gpus:
+        raise InputError(
+            f"--ngpus-per-trial {wanted.gpus:g}: no CUDA device here, trials would wait for ever; "
+            "leave it out"
+        )
+    try:
+        available(wanted.algorithm)
+    except SearchUnavailableError as error:
+        raise InputError(f"--search-alg {wanted.algorithm}: {error}") from error
+    if wanted.address is not None:
+        check_reachable(wanted.address, "--ray-address")
+
+
+def _resources(wanted: SearchSettings, gpus: float) -> Resources:
+    packages: Mapping = {"working_dir": str(ROOT), "excludes": RAY_EXCLUDED}
+    if wanted.address is None:
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        packages = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+    return Resources(wanted.cpus, gpus, wanted.max_concurrent, wanted.address, packages)
+
+
+# The problem -------------------------------------------------------------------------------
+
+
+def load_problem(settings: Settings, wanted: SearchSettings, device: str) -> Problem:
+    """Load the attack on the simulated client, which trials run.
+
+    Raises InputError where the simulation is unlike the target, or is the target itself.
+    """
+    source = f"--simulation-checkpoint {wanted.simulation}"
+    simulation = checkpoints.load(wanted.simulation, "--simulation-checkpoint")
+    checkpoint = checkpoints.load(settings.inputs.checkpoint)
+    target = target_from_checkpoint(checkpoint)
+    check_fits(target)
+    if simulation.get("x_true") is None or simulation.get("y_true") is None:
+        raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
+    simulated = target_from_checkpoint(simulation)
+    _refuse_unlike(settings.attack, target, simulated, source)
+    check_fits(simulated, source)
+    checkpoints.check_truth(simulation, simulation, source)
+    truth = truth_from_checkpoint(simulation)
+    assert truth is not None  # its entries are there
+    model = model_of(simulated)
+    if not wanted.allow_target and _shares_images(settings, checkpoint, truth, target, model):
+        raise InputError(
+            f"{source}: is the target itself, or holds images of it, and the search reads its "
+            "truth; capture other images of your own, or give --allow-target-as-simulation"
+        )
+    if "bn" in wanted.parameters and not batchnorm_layers(model):
+        raise InputError(f"--BN-tune: {simulated.arch} has no BatchNorm layer; leave it out")
+    trial = settings.attack.for_trials(wanted.steps)
+    return Problem(
+        model=model,
+        target=simulated,
+        truth=truth,
+        y=truth.y,
+        weights=trial.weights,
+        loop=trial.loop_in(simulated.box),
+        pixel_gradient=trial.pixel_gradient,
+        distance=trial.distance,
+        bn_source=bn_source(trial, simulated) or "running",
+        bn_grad=trial.bn_grad,
+        seed=trial.first_seed,
+        device=device,
+    )
+
+
+def _refuse_unlike(
+    settings: AttackSettings, target: Target, simulated: Target, source: str
+) -> None:
+    if settings.exact_bn and target.bn_mean is not None and simulated.bn_mean is None:
+        raise InputError(f"{source}: holds no BN statistics, which the target has; --upload-bn")
+    for what in ALIKE:
+        ours, theirs = getattr(simulated, what), getattr(target, what)
+        if ours != theirs:
+            raise InputError(
+                f"{source}: its {what} is {ours}, the target's {theirs}; capture it as the target"
+            )
+
+
+def _shares_images(
+    settings: Settings, checkpoint: dict, truth: GroundTruth, target: Target, model: nn.Module
+) -> bool:
+    """Whether the simulation's images are the target's, all of them or some.
+
+    By the target's truth where a file of this command holds it, so that noise and clipping do not
+    hide it; also by the gradient of the simulation's images.
+    """
+    inputs = settings.inputs
+    source, name = checkpoint, f"--checkpoint {inputs.checkpoint}"
+    if inputs.truth is not None:
+        source, name = checkpoints.load_truth(inputs.truth), f"--truth {inputs.truth}"
+    x_true = source.get("x_true")
+    if x_true is not None and source.get("y_true") is not None:
+        checkpoints.check_truth(source, checkpoint, name)
+        near = torch.cdist(truth.x.double().flatten(1), x_true.double().flatten(1))
+        if bool((near < SAME_IMAGE * truth.x[0].numel() ** 0.5).any()):
+            return True
+    if target.batch_size != len(truth.x):
+        return False
+    x = truth.x.to(target.gradient[0].dtype)
+    return check_truth_gradient(model, target, x, truth.y).kind in ("same", "scaled")
+
+
+# The folder --------------------------------------------------------------------------------
+
+
+def _search_folder(settings: Settings, wanted: SearchSettings) -> Path:
+    """A new folder for the search, or, to resume one, the newest of this --id."""
+    path = Path(settings.root).resolve() / "results" / "search" / settings.id
+    if not wanted.resume:
+        folder = claim_folder(path)
+        write_json(settings.record, folder / "flags.json")
+        return folder
+    found = {file: json.loads(file.read_text()) for file in path.parent.glob("*/flags.json")}
+    found = {file: flags for file, flags in found.items() if flags.get("id") == settings.id}
+    if not found:
+        raise InputError(f"--search-resume: {path} holds no search to go on with; leave it out")
+    newest = max(found, key=lambda file: file.stat().st_mtime_ns)
+    for key, value in settings.record.items():
+        before = found[newest].get(key)
+        if before != value and not _same_trials(settings, key, before):
+            raise InputError(
+                f"--search-resume: {newest.parent} was begun with {key} {before}, not {value}; "
+                "give the flags it was begun with"
+            )
+    return newest.parent
+
+
+def _same_trials(settings: Settings, key: str, value: object) -> bool:
+    """Whether trials are the same with this other value of a flag."""
+    try:
+        other = settings_from(argparse.Namespace(**{**settings.record, key: value}))
+    except InputError:
+        return False
+    return _trials_of(other) == _trials_of(settings)
+
+
+def _trials_of(settings: Settings) -> tuple:
+    """All that a search's trials depend on."""
+    wanted = settings.search
+    if wanted is None:
+        return ()
+    free = {
+        "max_concurrent": 0, "cpus": 0.0, "gpus": None, "address": None, "resume": False,
+        "only": False, "allow_target": False, "verbose": 0,
+    }  # fmt: skip
+    return settings.attack.for_trials(wanted.steps), replace(wanted, **free)
+
+
+def _say(found: SearchResult, reporter: Reporter) -> None:
+    shown = [key for key in found.trials[0] if key != "error"]
+    reporter.say(table(shown, [[trial[key] for key in shown] for trial in found.trials]))
+    if found.model_based is not None:
+        reporter.say(f"picks from BOHB's model: {found.model_based}")
+    for trial in found.trials:
+        if trial["status"] == "failed":
+            reporter.say(f"trial {trial['trial']} failed twice: {trial['error']}")
+    best = "  ".join(f"{tuned_flag(name)} {value:.6g}" for name, value in found.best.items())
+    reporter.say(f"best settings: {best}")
