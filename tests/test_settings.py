@@ -1,6 +1,13 @@
-"""The names in inversion/settings.py are those of the registries, which need torch."""
+"""Settings: their names are those of the registries, and one function builds and refuses them."""
+
+import subprocess
+import sys
+
+import pytest
 
 from inversion import settings
+from inversion.audit.flags import parser
+from inversion.audit.settings import settings_from
 from inversion.audit.verdict import LEAKAGE_DIGITS
 from inversion.distances import GRADIENT_DISTANCES
 from inversion.labels.reconstruct import LABEL_STRATEGIES
@@ -9,6 +16,7 @@ from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.priors import PRIOR_FUNCTIONS
 from inversion.search.tune import ALGORITHMS
 from inversion.strategies import STRATEGIES
+from tests.support import ROOT
 from utils.metrics import SSIMS
 
 
@@ -22,3 +30,59 @@ def test_every_name_has_a_function_and_every_function_a_name():
     assert list(PRIOR_FUNCTIONS) == list(settings.PRIORS)
     assert list(STRATEGIES) == list(settings.STRATEGIES)
     assert list(LABEL_STRATEGIES) == list(settings.LABEL_METHODS)
+
+
+def settings_of(*flags):
+    return settings_from(parser().parse_args(["--checkpoint", "file", "--lr", "0.1", *flags]))
+
+
+def test_equal_flags_are_equal_settings():
+    flags = ("--epochs", "9", "--TV", "0.1", "--MinCombine", "--n-seed", "3")
+    assert settings_of(*flags).attack == settings_of(*flags).attack
+    assert settings_of(*flags).attack != settings_of(*flags, "--seed", "1").attack
+
+
+def test_the_control_without_gradient_has_priors_alone():
+    mlco = settings_of("--epochs", "9", "--TV", "0.1", "--MinCombine", "--n-seed", "3").attack
+    assert mlco.prior_names == ["tv", "group"]
+    assert mlco.loop_in(None).noise == 0.2
+    control = mlco.without_gradient()
+    assert (control.pixel_gradient, control.num_seeds) == (settings.PRIOR_ONLY, 1)
+    assert control.prior_names == ["tv"]
+    assert control.loop_in(None).noise == 0
+    assert control.total_iterations(1) == 9
+    mean = settings_of("--epochs", "9", "--strategy", "mean", "--n-seed", "3").attack
+    assert mean.without_gradient().num_seeds == 3
+
+
+def test_what_a_search_found_enters_the_settings_and_the_record():
+    search = ("--superparameters-search", "--simulation-checkpoint", "other", "--lr-tune")
+    before = settings_of("--epochs", "9", *search, "--TV-tune", "--max-t", "3", "--min-t", "2")
+    assert before.attack.weights.priors == {"tv": settings.RANGES["tv"].low}
+    after = before.with_values({"lr": 0.3, "tv": 0.02})
+    assert (after.attack.loop.lr, after.attack.weights.priors) == (0.3, {"tv": 0.02})
+    assert (after.record["lr"], after.record["TV"]) == (0.3, 0.02)
+    assert before.record["lr"] == 0.1
+
+
+def test_trials_are_the_same_whatever_becomes_of_their_result():
+    one = settings_of("--epochs", "9", "--TV", "0.1").attack
+    many = settings_of("--epochs", "7", "--TV", "0.1", "--strategy", "mean", "--n-seed", "4").attack
+    assert one.for_trials(50) == many.for_trials(50)
+    assert one.for_trials(50) != settings_of("--epochs", "9", "--TV", "0.2").attack.for_trials(50)
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--lr", "0"], ["--no-such-flag"]])
+def test_a_flag_is_refused_before_torch_is_imported(flags):
+    code = f"""
+import sys
+import run
+from utils.script import run_script
+try:
+    code = run_script(run.main, {flags})
+except SystemExit as end:  # as argparse ends --help
+    code = end.code
+print([name for name in ("torch", "numpy", "torchvision", "ray") if name in sys.modules], code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] in ("[] 0", "[] 2"), done.stderr

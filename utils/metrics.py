@@ -9,11 +9,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import lpips
 import numpy as np
 import torch
-from scipy.stats import bootstrap
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from utils.errors import InputError
@@ -94,6 +91,8 @@ def ssim_original(x: Tensor, x_true: Tensor) -> Tensor:
     scikit-image's default, a uniform window of 7 × 7, on images rounded to 8 bits; mean over
     channels. NaN for images under 7 pixels.
     """
+    from skimage.metrics import structural_similarity  # only where this window is asked for
+
     if min(x.shape[-2:]) < SSIM_ORIGINAL_WINDOW:
         return torch.full((len(x),), float("nan"), dtype=torch.float64)
     pairs = (
@@ -120,6 +119,8 @@ def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
         if named:
             raise InputError(f"--lpips-weights {path}: no such file; give {LPIPS_BACKBONE}")
         return None
+    import lpips  # with torchvision it takes a second, and few runs have its backbone
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's deprecation of what lpips passes
         network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
@@ -162,6 +163,8 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """
     if len(values) < 2:
         return float("nan"), float("nan")
+    from scipy.stats import bootstrap  # half a second, of an attack that scores alone
+
     found = bootstrap(
         (values,),
         np.mean,

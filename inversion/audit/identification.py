@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import permutation_test
 from torch import Tensor
 
 #: Draws from the null distribution where there are more cases than that; else all cases.
@@ -175,6 +174,8 @@ def paired_difference(
         means = gaps[np.arange(count), cases].mean(1)
         p, smallest = float(_share_at_most(-means)[0]), 1 / len(cases)
     if count > 1:
+        from scipy.stats import permutation_test  # half a second, where images are scored
+
         test = permutation_test(
             (gains,),
             np.mean,
