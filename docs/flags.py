@@ -19,7 +19,8 @@ INTRODUCTION = """\
 Which flags do the two scripts take, and with which defaults? This page lists every flag of
 `training.py`, the client, and of `run.py`, the attacker. `make docs` writes it from the parsers, so
 `python training.py --help` and `python run.py --help` say the same; please change a help text in
-`train/flags.py` or `inversion/audit/flags.py`, not here. Long flags cannot be abbreviated.
+`train/flags.py` or `inversion/audit/flags.py`, not here. Long flags cannot be abbreviated, and a
+negative value needs an equals sign: `--input-norm=-1e-6`.
 [CONTRIBUTING.md](../CONTRIBUTING.md) says how to add one.
 """
 HEADER = "| flag | default | meaning |\n| --- | --- | --- |"
