@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands, its Python example, its flags and its errors."""
+"""The documentation tells the truth: commands, Python example, flags, refusals, files, links."""
 
 import os
 import re
@@ -12,11 +12,12 @@ import torchvision
 
 import run
 import training
+from docs.flags import page as flag_page
 from inversion.audit.flags import tuned_flag
 from inversion.settings import PRIORS, RANGES
 from models.build import build_model
 from models.checkpoint import FORMAT, load
-from tests.support import ROOT, Hostile, Outcome, call, capture_photos
+from tests.support import ROOT, Hostile, Outcome, attack, call, capture_photos
 from tests.test_datasets import celeba_folder, image_folder
 from tests.test_models import moco_file
 from utils.launch import free_address
@@ -24,17 +25,37 @@ from utils.tensor_files import save
 
 LOOKED_UP = {prior.flag for prior in PRIORS.values()}
 LOOKED_UP |= {f"{tuned_flag(name)}-tune" for name in RANGES}
-README = (ROOT / "README.md").read_text()
+#: Every page; the README is first, since other pages attack the checkpoint of its first command.
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "Demo_images" / "README.md",
+    )
+}
+#: Flags that the pages name and that belong to other programs.
+FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--few-classes", "--trials", "--csv", "--markdown"}
+FOREIGN_FLAGS |= {"--seeds", "--rows"}
 
 
-def section(title):
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(page, title):
+    """The text below a heading of the second level, up to the next one."""
+    return PAGES[page].split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def first_column(text):
+    """The names in backquotes of the first column of the tables in `text`, in order."""
+    cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`(.*?)`", cell)]
 
 
 def commands():
-    """(command, lines it should print) of every sh block, in order."""
+    """(command, lines it should print) of every sh block of every page, in order."""
     found = []
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+    for block in re.findall(r"```sh\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL):
         for line in block.splitlines():
             if line.startswith("# prints: "):
                 found[-1][1].append(line.removeprefix("# prints: "))
@@ -45,7 +66,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with the files that the README's commands name, shared by all of them."""
+    """A folder with the files that the commands of the pages name, shared by all of them."""
     folder = tmp_path_factory.mktemp("readme")
     image_folder(folder / "imagenet" / "train", classes=("n01", "n02"), count=8, size=(250, 240))
     image_folder(folder / "pictures")
@@ -86,13 +107,13 @@ def test_commands_run_and_print_what_is_said(command, prints, workplace, monkeyp
         assert python == "python"
         outcome = call(script, *flags)
     assert outcome.code == 0, outcome.err
-    assert prints, "the README says nothing of what this command prints"
+    assert prints, "the page says nothing of what this command prints"
     for text in prints:
         assert text in outcome.out
 
 
 def in_several_processes(command, workplace):
-    """As the README says for a machine without CUDA, with a small batch and a free port."""
+    """As docs/original.md has it for a machine without CUDA; with a small batch and a free port."""
     program, *words = shlex.split(command.replace(" -b 256", " -b 3").replace("_b256_", "_b3_"))
     if not torch.cuda.is_available():
         words = (
@@ -124,13 +145,13 @@ def test_the_simulation_shares_no_image_with_the_target():
 
 
 def test_there_are_commands():
-    assert len(commands()) >= 14
+    assert len(commands()) >= 25
     assert len(TINY) == 1
     assert sum("--MinCombine --checkpoint" in command for command, _ in commands()) == 1
 
 
 def test_the_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
     torch.manual_seed(0)
     space = {}
     exec(compile(code, "README.md", "exec"), space)
@@ -139,13 +160,20 @@ def test_the_python_example_runs():
     assert error < 0.5 * flat
 
 
+def test_the_flag_page_is_what_the_parsers_say():
+    """Otherwise run `make docs`."""
+    assert PAGES["docs/flags.md"] == flag_page()
+
+
 def flag_rows(title):
-    rows = re.findall(r"^\| (`-.*?) \| (.*?) \| (.*?) \|$", section(title), re.MULTILINE)
-    return {tuple(re.findall(r"`(.*?)`", flags)): default for flags, default, _ in rows}
+    text = section("docs/flags.md", title)
+    rows = re.findall(r"^\| (`-.*?) \| (.*?) \| (.+?) \|$", text, re.MULTILINE)
+    return {tuple(re.findall(r"`(.*?)`", names)): default for names, default, _ in rows}
 
 
 @pytest.mark.parametrize("script", [training, run])
 def test_every_flag_is_described_with_its_default(script):
+    """The rows of the page, read without the generator's help."""
     rows = flag_rows(f"Flags of {script.__name__}.py")
     actions = [a for a in script.parser()._actions if "--help" not in a.option_strings]
     assert rows.keys() == {tuple(action.option_strings) for action in actions}
@@ -154,6 +182,44 @@ def test_every_flag_is_described_with_its_default(script):
         if action.default is None or action.default is False:
             default = "none" if action.default is None else "off"
         assert rows[tuple(action.option_strings)] == default, action.option_strings
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/refusals.md"])
+def test_every_flag_that_a_page_names_exists(page):
+    known = {name for script in (training, run) for name in script.parser()._option_string_actions}
+    for code in re.findall(r"```.*?```|`[^`\n]*`", PAGES[page], re.DOTALL):
+        named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", code))
+        assert named <= known | FOREIGN_FLAGS, code
+
+
+def test_the_ranges_of_the_search_are_those_of_the_page():
+    rows = re.findall(r"^\| `(--.*?)-tune` \| .*? \| (.*?) to (.*?), (.*?) \|$",
+                      PAGES["docs/search.md"], re.MULTILINE)  # fmt: skip
+    kinds = {"integers": "integer", "evenly": "uniform", "on a log scale": "loguniform"}
+    stated = {flag: (kinds[kind], float(low), float(high)) for flag, low, high, kind in rows}
+    assert stated == {tuned_flag(name): (of.kind, of.low, of.high) for name, of in RANGES.items()}
+
+
+def test_every_entry_of_a_checkpoint_is_described(tmp_path):
+    """And none that is not there."""
+    options = ("-a", "resnet18", "--image-size", "32", "-b", "2", "--upload-bn", "--with-control",
+               "--decoys", "1", "--enable-dp", "-C", "1")  # fmt: skip
+    checkpoint = load(str(capture_photos(tmp_path, *options)))
+    rows = section("docs/files.md", "The checkpoint").split("| --- |")[1]
+    assert sorted(first_column(rows)) == sorted(checkpoint)
+
+
+def test_every_entry_of_a_result_is_described(tmp_path):
+    """And none that is not there."""
+    checkpoint = capture_photos(tmp_path, "-a", "lenet", "-b", "2", "--with-control")
+    result, folder = attack(tmp_path, checkpoint, "--metric")
+    whole, metrics = section("docs/files.md", "result.json").split("The entries of `metrics`:")
+    assert sorted(first_column(whole)) == sorted(result)
+    assert sorted(first_column(metrics)) == sorted(result["metrics"])
+    written = {path.name for path in folder.iterdir()}
+    assert written <= {
+        n.strip("/") for n in first_column(section("docs/files.md", "Files of run.py"))
+    }
 
 
 @pytest.mark.parametrize("script", [training, run])
@@ -169,12 +235,14 @@ def test_every_flag_is_used(script):
 
 
 def error_rows():
-    return re.findall(r"^\| `((?:training|run)\.py.*?)` \| (.*?) \|$", section("Errors"), re.M)
+    return re.findall(
+        r"^\| `((?:training|run)\.py.*?)` \| (.*?) \|$", PAGES["docs/refusals.md"], re.M
+    )
 
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
-    """A folder with the files that the table of errors names."""
+    """A folder with the files that the tables of refusals name."""
     folder = tmp_path_factory.mktemp("errors")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2"), folder / "lenet.tar")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "3", *OTHER), folder / "other.tar")
@@ -224,7 +292,7 @@ def everything_in(folder):
 
 @pytest.mark.parametrize(("command", "says"), error_rows())
 def test_errors(command, says, mistakes, monkeypatch):
-    """Exit code 2, one line, as the README says it, and nothing left behind or changed."""
+    """Exit code 2, one line, as the page says it, and nothing left behind or changed."""
     monkeypatch.chdir(mistakes)
     before = everything_in(mistakes)
     script, *flags = shlex.split(command)
@@ -236,16 +304,34 @@ def test_errors(command, says, mistakes, monkeypatch):
     assert everything_in(mistakes) == before
 
 
-def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
-            goal = page.parent / path if path else page
-            assert goal.exists(), f"{page.name}: {path}"
-            if anchor:
-                titles = re.findall(r"^#+ (.*)$", goal.read_text(), re.MULTILINE)
-                slugs = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
-                assert anchor in slugs, f"{page.name}: {anchor}"
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    here = (ROOT / page).parent
+    for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", PAGES[page]):
+        goal = here / path if path else ROOT / page
+        assert goal.exists(), path
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", goal.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert anchor in slugs, f"{path}#{anchor}"
+
+
+def test_the_readme_leads_to_every_page():
+    links = set(re.findall(r"\]\((?:docs/)?([\w.]+\.md)", PAGES["README.md"]))
+    assert {page.rpartition("/")[2] for page in PAGES} - {"README.md"} <= links
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_begins_with_the_question_that_it_answers(page):
+    title, first, *_ = PAGES[page].split("\n\n")
+    assert re.fullmatch(r"# .+", title)
+    assert "?" in title or "?" in first
+
+
+def test_the_first_pages_stay_short():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+    assert len(PAGES["CONTRIBUTING.md"].splitlines()) <= 90
 
 
 def test_there_are_errors():
-    assert len(error_rows()) >= 40
+    assert len(error_rows()) >= 109
