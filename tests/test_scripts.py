@@ -411,7 +411,7 @@ def test_a_bug_in_a_prior_shows_as_a_bug(captured, tmp_path, monkeypatch):
     monkeypatch.setitem(PRIOR_FUNCTIONS, "tv", broken)
     path = captured("-a", "lenet", "-b", "3")
     flags = ("--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1, "--TV", 0.1)
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         call("run.py", *flags)
     assert not list(tmp_path.iterdir())
 
