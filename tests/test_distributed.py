@@ -168,11 +168,11 @@ def test_torchrun(tmp_path, captured, script):
 
 def children_of(pid):
     """The processes that share the work of `pid`, not multiprocessing's own helpers."""
-    found = []
-    for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if b"spawn_main" in Path(f"/proc/{text}/cmdline").read_bytes():
-            found.append(int(text))
-    return found
+    return [
+        int(text)
+        for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if b"spawn_main" in Path(f"/proc/{text}/cmdline").read_bytes()
+    ]
 
 
 def running(script, tmp_path, path, *flags):
