@@ -1,27 +1,29 @@
-"""Flag types and the parser that both scripts build on."""
+"""Defines the flag types and the parser that both scripts build on."""
 
 import argparse
 import math
 import os
+from collections.abc import Callable
+from typing import NoReturn
 
 from utils.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and which takes no abbreviated flags."""
+    """An ArgumentParser that raises one-line InputErrors and accepts no abbreviated flags."""
 
     def __init__(self, **kwargs):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
         )
 
-    def error(self, message):
-        """Refuse the command line."""
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError with `message` on one line."""
         raise InputError(" ".join(message.split()))
 
 
-def integer_from(low: int, high: int = 2**31 - 1):
-    """A flag type: an integer from `low` to `high`."""
+def integer_from(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return a flag type that accepts integers from `low` to `high`."""
 
     def parse(text: str) -> int:
         try:
@@ -43,8 +45,8 @@ def number(
     *,
     above: float | None = None,
     below: float | None = None,
-):
-    """A flag type: a finite number in [low, high], strictly above `above` and below `below`."""
+) -> Callable[[str], float]:
+    """Return a flag type for finite numbers in [low, high], above `above` and below `below`."""
 
     def parse(text: str) -> float:
         try:
@@ -66,7 +68,7 @@ def number(
 
 
 def file_name(text: str) -> str:
-    """A flag type: something that can be part of a file's name."""
+    """Return `text` if it can be part of a file name (a flag type)."""
     if os.sep in text or text in ("", ".", "..") or len(text.encode()) > 100:
         raise argparse.ArgumentTypeError(
             f"'{text[:120]}' is part of a file name: give 1 to 100 characters without {os.sep}"
@@ -75,7 +77,7 @@ def file_name(text: str) -> str:
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags by which both scripts are run in several processes."""
+    """Add the flags that run a script in several processes."""
     add = parser.add_argument_group("several processes").add_argument
     add("--multiprocessing-distributed", action="store_true",
         help="one process a GPU on every node")  # fmt: skip
