@@ -127,7 +127,7 @@ def write_json(content: Mapping, path: str | Path) -> None:
     """Write strict JSON, in which every number is finite.
 
     JSON cannot express NaN or infinity. Callers replace them with null first, by `null_if_nan` or
-    `null_unless_finite`; docs/files.md says what null means in each entry.
+    `null_unless_finite`; the description of result.json says what null means in each entry.
 
     Raises ValueError, naming the entry, for a number that is not finite.
     """
