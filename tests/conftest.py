@@ -10,7 +10,8 @@ from matplotlib import pyplot
 matplotlib.use("Agg")
 # A shell's background job ignores Ctrl-C, and so would the scripts that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ["RAY_worker_niceness"] = "0"  # at Ray's own 15 a busy machine would starve the trials
+# Ray starts trials with a niceness of 15, with which a busy machine would starve them.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # share the cores between the workers
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
