@@ -5,9 +5,10 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.requirements-installed
 DEMO := results/demo
 DEMO_FILE := $(DEMO)/iddemo_lenet_random_photos_b8_i0-checkpoint.pth.tar
+DEMO_PICTURES := $(DEMO)/results/exp/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format golden lowest clean
+.PHONY: help demo pictures test fast check format docs golden lowest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,29 +28,34 @@ $(READY): requirements.txt requirements-dev.txt
 	fi
 	@touch $@
 
-demo: $(READY) ## reconstruct eight photographs from one gradient (about a minute)
+demo: $(READY) ## reconstruct eight photographs from one gradient, into results/ (about a minute)
 	rm -rf $(DEMO)
 	$(PY) training.py --id demo --data-name photos --image-size 32 --arch lenet --batch-size 8 \
 		--outlayer-state keep --with-control --results $(DEMO)
 	$(PY) run.py --id demo --root $(DEMO) --checkpoint $(DEMO_FILE) --epochs 3000 --lr 0.05 \
 		--TV 1e-4 --TV-end 1e-6 --grad-sign --input-boxed --min-grads-loss --metric
-	cp $(DEMO)/results/exp/demo/pairs.png Demo_images/photos_lenet.png
-	cp $(DEMO)/results/exp/demo/losses.png Demo_images/photos_lenet_losses.png
-	cp $(DEMO)/results/exp/demo/controls.png Demo_images/photos_lenet_controls.png
-	cp $(DEMO)/results/exp/demo/decoys.png Demo_images/photos_lenet_decoys.png
-	@echo "pictures: Demo_images/photos_lenet.png, and _losses, _controls, _decoys beside it"
+	@echo "pictures: $(DEMO_PICTURES)/pairs.png, and losses, controls, decoys beside it"
+
+pictures: demo ## run the demo and copy its pictures to Demo_images, which the README shows
+	cp $(DEMO_PICTURES)/pairs.png Demo_images/photos_lenet.png
+	for name in losses controls decoys; do \
+		cp $(DEMO_PICTURES)/$$name.png Demo_images/photos_lenet_$$name.png || exit 1; done
 
 test: $(READY) ## run all tests (CPU; those that need a GPU are skipped without one)
 	$(PY) -m pytest -q -n 2 --dist loadfile
 
-check: $(READY) ## lint, format and import rule
+check: $(READY) ## check style, format, types and the import rule
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_imports.py
 
 format: $(READY) ## format the code in place
 	$(PY) -m ruff check --fix -q .
 	$(PY) -m ruff format -q .
+
+docs: $(READY) ## regenerate docs/flags.md from the parsers of both scripts
+	$(PY) -m docs.flags
 
 golden: $(READY) ## regenerate tests/golden.json; review the difference
 	$(PY) -m tests.golden
@@ -59,5 +65,5 @@ lowest: ## run the tests on Python 3.12 with the oldest allowed packages (needs 
 	VIRTUAL_ENV=$(abspath .venv-lowest) uv pip install -q --compile-bytecode --resolution lowest-direct -r requirements-dev.txt
 	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
 
-clean: ## remove what demo wrote, and caches
-	rm -rf $(DEMO) .pytest_cache .ruff_cache
+clean: ## remove the demo's results and all caches
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache

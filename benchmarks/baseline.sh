@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Attacks on the photographs for three seeds (weights and start), whose figures stand in
-# docs/results.md. Raw results go to the folder given, tables to the screen.
-#   benchmarks/baseline.sh FOLDER [python]
+# Attacks on the photographs for three seeds (of weights and initial images), for docs/results.md.
+# Results go to FOLDER, tables to the screen.
+#   [PYTHON=...] benchmarks/baseline.sh FOLDER
 set -euo pipefail
-out=$1 python=${2:-python}
+out=$(realpath -m "$1")
 cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
 
 capture() { # arch seed flags...
   local arch=$1 seed=$2

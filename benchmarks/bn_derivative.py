@@ -1,9 +1,10 @@
-"""How far the original's truncated BatchNorm derivative is from the exact one.
+"""Measures how far the original's truncated BatchNorm derivative is from the exact one.
 
     python -m benchmarks.bn_derivative --csv FILE
 
-For random networks in train mode at a random start: cosine and agreement of signs between the
-pixel gradients with `--bn-grad detached` and `exact`, and the ratio of their norms.
+For random networks in train mode and random initial images it prints the cosine and the agreement
+of signs between the pixel gradients with `--bn-grad detached` and `exact`, and the ratio of their
+norms.
 """
 
 import argparse

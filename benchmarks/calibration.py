@@ -1,11 +1,12 @@
-"""How often the verdict says "leakage" where there is none, over simulated cases.
+"""Measures how often the verdict is "leakage" where there is none, over simulated cases.
 
     python -m benchmarks.calibration --csv FILE
 
 A case is a batch of B images, 99 decoys per image, and a control on other images' gradient. Every
-image, true or decoy, resembles every reconstruction by chance: a part of the image, as some are
-easier to resemble than others, a part of the reconstruction, and the rest of the pair alone; all
-three metrics share most of each part. What is judged is what `run.py` judges.
+image, true or decoy, resembles every reconstruction by chance. A similarity is the sum of three
+random parts: one of the image (some are easier to resemble than others), one of the reconstruction,
+and one of the pair. The three metrics share most of each part. The verdict is computed by the
+functions that `run.py` uses.
 """
 
 import argparse
@@ -28,8 +29,12 @@ from inversion.audit.verdict import (
 from utils.console import table
 from utils.files import write_csv
 
-#: Images per batch, cases per size, decoys per image.
-SIZES, CASES, DECOYS = (1, 2, 4, 8, 16), 2000, 99
+#: Images per batch.
+SIZES = (1, 2, 4, 8, 16)
+#: Cases per batch size.
+CASES = 2000
+#: Decoys per image.
+DECOYS = 99
 #: Draws from the null distribution per case; run.py takes ten times as many.
 DRAWS = 999
 #: Metrics with their mean and spread, and the share of their variance that they have in common.
@@ -39,18 +44,22 @@ COMMON = 0.7
 
 @dataclass(frozen=True)
 class Case:
-    """scores, control: metric → (B,). similar, other: metric → (B, N), the true image first."""
+    """The scores of one simulated attack and of its control, by the name of the metric."""
 
+    #: Scores of the attack: (B,).
     scores: dict[str, np.ndarray]
+    #: Scores of the control with other images' gradient: (B,).
     control: dict[str, np.ndarray]
+    #: Similarity of the attack's images to every candidate, the true image first: (B, 1 + DECOYS).
     similar: dict[str, np.ndarray]
+    #: The same for the control's images.
     other: dict[str, np.ndarray]
 
 
 def null_case(draw: np.random.Generator, batch_size: int) -> Case:
-    """A case in which no reconstruction holds anything of its true image."""
+    """Draw a case in which no reconstruction contains anything of its true image."""
     shape = (batch_size, 1 + DECOYS)
-    parts = {name: {} for name in ("similar", "other")}
+    parts: dict[str, dict[str, np.ndarray]] = {"similar": {}, "other": {}}
     common = _parts(draw, shape)
     own = {name: _parts(draw, shape) for name in METRICS}
     for name, (mean, spread) in METRICS.items():
@@ -65,8 +74,11 @@ def null_case(draw: np.random.Generator, batch_size: int) -> Case:
     return Case(scores, control, parts["similar"], parts["other"])
 
 
-def _parts(draw, shape) -> dict[str, np.ndarray]:
-    """Standard normal values of the attack and of its control, which share the candidates' part."""
+def _parts(draw: np.random.Generator, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Draw standard normal similarities of the attack and the control: (B, 1 + DECOYS) each.
+
+    Both share the part of the candidates.
+    """
     candidates = draw.normal(size=shape)
     return {
         which: 0.5 * candidates
@@ -77,18 +89,19 @@ def _parts(draw, shape) -> dict[str, np.ndarray]:
 
 
 def judged(case: Case, seed: int, metric: str = "ssim") -> str:
-    """The verdict on a case."""
+    """Return the verdict on a case, decided by `metric`."""
     ranks = identify(case.similar[metric], draws=DRAWS, seed=seed)
     paired = None
-    if len(case.scores[metric]) >= FEWEST_PAIRS:  # it counts from there on
+    if len(case.scores[metric]) >= FEWEST_PAIRS:  # with fewer pairs the verdict does not use it
         paired = paired_difference(case.similar[metric], case.other[metric], draws=DRAWS, seed=seed)
-    if evidence_against_chance(ranks, paired)[0] > ALPHA:
-        return NOT_SHOWN  # whatever the differences are: they need no intervals
+    p, _ = evidence_against_chance(ranks, paired)
+    if p is None or p > ALPHA:
+        return NOT_SHOWN  # for any differences, so that they need no intervals
     return judge(leakage(case.scores, [case.control]), ranks, paired, metric=metric).verdict
 
 
 def false_alarms(batch_size: int, seed: int = 0, cases: int = CASES) -> dict[str, float]:
-    """Share of cases without information that have each verdict, and of false "leakage"."""
+    """Return the share of each verdict, and of a false "leakage", in cases without information."""
     verdicts = [
         judged(null_case(np.random.default_rng([seed, batch_size, k]), batch_size), seed=k)
         for k in range(cases)

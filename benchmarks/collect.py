@@ -1,9 +1,9 @@
-"""Gather results of run.py into one CSV and print means over seeds.
+"""Gathers results of run.py into one CSV and prints means over seeds.
 
     python -m benchmarks.collect FOLDER/results/exp/* --csv FILE
 
-A row a run; then a table of mean and standard deviation (of the sample) over the runs whose
-folders differ in the number behind the last dash only: lenet-best-0, lenet-best-1, ….
+The CSV has one row per run. The table has the mean and the sample's standard deviation over the
+runs whose folders differ only in the number after the last dash: lenet-best-0, lenet-best-1, ….
 """
 
 import argparse
@@ -19,7 +19,7 @@ FIGURES = ("gradient_loss", "psnr", "ssim", "mse", "above_baselines", "mean_colo
 
 
 def figures(result: dict) -> dict[str, float]:
-    """The figures of one result.json."""
+    """Return the figures, by the names in FIGURES, of one result.json."""
     scores = result["metrics"]
     return {
         "gradient_loss": result["losses"]["gradient"],
@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders with a result.json")
     parser.add_argument("--csv", help="file for the raw rows")
     args = parser.parse_args()
-    rows, groups = [], {}
+    rows: list[list] = []
+    groups: dict[str, list[dict[str, float]]] = {}
     for folder in args.folders:
         result = json.loads((folder / "result.json").read_text())
         found = figures(result)
@@ -43,7 +44,7 @@ def main() -> None:
                      result["iterations"], result["device"]])  # fmt: skip
         groups.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(found)
 
-    def summary(runs, name):
+    def summary(runs: list[dict[str, float]], name: str) -> str:
         values = [run[name] for run in runs]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         return f"{statistics.mean(values):.4g} ± {spread:.2g}"

@@ -1,10 +1,10 @@
-"""Work and result of `combine`: per-sample gradients and their Gram matrix against greedy.
+"""Compares the two searches of `combine`: per-sample gradients and Gram matrix, and greedy.
 
     python -m benchmarks.combine --csv FILE
 
-The attack's candidates after a few iterations from several seeds, in eval mode, B 32, S 8. The
-greedy search is the slow, obvious twin: the same function with no memory for gradients. Work is
-counted in gradients of one image.
+It combines the attack's candidates after a few iterations from several seeds, in eval mode, with 32
+images and 8 seeds. The greedy search is the slow, obvious twin: the same function with no memory
+for gradients. Work is counted in gradients of one image.
 """
 
 import argparse
@@ -28,8 +28,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", nargs="+", default=["lenet", "convnet"])
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=8, help="candidates a combination")
-    parser.add_argument("--cases", type=int, default=3, help="weights and starts")
+    parser.add_argument("--seeds", type=int, default=8, help="seeds per combination")
+    parser.add_argument(
+        "--cases",
+        type=int,
+        default=3,
+        help="random networks and starts",
+    )
     parser.add_argument("--steps", type=int, default=30, help="iterations before combining")
     parser.add_argument("--csv", help="file for the rows")
     args = parser.parse_args()

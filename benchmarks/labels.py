@@ -1,13 +1,13 @@
-"""Label methods on networks from untrained to converged: the table of docs/results.md.
+"""Measures the label methods on networks from untrained to converged, for docs/results.md.
 
     python -m benchmarks.labels --csv FILE --markdown FILE
     python -m benchmarks.labels --few-classes --seeds {0..14} --trials 1 --csv FILE
 
-Settings T1 to T12: ResNet-50 and a small ResNet, random, freshly headed and trained at three
-stages, with repeated and with uniform labels, noise, clipping and label smoothing. The client's
-gradient of the head is computed in closed form from the features of one forward pass, in float64.
-Training of the small networks is part of it (seconds a step on a CPU; kept in --cache). A class is
-a photograph, a place in it, a scale and a permutation of its colours.
+Settings T1 to T12 use ResNet-50 and a small ResNet: with random weights, with a new head, and at
+three stages of training; with repeated and with uniform labels, noise, clipping and label
+smoothing. The client's gradient of the head is computed in closed form, in float64, from the
+features of one forward pass. The benchmark trains the small networks itself and keeps them in
+--cache. A class is a photograph, a place in it, a scale and a permutation of its colours.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PUBLIC_IMAGES = 128
 
 
 class Crops:
-    """Classes cut out of the photographs; `draw` gives jittered, normalised samples of them."""
+    """Classes cut out of the photographs, of which `draw` returns jittered, normalised samples."""
 
     def __init__(self, num_classes: int, seed: int = 0):
         photos = [Image.fromarray(photo()) for photo in PHOTOS.values()]
@@ -61,7 +61,10 @@ class Crops:
         self.tiles = torch.stack(tiles)
 
     def draw(self, labels: Tensor, generator: Generator) -> Tensor:
-        """Samples (N, 3, 32, 32) of classes `labels`: jitter, flip, contrast, brightness, noise."""
+        """Return samples (N, 3, 32, 32) of the classes `labels` (N,).
+
+        Place, flip, contrast, brightness and noise of each sample are random.
+        """
         count = len(labels)
 
         def uniform(*shape):
@@ -87,8 +90,11 @@ class Crops:
 
 
 def repeated_labels(batch_size: int, num_classes: int, distinct: int | None, generator: Generator):
-    """B labels: uniform without `distinct`; else of U classes, each once, the rest in shares that
-    are uniform over the simplex."""
+    """Draw labels (B,).
+
+    Without `distinct` they are uniform over the classes. Otherwise that many classes occur: each
+    once, and the remaining labels in shares drawn uniformly from the simplex.
+    """
     if distinct is None:
         return torch.randint(num_classes, (batch_size,), generator=generator)
     classes = torch.randperm(num_classes, generator=generator)[:distinct]
@@ -101,7 +107,7 @@ def repeated_labels(batch_size: int, num_classes: int, distinct: int | None, gen
 
 
 class SlimResNet(nn.Module):
-    """ResNet-10: a 3×3 stem and four BasicBlocks of widths 16, 32, 64, 128."""
+    """A ResNet-10: a 3×3 stem and four BasicBlocks of widths 16, 32, 64 and 128."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -120,12 +126,15 @@ class SlimResNet(nn.Module):
         self.fc = nn.Linear(before, num_classes)
 
     def forward(self, x):
-        """Logits (B, classes) of images (B, 3, 32, 32)."""
+        """Return the logits (B, classes) of images (B, 3, 32, 32)."""
         return self.fc(self.body(x))
 
 
 def train_stages(num_classes: int, seed: int, steps: int, cache: Path) -> dict[str, SlimResNet]:
-    """The network early, in the middle and at the end of its training; from `cache` if there."""
+    """Return the network early, in the middle and at the end of its training, by stage.
+
+    It is read from `cache` if it is there, and otherwise trained and written to it.
+    """
     file = cache / f"slim_{num_classes}_{seed}_{steps}.pth"
     if file.exists():
         states = torch.load(file, weights_only=True)
@@ -175,21 +184,28 @@ def _train(num_classes, seed, steps):
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: a network, a batch, and what the client does to its gradient.
+    """One row of the table: a network, a batch, and what the client does to its gradient."""
 
-    reach: method → least mean accuracy in %.
-    """
-
+    #: Its short name, such as T2a.
     name: str
+    #: Its description in the table.
     title: str
+    #: "resnet50", a name in SMALL_NETWORKS, or a SlimResNet: "random", "fresh" (trained, with a new
+    #: head) or a stage in STAGES.
     network: str
     num_classes: int
+    #: Whether BatchNorm uses the batch's statistics.
     train_mode: bool
+    #: Number of classes in the batch; None for labels that are uniform over all classes.
     distinct: int | None
+    #: Method → least mean accuracy in %.
     reach: dict[str, float]
     batch_size: int = 256
+    #: Whether the head has a bias.
     has_bias: bool = True
+    #: Standard deviation of the noise that is added to every entry of the gradient.
     sigma: float = 0.0
+    #: Norm to which the gradient is clipped, or None.
     clip: float | None = None
     label_smoothing: float = 0.0
 
@@ -250,7 +266,7 @@ FEW_CLASSES = tuple(
 
 
 def network_of(setting: Setting, seed: int, steps: dict[int, int], cache: Path) -> nn.Module:
-    """The attacked network of a setting, its random weights drawn from `seed`."""
+    """Return the attacked network of a setting, with random weights drawn from `seed`."""
     torch.manual_seed(seed)
     if setting.network == "resnet50":
         model = resnet50(num_classes=setting.num_classes)
@@ -273,7 +289,10 @@ def network_of(setting: Setting, seed: int, steps: dict[int, int], cache: Path) 
 
 
 def client_step(setting: Setting, model, x, y, generator) -> tuple[Evidence, Tensor | None]:
-    """What the head's gradient of batch (x, y) shows; the mean at the last BN layer, if any."""
+    """Return the evidence in the head's gradient of batch (x, y), and the last BN layer's mean.
+
+    The mean is that of the inputs of the layer, None if the network has no BatchNorm.
+    """
     features, bn_inputs = features_of(model, x, setting.train_mode)
     _, head = find_head(model)
     weight = head.weight.detach().double()
@@ -313,7 +332,7 @@ def run(
     cache: Path,
     methods: Sequence[str] = tuple(LABEL_STRATEGIES),
 ) -> list[dict]:
-    """Rows of `methods` on `trials` batches of one setting and one network."""
+    """Return the rows of `methods` on `trials` batches of one setting and one network."""
     model = network_of(setting, seed, steps, cache)
     crops = Crops(setting.num_classes)
     centre, scale = DATASETS["photos"].normalisation
@@ -367,7 +386,7 @@ def run(
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table settings × methods of mean accuracies in %, and the regimes that counts took."""
+    """Return the table settings × methods of mean accuracies in %."""
     lines = [
         f"| id | setting | classes | B | U | 1 − U/B, shared | seed | "
         f"{' | '.join(LABEL_STRATEGIES)} | reach |",
@@ -396,10 +415,14 @@ def markdown(rows: list[dict]) -> str:
 def main() -> None:
     """Train, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--settings", nargs="+", help="only these, such as T1 T2a")
-    parser.add_argument("--few-classes", action="store_true", help="FEW_CLASSES instead of T1–T12")
+    parser.add_argument("--settings", nargs="+", help="measure only these settings, such as T1 T2a")
+    parser.add_argument(
+        "--few-classes",
+        action="store_true",
+        help="measure FEW_CLASSES, not T1 to T12",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the networks")
-    parser.add_argument("--trials", type=int, default=10, help="batches a network")
+    parser.add_argument("--trials", type=int, default=10, help="batches per network")
     parser.add_argument("--steps-10", type=int, default=600, help="training steps, 10 classes")
     parser.add_argument("--steps-100", type=int, default=2500, help="training steps, 100 classes")
     parser.add_argument("--cache", type=Path, default=Path("results/label-networks"))

@@ -1,4 +1,4 @@
-"""Gather what benchmarks/leakage.sh left: rows for docs/rows, tables for docs/results.md.
+"""Gathers the results of benchmarks/leakage.sh: rows for docs/rows, tables for docs/results.md.
 
 python -m benchmarks.leakage FOLDER [--rows docs/rows]
 """
@@ -15,16 +15,17 @@ from inversion.audit.verdict import IDENTIFIABLE, INCOMPLETE, NOT_SHOWN, RECONST
 from utils.console import table
 from utils.files import write_csv
 
-#: What is correlated with the scores; the last is how many images of the batch share the label.
+#: Figures of an image that are correlated with its scores. The last is the number of images in its
+#: batch that share its label.
 FIGURES = ("ratio", "information", "norm", "cosine_distance", "confidence", "same label")
 CONTROLS = ("mean image", "prior only", "other gradient")
-#: Verdicts in a word.
+#: Verdict → one word for the table.
 WORDS = {RECONSTRUCTION: "reconstruction", IDENTIFIABLE: "identifiable", NOT_SHOWN: "none",
          INCOMPLETE: "incomplete"}  # fmt: skip
 
 
 def information_rows(results: dict[str, dict]) -> list[dict]:
-    """A row an image: its scores and what the gradient says of it."""
+    """Return one row per image: its scores and its gradient information."""
     rows = []
     for name, result in results.items():
         found = re.fullmatch(r"information-(\d+)-(\d+)", name)
@@ -43,7 +44,10 @@ def information_rows(results: dict[str, dict]) -> list[dict]:
 
 
 def correlations(rows: list[dict]) -> str:
-    """Spearman's correlation of every figure with PSNR and SSIM, by network and within batches."""
+    """Return a table of Spearman's correlation of every figure with PSNR and SSIM.
+
+    It has one row per network (seed) and figure: over all images, and the mean within batches.
+    """
     lines, shares = [], []
     for seed in sorted({row["seed"] for row in rows}):
         of_seed = [row for row in rows if row["seed"] == seed]
@@ -71,7 +75,7 @@ def correlations(rows: list[dict]) -> str:
 
 
 def between_classes(rows: list[dict]) -> float:
-    """Share of the ratio's variance that the classes' means explain."""
+    """Return the share of the ratio's variance that the classes' means explain."""
     classes = {row["label"] for row in rows}
     of_class = {k: [row["ratio"] for row in rows if row["label"] == k] for k in classes}
     means = [statistics.mean(of_class[row["label"]]) for row in rows]
@@ -79,7 +83,7 @@ def between_classes(rows: list[dict]) -> float:
 
 
 def leakage_rows(results: dict[str, dict]) -> list[dict]:
-    """A row a run: scores, controls, leakage with its interval."""
+    """Return one row per run: its scores, its controls, and the leakage with its interval."""
     rows = []
     for name, result in results.items():
         scores = result["metrics"]
@@ -115,12 +119,12 @@ def leakage_rows(results: dict[str, dict]) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> str:
-    """Means over the seeds of every kind of run."""
+    """Return a table of means over the seeds, one row per kind of run."""
     lines = []
     for run in sorted({row["run"] for row in rows}):
         runs = [row for row in rows if row["run"] == run]
 
-        def mean(key, runs=runs):
+        def mean(key: str, runs: list[dict] = runs) -> float:
             return statistics.mean(row[key] for row in runs)
 
         found = [WORDS[row["verdict"]] for row in runs]
@@ -158,7 +162,7 @@ def summary(rows: list[dict]) -> str:
 def main() -> None:
     """Read, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="that benchmarks/leakage.sh wrote to")
+    parser.add_argument("folder", type=Path, help="the folder that benchmarks/leakage.sh wrote to")
     parser.add_argument("--rows", type=Path, help="folder for the raw rows")
     args = parser.parse_args()
     results = {

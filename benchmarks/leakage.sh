@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What leaks above the prior, which sample the gradient tells most of, and what a defence buys:
-# attacks on the photographs whose figures stand in docs/results.md. About an hour on two cores; what
-# is done already is left alone.
-#   benchmarks/leakage.sh FOLDER [python [part]], part one of information, defences, controls
+# Attacks on the photographs for docs/results.md: how much leaks beyond the prior, which sample the
+# gradient reveals most of, and how much a defence helps. They take about an hour on two cores.
+# Attacks that are done already are not repeated.
+#   [PYTHON=...] benchmarks/leakage.sh FOLDER [information|defences|controls]
 #   python -m benchmarks.leakage FOLDER
 set -euo pipefail
-out=$1 python=${2:-python} part=${3:-all}
+out=$(realpath -m "$1") part=${2:-all}
 cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
 
 capture() { # id seed arch flags...
   local id=$1 seed=$2 arch=$3

@@ -1,14 +1,15 @@
-"""Time of the exact pixel gradient against its plain twin, interleaved in one process.
+"""Times the exact pixel gradient against its plain twin, interleaved in one process.
 
     python -m benchmarks.pixel_gradient --arch resnet18 --image-size 32 --batch-size 8
 
-Prints the median seconds of both and their ratio, pair by pair, and writes the rows as CSV.
+It prints the median time of both and the median ratio of each pair, and writes the pairs as CSV.
 Machines are noisy: quote the ratio.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=15, help="measured A-B pairs")
+    parser.add_argument("--pairs", type=int, default=15, help="number of measured pairs")
     parser.add_argument("--csv", help="file for the raw rows")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +34,7 @@ def main() -> None:
     shape = (3, args.image_size, args.image_size)
     x = initial_images(0, args.batch_size, shape, torch.float32).to(device)
 
-    def seconds(method) -> float:
+    def seconds(method: Callable) -> float:
         start = time.perf_counter()
         losses, derivative = method(objective, x, 0.0)
         losses.floats()

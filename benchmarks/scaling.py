@@ -1,10 +1,10 @@
-"""Seconds a step of two processes against one, with one thread each and the same batch.
+"""Times a step of two processes against one, with one thread each and the same batch.
 
     python -m benchmarks.scaling --csv FILE
 
-Both in one run, in turn: process 0 computes a step with the whole batch while the other waits, then
-both compute it together. The time in collectives includes waiting for the other process. A
-process's part of the batch alone, without the other, shows what sharing could give at most.
+The two are measured in turn in one run: process 0 computes a step with the whole batch while the
+other waits, then both compute it together. The time in collectives includes waiting for the other
+process. The time for one process's part of the batch alone bounds the gain from above.
 """
 
 import argparse
@@ -26,12 +26,13 @@ from utils.shard import Shard
 
 @dataclass(frozen=True)
 class TimedShard(Shard):
-    """A shard that keeps the seconds spent in its sums."""
+    """A shard that records the time spent in its sums."""
 
+    #: Duration of each sum, in seconds.
     seconds: list = field(default_factory=list)
 
-    def sum_(self, x):
-        """Sum over processes, timed."""
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over processes and record the time."""
         begin = time.perf_counter()
         total = super().sum_(x)
         self.seconds.append(time.perf_counter() - begin)
@@ -39,19 +40,19 @@ class TimedShard(Shard):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The benchmark's flags."""
+    """Return the parser of the benchmark's flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=11, help="interleaved measurements")
+    parser.add_argument("--pairs", type=int, default=11, help="number of interleaved measurements")
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--csv", help="file for the rows")
     return parser
 
 
 def work(argv: list[str], place: Shard, local_rank: int) -> int:
-    """Measure in one process of the group; the first one prints."""
+    """Measure in one process of the group; process 0 prints the results."""
     args = parser().parse_args(argv)
     torch.set_num_threads(1)
     shard = TimedShard(place.rank, place.size)

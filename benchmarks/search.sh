@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Does a search pay? Settings found on simulated images (other crops, other weights) against those of
-# the demo, on three target batches. Usage: benchmarks/search.sh FOLDER, then
-# python -m benchmarks.collect FOLDER/results/exp/*
+# Does a search pay? Compares settings found on simulated images (other crops, other weights) with
+# those of the demo, on three target batches.
+#   [PYTHON=...] benchmarks/search.sh FOLDER
+#   python -m benchmarks.collect FOLDER/results/exp/*
 set -euo pipefail
-folder=$1
+folder=$(realpath -m "$1")
+cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 client() {
     "$python" training.py --data-name photos --image-size 32 --arch lenet --batch-size 8 \

@@ -1,4 +1,4 @@
-"""The attack that the benchmarks measure: photographs, random weights, train mode."""
+"""Builds the attack that the benchmarks measure: photographs, random weights, train mode."""
 
 import torch
 
@@ -24,15 +24,18 @@ def photo_objective(
     device: torch.device | str = "cpu",
     shard: Shard = ALONE,
 ) -> Objective:
-    """The objective for batch 1 of the photographs and random weights drawn from `seed`.
+    """Return the objective for batch 1 of the photographs, with random weights drawn from `seed`.
 
-    Without `weights`: the gradient distance, TV and, where there is BatchNorm, the exact BN
-    prior.
+    arch: the network's name. size: the images' side in pixels. weights: those of the objective;
+    without them it has the gradient distance, TV and, if the network has BatchNorm, the exact BN
+    prior. train_mode, bn_grad, shard: as in `Objective`.
     """
     torch.manual_seed(seed)
     spec = DATASETS["photos"]
+    num_classes = spec.num_classes
+    assert num_classes is not None
     shape = (3, size, size)
-    model = build_model(arch, spec.num_classes, shape)
+    model = build_model(arch, num_classes, shape)
     init_head(model, "normal")
     x, y = photo_batch(batch_size, 1, size, seed=seed)
     sent = capture(model, normalise(x, spec), y, train_mode=train_mode, capture_bn=True)
@@ -42,7 +45,7 @@ def photo_objective(
         arch=arch,
         batch_size=batch_size,
         image_shape=shape,
-        num_classes=spec.num_classes,
+        num_classes=num_classes,
         mean=spec.mean,
         std=spec.std,
         train_mode=train_mode,

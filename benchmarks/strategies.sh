@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# best, mean and MLCO at equal total iterations on the photographs, three seeds, with a network
-# without and one with BatchNorm. The tables stand in docs/results.md.
-#   benchmarks/strategies.sh FOLDER [python]
+# Compares best, mean and MLCO on the photographs, with equally many iterations in all, for three
+# seeds and for a network without and one with BatchNorm. docs/results.md has the tables.
+#   [PYTHON=...] benchmarks/strategies.sh FOLDER
 set -euo pipefail
-out=$1 python=${2:-python}
+out=$(realpath -m "$1")
 cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
 
 # Four seeds: 4 * steps iterations for best and mean; MLCO's 4 * 0.6 E + 0.4 E are as many.
 compare() { # arch seed steps E T_in flags...

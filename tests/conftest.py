@@ -1,11 +1,17 @@
 import importlib.util
 import os
+import signal
 
 import matplotlib
 import pytest
 import torch
+from matplotlib import pyplot
 
 matplotlib.use("Agg")
+# A shell's background job ignores Ctrl-C, and so would the scripts that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Ray starts trials with a niceness of 15, with which a busy machine would starve them.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # share the cores between the workers
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
@@ -36,6 +42,15 @@ def pytest_sessionfinish(session, exitstatus):
     if _unexpected_skips and exitstatus == 0:
         print(f"\nskipped without needing a GPU or BOHB: {', '.join(_unexpected_skips)}")
         session.exitstatus = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_layout():
+    """Figures are laid out roughly: doing it well takes half of a short attack."""
+    whole = pyplot.subplots
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "subplots", lambda *a, layout=None, **options: whole(*a, **options))
+        yield
 
 
 @pytest.fixture(scope="session")

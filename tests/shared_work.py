@@ -6,6 +6,7 @@ import time
 
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from inversion.audit.information import gradient_information_ratio
 from inversion.combine import combine
@@ -31,7 +32,17 @@ WEIGHTS = Weights(2.0, {"tv": 0.1, "bn": 0.01, "norm": -1e-3, "group": 0.5})
 
 def network(name, dtype=torch.float64):
     torch.manual_seed(0)
-    model = smooth_network(8) if name == "conv" else build_model("resnet18", 8, (3, SIZE, SIZE))
+    if name == "conv":
+        model = smooth_network(8)
+    if name == "resnet18":
+        model = build_model("resnet18", 8, (3, SIZE, SIZE))
+    if name == "residual":  # as resnet18, with two blocks and few channels
+        down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1), BasicBlock(8, 8), BasicBlock(8, 16, 2, down),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8),
+        )  # fmt: skip
     if name == "no affine":
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Softplus(),
@@ -72,7 +83,7 @@ def derivatives(shard, device="cpu"):
     cases += [("resnet18", 7, exact, {})]
     cases += [("conv", 2, exact, {}), ("no affine", 7, exact, {})]
     cases += [("conv", 7, exact, {"train_mode": False}), ("conv", 7, plain, {"distance": "L2"})]
-    cases += [("resnet18", 6, exact, {"bn_grad": "detached"})]
+    cases += [("residual", 6, exact, {"bn_grad": "detached"})]
     cases += [("conv", size, prior_only, {}) for size in (7, 2)]
     cases += [
         ("untracked", 7, exact, {"train_mode": mode, "bn_grad": derivative})
@@ -93,7 +104,7 @@ def derivatives(shard, device="cpu"):
 def captures(shard):
     """What a client sends: gradients and BN statistics, whole."""
     found = {}
-    for name, size in (("conv", 7), ("resnet18", 6), ("conv", 2), ("untracked", 7)):
+    for name, size in (("conv", 7), ("residual", 6), ("conv", 2), ("untracked", 7)):
         model = network(name)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         for mode in (True, False):
@@ -113,7 +124,7 @@ def measures(shard):
     found = {}
     for name, size, mode in (
         ("conv", 7, True), ("conv", 7, False), ("conv", 2, True), ("conv", 2, False),
-        ("resnet18", 6, True), ("untracked", 7, False),
+        ("residual", 6, True), ("untracked", 7, False),
     ):  # fmt: skip
         model, (x, y) = network(name), batch(size)
         options = {"train_mode": mode, "label_smoothing": 0.1, "shard": shard}
@@ -173,7 +184,7 @@ def whole_seeds(shard):
 
 def sign_objective(shard):
     weights = Weights(1.0, {"tv": 1e-2, "bn": 1e-2})
-    return objective_of(shard, "resnet18", 8, torch.float32, weights=weights)
+    return objective_of(shard, "residual", 8, torch.float32, weights=weights)
 
 
 def sign_descent():

@@ -10,8 +10,8 @@ FAMILIES = {
     "alexnet": 64, "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32,
     "googlenet": 32, "inception_v3": 80, "maxvit_t": 224, "mnasnet0_5": 32,
     "mobilenet_v2": 32, "mobilenet_v3_small": 32, "regnet_x_400mf": 32, "resnet18": 32,
-    "resnext50_32x4d": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32, "swin_t": 32,
-    "swin_v2_t": 32, "vgg11": 32, "vgg11_bn": 32, "vit_b_32": 32, "wide_resnet50_2": 32,
+    "resnext50_32x4d": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32, "swin_v2_t": 32,
+    "vgg11_bn": 32, "vit_b_32": 32,
 }  # fmt: skip
 WITH_BN = (
     "densenet", "efficientnet", "googlenet", "inception", "maxvit", "mnasnet", "mobilenet",
@@ -22,7 +22,7 @@ WITH_BN = (
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_every_family_from_capture_to_result(arch, tmp_path):
     """Four photographs, one iteration, train mode with the exact BN prior where there is BN."""
-    batch_size = "2" if arch == "maxvit_t" else "4"  # it takes images of 224 pixels only
+    batch_size = "1" if arch == "maxvit_t" else "4"  # it takes images of 224 pixels only
     flags = ["-a", arch, "-b", batch_size, "--image-size", str(FAMILIES[arch])]
     prior = []
     if any(part in arch for part in WITH_BN):

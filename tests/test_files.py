@@ -88,11 +88,16 @@ def test_a_file_in_the_place_of_the_folder_is_said(writer, tmp_path):
 def test_what_ends_a_write_in_its_middle_reaches_the_temporary_file_alone(tmp_path, ends):
     path = tmp_path / "file"
     path.write_bytes(b"first")
-    with pytest.raises(ends), whole_file(path) as file:
-        file.write(b"half of the second")
-        file.flush()
-        assert len(os.listdir(tmp_path)) == 2
-        raise ends
+
+    def write_half():
+        with whole_file(path) as file:
+            file.write(b"half of the second")
+            file.flush()
+            assert len(os.listdir(tmp_path)) == 2
+            raise ends
+
+    with pytest.raises(ends):
+        write_half()
     assert path.read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["file"]
 

@@ -1,6 +1,7 @@
 """Rank analysis: every number worked out by hand, whole networks, refusals."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -272,9 +273,8 @@ def test_supported_networks(arch):
     ],
 )
 def test_networks_that_cannot_be_counted(arch, reason):
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}") as refusal:
         rank_analysis(on_meta(arch), 2, (3, 224, 224))
-    assert str(refusal.value).startswith(reason)
     assert "\n" not in str(refusal.value)
 
 
@@ -326,9 +326,8 @@ def branching(net, x):
     ],
 )
 def test_operations_that_cannot_be_counted(body, reason):
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}") as refusal:
         rank_analysis(Net(body), 2, (3, 4, 4))
-    assert str(refusal.value).startswith(reason)
     assert "\n" not in str(refusal.value)
 
 

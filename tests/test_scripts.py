@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,14 +31,25 @@ def images_of(folder):
     return torch.load(folder / "x_recon.pth", weights_only=True)
 
 
-def test_everything_promised_is_written(captured, tmp_path):
+@pytest.fixture(scope="module")
+def attacked(captured, tmp_path_factory):
+    """One attack from two seeds with everything that a run can be asked for: what it left."""
+    root = tmp_path_factory.mktemp("attacked")
     path = captured("-a", "convnet", "-b", "4", "--upload-bn")
     result, folder = attack(
-        tmp_path, path, "--epochs", 5, "--n-seed", 2, "--TV", 0.01, "--BN", 0.001, "--exact-bn",
+        root, path, "--epochs", 5, "--n-seed", 2, "--TV", 0.01, "--BN", 0.001, "--exact-bn",
         "--input-norm=-1e-6", "--grad-sign", "--input-boxed", "--min-grads-loss", "--metric",
         "--seed", 3,
     )  # fmt: skip
-    assert folder == tmp_path / "results" / "exp" / "test"
+    return SimpleNamespace(root=root, folder=folder, result=result, checkpoint=load(str(path)))
+
+
+def test_the_results_lie_in_the_folder_of_the_id(attacked):
+    assert attacked.folder == attacked.root / "results" / "exp" / "test"
+
+
+def test_the_result_has_the_promised_entries(attacked):
+    result = attacked.result
     assert result.keys() == RESULT_KEYS
     assert list(result)[0] == "format"
     assert result["format"] == 1
@@ -46,11 +58,17 @@ def test_everything_promised_is_written(captured, tmp_path):
     assert result["processes"] == 1
     assert result["bn_source"] == "batch"
     assert result["losses"].keys() == {"gradient", "total", "tv", "bn", "norm"}
-    assert result["labels"]["accuracy"] == 1
-    assert [seed["seed"] for seed in result["seeds"]] == [3, 4]
-    lowest = min(seed["gradient_loss"] for seed in result["seeds"])
-    assert result["losses"]["gradient"] == lowest
-    scores = result["metrics"]
+
+
+def test_the_seed_of_the_lowest_gradient_loss_is_chosen(attacked):
+    seeds = attacked.result["seeds"]
+    assert [seed["seed"] for seed in seeds] == [3, 4]
+    lowest = min(seed["gradient_loss"] for seed in seeds)
+    assert attacked.result["losses"]["gradient"] == lowest
+
+
+def test_the_scores_have_the_promised_entries(attacked):
+    scores = attacked.result["metrics"]
     assert scores.keys() == {
         "pairing", "mean", "std", "exact_images", "images", "baselines", "controls",
         "leakage", "identification", "paired", "verdict", "attack", "truth_gradient",
@@ -58,29 +76,47 @@ def test_everything_promised_is_written(captured, tmp_path):
     assert scores["mean"].keys() == scores["std"].keys() == {"mse", "psnr", "ssim", "lpips"}
     assert scores["mean"]["lpips"] is None
     assert len(scores["images"]) == 4
-    assert images_of(folder).shape == (4, 3, 32, 32)
-    checkpoint = load(str(path))
-    labels = torch.load(folder / "y_recon.pth", weights_only=True)
-    assert torch.equal(labels, checkpoint["y_true"])
-    with open(folder / "losses.csv") as file:
+
+
+def test_the_labels_are_those_of_the_client(attacked):
+    assert attacked.result["labels"]["accuracy"] == 1
+    labels = torch.load(attacked.folder / "y_recon.pth", weights_only=True)
+    assert torch.equal(labels, attacked.checkpoint["y_true"])
+
+
+def test_the_images_lie_in_the_box_of_their_colours(attacked):
+    x = images_of(attacked.folder)
+    assert x.shape == (4, 3, 32, 32)
+    mean, std = (
+        torch.tensor(attacked.checkpoint["dataset_setup"][key]).view(-1, 1, 1)
+        for key in ("mean", "std")
+    )
+    raw = x * std + mean
+    assert raw.min() >= -1e-6
+    assert raw.max() <= 1 + 1e-6
+
+
+def test_the_losses_of_every_iteration_add_up(attacked):
+    with open(attacked.folder / "losses.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10
     assert list(rows[0]) == ["seed", "iteration", "rate", "total", "gradient", "tv", "bn", "norm"]
     total = float(rows[0]["gradient"]) + 0.01 * float(rows[0]["tv"]) + 0.001 * float(rows[0]["bn"])
     assert float(rows[0]["total"]) == pytest.approx(total - 1e-6 * float(rows[0]["norm"]))
-    log = (folder / "log.txt").read_text()
+
+
+def test_the_log_holds_plan_and_choice(attacked):
+    log = (attacked.folder / "log.txt").read_text()
     assert "plan: 2 seed(s) x 5 = 10 iterations" in log
     assert "chosen: seed" in log
+
+
+def test_every_image_and_two_overviews_are_pictures(attacked):
     for name in ("pairs.png", "losses.png"):
-        assert Image.open(folder / name).width > 300
-    names = sorted(os.listdir(folder / "images"))
+        assert Image.open(attacked.folder / name).width > 300
+    names = sorted(os.listdir(attacked.folder / "images"))
     assert names == [f"{k}_{i:03d}.png" for k in ("reconstruction", "truth") for i in range(4)]
-    assert Image.open(folder / "images" / names[0]).size == (32, 32)
-    mean = torch.tensor(checkpoint["dataset_setup"]["mean"]).view(-1, 1, 1)
-    std = torch.tensor(checkpoint["dataset_setup"]["std"]).view(-1, 1, 1)
-    raw = images_of(folder) * std + mean
-    assert raw.min() >= -1e-6
-    assert raw.max() <= 1 + 1e-6
+    assert Image.open(attacked.folder / "images" / names[0]).size == (32, 32)
 
 
 def test_mlco_writes_its_rounds(captured, tmp_path):
@@ -201,7 +237,7 @@ def test_lenet_gives_the_photographs_away(captured, tmp_path):
     path = captured("-a", "lenet", "-b", "8", "--outlayer-state", "keep")
     result, _ = attack(
         tmp_path, path, "--epochs", 600, "--lr", 0.05, "--TV", 1e-4, "--TV-end", 1e-6,
-        "--grad-sign", "--input-boxed", "--min-grads-loss", "--metric",
+        "--grad-sign", "--input-boxed", "--min-grads-loss", "--metric", "--no-controls",
     )  # fmt: skip
     scores = result["metrics"]
     assert scores["mean"]["psnr"] >= 24

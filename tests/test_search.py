@@ -1,13 +1,14 @@
 """The search: trials go on where they were, a killed search too, and what is found is used."""
 
+import contextlib
 import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from inversion.search.tune import Budget, SearchUnavailableError, available
 from inversion.settings import PRIORS, RANGES, Loop, Weights
 from models.build import build_model
 from models.target import GroundTruth
-from tests.support import HANG, ROOT, attack, call, photos, succeed, target_of, wait_until
+from tests.support import HANG, ROOT, call, photos, succeed, target_of, wait_until
 
 TARGET = ("-a", "convnet", "-b", "4", "--upload-bn")
 SIMULATION = (*TARGET, "--target-idx", "3")
@@ -103,82 +104,105 @@ def test_what_is_missing_is_named(monkeypatch):
     assert available("random") == ("random", "asked for")
 
 
-BUDGET = ("--num-samples", "8", "--max-t", "60", "--min-t", "20", "--HP-epochs", "60",
+BUDGET = ("--num-samples", "4", "--max-t", "60", "--min-t", "20", "--HP-epochs", "60",
           "--max-concurrent", "2", "--verbose", "0")  # fmt: skip
 
 
-def test_search_then_attack(captured, tmp_path):
-    """The original's command of section 2.3, with Optuna."""
-    result, _ = attack(
-        tmp_path, captured(*TARGET), "--exact-bn", "--grad-sign", "--input-boxed",
-        "--min-grads-loss", "--epochs", "30", "--metric", "--superparameters-search", "--lr-tune",
-        "--TV-tune", "--BN-tune", "--simulation-checkpoint", captured(*SIMULATION),
-        "--search-alg", "optuna", *BUDGET,
-    )  # fmt: skip
-    found = result["search"]
-    assert found["algorithm"] == "optuna"
-    assert len(found["trials"]) == 8
-    best = min(trial["mse"] for trial in found["trials"])
-    (first,) = [trial for trial in found["trials"] if trial["mse"] == best]
-    assert found["best"] == {name: first[name] for name in ("lr", "tv", "bn")}
-    for flag, name in (("lr", "lr"), ("TV", "tv"), ("BN", "bn")):
-        assert result["settings"][flag] == found["best"][name]
-        assert RANGES[name].low <= found["best"][name] <= RANGES[name].high
-    assert {trial["iterations"] for trial in found["trials"]} <= set(Budget(8, 20, 60).reports())
-    folder = tmp_path / "results" / "search" / "test"
-    with open(folder / "trials.csv") as file:
-        assert len(list(csv.DictReader(file))) == 8
-    assert json.loads((folder / "search.json").read_text()) == found
-    assert (folder / "trials.png").stat().st_size > 5000
-
-
 def saved_iterations(folder):
-    """Trial id → iterations in its newest checkpoint, of a search on disk."""
+    """Trial id → iterations after which it goes on when the search is resumed, by Tune's notes."""
     found = {}
-    for file in folder.glob("tune/_tune_trial_*/checkpoint_*/state.pth"):
-        trial = file.parts[-3].split("_")[3]
-        done = torch.load(file, weights_only=True)["done"]
-        found[trial] = max(done, found.get(trial, 0))
+    for file in folder.glob("tune/experiment_state-*.json"):
+        try:
+            notes = json.loads(file.read_text())["trial_data"]
+        except json.JSONDecodeError:  # it is being written
+            continue
+        for trial, progress in (map(json.loads, pair) for pair in notes):
+            if "iterations" in progress["last_result"]:
+                found[trial["trial_id"]] = progress["last_result"]["iterations"]
     return found
 
 
-def test_a_killed_search_goes_on(captured, tmp_path):
-    """SIGKILL in the middle: all trials are accounted for, none that was saved starts from 0."""
-    words = [
-        "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET), "--grad-sign",
-        "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
-        captured(*SIMULATION), "--search-alg", "optuna", "--num-samples", 4, "--max-t", 600,
-        "--min-t", 60, "--HP-epochs", 600, "--max-concurrent", 2, "--verbose", 0, "--search-only",
-    ]  # fmt: skip
-    words = [str(word) for word in words]
-    folder = tmp_path / "results" / "search" / "test"
+@contextlib.contextmanager
+def started(words):
+    """run.py as a process of its own, killed when the context ends."""
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "1"},
     )  # fmt: skip
     try:
-        wait_until(lambda: any(n >= 120 for n in saved_iterations(folder).values()), process)
-        seen = time.time()
-        notes = lambda: folder.glob("tune/experiment_state-*.json")  # noqa: E731
-        wait_until(lambda: any(file.stat().st_mtime > seen for file in notes()), process)
+        yield process
     finally:
         process.kill()
         process.wait()
-    before = saved_iterations(folder)
-    assert 1 <= len(before) < 4
-    outcome = call(*words, "--search-resume", "--max-t", "500")
-    assert outcome.code == 2
-    assert "was begun with max_t 600, not 500" in outcome.err
+
+
+@pytest.fixture(scope="module")
+def resumed(captured, tmp_path_factory):
+    """The original's command of section 2.3 with Optuna, killed in the middle and resumed."""
+    root = tmp_path_factory.mktemp("search")
+    folder = root / "results" / "search" / "test"
+    words = [
+        "run.py", "--root", root, "--checkpoint", captured(*TARGET), "--exact-bn", "--grad-sign",
+        "--input-boxed", "--min-grads-loss", "--epochs", 30, "--metric",
+        "--superparameters-search", "--lr-tune", "--TV-tune", "--BN-tune",
+        "--simulation-checkpoint", captured(*SIMULATION), "--search-alg", "optuna",
+        "--num-samples", 4, "--max-t", 600, "--min-t", 60, "--HP-epochs", 600,
+        "--max-concurrent", 2, "--verbose", 0,
+    ]  # fmt: skip
+    with started(words) as process:
+        wait_until(lambda: saved_iterations(folder), process)
+    saved = saved_iterations(folder)
+    refused = call(*words, "--search-resume", "--max-t", "500")
     outcome = succeed(*words, "--search-resume")
-    assert "best settings: --lr" in outcome.out
-    trials = json.loads((folder / "search.json").read_text())["trials"]
+    return SimpleNamespace(
+        folder=folder, saved=saved, refused=refused, out=outcome.out,
+        found=json.loads((folder / "search.json").read_text()),
+        result=json.loads((root / "results" / "exp" / "test" / "result.json").read_text()),
+    )  # fmt: skip
+
+
+def test_a_killed_search_goes_on(resumed):
+    """All trials are accounted for, and none that was saved starts from 0."""
+    trials = resumed.found["trials"]
+    assert 1 <= len(resumed.saved) < 4
     assert len(trials) == 4
     assert {trial["status"] for trial in trials} == {"done"}
-    went_on = [trial for trial in trials if trial["trial"] in before]
+    went_on = [trial for trial in trials if trial["trial"] in resumed.saved]
     assert went_on
     for trial in went_on:  # ended before the kill, or went on from its last report
-        assert trial["iterations"] == before[trial["trial"]] or trial["begun_at"] >= 60
+        saved = resumed.saved[trial["trial"]]
+        assert trial["iterations"] == saved or trial["begun_at"] >= saved
     assert any(trial["begun_at"] > 0 for trial in trials)
+
+
+def test_a_search_is_resumed_with_its_own_flags_only(resumed):
+    assert resumed.refused.code == 2
+    assert "was begun with max_t 600, not 500" in resumed.refused.err
+
+
+def test_the_search_finds_the_settings_of_least_error(resumed):
+    found = resumed.found
+    assert found["algorithm"] == "optuna"
+    best = min(trial["mse"] for trial in found["trials"])
+    (first,) = [trial for trial in found["trials"] if trial["mse"] == best]
+    assert found["best"] == {name: first[name] for name in ("lr", "tv", "bn")}
+    for name, value in found["best"].items():
+        assert RANGES[name].low <= value <= RANGES[name].high
+    assert {trial["iterations"] for trial in found["trials"]} <= set(Budget(4, 60, 600).reports())
+    assert "best settings: --lr" in resumed.out
+
+
+def test_the_attack_uses_the_settings_found(resumed):
+    assert resumed.result["search"] == resumed.found
+    for flag, name in (("lr", "lr"), ("TV", "tv"), ("BN", "bn")):
+        assert resumed.result["settings"][flag] == resumed.found["best"][name]
+
+
+def test_the_search_leaves_its_trials_as_a_table_and_a_picture(resumed):
+    with open(resumed.folder / "trials.csv") as file:
+        assert len(list(csv.DictReader(file))) == 4
+    assert (resumed.folder / "trials.png").stat().st_size > 5000
 
 
 @pytest.mark.bohb
@@ -201,20 +225,14 @@ def test_an_interrupted_search_is_no_finished_one(captured, tmp_path):
     words = [
         "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET),
         "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
-        captured(*SIMULATION), "--search-alg", "random", "--num-samples", 8, "--max-t", 3000,
-        "--min-t", 60, "--HP-epochs", 3000, "--max-concurrent", 2, "--verbose", 0, "--epochs", 5,
+        captured(*SIMULATION), "--search-alg", "random", "--num-samples", 2, "--max-t", 3000,
+        "--min-t", 20, "--HP-epochs", 3000, "--max-concurrent", 2, "--verbose", 0, "--epochs", 5,
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
     folder = tmp_path / "results" / "search" / "test"
-    try:
+    with started(words) as process:
         wait_until(lambda: saved_iterations(folder), process)
         process.send_signal(signal.SIGINT)
         assert process.wait(HANG) == 130
-    finally:
-        process.kill()
     assert not (folder / "search.json").exists()
     assert not (tmp_path / "results" / "exp").exists()
 
@@ -235,7 +253,7 @@ def test_a_dry_run_searches_nothing(captured, tmp_path):
         "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
         captured(*SIMULATION), "--search-alg", "random", *BUDGET, "--epochs", 5,
     )  # fmt: skip
-    assert "search: random (asked for), 8 trials of 20 to 60 iterations over lr" in outcome.out
+    assert "search: random (asked for), 4 trials of 20 to 60 iterations over lr" in outcome.out
     assert not list(Path(tmp_path).iterdir())
 
 

@@ -1,4 +1,4 @@
-"""What a run prints: lines and their log, progress, tables."""
+"""Prints what a run reports: lines and their log, progress, tables."""
 
 import math
 import os
@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 
 class Reporter:
-    """Prints lines and keeps them for a log file; lines from before `log_to` go there too.
+    """Prints lines and writes them to a log file, with those printed before `log_to`.
 
-    A closed output or a full disk silences it, but never ends the work it reports on.
+    A closed output or a full disk silences the reporter but never ends the run.
     """
 
     def __init__(self):
@@ -29,15 +29,16 @@ class Reporter:
         except OSError:  # such as `| head` that has seen enough
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         self._lines.append(text)
-        if self._path is not None:
-            self._flush()
+        self._flush()
 
     def log_to(self, path: str | Path) -> None:
         """Write the log to `path` from now on."""
         self._path = Path(path)
         self._flush()
 
-    def _flush(self):
+    def _flush(self) -> None:
+        if self._path is None:
+            return
         try:
             with open(self._path, "a") as log:
                 log.writelines(line + "\n" for line in self._lines)
@@ -47,17 +48,20 @@ class Reporter:
 
 
 class Silent(Reporter):
-    """The reporter of every process but the first."""
+    """The reporter of every process except the first: it prints and writes nothing."""
 
     def say(self, text: str = "") -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def log_to(self, path: str | Path) -> None:
         """Write nothing."""
 
 
 class Progress:
-    """Progress of `total` iterations: a bar on a terminal, else a line every `every` iterations."""
+    """Shows the progress of `total` iterations.
+
+    On a terminal it shows a bar, elsewhere it prints one line every `every` iterations.
+    """
 
     def __init__(self, total: int, every: int, reporter: Reporter):
         self.total, self.every, self.reporter = total, every, reporter
@@ -67,7 +71,7 @@ class Progress:
         self._bar = tqdm(total=total, unit="it") if shown else None
 
     def step(self, prefix: str, values: Mapping[str, float]) -> None:
-        """Count one iteration; `prefix` and `values` are shown with it."""
+        """Count one iteration and show it with `prefix` and `values` (name → value)."""
         self.done += 1
         if self._bar is not None:
             self._bar.update()
@@ -88,27 +92,30 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Write seconds as h:mm:ss, or m:ss below one hour."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence], separated: int = 0) -> str:
-    """A text table; floats with four digits, NaN as n/a; a line before the last `separated`."""
+    """Lay out a text table: floats with four digits, NaN as n/a.
+
+    A horizontal line sets the last `separated` rows apart.
+    """
     pretty = PrettyTable(list(header), align="r")
     for i, row in enumerate(rows):
         pretty.add_row([_cell(v) for v in row], divider=i == len(rows) - separated - 1)
     return pretty.get_string()
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, float):
         return "n/a" if math.isnan(value) else f"{value:.4g}"
     return str(value)
 
 
 def setting_lines(settings: Mapping) -> str:
-    """Every setting, `name value` in columns sorted by name."""
+    """List all settings, one `name value` per line, in columns and sorted by name."""
     width = max(map(len, settings))
     return "\n".join(f"  {name:<{width}}  {settings[name]}" for name in sorted(settings))

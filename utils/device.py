@@ -1,4 +1,4 @@
-"""The device that the work runs on."""
+"""Chooses and describes the device that the work runs on."""
 
 import resource
 import sys
@@ -9,10 +9,15 @@ from utils.errors import InputError
 
 
 def choose_device(gpu: int | None, local_rank: int = 0) -> torch.device:
-    """The device of `--gpu`: that GPU, else number `local_rank` (in turn), else the CPU.
+    """Return the device that this process computes on.
 
-    TensorFloat-32 is switched off: it rounds inputs to 10 bits, and a gradient match below
-    about 1e-3 would measure that rounding.
+    gpu: the number of a GPU. None: GPU `local_rank`, modulo the number of GPUs, or the CPU if there
+    is no GPU.
+
+    Switches TensorFloat-32 off: it rounds inputs to 10 bits, so that a gradient distance below
+    about 1e-3 would measure the rounding.
+
+    Raises InputError, naming `--gpu`, if there is no such GPU.
     """
     torch.backends.cudnn.allow_tf32 = False
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -28,14 +33,14 @@ def choose_device(gpu: int | None, local_rank: int = 0) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words: the GPU's name, or the CPU with torch's thread count."""
+    """Describe the device: the name of the GPU, or the CPU with torch's thread count."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: allocated on the GPU, or resident of this process on the CPU."""
+    """Return the peak memory in MiB: allocated on the GPU, or resident in this process (CPU)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and never over those of another run."""
+"""Writes files whole or not at all, and never over those of another run."""
 
 import contextlib
 import csv
@@ -9,24 +9,24 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from utils.errors import FaultError
 
-#: Ending of the empty file that holds a stem while its files are written.
+#: Ending of the empty file that reserves a stem while its files are written.
 CLAIM = ".claim"
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, *, text: bool = False) -> Iterator[IO]:
-    """A file to write into, bytes or UTF-8 text, that becomes `path` when the context ends well.
+    """Yield a file, binary or UTF-8 text, that becomes `path` when the context ends without error.
 
-    It is written under a temporary name in the folder of `path`, which is created where it is
-    missing, brought to the disk and renamed. Whatever ends the context early, also in the middle
-    of a write, leaves what stood at `path` untouched and no temporary file behind; only a killed
-    process leaves its own, `.writing-…`.
+    The content goes to a temporary file in the folder of `path` (created if missing), is flushed to
+    the disk and then renamed. An error in the context, even in the middle of a write, leaves the
+    former `path` untouched and no temporary file behind. Only a killed process leaves its
+    temporary file, `.writing-…`.
 
-    Raises FaultError, naming `path`, where anything cannot be written.
+    Raises FaultError, naming `path`, if anything cannot be written.
     """
     final = os.path.abspath(path)
     folder = os.path.dirname(final)
@@ -51,13 +51,13 @@ def whole_file(path: str | Path, *, text: bool = False) -> Iterator[IO]:
 
 
 def unwritten(path: str | Path, error: Exception) -> FaultError:
-    """The fault that `path` could not be written, with the reason in one line."""
+    """Return the FaultError that `path` could not be written, with the reason on one line."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return FaultError(f"{path} could not be written: {reason or type(error).__name__}")
 
 
 def free_stem(stem: str, endings: Sequence[str] = ("",)) -> str:
-    """The first of `stem`, `stem-2`, `stem-3`, … with which no file of these endings exists."""
+    """Return the first of `stem`, `stem-2`, `stem-3`, … for which no file with an ending exists."""
     candidate, number = stem, 2
     while any(os.path.lexists(candidate + ending) for ending in endings):
         candidate, number = f"{stem}-{number}", number + 1
@@ -66,15 +66,15 @@ def free_stem(stem: str, endings: Sequence[str] = ("",)) -> str:
 
 @contextlib.contextmanager
 def claimed_stem(stem: str, endings: Sequence[str]) -> Iterator[str]:
-    """The first free stem of `free_stem`, which nobody else is given while the context lasts.
+    """Yield the first free stem of `free_stem` and reserve it for as long as the context lasts.
 
-    All files that the context writes are to have this stem and one of the endings: where it ends
-    early those there are removed, so that a run leaves all its files or none. The folder is
-    created where it is missing. Between processes, also of several machines, an empty file decides
-    that only one of them can create, `{stem}.claim`; a killed process leaves it behind, and its
-    number is then not used again.
+    Every file that the context writes must have this stem and one of the endings. If an error ends
+    the context, these files are removed, so that a run leaves all its files or none. The folder is
+    created if missing. An empty file `{stem}.claim`, which only one process can create, reserves
+    the stem, also between machines. A killed process leaves its claim behind; that stem is then
+    not used again.
 
-    Raises FaultError where it cannot be created.
+    Raises FaultError if the claim cannot be created.
     """
     free = _claim(stem, endings)
     try:
@@ -108,9 +108,9 @@ def _claim(stem: str, endings: Sequence[str]) -> str:
 
 
 def claim_folder(path: str | Path) -> Path:
-    """Create folder `path`, or `path-2`, `path-3`, … where it exists, and return it.
+    """Create and return folder `path`, or the first of `path-2`, `path-3`, … that does not exist.
 
-    Raises FaultError when it cannot be created.
+    Raises FaultError if it cannot be created.
     """
     while True:
         free = Path(free_stem(str(path)))
@@ -126,16 +126,17 @@ def claim_folder(path: str | Path) -> Path:
 def write_json(content: Mapping, path: str | Path) -> None:
     """Write strict JSON, in which every number is finite.
 
-    Raises ValueError, naming the entry, for one that is not: JSON has no word for it, so the
-    caller says by `null_if_nan` or `null_unless_finite` where null stands for such a number, and
-    the documentation what it means there.
+    JSON cannot express NaN or infinity. Callers replace them with null first, by `null_if_nan` or
+    `null_unless_finite`; the description of result.json says what null means in each entry.
+
+    Raises ValueError, naming the entry, for a number that is not finite.
     """
     text = json.dumps(_plain(content, ""), indent=1, allow_nan=False) + "\n"
     with whole_file(path, text=True) as file:
         file.write(text)
 
 
-def _plain(value, place: str):
+def _plain(value: Any, place: str) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(v, f"{place}/{key}") for key, v in value.items()}
     if hasattr(value, "tolist"):  # tensors and arrays
@@ -147,17 +148,17 @@ def _plain(value, place: str):
     return value
 
 
-def null_if_nan(value):
-    """`value`, of mappings and sequences, with None for NaN, which stands for "no value" here."""
+def null_if_nan(value: Any) -> Any:
+    """Return nested mappings and sequences with None in place of NaN (which means "no value")."""
     return _with_null(value, math.isnan)
 
 
-def null_unless_finite(value):
-    """`value`, of mappings and sequences, with None for NaN and infinities: it overflowed."""
+def null_unless_finite(value: Any) -> Any:
+    """Return nested mappings and sequences with None in place of NaN and infinity (overflow)."""
     return _with_null(value, lambda number: not math.isfinite(number))
 
 
-def _with_null(value, where: Callable[[float], bool]):
+def _with_null(value: Any, where: Callable[[float], bool]) -> Any:
     if isinstance(value, Mapping):
         return {key: _with_null(v, where) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -166,7 +167,7 @@ def _with_null(value, where: Callable[[float], bool]):
 
 
 def write_csv(header: Sequence[str], rows: Sequence[Sequence], path: str | Path) -> None:
-    """Write rows under a header."""
+    """Write a CSV file of `rows` under `header`; raises FaultError if it cannot be written."""
     with whole_file(path, text=True) as file:
         writer = csv.writer(file)
         writer.writerow(header)

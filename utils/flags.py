@@ -1,8 +1,10 @@
-"""Flag types and the parser that both scripts build on."""
+"""Defines the flag types and the parser that both scripts build on."""
 
 import argparse
 import math
 import os
+from collections.abc import Callable
+from typing import NoReturn
 
 from utils.errors import InputError
 
@@ -11,7 +13,7 @@ VERSION = "0.13.0"
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and which takes no abbreviated flags."""
+    """An ArgumentParser that raises one-line InputErrors and accepts no abbreviated flags."""
 
     def __init__(self, **kwargs):
         super().__init__(
@@ -25,13 +27,13 @@ class Parser(argparse.ArgumentParser):
             help="Print where in the code an input was refused, besides the one line.",
         )
 
-    def error(self, message):
-        """Refuse the command line."""
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError with `message` on one line."""
         raise InputError(" ".join(message.split()))
 
 
-def integer_from(low: int, high: int = 2**31 - 1):
-    """A flag type: an integer from `low` to `high`."""
+def integer_from(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return a flag type that accepts integers from `low` to `high`."""
 
     def parse(text: str) -> int:
         try:
@@ -53,8 +55,8 @@ def number(
     *,
     above: float | None = None,
     below: float | None = None,
-):
-    """A flag type: a finite number in [low, high], strictly above `above` and below `below`."""
+) -> Callable[[str], float]:
+    """Return a flag type for finite numbers in [low, high], above `above` and below `below`."""
 
     def parse(text: str) -> float:
         try:
@@ -76,7 +78,7 @@ def number(
 
 
 def file_name(text: str) -> str:
-    """A flag type: something that can be part of a file's name."""
+    """Return `text` if it can be part of a file name (a flag type)."""
     if os.sep in text or text in ("", ".", "..") or len(text.encode()) > 100:
         raise argparse.ArgumentTypeError(
             f"'{text[:120]}' is part of a file name: give 1 to 100 characters without {os.sep}"

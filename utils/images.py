@@ -1,14 +1,17 @@
-"""Normalised images and colours."""
+"""Converts between normalised images and images in [0, 1]."""
 
 from torch import Tensor
 
 
 def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalised images (B, C, H, W) → [0, 1], clamped, on the CPU. mean, std: (C, 1, 1)."""
+    """Return normalised images (B, C, H, W) as x · std + mean, clamped to [0, 1], on the CPU.
+
+    mean, std: (C, 1, 1).
+    """
     x = x.detach().cpu()
     return (x * std.to(x) + mean.to(x)).clamp(0, 1)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] → (x − mean) / std. mean, std: (C, 1, 1)."""
+    """Return (images − mean) / std for images (B, C, H, W) in [0, 1]. mean, std: (C, 1, 1)."""
     return (images.to(mean) - mean) / std

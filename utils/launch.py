@@ -1,4 +1,4 @@
-"""Starting, watching and ending the processes that share one computation."""
+"""Starts, watches and ends the processes that share one computation."""
 
 import contextlib
 import ctypes
@@ -9,9 +9,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -20,41 +23,45 @@ from utils.errors import FaultError, InputError
 from utils.script import run_script
 from utils.shard import ALONE, Shard, is_lost_peer
 
-#: How long processes wait for one another, in seconds: to meet, and in a collective. The latter is
-#: long because one may still run a whole seed; a process that ended is noticed by its closed
-#: connection or by whoever started it.
+#: How long processes wait for one another to meet, in seconds.
 MEETING_TIMEOUT = 300
+#: How long a process waits for others in a collective, in seconds. It is a day, because another
+#: process may still run a whole seed. The end of a process does not take this long to notice: its
+#: connection closes, and the process that started it watches it.
 COLLECTIVE_TIMEOUT = 24 * 3600
 #: How long the others may take to end when one process has failed, in seconds.
 GRACE = 3.0
-#: Flags that may differ between the nodes of one run; the number of processes is compared itself.
+#: Flags that may differ between the nodes of one run. The number of processes per node may not
+#: differ; it is compared separately, because several flags decide it.
 FLAGS_OF_A_NODE = {"rank", "gpu", "dist_url", "workers", "multiprocessing_distributed"}
-#: What a process says that can only report the end of another.
+#: Marks the error of a process that failed only because another one ended.
 LOST = "lost another one"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that a command line asks for.
+    """The processes that a command line asks for."""
 
-    local: on this node, numbers first … first + local − 1 of `size`. url: where they meet.
-    joined: an outer launcher (torchrun) has started this process as rank `first`. flags: those
-    that all of them must have been given alike, by name.
-    """
-
+    #: Number of processes on all nodes.
     size: int = 1
+    #: Number of processes on this node; their ranks are first … first + local − 1.
     local: int = 1
+    #: Lowest rank on this node.
     first: int = 0
+    #: Address at which the processes meet: tcp://HOST:PORT or env://.
     url: str = ""
+    #: Backend of torch.distributed: "nccl" or "gloo".
     backend: str = "gloo"
+    #: Whether an outer launcher (torchrun) has started this process as rank `first`.
     joined: bool = False
+    #: Name → value of the flags that every node must have been given alike.
     flags: dict = field(default_factory=dict, repr=False)
 
 
-def group_from(args) -> Group:
-    """The processes that the flags, or torchrun's environment, ask for.
+def group_from(args: Namespace) -> Group:
+    """Return the processes that the flags, or torchrun's environment, ask for.
 
-    Raises InputError for what cannot be.
+    Raises InputError, naming the flag, for a group that cannot be started.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -94,7 +101,7 @@ def group_from(args) -> Group:
     return Group(size, local, rank * local, url, backend, flags=_flags_of_all(args, local))
 
 
-def _group_of_environment(args, backend: str) -> Group:
+def _group_of_environment(args: Namespace, backend: str) -> Group:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:
@@ -115,13 +122,16 @@ def _group_of_environment(args, backend: str) -> Group:
     return Group(size, local, rank, "env://", backend, joined=True, flags=flags)
 
 
-def _flags_of_all(args, local: int | None) -> dict:
-    """The flags that may not differ; local: processes on this node where the flags decide."""
+def _flags_of_all(args: Namespace, local: int | None) -> dict:
+    """Return the flags that may not differ between nodes.
+
+    local: number of processes on this node; None if torchrun decides it.
+    """
     given = {name: value for name, value in vars(args).items() if name not in FLAGS_OF_A_NODE}
     return given | {"nproc": local}
 
 
-def _check_gpus(args, backend: str, local: int, gpus: int) -> None:
+def _check_gpus(args: Namespace, backend: str, local: int, gpus: int) -> None:
     available = 1 if args.gpu is not None else gpus
     if backend == "nccl" and local > available:
         which = f"--gpu {args.gpu} is one" if args.gpu is not None else f"here are {gpus}"
@@ -139,7 +149,7 @@ def _address(url: str) -> tuple[str, int]:
 
 
 def free_address() -> str:
-    """A local address, tcp://127.0.0.1:PORT, at which processes of this node can meet."""
+    """Return a free local address, tcp://127.0.0.1:PORT, where processes of this node can meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
@@ -159,9 +169,9 @@ def _check_port_is_free(host: str, port: int, url: str) -> None:
 def launch(work: Callable[[list[str], Shard, int], int], argv: list[str], group: Group) -> int:
     """Run `work(argv, shard, local_rank)` in every process of `group`; return the exit code.
 
-    One process: it is called here. Several: children are started and watched. Signals go on to
-    them. When one fails its message is printed, once, and the others are ended; none outlives
-    this process.
+    A group of one runs in this process. For several, this process starts and watches children and
+    passes signals on to them. When one child fails, its message is printed once and the others are
+    ended. No child outlives this process.
     """
     if group.size == 1:
         return work(argv, ALONE, 0)
@@ -181,8 +191,15 @@ def launch(work: Callable[[list[str], Shard, int], int], argv: list[str], group:
         return _watch(children, failures, group, signals)
 
 
-def _child(work, argv, group, local, failures, parent) -> None:
-    """Body of a started process: join the others, work, report what went wrong."""
+def _child(
+    work: Callable[[list[str], Shard, int], int],
+    argv: list[str],
+    group: Group,
+    local: int,
+    failures: SimpleQueue,
+    parent: int,
+) -> None:
+    """Join the other processes, work, and report what went wrong: the body of a child."""
     os.setpgrp()  # a terminal's Ctrl-C reaches the parent, which passes it on once
     _die_with(parent)
     torch.set_num_threads(max(1, torch.get_num_threads() // group.local))
@@ -199,7 +216,7 @@ def _child(work, argv, group, local, failures, parent) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """End this process when its parent ends, however that happens (Linux)."""
+    """Let the kernel end this process when its parent ends, however that happens (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -207,8 +224,8 @@ def _die_with(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _joined(group: Group, rank: int):
-    """Within this context the process is `rank` of the group."""
+def _joined(group: Group, rank: int) -> Iterator[None]:
+    """Make this process number `rank` of the group for as long as the context lasts."""
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT)
     waiting = datetime.timedelta(seconds=MEETING_TIMEOUT)
     try:
@@ -246,13 +263,13 @@ def _joined(group: Group, rank: int):
 
 
 def _meet(store: dist.Store, group: Group, rank: int) -> None:
-    """Wait in the store for all processes of the group, and compare what they were started with.
+    """Wait in the store for all processes of the group, and compare the flags they were given.
 
-    Before any collective: what differs would end, if at all, in a wrong result or in processes
-    that wait for one another. All processes of a node have its flags, so that nodes are compared;
-    under an outer launcher every process has its own.
+    This comes before any collective, because different flags would lead to a wrong result or to
+    processes that wait for one another for ever. All processes of a node have the node's flags, so
+    nodes are compared; under an outer launcher every process is.
 
-    Raises InputError on every process where a flag differs.
+    Raises InputError, on every process, if a flag differs.
     """
     who, share = ("process", 1) if group.joined else ("node", group.local)
     own, count = rank // share, group.size // share
@@ -277,14 +294,14 @@ def _meet(store: dist.Store, group: Group, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def _forwarded_signals(children):
-    """Pass SIGINT and SIGTERM on to the children; yields the list of those that came."""
-    came = []
+def _forwarded_signals(children: Sequence[BaseProcess]) -> Iterator[list[int]]:
+    """Pass SIGINT and SIGTERM on to the children; yield the list of the signals that came."""
+    came: list[int] = []
 
     def forward(number, frame):
         came.append(number)
         for child in children:
-            if child.is_alive():
+            if child.pid is not None and child.is_alive():
                 os.kill(child.pid, number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -295,10 +312,13 @@ def _forwarded_signals(children):
             signal.signal(number, handler)
 
 
-def _watch(children, failures, group: Group, signals: Sequence[int]) -> int:
-    """Wait for the children; end all when one fails. Returns the exit code.
+def _watch(
+    children: Sequence[BaseProcess], failures: SimpleQueue, group: Group, signals: Sequence[int]
+) -> int:
+    """Wait for the children, end all of them when one fails, and return the exit code.
 
-    signals: those that were passed on; children may need a while to save what there is.
+    signals: the signals that were passed on. After an interruption the children may take long,
+    because they save what they have.
     """
     while all(child.exitcode in (None, 0) for child in children):
         if all(child.exitcode == 0 for child in children):
@@ -319,27 +339,28 @@ def _watch(children, failures, group: Group, signals: Sequence[int]) -> int:
     complaints = []
     while not failures.empty():
         complaints.append(failures.get())
-    # who lost a peer only suffers from what happened to that one
+    # a process that lost another one reports only the consequence: the cause comes first
     complaints.sort(key=lambda complaint: LOST in complaint[1])
     if complaints and LOST not in complaints[0][1]:
         first = children[complaints[0][0] - group.first]
-    said = set()
+    said: set[str] = set()
     for rank, text in complaints:
         if text not in said and (not said or LOST not in text):
             print(text if rank == 0 or group.size == 1 else f"{text} (process {rank})",
                   file=sys.stderr)  # fmt: skip
         said.add(text)
-    if first.exitcode < 0 and not said:
+    code = first.exitcode or 1
+    if code < 0 and not said:
         number = children.index(first) + group.first
         print(
-            f"fault: process {number} of {group.size} was ended by signal {-first.exitcode}; the "
+            f"fault: process {number} of {group.size} was ended by signal {-code}; the "
             "others were ended too",
             file=sys.stderr,
         )
-    return first.exitcode if first.exitcode > 0 else 1
+    return code if code > 0 else 1
 
 
-def _wait(children, seconds: float) -> None:
+def _wait(children: Sequence[BaseProcess], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for child in children:
         child.join(max(0.0, deadline - time.monotonic()))

@@ -1,6 +1,6 @@
-"""Scores of reconstructed images and labels.
+"""Scores reconstructed images and labels against the true ones.
 
-Images are (B, C, H, W) in [0, 1]. Every metric gives one number an image.
+Images are (B, C, H, W) in [0, 1]. Every metric returns one number per image.
 """
 
 import os
@@ -15,39 +15,45 @@ from torch import Tensor
 
 from utils.errors import InputError
 
+#: File name of torchvision's AlexNet, whose features LPIPS compares.
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
+#: Side and standard deviation, in pixels, of the Gaussian window of `ssim`.
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+#: Side, in pixels, of the uniform window of `ssim_original`.
 SSIM_ORIGINAL_WINDOW = 7
-#: Numbers of image pairs that are compared at once.
+#: How many pixel values, of both images of all pairs, `ssim` processes at once.
 SSIM_CHUNK = 2**23
-#: Bootstrap: resamples, and the share of them that an interval holds.
+#: Number of bootstrap resamples.
 RESAMPLES = 9999
+#: Share of the resampled means that the bootstrap interval contains.
 CONFIDENCE = 0.95
+#: Shortest side, in pixels, of an image that LPIPS can score.
 LPIPS_SMALLEST = 31
-#: In dB: what the PSNR of one image counts for at most in a mean, so that an exact image, whose
-#: PSNR is infinite, leaves one.
+#: The most that the PSNR of one image, in dB, contributes to a mean. An exact image has an infinite
+#: PSNR, which would make the mean infinite.
 PSNR_CEILING = 100.0
 
 
 def mse(x: Tensor, x_true: Tensor) -> Tensor:
-    """Mean squared error an image: (B,), in [0, 1], lower is better."""
+    """Return the mean squared error per image: (B,), in [0, 1], lower is better."""
     return (x - x_true).square().flatten(1).mean(1)
 
 
 def psnr(x: Tensor, x_true: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio an image in dB, for a range of 1: (B,), higher is better.
+    """Return the peak signal-to-noise ratio per image in dB: (B,), higher is better.
 
-    Infinite for an exact image.
+    The peak is 1, the range of the images. The PSNR of an exact image is infinite.
     """
     return -10 * mse(x, x_true).log10()
 
 
 def ssim(x: Tensor, x_true: Tensor) -> Tensor:
-    """Structural similarity per image: (B,), at most 1, higher is better.
+    """Return the structural similarity per image: (B,) of float64, at most 1, higher is better.
 
-    Wang et al. (2004) with their Gaussian window (11 × 11, σ 1.5), mean over channels and over
-    the places where the whole window lies inside the image. The tests hold it to scikit-image's
-    `structural_similarity`, which takes one pair at a time. NaN for images under 11 pixels.
+    Defined by Wang et al. (2004) with their Gaussian window (11 × 11, σ 1.5); the mean is over
+    channels and over all places where the whole window lies inside the image. The tests compare it
+    with scikit-image's `structural_similarity`, which takes one pair at a time. The score is NaN
+    for images with a side under 11 pixels.
     """
     if min(x.shape[-2:]) < SSIM_WINDOW:
         return torch.full((len(x),), float("nan"), dtype=torch.float64)
@@ -57,10 +63,10 @@ def ssim(x: Tensor, x_true: Tensor) -> Tensor:
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    """`ssim` of float64 images on the CPU, all at once."""
+    """Return `ssim` of float64 images on the CPU, all at once."""
     rows, columns = (_windows(side).to(x) for side in x.shape[-2:])
 
-    def smooth(values):
+    def smooth(values: Tensor) -> Tensor:
         return rows @ values @ columns.T
 
     mean_x, mean_y = smooth(x), smooth(y)
@@ -73,9 +79,10 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _windows(side: int) -> Tensor:
-    """Gaussian windows along a side of `side` pixels, one per row: (side − 10, side), float64.
+    """Return the Gaussian windows along a side of `side` pixels: (side − 10, side), float64.
 
-    Products with small dense matrices are several times faster here than convolutions.
+    Each row is one position of the window. Products with such small dense matrices are several
+    times faster here than convolutions.
     """
     offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
     window = torch.exp(-0.5 * (offsets / SSIM_SIGMA).square())
@@ -86,10 +93,10 @@ def _windows(side: int) -> Tensor:
 
 
 def ssim_original(x: Tensor, x_true: Tensor) -> Tensor:
-    """Structural similarity per image as the original (E2EGI, 2023) has it: (B,).
+    """Return the structural similarity per image as the original (E2EGI, 2023) computes it: (B,).
 
-    scikit-image's default, a uniform window of 7 × 7, on images rounded to 8 bits; mean over
-    channels. NaN for images under 7 pixels.
+    It is scikit-image's default, a uniform window of 7 × 7, on images rounded to 8 bits; the mean
+    is over channels. The score is NaN for images with a side under 7 pixels.
     """
     from skimage.metrics import structural_similarity  # only where this window is asked for
 
@@ -106,12 +113,13 @@ def ssim_original(x: Tensor, x_true: Tensor) -> Tensor:
 
 
 def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """LPIPS (Zhang et al., 2018; AlexNet, version 0.1) with the backbone in file `path`.
+    """Return LPIPS (Zhang et al., 2018; AlexNet, version 0.1) with the backbone in file `path`.
 
-    Without `path` the torch hub cache is looked at; None when the file is not there. Nothing is
-    downloaded. The result gives (B,) scores, lower is better, and NaN for images under 31 px.
+    Without `path` it looks for LPIPS_BACKBONE in the cache of torch hub, and returns None if the
+    file is not there. It downloads nothing. The returned function gives (B,) scores, lower is
+    better; the score is NaN for images with a side under 31 pixels.
 
-    Raises InputError when a file was named and cannot be used.
+    Raises InputError, naming `--lpips-weights`, if a named file cannot be used.
     """
     named = path is not None
     path = path or os.path.join(torch.hub.get_dir(), "checkpoints", LPIPS_BACKBONE)
@@ -148,18 +156,19 @@ def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
     return score
 
 
-#: name → function(x, x_true) → (B,). `lpips` joins them where its backbone is at hand.
+#: Name → function(x, x_true) that returns (B,) scores. A run adds "lpips" if it has the backbone.
 METRICS = {"mse": mse, "psnr": psnr, "ssim": ssim}
-#: `--ssim`: name → the function that METRICS' `ssim` is in a run.
+#: Value of `--ssim` → the function that a run uses as "ssim".
 SSIMS = {"gaussian": ssim, "original": ssim_original}
-#: Those of which less is better.
+#: The metrics of which a lower score is better.
 LOWER_IS_BETTER = {"mse", "lpips"}
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of `values` (B,), by the percentile bootstrap with a fixed seed.
+    """Return the 95 % interval (low, high) of the mean of `values` (B,).
 
-    Efron (1979), by scipy. NaN for fewer than two values.
+    It is the percentile bootstrap (Efron, 1979; scipy) with a fixed seed. Both ends are NaN for
+    fewer than two values.
     """
     if len(values) < 2:
         return float("nan"), float("nan")
@@ -177,17 +186,20 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def label_accuracy(y: Tensor, y_true: Tensor) -> float:
-    """Overlap of two label multisets, Σ_k min(n_k, n̂_k) / B, in [0, 1]; order does not count."""
+    """Return the overlap of two label multisets, Σ_k min(n_k, n̂_k) / B, in [0, 1].
+
+    y, y_true: (B,) class indices, in any order; n̂_k and n_k are their counts of class k.
+    """
     num_classes = int(max(y.max(), y_true.max())) + 1
     counts, true = (torch.bincount(v.cpu(), minlength=num_classes) for v in (y, y_true))
     return torch.minimum(counts, true).sum().item() / len(y_true)
 
 
 def existence_accuracy(y: Tensor, y_true: Tensor, num_classes: int) -> float:
-    """Share of the classes whose presence or absence in the batch is right, in [0, 1].
+    """Return the share of classes whose presence or absence in the batch is right, in [0, 1].
 
-    LeAcc of iLRG (Ma et al., ICLR 2023). Absent classes count: with many more classes than
-    labels it is near 1 whatever was found.
+    It is the LeAcc of iLRG (Ma et al., ICLR 2023). Absent classes count too, so with many more
+    classes than labels it is near 1 for any guess.
     """
     found, true = (torch.bincount(v.cpu(), minlength=num_classes) > 0 for v in (y, y_true))
     return (found == true).double().mean().item()
@@ -195,19 +207,18 @@ def existence_accuracy(y: Tensor, y_true: Tensor, num_classes: int) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a batch, image by image and over the images.
+    """The scores of a batch, by the name of the metric."""
 
-    images: metric → (B,) values in the order of the true images; the PSNR of an exact image is
-    infinite. mean, std: metric → over the images, each of whose PSNR counts up to PSNR_CEILING.
-    """
-
+    #: One score per image, in the order of the true images. The PSNR of an exact image is infinite.
     images: dict[str, list[float]]
+    #: Mean over the images, in which each PSNR counts up to PSNR_CEILING.
     mean: dict[str, float]
+    #: Standard deviation of the population, of the same values as the mean.
     std: dict[str, float]
 
 
 def score(x: Tensor, x_true: Tensor, metrics: dict[str, Callable]) -> Scores:
-    """Score images pair by pair with every metric; std is the population's."""
+    """Score image i of `x` against image i of `x_true` with every metric."""
     values = {name: metric(x, x_true).double().cpu() for name, metric in metrics.items()}
     counted = {
         name: v.clamp(max=PSNR_CEILING) if name == "psnr" else v for name, v in values.items()
@@ -220,10 +231,10 @@ def score(x: Tensor, x_true: Tensor, metrics: dict[str, Callable]) -> Scores:
 
 
 def baselines(x_true: Tensor) -> dict[str, Tensor]:
-    """Images that need no attack, to set a score beside: name → (B, C, H, W).
+    """Return images that need no attack, for comparison: name → (B, C, H, W).
 
-    `grey` is mid grey, `mean colour` each true image's own mean colour, which an attacker does
-    not even know.
+    "grey" is mid grey. "mean colour" is the mean colour of each true image, which an attacker does
+    not know.
     """
     mean = x_true.mean((-2, -1), keepdim=True)
     return {"grey": torch.full_like(x_true, 0.5), "mean colour": mean.expand_as(x_true)}

@@ -1,4 +1,4 @@
-"""Pictures of images, losses and trials."""
+"""Draws pictures of images, losses and trials."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from utils.files import whole_file
 
-PAIRS_A_ROW = 8
+#: How many images stand side by side.
+IMAGES_PER_ROW = 8
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
@@ -34,7 +35,7 @@ def save_figure(figure: pyplot.Figure, path: str | Path) -> None:
 
 
 def save_images(images: Tensor, folder: str | Path, name: str) -> None:
-    """Write images (B, C, H, W) in [0, 1] as `{folder}/{name}_{index}.png`; makes the folder."""
+    """Write images (B, C, H, W) in [0, 1] as `{folder}/{name}_{index}.png`, index 000, 001, …"""
     for i, image in enumerate(images):
         save_png(image, Path(folder) / f"{name}_{i:03d}.png")
 
@@ -45,14 +46,14 @@ def save_panels(
     captions: Sequence[str] | None = None,
     marked: int | None = None,
 ) -> None:
-    """Write one picture of several rows of images, image i of every row above one another.
+    """Write one picture of several rows of images; image i of every row is in the same column.
 
-    rows: (title, images (B, C, H, W) in [0, 1]). captions: B texts under the last row. marked:
-    number of the image that gets a frame. Batches of more than eight go on in further groups of
-    rows below.
+    rows: pairs of a title and images (B, C, H, W) in [0, 1]. captions: B texts, below the last row.
+    marked: index of the column that gets a red frame. More than eight images continue in a further
+    group of rows below.
     """
     count = len(rows[0][1])
-    columns = min(count, PAIRS_A_ROW)
+    columns = min(count, IMAGES_PER_ROW)
     groups = -(-count // columns)
     height, width = rows[0][1].shape[-2:]
     gap = max(1, round(0.06 * width))
@@ -60,14 +61,14 @@ def save_panels(
     step_y, step_x = len(rows) * (height + gap) + text, width + gap
     canvas = torch.ones(groups * step_y, columns * step_x, 3)
 
-    def corner(i, r):
+    def corner(i: int, r: int) -> tuple[int, int]:
         return i // columns * step_y + r * (height + gap), i % columns * step_x
 
     for r, (_, images) in enumerate(rows):
         for i, image in enumerate(images):
             top, left = corner(i, r)
             canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
-    inches = 1.5 / step_x  # an inch and a half an image
+    inches = 1.5 / step_x  # an image and its gap are an inch and a half wide
     figure = pyplot.figure(figsize=(inches * canvas.shape[1] + 0.4, inches * canvas.shape[0]))
     share = 0.4 / figure.get_figwidth()
     axis = figure.add_axes((share, 0, 1 - share, 1))
@@ -88,17 +89,17 @@ def save_panels(
 
 
 def decibels(psnr: float | None) -> str:
-    """A PSNR in words; None is that of an exact image."""
+    """Write a PSNR in dB, or "exact" for None, the PSNR of an exact image in result.json."""
     return "exact" if psnr is None else f"{psnr:.1f} dB"
 
 
 def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: Path) -> None:
-    """Write `pairs.png` and `images/`: reconstructions, and above them the truth if it is given.
+    """Write `pairs.png` and `images/`: the reconstructions and, if `scores` is given, the truth.
 
-    found, true: (B, C, H, W) in [0, 1]. scores: the metrics of result.json, which hold the
-    pairing; with them everything is in the order of the true images, else in that of `found`.
+    found, true: (B, C, H, W) in [0, 1]. scores: the metrics of result.json, which contain the
+    pairing. With scores the images are in the order of `true`, without them in that of `found`.
     """
-    if scores is None:
+    if scores is None or true is None:
         save_panels([("reconstruction", found)], folder / "pairs.png")
         save_images(found, folder / "images", "reconstruction")
         return
@@ -112,10 +113,11 @@ def save_pairs(found: Tensor, true: Tensor | None, scores: dict | None, folder: 
 def save_controls(
     found: Tensor, true: Tensor, controls: Mapping[str, Tensor], scores: dict, path: str | Path
 ) -> None:
-    """Write truth, reconstruction and what every control made, one above the other.
+    """Write the truth, the reconstruction and the images of every control, one above the other.
 
     found, true and the controls: (B, C, H, W) in [0, 1]. scores: the metrics of result.json, which
-    hold the pairing. Under each image stand its number and its PSNR; the worst one is marked.
+    contain the pairing. Each column is captioned with its number and PSNR; the verdict's worst
+    image is framed.
     """
     paired = found[[image["reconstruction"] for image in scores["images"]]]
     rows = [("truth", true), ("attack", paired)]
@@ -134,8 +136,8 @@ def save_decoys(
 ) -> None:
     """Write the worst image's reconstruction, its truth, and the decoys most similar to it.
 
-    found, true: (B, C, H, W) in [0, 1]. decoys: (B, N, C, H, W) of uint8. scores: the metrics of
-    result.json, which hold the pairing and the ranks.
+    found, true: (B, C, H, W) in [0, 1]. decoys: (B, N, C, H, W) of uint8, N per image. scores: the
+    metrics of result.json, which contain the pairing and the ranks.
     """
     worst, ranks = scores["verdict"]["worst_image"], scores["identification"]
     source = scores["images"][worst]["reconstruction"]
@@ -147,9 +149,9 @@ def save_decoys(
 
 
 def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
-    """Write which seed each image came from: rounds × images, coloured by seed.
+    """Write a picture of rounds × images whose colours show which seed each image came from.
 
-    rounds: dicts with `iteration` and `seeds`, a seed an image.
+    rounds: dicts with `iteration` and `seeds`, one seed per image.
     """
     seeds = sorted({seed for found in rounds for seed in found["seeds"]})
     colours = pyplot.get_cmap("tab20" if len(seeds) > 10 else "tab10", max(len(seeds), 10))
@@ -169,9 +171,10 @@ def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
 
 
 def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) -> None:
-    """Write error against every searched parameter, a dot a trial, coloured by its iterations.
+    """Plot the error against every searched parameter, one dot per trial, coloured by iterations.
 
-    trials: dicts with `mse`, `iterations` and a value for every name; unscored ones are left out.
+    trials: dicts with `mse`, `iterations` and one value per name. Trials whose `mse` is None are
+    left out.
     """
     scored = [trial for trial in trials if trial["mse"] is not None]
     figure, axes = pyplot.subplots(
@@ -193,12 +196,15 @@ def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) 
 def save_losses(
     header: Sequence[str], rows: Sequence[Sequence], rounds: Sequence[dict], path: str | Path
 ) -> None:
-    """Write the loss curves: a panel a column from "total" on, a line a seed, log scale if > 0.
+    """Plot the loss curves: one panel per column from "total" onwards, one line per seed.
 
-    header, rows: of losses.csv, its first two columns seed and iteration; empty cells are left
-    out. rounds: dicts with `iteration` and `gradient_loss`, a dot each in the panel "gradient".
+    A panel is logarithmic if all its values are positive.
+
+    header, rows: those of losses.csv, whose first two columns are seed and iteration; empty cells
+    are left out. rounds: dicts with `iteration` and `gradient_loss`, one dot per round in the panel
+    "gradient".
     """
-    curves = {}
+    curves: dict[str, dict[str, tuple[list, list]]] = {}
     for column in range(header.index("total"), len(header)):
         lines = curves[header[column]] = {}
         for row in rows:

@@ -1,4 +1,4 @@
-"""What both scripts do around their work: folders, signals, exit codes, provenance."""
+"""Does what both scripts need around their work: folders, signals, exit codes, provenance."""
 
 import os
 import platform
@@ -17,7 +17,10 @@ from utils.errors import FaultError, InputError, is_out_of_memory
 
 
 def check_reachable(address: str, flag: str, seconds: float = 5.0) -> None:
-    """Raise InputError, naming `flag`, unless something listens at HOST:PORT or ray://HOST:PORT."""
+    """Raise InputError, naming `flag`, unless HOST:PORT or ray://HOST:PORT accepts a connection.
+
+    seconds: how long to wait for the connection.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InputError(f"{flag} {address}: not of the form HOST:PORT or ray://HOST:PORT")
@@ -29,7 +32,10 @@ def check_reachable(address: str, flag: str, seconds: float = 5.0) -> None:
 
 
 def writable_folder(path: str, flag: str) -> str:
-    """Check, without creating anything, that folder `path` exists or can be made; return it."""
+    """Return folder `path` after checking that it exists or can be made; create nothing.
+
+    Raises InputError, naming `flag`, if it is a file or there is no permission.
+    """
     probe = os.path.abspath(path)
     while not os.path.lexists(probe):
         probe = os.path.dirname(probe)
@@ -41,11 +47,14 @@ def writable_folder(path: str, flag: str) -> str:
 
 
 class Interrupts:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second acts as usual.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second acts as usual.
 
-    `with Interrupts() as interrupts:` and ask `interrupts.signal` (None, or the signal's
-    number) wherever work can end cleanly. The handlers of before come back at the end.
+    Use `with Interrupts() as interrupts:` and check `interrupts.signal` wherever the work can end
+    cleanly. The end of the context restores the former handlers.
     """
+
+    #: Number of the signal that came, or None.
+    signal: int | None
 
     def __enter__(self):
         self.signal = None
@@ -67,11 +76,12 @@ class Interrupts:
 
 
 def run_script(main, argv: list[str] | None = None, complain=None) -> int:
-    """Call `main(argv)` and turn what it raises into the documented exit codes.
+    """Call `main(argv)` and return the documented exit code.
 
-    0 done, 2 a refused input (one line on stderr), 1 a fault, 130 interrupted. An integer
-    that `main` returns is the exit code itself. complain(line): instead of stderr. With
-    --traceback among the flags the place in the code stands before the line.
+    The code is 0 if `main` returned 0 or None, 2 for a refused input, 1 for a fault, and 130 for an
+    interruption; another integer that `main` returns is the code itself. Refusals and faults are
+    one line each, which goes to `complain(line)`, or to stderr without it. With --traceback among
+    the flags, the place in the code stands before that line.
     """
     argv = sys.argv[1:] if argv is None else argv
     if complain is None:
@@ -102,7 +112,7 @@ def run_script(main, argv: list[str] | None = None, complain=None) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Return the versions of Python and of the packages that results depend on."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -112,7 +122,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of this project's checkout, with `+changes` when it differs; None outside git."""
+    """Return the commit of this checkout, with `+changes` if files differ; None outside git."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments):

@@ -1,65 +1,68 @@
-"""Several processes that share one computation: splitting and summing.
+"""Splits a batch over processes and sums what they compute.
 
-A `Shard` is what the rest of the code sees; for one process every method is the identity.
+The rest of the code sees only a `Shard`; for a single process each of its methods is the identity.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: What torch.distributed says when another process is gone.
+#: Parts of the messages by which torch.distributed reports that another process is gone.
 LOST_PEER = ("peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This process's place among `size` processes: rank 0 … size − 1.
+    """The place of this process among the processes that share a computation.
 
-    Batches are split into contiguous blocks, the first ones larger by one image where the batch
-    does not divide; blocks may be empty. Every method but `split`, `block` and `owns` is a
-    collective: all processes call it, in the same order.
+    A batch is split into contiguous blocks. If it does not divide evenly, the first blocks have one
+    image more; blocks may be empty. Every method except `split`, `block` and `owns` is a
+    collective: all processes must call it, in the same order.
     """
 
+    #: Number of this process, 0 to size − 1.
     rank: int = 0
+    #: Number of processes.
     size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this process reports and writes."""
+        """Tell whether this is the process that prints and writes."""
         return self.rank == 0
 
     def block(self, count: int, rank: int | None = None) -> slice:
-        """The part of `count` items that a process (this one) has."""
+        """Return which of `count` items process `rank` has; without `rank`, this process."""
         rank = self.rank if rank is None else rank
         share, more = divmod(count, self.size)
         start = rank * share + min(rank, more)
         return slice(start, start + share + (rank < more))
 
     def split(self, whole: Tensor) -> Tensor:
-        """This process's block of the first dimension, a view."""
+        """Return this process's block along the first dimension, as a view."""
         return whole[self.block(len(whole))]
 
     def owns(self, index: int) -> bool:
-        """Whether item `index` of items dealt out in turn is this process's."""
+        """Tell whether this process has item `index` when items are dealt out in turn."""
         return index % self.size == self.rank
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over processes; `x` itself is untouched."""
+        """Return the sum of `x` over processes; `x` itself is unchanged."""
         if self.size == 1:
             return x
         return self.sum_(x.detach().clone(memory_format=torch.contiguous_format))
 
     def sum_(self, x: Tensor) -> Tensor:
-        """Sum over processes in place of the contiguous `x`, which is returned."""
+        """Replace the contiguous `x` by its sum over processes, and return it."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def gather(self, own: Tensor, count: int) -> Tensor:
-        """The whole (count, ...) of which every process has its block."""
+        """Return the whole tensor (count, …) from every process's block `own`."""
         if self.size == 1:
             return own
         whole = own.new_zeros(count, *own.shape[1:])
@@ -68,17 +71,17 @@ class Shard:
 
     @property
     def device(self) -> str:
-        """Where tensors must lie to be summed, if they may lie anywhere."""
+        """Return "cuda" or "cpu": where this group's backend can sum tensors."""
         return "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any process."""
+        """Tell whether `flag` is true on at least one process."""
         if self.size == 1:
             return bool(flag)
         return bool(self.sum_(torch.tensor([float(flag)], device=self.device)).item() > 0)
 
-    def objects(self, own) -> list:
-        """A small picklable object of every process, in the order of ranks."""
+    def objects(self, own: Any) -> list:
+        """Return the small picklable object `own` of every process, in the order of ranks."""
         if self.size == 1:
             return [own]
         found = [None] * self.size
@@ -87,16 +90,16 @@ class Shard:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether torch.distributed raised `error` because another process is gone."""
+    """Tell whether torch.distributed raised `error` because another process is gone."""
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST_PEER)
 
 
-#: The only process.
+#: The shard of a run with a single process.
 ALONE = Shard()
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes, any number of times differentiable: it is its own derivative."""
+    """Sums over processes. Its backward pass is this sum again, so all derivatives exist."""
 
     @staticmethod
     def forward(ctx, x, shard):
@@ -109,16 +112,17 @@ class _Sum(torch.autograd.Function):
 
 
 def differentiable_sum(x: Tensor, shard: Shard) -> Tensor:
-    """`shard.sum` on the graph.
+    """Return the differentiable sum of `x` over processes.
 
-    A cotangent is summed over processes as well. What every process computes alike from the sum
-    must therefore enter a derivative divided by the number of processes.
+    The backward pass sums the cotangents over processes too. A term that every process computes
+    identically from the sum must therefore be divided by the number of processes before it is
+    differentiated.
     """
     return x if shard.size == 1 else _Sum.apply(x, shard)
 
 
 def sum_tensors(tensors: Sequence[Tensor], shard: Shard) -> tuple[Tensor, ...]:
-    """Sums over processes of several tensors of one type, in one collective."""
+    """Return the sums over processes of several tensors of the same dtype, in one collective."""
     if shard.size == 1:
         return tuple(tensors)
     flat = shard.sum_(torch.cat([t.detach().flatten() for t in tensors]))

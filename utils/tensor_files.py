@@ -1,4 +1,4 @@
-"""Files of tensors and plain values: safe to load, whole or absent on disk."""
+"""Saves and safely loads files of tensors and plain values."""
 
 import argparse
 import collections
@@ -8,13 +8,14 @@ import pickle
 import re
 import warnings
 import zipfile
+from typing import Any
 
 import torch
 
 from utils.errors import InputError
 from utils.files import unwritten, whole_file
 
-#: What checkpoints of the original hold besides tensors and plain types.
+#: The types that checkpoints of the original hold besides tensors and plain types.
 ORIGINAL_TYPES = [
     argparse.Namespace,
     collections.OrderedDict,
@@ -23,10 +24,10 @@ ORIGINAL_TYPES = [
 ]
 
 
-def save(content, path: str) -> None:
-    """Write tensors and plain values to `path`: the whole file, or nothing (`whole_file`).
+def save(content: Any, path: str) -> None:
+    """Write tensors and plain values to `path`: the whole file or nothing (`whole_file`).
 
-    Raises FaultError when it cannot be written; whatever stood at `path` is then untouched.
+    Raises FaultError if it cannot be written; the former `path` is then untouched.
     """
     with whole_file(path) as file:
         try:
@@ -37,16 +38,16 @@ def save(content, path: str) -> None:
             raise unwritten(path, cause) from error
 
 
-def load_plain(path: str, flag: str):
-    """Load a file of tensors and plain types onto the CPU; nothing in it is run.
+def load_plain(path: str, flag: str) -> Any:
+    """Load a file of tensors and plain types onto the CPU; no code in it is run.
 
-    Besides those, only the harmless types that checkpoints of the original hold are allowed.
+    ORIGINAL_TYPES, harmless types that checkpoints of the original hold, are allowed as well.
 
-    A zip archive, which torch.save writes, is read only when every member is stored as it is,
-    within the file's size, and has its checksum; torch itself reads the checksums of none. The
-    format of torch before 1.6 has no checksums.
+    torch.save writes a zip archive. It is read only if no member is compressed, the members fit
+    into the file's size, and every checksum is right; torch itself verifies none. The format of
+    torch before 1.6 has no checksums.
 
-    Raises InputError, naming `flag`, when the file is missing, damaged, or holds anything else.
+    Raises InputError, naming `flag`, if the file is missing, damaged, or holds anything else.
     """
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "no such file"
@@ -79,7 +80,7 @@ def load_plain(path: str, flag: str):
 
 
 def _check_archive(path: str, flag: str) -> bool:
-    """Whether the file is a zip archive; raise InputError where one is not as torch writes it."""
+    """Tell whether the file is a zip archive; raise InputError if torch did not write it so."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":  # how torch tells an archive from its older format
             return False

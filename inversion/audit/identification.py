@@ -99,7 +99,7 @@ def identify(scores: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> Identi
     cases = _cases(count, candidates, draws, seed)
     images = np.arange(count)
     sums, largest = low[images, cases].sum(1), high[images, cases].max(1)
-    # case 0 is the observed one: the true image of every batch
+    # the observed case comes first: the true image of every batch
     batch_p, largest_p = _share_at_most(sums), _share_at_most(-largest)
     either = np.minimum(batch_p, largest_p)
     return Identification(
