@@ -64,20 +64,12 @@ from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
 from models.binding import check_bound
 from models.gradient import couples_samples, trainable_parameters
-from models.target import (
-    GroundTruth,
-    Target,
-    Update,
-    check_fits,
-    guarantee_lines,
-    model_of,
-    target_from_checkpoint,
-    truth_from_checkpoint,
-)
+from models.reading import target_from_checkpoint, truth_from_checkpoint
+from models.target import GroundTruth, Target, Update, check_fits, guarantee_lines, model_of
 from utils import metrics
 from utils.console import Progress, Reporter, Silent, duration, setting_lines, table
 from utils.device import choose_device, device_name, peak_memory_mib
-from utils.errors import FaultError, InputError, is_out_of_memory
+from utils.errors import FaultError, InputError, is_out_of_memory, naming
 from utils.files import claim_folder, null_if_nan, null_unless_finite, write_csv, write_json
 from utils.image_files import load_auxiliary, public_photographs
 from utils.images import denormalise, normalise
@@ -338,9 +330,10 @@ class Inputs:
 
 def load_inputs(args) -> Inputs:
     """Load the checkpoint, and the truth if scoring or known labels need it."""
-    checkpoint = checkpoints.load(args.checkpoint)
-    sent = target_from_checkpoint(checkpoint)
-    check_fits(sent)  # before a truth is compared with it, which may be the sound one
+    with naming(f"--checkpoint {args.checkpoint}"):
+        checkpoint = checkpoints.load(args.checkpoint)
+        sent = target_from_checkpoint(checkpoint)
+        check_fits(sent)  # before a truth is compared with it, which may be the sound one
     target = sent = sent.unscaled(args.gradient_scale)
     if args.target_gradient == "shuffled":
         target = shuffled(sent, args.seed)
@@ -349,7 +342,8 @@ def load_inputs(args) -> Inputs:
         return Inputs(target, sent)
     flag, source = "--checkpoint", checkpoint
     if args.truth is not None:
-        flag, source = "--truth", checkpoints.load_truth(args.truth)
+        with naming(f"--truth {args.truth}"):
+            flag, source = "--truth", checkpoints.load_truth(args.truth)
     if source.get("x_true") is None or source.get("y_true") is None:
         needs = "--metric" if args.metric else "--GInfoR"
         needs = needs if knows_labels else "--pseudo-label-init known"
@@ -358,7 +352,8 @@ def load_inputs(args) -> Inputs:
             f"{needs}: {args.checkpoint} holds no truth; give the sealed file by --truth{remedy}"
         )
     truth_source = f"{flag} {getattr(args, flag[2:])}"
-    checkpoints.check_truth(source, checkpoint, truth_source)
+    with naming(truth_source):
+        checkpoints.check_truth(source, checkpoint)
     bound = check_bound(source, checkpoint, truth_source, f"--checkpoint {args.checkpoint}")
     truth = truth_from_checkpoint(source, checkpoint).unscaled(args.gradient_scale)
     if args.target_gradient == "shuffled" and truth.control is not None:
@@ -396,9 +391,8 @@ def given_labels(args, target: Target) -> Tensor:
         raise InputError(
             f"--labels {args.labels[:80]}: neither a readable file nor integers like 3,1,2"
         ) from error
-    checkpoints.check_labels(
-        y, target.batch_size, target.num_classes, f"--labels {args.labels[:80]}"
-    )
+    with naming(f"--labels {args.labels[:80]}"):
+        checkpoints.check_labels(y, target.batch_size, target.num_classes)
     return y
 
 
@@ -408,7 +402,8 @@ def found_labels(args, target: Target, model: nn.Module) -> LabelResult:
     public = normalise(public_photographs(PUBLIC_IMAGES, shape), target.mean, target.std)
     auxiliary = None
     if args.label_aux is not None:
-        x, y = load_auxiliary(args.label_aux, target.num_classes, shape, "--label-aux")
+        with naming(f"--label-aux {args.label_aux}"):
+            x, y = load_auxiliary(args.label_aux, target.num_classes, shape)
         auxiliary = normalise(x, target.mean, target.std), y
     inputs = LabelInputs(model, public, auxiliary, args.label_prior == "uniform")
     try:
@@ -566,12 +561,13 @@ def untuned(args) -> argparse.Namespace:
 
 def load_problem(args, device: str) -> Problem:
     """The attack on the simulated client, which trials run."""
-    flag = "--simulation-checkpoint"
-    simulation = checkpoints.load(args.simulation_checkpoint, flag)
-    source = f"{flag} {args.simulation_checkpoint}"
-    checkpoint = checkpoints.load(args.checkpoint)
-    target = target_from_checkpoint(checkpoint)
-    check_fits(target)
+    source = f"--simulation-checkpoint {args.simulation_checkpoint}"
+    with naming(source):
+        simulation = checkpoints.load(args.simulation_checkpoint)
+    with naming(f"--checkpoint {args.checkpoint}"):
+        checkpoint = checkpoints.load(args.checkpoint)
+        target = target_from_checkpoint(checkpoint)
+        check_fits(target)
     if simulation.get("x_true") is None or simulation.get("y_true") is None:
         raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
     simulated = target_from_checkpoint(simulation)
@@ -590,8 +586,9 @@ def load_problem(args, device: str) -> Problem:
             raise InputError(
                 f"{source}: its {what} is {ours}, the target's {theirs}; capture it as the target"
             )
-    check_fits(simulated, source)
-    checkpoints.check_truth(simulation, simulation, source)
+    with naming(source):
+        check_fits(simulated)
+        checkpoints.check_truth(simulation, simulation)
     truth = truth_from_checkpoint(simulation)
     model = model_of(simulated)
     if not args.allow_target_as_simulation and shares_images(
@@ -630,10 +627,13 @@ def shares_images(
     """
     source, name = checkpoint, f"--checkpoint {args.checkpoint}"
     if args.truth is not None:
-        source, name = checkpoints.load_truth(args.truth), f"--truth {args.truth}"
+        name = f"--truth {args.truth}"
+        with naming(name):
+            source = checkpoints.load_truth(args.truth)
     x_true = source.get("x_true")
     if x_true is not None and source.get("y_true") is not None:
-        checkpoints.check_truth(source, checkpoint, name)
+        with naming(name):
+            checkpoints.check_truth(source, checkpoint)
         near = torch.cdist(truth.x.double().flatten(1), x_true.double().flatten(1))
         if bool((near < SAME_IMAGE * truth.x[0].numel() ** 0.5).any()):
             return True
@@ -943,9 +943,8 @@ def information_of(args, setting: Setting, reporter: Reporter) -> dict:
         setting.objective.model,
         setting.true_images(),
         truth.y.to(setting.device),
-        train_mode=target.train_mode,
-        label_smoothing=target.label_smoothing,
-        shard=setting.objective.shard,
+        target.loss,
+        setting.objective.shard,
     )
     columns = {"label": truth.y.tolist()} | {
         name: value.tolist() for name, value in vars(found).items() if isinstance(value, Tensor)

@@ -6,6 +6,7 @@ import time
 
 import torch
 from torch import nn
+from train.capture import capture
 
 from inversion.audit.information import gradient_information_ratio
 from inversion.combine import combine
@@ -18,7 +19,6 @@ from inversion.strategies import best, mean
 from models.build import build_model
 from models.gradient import couples_samples
 from tests.support import photos, smooth_network, target_of
-from train.capture import capture
 from train.privacy import protect_per_sample
 from utils.errors import InputError
 from utils.launch import Group, launch

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from train.capture import capture
 
 import run
 import training
 from models.checkpoint import make_checkpoint
 from models.target import target_from_checkpoint
-from train.capture import capture
 from train.datasets import DATASETS, normalise, photo_batch
 from utils.script import run_script
 

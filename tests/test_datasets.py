@@ -167,10 +167,10 @@ def test_broken_images_are_named(tmp_path):
 def test_folders_without_images(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         load_batch("folder", Request(root=str(tmp_path / "none")), 1, 0)
-    with pytest.raises(InputError, match="one subfolder a class"):
+    with pytest.raises(InputError, match="one subfolder per class"):
         load_batch("folder", Request(root=str(tmp_path)), 1, 0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="one subfolder a class"):
+    with pytest.raises(InputError, match="one subfolder per class"):
         load_batch("folder", Request(root=str(tmp_path)), 1, 0)
     with pytest.raises(InputError, match="--data: missing"):
         load_batch("imagenet", Request(), 1, 0)

@@ -2,18 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 from PIL import Image
 from torch import Tensor
 
 from utils.files import whole_file
 
-PAIRS_A_ROW = 8
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Images beside each other before a picture goes on below.
+IMAGES_PER_ROW = 8
+
+
+def _pyplot():
+    """Return matplotlib's pyplot, which draws into files alone; importing it takes a second."""
+    import matplotlib  # not above: many runs draw nothing
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
@@ -24,13 +35,13 @@ def save_png(image: Tensor, path: str | Path) -> None:
         picture.save(file, format="png")
 
 
-def save_figure(figure: pyplot.Figure, path: str | Path) -> None:
+def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as a PNG and close it."""
     try:
         with whole_file(path) as file:
             figure.savefig(file, format="png", dpi=100)
     finally:
-        pyplot.close(figure)
+        _pyplot().close(figure)
 
 
 def save_images(images: Tensor, folder: str | Path, name: str) -> None:
@@ -51,8 +62,9 @@ def save_panels(
     number of the image that gets a frame. Batches of more than eight go on in further groups of
     rows below.
     """
+    pyplot = _pyplot()
     count = len(rows[0][1])
-    columns = min(count, PAIRS_A_ROW)
+    columns = min(count, IMAGES_PER_ROW)
     groups = -(-count // columns)
     height, width = rows[0][1].shape[-2:]
     gap = max(1, round(0.06 * width))
@@ -67,7 +79,7 @@ def save_panels(
         for i, image in enumerate(images):
             top, left = corner(i, r)
             canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
-    inches = 1.5 / step_x  # an inch and a half an image
+    inches = 1.5 / step_x  # an inch and a half per image
     figure = pyplot.figure(figsize=(inches * canvas.shape[1] + 0.4, inches * canvas.shape[0]))
     share = 0.4 / figure.get_figwidth()
     axis = figure.add_axes((share, 0, 1 - share, 1))
@@ -149,8 +161,9 @@ def save_decoys(
 def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
     """Write which seed each image came from: rounds × images, coloured by seed.
 
-    rounds: dicts with `iteration` and `seeds`, a seed an image.
+    rounds: dicts with `iteration` and `seeds`, one seed per image.
     """
+    pyplot = _pyplot()
     seeds = sorted({seed for found in rounds for seed in found["seeds"]})
     colours = pyplot.get_cmap("tab20" if len(seeds) > 10 else "tab10", max(len(seeds), 10))
     places = [[seeds.index(seed) for seed in found["seeds"]] for found in rounds]
@@ -169,10 +182,11 @@ def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
 
 
 def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) -> None:
-    """Write error against every searched parameter, a dot a trial, coloured by its iterations.
+    """Write error against every searched parameter, one dot per trial, coloured by its iterations.
 
     trials: dicts with `mse`, `iterations` and a value for every name; unscored ones are left out.
     """
+    pyplot = _pyplot()
     scored = [trial for trial in trials if trial["mse"] is not None]
     figure, axes = pyplot.subplots(
         1, len(names), figsize=(3.5 * len(names) + 1, 3), squeeze=False, layout="constrained"
@@ -193,11 +207,13 @@ def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) 
 def save_losses(
     header: Sequence[str], rows: Sequence[Sequence], rounds: Sequence[dict], path: str | Path
 ) -> None:
-    """Write the loss curves: a panel a column from "total" on, a line a seed, log scale if > 0.
+    """Write the loss curves: one panel per column from "total" on, one line per seed.
 
     header, rows: of losses.csv, its first two columns seed and iteration; empty cells are left
-    out. rounds: dicts with `iteration` and `gradient_loss`, a dot each in the panel "gradient".
+    out. rounds: dicts with `iteration` and `gradient_loss`, a dot each in the panel "gradient". A
+    panel whose values are all above 0 has a logarithmic scale.
     """
+    pyplot = _pyplot()
     curves = {}
     for column in range(header.index("total"), len(header)):
         lines = curves[header[column]] = {}
