@@ -16,7 +16,7 @@ from inversion.pixel_gradient import exact, prior_only
 from models.binding import bind
 from models.build import build_model
 from models.checkpoint import load
-from models.target import target_from_checkpoint
+from models.reading import target_from_checkpoint
 from tests.support import attack, call, capture_photos, photos, smooth_network, target_of
 from utils.tensor_files import save
 

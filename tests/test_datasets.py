@@ -10,18 +10,10 @@ import torch
 from PIL import Image
 
 from tests.support import Hostile, succeed
-from train.datasets import (
-    DATASETS,
-    PHOTOS,
-    Request,
-    dataset_spec,
-    load_backup,
-    load_backup_control,
-    load_batch,
-    load_control,
-    normalise,
-    photo_batch,
-)
+from train.batches import load_backup, load_backup_control, load_batch, load_control
+from train.datasets import DATASETS, dataset_spec, normalise
+from train.photos import PHOTOS, photo_batch
+from train.request import Request
 from utils import image_files
 from utils.errors import InputError
 
