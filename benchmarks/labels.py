@@ -27,8 +27,9 @@ from torchvision.models.resnet import BasicBlock, resnet50
 from inversion.labels.evidence import Auxiliary, Evidence, features_of
 from inversion.labels.reconstruct import LABEL_STRATEGIES, LabelInputs
 from models.build import SMALL_NETWORKS, build_model, find_head, init_head
-from models.gradient import batch_gradient
-from train.datasets import DATASETS, PHOTOS
+from models.gradient import ClientLoss, batch_gradient
+from train.datasets import DATASETS
+from train.photos import PHOTOS
 from utils.files import write_csv
 from utils.image_files import public_photographs, square_crop
 from utils.metrics import label_accuracy
@@ -302,7 +303,7 @@ def client_step(setting: Setting, model, x, y, generator) -> tuple[Evidence, Ten
     residual[torch.arange(len(y)), y] -= 1 - eps
     factor = 1.0
     if setting.clip is not None:
-        whole = batch_gradient(model, x, y, train_mode=setting.train_mode, label_smoothing=eps)
+        whole = batch_gradient(model, x, y, ClientLoss(setting.train_mode, eps))
         norm = math.sqrt(sum(g.double().square().sum().item() for g in whole))
         factor = min(1.0, setting.clip / norm)
 

@@ -5,10 +5,11 @@ import torch
 from inversion.objective import Objective
 from inversion.settings import Weights
 from models.build import build_model, init_head
-from models.checkpoint import make_checkpoint
-from models.target import target_from_checkpoint
-from train.capture import capture
-from train.datasets import DATASETS, normalise, photo_batch
+from models.checkpoint import Task, make_checkpoint
+from models.gradient import ClientLoss, whole_batch_gradient
+from models.reading import target_from_checkpoint
+from train.datasets import DATASETS, normalise
+from train.photos import photo_batch
 from utils.shard import ALONE, Shard
 
 
@@ -38,20 +39,10 @@ def photo_objective(
     model = build_model(arch, num_classes, shape)
     init_head(model, "normal")
     x, y = photo_batch(batch_size, 1, size, seed=seed)
-    sent = capture(model, normalise(x, spec), y, train_mode=train_mode, capture_bn=True)
-    checkpoint = make_checkpoint(
-        model,
-        sent.gradient,
-        arch=arch,
-        batch_size=batch_size,
-        image_shape=shape,
-        num_classes=num_classes,
-        mean=spec.mean,
-        std=spec.std,
-        train_mode=train_mode,
-        bn_mean=sent.bn_mean,
-        bn_var=sent.bn_var,
-    )
+    loss = ClientLoss(train_mode)
+    sent = whole_batch_gradient(model, normalise(x, spec), y, loss, moments=True)
+    task = Task(arch, batch_size, shape, spec.num_classes, spec.mean, spec.std, loss)
+    checkpoint = make_checkpoint(model, sent, task)
     if weights is None:
         weights = Weights(priors={"tv": 0.01, "bn": 0.01} if sent.bn_mean else {"tv": 0.01})
     return Objective(

@@ -47,7 +47,7 @@ def combination_method(objective: Objective, num_seeds: int, memory: int) -> tup
     parameters = list(trainable_parameters(objective.model).values())
     count = num_seeds * len(objective.y)
     size = count * sum(p.numel() * p.element_size() for p in parameters) // objective.shard.size
-    if couples_samples(objective.model, objective.train_mode):
+    if couples_samples(objective.model, objective.loss.train_mode):
         return "greedy", "BatchNorm couples the images of a batch"
     if objective.distance_from_products is None:
         return "greedy", "this gradient distance is no function of inner products"

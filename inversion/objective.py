@@ -69,8 +69,7 @@ class Objective:
         like = next(model.parameters())
         self.model = model
         self.weights = weights
-        self.train_mode = target.train_mode
-        self.label_smoothing = target.label_smoothing
+        self.loss = target.loss
         self.bn_grad = bn_grad
         self.shard = shard
         self.y = y.to(like.device)
@@ -103,20 +102,13 @@ class Objective:
         return self._batch_gradient(x, self.y[index : index + 1])
 
     def _batch_gradient(self, x, y, **options) -> tuple[Tensor, ...]:
-        return batch_gradient(
-            self.model,
-            x,
-            y,
-            train_mode=self.train_mode,
-            label_smoothing=self.label_smoothing,
-            **options,
-        )
+        return batch_gradient(self.model, x, y, self.loss, **options)
 
     def _statistics(self, *, needed: bool):
         return batch_statistics(
             self.model,
             self.shard,
-            train_mode=self.train_mode,
+            train_mode=self.loss.train_mode,
             needed=needed,
             truncated=self.bn_grad == "detached",
             images=len(self.y),
@@ -145,7 +137,7 @@ class Objective:
         moments = []
         if self._needs_moments:
             with self._statistics(needed=True) as recorded:
-                with gradient_mode(self.model, self.train_mode), torch.enable_grad():
+                with gradient_mode(self.model, self.loss.train_mode), torch.enable_grad():
                     self.model(x)
                 moments = recorded()
         return self._terms(x, moments)

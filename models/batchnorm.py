@@ -14,24 +14,28 @@ BATCHNORM_TYPES = (nn.modules.batchnorm._BatchNorm,)
 
 
 def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's BatchNorm layers in the order of `model.modules()`."""
+    """List the model's BatchNorm layers in the order of `model.modules()`."""
     return [module for module in model.modules() if isinstance(module, BATCHNORM_TYPES)]
 
 
 def uses_batch_statistics(model: nn.Module, train_mode: bool) -> bool:
-    """Whether some BatchNorm layer normalises by its batch: in train mode all, in eval mode those
-    that keep no running statistics."""
+    """Tell whether some BatchNorm layer normalises by its batch.
+
+    In train mode all do, in eval mode those that keep no running statistics.
+    """
     return any(normalises_by_batch(layer, train_mode) for layer in batchnorm_layers(model))
 
 
 def normalises_by_batch(layer: nn.Module, train_mode: bool) -> bool:
-    """Whether one BatchNorm layer does, as torch's own decide it in their forward pass."""
+    """Tell whether one BatchNorm layer does, by the rule of torch's own forward pass."""
     return train_mode or (layer.running_mean is None and layer.running_var is None)
 
 
 def uses_learned_statistics(model: nn.Module, train_mode: bool) -> bool:
-    """Whether some BatchNorm layer normalises by running statistics that images have made: others
-    than mean 0 and variance 1, with which a layer is built."""
+    """Tell whether some BatchNorm layer normalises by running statistics that images have made.
+
+    Those are others than mean 0 and variance 1, with which a layer is built.
+    """
     return any(
         not normalises_by_batch(layer, train_mode)
         and bool((layer.running_mean != 0).any() or (layer.running_var != 1).any())
@@ -40,10 +44,10 @@ def uses_learned_statistics(model: nn.Module, train_mode: bool) -> bool:
 
 
 def _group_norm(layer: nn.Module) -> nn.GroupNorm:
-    """GroupNorm (Wu & He, 2018) for a BatchNorm layer: 32 groups of two channels or more.
+    """Make the GroupNorm (Wu & He, 2018) for a BatchNorm layer: 32 groups of two channels or more.
 
-    Fewer groups where the channels do not divide so. Scale and shift are the layer's own, as far
-    as it has them, with their type and device; its running statistics are lost.
+    Fewer groups where the channels do not divide so. Scale and shift are copied from the layer, as
+    far as it has them, with their type and device; its running statistics are lost.
     """
     channels = layer.num_features
     groups = math.gcd(32, channels // 2) if channels % 2 == 0 else 1
@@ -62,7 +66,7 @@ BATCHNORM_REPLACEMENTS = {"groupnorm": _group_norm}
 
 
 def replace_batchnorm(model: nn.Module, replacement: str) -> int:
-    """Put a layer of BATCHNORM_REPLACEMENTS in the place of every BatchNorm; return how many.
+    """Replace every BatchNorm layer by one of BATCHNORM_REPLACEMENTS; return how many there were.
 
     In such a model samples do not depend on one another, so each has a gradient of its own.
     """
@@ -74,11 +78,11 @@ def replace_batchnorm(model: nn.Module, replacement: str) -> int:
 
 
 def batch_moments(x: Tensor, shard: Shard = ALONE) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance a channel of a layer's input `x` (B, C, ...): two (C,) tensors.
+    """Compute mean and biased variance per channel of a layer's input `x` (B, C, ...): (C,) each.
 
-    With several processes, each holding its part of the batch (none at all, maybe): those of the
-    whole batch, differentiable any number of times, by one collective. The parts' means and
-    centred squares are merged (Chan et al., 1979), so nothing cancels.
+    With several processes, each holding its part of the batch (possibly none of it), the result is
+    that of the whole batch, differentiable any number of times, by one collective. The parts'
+    means and centred squares are merged (Chan et al., 1979), so nothing cancels.
     """
     dims = [0, *range(2, x.dim())]
     if shard.size == 1:
@@ -98,7 +102,7 @@ def batch_moments(x: Tensor, shard: Shard = ALONE) -> tuple[Tensor, Tensor]:
 
 
 class _Moments:
-    """Moments of every BatchNorm layer's input in one forward pass, by pre-forward hooks."""
+    """Records the moments of every BatchNorm layer's input in one forward pass, by hooks."""
 
     def __init__(self, model: nn.Module, shard: Shard):
         self.layers, self.shard = batchnorm_layers(model), shard
@@ -126,11 +130,11 @@ class _Moments:
 
 
 def recorded_moments(model: nn.Module, shard: Shard = ALONE) -> _Moments:
-    """A context that records `batch_moments` of the input of every BatchNorm layer.
+    """Make a context that records `batch_moments` of the input of every BatchNorm layer.
 
-    Yields a function that returns the (mean, var) pairs of the forward pass, in the order
-    of `batchnorm_layers`; they are on the graph of that pass. It raises ValueError for a layer
-    that the pass used never or twice: it has no statistics of its own.
+    It yields a function that returns the (mean, var) pairs of the forward pass, in the order of
+    `batchnorm_layers`; they are on the graph of that pass. The function raises ValueError for a
+    layer that the pass used never or twice: such a layer has no statistics of its own.
     """
     return _Moments(model, shard)
 
@@ -141,13 +145,14 @@ def whole_batch_normalisation(
 ):
     """Within this context BatchNorm normalises by the whole batch's statistics.
 
-    That is BatchNorm in train mode, and in eval mode where a layer keeps no running statistics;
-    other layers in eval mode work as ever. Every process passes its part of the batch through its
-    copy of the model. Outputs and all derivatives are those of one process with the whole batch.
-    truncated: with the second derivative of the original attack (`truncated_derivative`). images:
-    of the whole batch, where this process has a part. Yields what `recorded_moments` does.
+    This concerns BatchNorm in train mode, and in eval mode where a layer keeps no running
+    statistics; other layers in eval mode work as ever. Every process passes its part of the batch
+    through its copy of the model. Outputs and all derivatives are those of one process with the
+    whole batch. truncated: use the second derivative of the original attack
+    (`truncated_derivative`). images: number of images in the whole batch, where this process has a
+    part of it. Yields what `recorded_moments` does.
 
-    Like torch's own, raises ValueError for one value a channel: it has no spread.
+    Raises ValueError, as torch's own layers do, for one value per channel: it has no spread.
     """
     moments = recorded_moments(model, shard)
 
@@ -190,11 +195,12 @@ def batch_statistics(
     truncated: bool = False,
     images: int | None = None,
 ):
-    """The context in which a gradient of a batch is taken that is spread over processes.
+    """Make the context for taking the gradient of a batch that may be spread over processes.
 
-    The plainest that will do: `whole_batch_normalisation` where BatchNorm uses batch statistics
-    and must look at the whole batch or have the truncated derivative, `recorded_moments` where the
-    moments are `needed`, else nothing.
+    It is the simplest that suffices: `whole_batch_normalisation` where BatchNorm uses batch
+    statistics and must see the whole batch or have the truncated derivative, `recorded_moments`
+    where the moments are `needed`, else an empty context. images: number of images in the whole
+    batch.
     """
     if (shard.size > 1 or truncated) and uses_batch_statistics(model, train_mode):
         return whole_batch_normalisation(model, shard, truncated=truncated, images=images)
@@ -215,7 +221,7 @@ def truncated_derivative(model: nn.Module):
 
 
 def running_moments(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Copies of the running (mean, var) of every BatchNorm layer.
+    """Copy the running (mean, var) of every BatchNorm layer.
 
     Raises ValueError for a layer that keeps none.
     """

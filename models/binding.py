@@ -1,4 +1,4 @@
-"""Which truth belongs to which checkpoint: an id that both carry, and a digest of the other one."""
+"""Binds a truth to its checkpoint: both carry an id, and each a digest of the other."""
 
 import hashlib
 import secrets
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from utils.errors import InputError
 
-#: What the truth's `checkpoint_digest` covers.
+#: Entries that the truth's `checkpoint_digest` covers.
 PUBLIC_KEYS = (
     "batch_size", "dataset_setup", "arch", "model_eval", "state_dict", "trainable",
     "target_gradient", "bn_mean_list", "bn_var_list", "label_smoothing", "protection", "replace_bn",
 )  # fmt: skip
-#: Entries of those that hold others, and of the truth's control: only these are read.
+#: For entries that are mappings: which of their own entries the digests cover.
 INNER_KEYS = {
     "dataset_setup": ("mean", "std", "size", "n_classes"),
     "control": ("target_gradient", "bn_mean_list", "bn_var_list"),
 }
-#: What the checkpoint's `truth_digest` covers.
+#: Entries that the checkpoint's `truth_digest` covers.
 TRUTH_KEYS = ("x_true", "y_true", "control", "decoys")
 
 
 def bind(checkpoint: dict) -> None:
-    """Add an id to a checkpoint, and to its two parts a digest of the other, where it has a truth.
+    """Add an id to a checkpoint and, where it has a truth, to each part a digest of the other.
 
     The attacker sees the digest of the truth. It is salted with a number that stays with the
     truth: without it, nobody can check a guess of the images by it.
@@ -38,11 +38,10 @@ def bind(checkpoint: dict) -> None:
 
 
 def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint_name: str) -> bool:
-    """Whether ids and digests say that `truth` belongs to `checkpoint`; false if they are missing.
+    """Tell whether ids and digests prove that `truth` belongs to `checkpoint`.
 
-    The names are those of the two files, for messages.
-
-    Raises InputError when they say that it does not.
+    truth_name, checkpoint_name: how messages name the two. Returns false where ids or digests are
+    missing. Raises InputError where they prove that it does not belong.
     """
     parts = (truth.get("id"), checkpoint.get("id"), truth.get("truth_salt"))
     parts += (truth.get("checkpoint_digest"), checkpoint.get("truth_digest"))
@@ -77,7 +76,7 @@ def _truth_digest(truth: Mapping) -> str:
 
 
 def _entries(content: Mapping, keys: Sequence[str]) -> list:
-    """The entries of those names, without what nobody reads inside them."""
+    """List the entries of those names, of mappings only the entries in INNER_KEYS."""
     found = []
     for key in keys:
         value = content.get(key)

@@ -7,16 +7,15 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torchvision import models as torchvision_models
 
 from utils.errors import InputError
 
 
 def lenet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) -> nn.Module:
-    """Three 5×5 sigmoid convolutions and a linear head, after DLG (Zhu et al., 2019).
+    """Build three 5×5 sigmoid convolutions and a linear head, after DLG (Zhu et al., 2019).
 
-    The gradient-inversion literature's smooth test network; `width` channels a layer (DLG has
-    12), strides 2, 2, 1. `image_shape` is (C, H, W) and fixes the head's input size.
+    The gradient-inversion literature's smooth test network, with strides 2, 2, 1. image_shape:
+    (C, H, W), which fixes the head's input size. width: channels per layer (DLG has 12).
     """
     channels, height, image_width = image_shape
     layers, size = [], (height, image_width)
@@ -28,7 +27,7 @@ def lenet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) 
 
 
 def convnet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) -> nn.Module:
-    """A plain stack of four 3×3 conv-BN-ReLU blocks, global average pooling, a linear head."""
+    """Build four 3×3 conv-BN-ReLU blocks, global average pooling and a linear head."""
     channels, layers = image_shape[0], []
     for stride in (1, 2, 1, 2):
         layers += [
@@ -46,9 +45,41 @@ def convnet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32
 SMALL_NETWORKS = {"lenet": lenet, "convnet": convnet}
 
 
+#: What stands before every name of a network that is wrapped.
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+def without_wrapper(name: str) -> str:
+    """Return a parameter's or buffer's name without what DataParallel or torch.compile prepend."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
 def architectures() -> list[str]:
-    """Every name that `build_model` takes: the project's own, then torchvision's classifiers."""
-    return [*SMALL_NETWORKS, *torchvision_models.list_models(module=torchvision_models)]
+    """List every name that `build_model` takes: the project's own, torchvision's classifiers."""
+    return [*SMALL_NETWORKS, *_torchvision().list_models(module=_torchvision())]
+
+
+def _torchvision():
+    """Return `torchvision.models`, imported here: that takes seconds, which small networks save."""
+    from torchvision import models
+
+    return models
+
+
+def is_known(arch: str) -> bool:
+    """Tell whether `build_model` knows the name `arch`."""
+    return arch in SMALL_NETWORKS or arch in architectures()
+
+
+def check_known(arch: str) -> None:
+    """Raise InputError, listing the choices, unless `build_model` knows the name `arch`."""
+    if not is_known(arch):
+        raise InputError(
+            f"unknown; choose from {', '.join(SMALL_NETWORKS)} or torchvision's "
+            f"{', '.join(architectures()[len(SMALL_NETWORKS) :])}"
+        )
 
 
 def build_model(arch: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
@@ -59,13 +90,9 @@ def build_model(arch: str, num_classes: int, image_shape: tuple[int, int, int]) 
 
     Raises InputError for an unknown name and for an image size the network cannot take.
     """
+    check_known(arch)
     if arch in SMALL_NETWORKS:
         return SMALL_NETWORKS[arch](num_classes, image_shape)
-    if arch not in architectures():
-        raise InputError(
-            f"--arch {arch}: unknown; choose from {', '.join(SMALL_NETWORKS)} or torchvision's "
-            f"{', '.join(architectures()[len(SMALL_NETWORKS) :])}"
-        )
     options = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
@@ -74,10 +101,10 @@ def build_model(arch: str, num_classes: int, image_shape: tuple[int, int, int]) 
     elif arch.startswith("maxvit"):
         options = {"input_size": tuple(image_shape[1:])}
     try:
-        model = torchvision_models.get_model(arch, weights=None, num_classes=num_classes, **options)
+        model = _torchvision().get_model(arch, weights=None, num_classes=num_classes, **options)
     except (ValueError, AssertionError) as error:  # vit and maxvit check the image size
         raise InputError(
-            f"--image-size {image_shape[1]}: {arch} cannot take it: {' '.join(str(error).split())}"
+            f"{arch} cannot take images of {image_shape[1]} pixels: {' '.join(str(error).split())}"
         ) from error
     if image_shape[0] != 3:
         _change_input_channels(model, image_shape[0])
@@ -85,7 +112,7 @@ def build_model(arch: str, num_classes: int, image_shape: tuple[int, int, int]) 
 
 
 def input_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
-    """Name and module of the first convolution."""
+    """Find the first convolution: its name and module."""
     return next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
 
 
@@ -100,7 +127,7 @@ def _change_input_channels(model: nn.Module, channels: int) -> None:
 
 
 class WithoutMemory(TorchFunctionMode):
-    """Within it the parameters of a network that is built take no memory: the meta device.
+    """Within it a network is built whose parameters take no memory: they are on the meta device.
 
     Names, shapes and dtypes are those of the network. Small tensors that builders compute with
     stay real, which `torch.device("meta")` would not leave (regnet).
@@ -116,7 +143,7 @@ class WithoutMemory(TorchFunctionMode):
 def misfits(
     state: dict[str, Tensor], own: dict[str, Tensor], optional: Collection[str] = ()
 ) -> str:
-    """What keeps `state` from being loaded into a network with the state `own`, "" for nothing.
+    """Say what keeps `state` from being loaded into a network with the state `own`, or "".
 
     Names that are missing (and not optional) or surplus, other shapes, and other kinds: integers
     where the network has floating-point numbers, or the reverse. Reads no numbers.
@@ -146,7 +173,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def some(names: Sequence, most: int = 5) -> str:
-    """The first names of a list on one line, and how many more there are."""
+    """Write the first names of a list on one line, and how many more there are."""
     shortened = [" ".join(str(name)[:100].split()) for name in names[:most]]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(shortened) + rest
@@ -165,7 +192,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the classifier head: the layer whose outputs are the logits.
+    """Find the classifier head, the layer whose outputs are the logits: its name and module.
 
     The last linear layer; in networks without one (squeezenet) the last convolution.
 

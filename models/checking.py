@@ -1,7 +1,7 @@
-"""Whether the entries of a file are what they should be, found out without trusting any of them.
+"""Checks that the entries of a file are what they should be, without trusting any of them.
 
 Every function here raises UnfitError with the fact alone; the caller adds the file and the remedy.
-Types, dtypes, layouts and sizes are looked at first; numbers are read only where a tensor holds as
+Types, dtypes, layouts and sizes are checked first; numbers are read only where a tensor holds as
 many as it claims, so that no small file costs much memory.
 """
 
@@ -11,20 +11,23 @@ import reprlib
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import MISSING, fields
 
 import torch
 from torch import Tensor, nn
+
+from models.choices import PROTECTION_MODES
+from models.target import Protection
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 #: What a state dict may hold.
 ANY = (*FLOATS, *INTEGERS, torch.bool)
-#: Largest count a file may tell, that of the flags.
+#: Largest count that a file may hold, as of the flags.
 LARGEST = 2**31 - 1
-PROTECTION_MODES = ("batch", "per-sample")
 #: What a record of protection must hold, and what else it may.
-PROTECTION_KEYS = {"mode", "sigma", "clip"}
-PRIVACY_KEYS = {"noise_multiplier", "epsilon", "delta", "steps", "sample_rate"}
+PROTECTION_KEYS = tuple(field.name for field in fields(Protection) if field.default is MISSING)
+PRIVACY_KEYS = tuple(field.name for field in fields(Protection) if field.default is not MISSING)
 SETUP_KEYS = ("mean", "std", "size", "n_classes")
 #: Last parts of the names of weights that are never integers, in no layer of torch.
 REAL_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
@@ -35,7 +38,7 @@ class UnfitError(ValueError):
 
 
 class _Brief(reprlib.Repr):
-    """The repr of a value cut short, without the numbers of tensors and of long integers."""
+    """Writes a value cut short, without the numbers of tensors and of long integers."""
 
     def __init__(self):
         super().__init__()
@@ -53,23 +56,23 @@ class _Brief(reprlib.Repr):
 
 
 def shown(value) -> str:
-    """`value` for a message: short, on one line, and never the numbers of a tensor."""
+    """Write `value` for a message: short, on one line, and never the numbers of a tensor."""
     return " ".join(_Brief().repr(value).split())
 
 
 def is_number(value) -> bool:
-    """An int or float that a float can hold, finite; True and False are none."""
+    """Tell whether `value` is a finite int or float that a float can hold, and no True or False."""
     largest = sys.float_info.max
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
 
 
 def is_count(value) -> bool:
-    """A positive int that a flag could give as well."""
+    """Tell whether `value` is a positive int that a flag could give as well."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
 def is_list(value) -> bool:
-    """A list or tuple."""
+    """Tell whether `value` is a list or tuple."""
     return isinstance(value, list | tuple)
 
 
@@ -120,7 +123,7 @@ def check_at_least_zero(value: Tensor, what: str) -> None:
 
 
 def check_setup(setup) -> None:
-    """dataset_setup: a mapping with size (C, H, W), n_classes, and mean and std of C numbers."""
+    """Check dataset_setup: a mapping with size (C, H, W), n_classes, mean and std of C numbers."""
     if not isinstance(setup, dict):
         raise UnfitError(
             f"dataset_setup is {shown(setup)}, not a mapping with {', '.join(SETUP_KEYS)}"
@@ -163,10 +166,10 @@ def _is_finite(value: Tensor) -> bool:
 
 
 def check_weights(state) -> None:
-    """state_dict: names → tensors; weights are finite real numbers, variances at least 0.
+    """Check state_dict: names → tensors; weights are finite real numbers, variances at least 0.
 
-    Other buffers may be integers, as num_batches_tracked is; which ones must be, the network
-    tells (models/build.py: `misfits`).
+    Other buffers may be integers, as num_batches_tracked is; `misfits` (models/build.py) compares
+    them with the network's.
     """
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) for k in state):
         raise UnfitError("state_dict is not a mapping of names to tensors")
@@ -188,18 +191,18 @@ def check_weight_values(state: dict[str, Tensor]) -> None:
 
 
 def check_names(names, count: int) -> None:
-    """trainable: one name a gradient tensor, all different."""
+    """Check trainable: one name per gradient tensor, all different."""
     if not (is_list(names) and len(names) == count and all(isinstance(n, str) for n in names)):
-        raise UnfitError(f"trainable is not one name a gradient tensor but {shown(names)}")
+        raise UnfitError(f"trainable is not one name per gradient tensor but {shown(names)}")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise UnfitError(f"trainable holds the name {shown(name)} {times} times")
 
 
 def check_gradient(gradient, names, most: int) -> None:
-    """target_gradient: finite floating-point tensors, one a trainable parameter.
+    """Check target_gradient: finite floating-point tensors, one per trainable parameter.
 
-    names: those of `trainable`, None where the file tells none. most: tensors of the network.
+    names: those of `trainable`, None where the file has none. most: tensors of the network.
     """
     if not (_are_tensors(gradient) and len(gradient)):
         raise UnfitError("target_gradient is not a list of tensors")
@@ -212,7 +215,7 @@ def check_gradient(gradient, names, most: int) -> None:
 
 
 def check_statistics(means, variances, most: int) -> None:
-    """bn_mean_list, bn_var_list: as many finite vectors each, variances at least 0; or None both.
+    """Check bn_mean_list and bn_var_list: as many finite vectors, variances at least 0; or None.
 
     most: tensors of the network.
     """
@@ -230,13 +233,13 @@ def check_statistics(means, variances, most: int) -> None:
         if mean.dim() != 1 or mean.shape != variance.shape:
             raise UnfitError(
                 f"the BN statistics of layer {i} have shapes {tuple(mean.shape)} and "
-                f"{tuple(variance.shape)}, not one number a channel"
+                f"{tuple(variance.shape)}, not one number per channel"
             )
         check_at_least_zero(variance, f"the BN statistics' variance of layer {i}")
 
 
 def _are_none(values) -> bool:
-    """No statistics: None, or an empty list as the original writes."""
+    """Tell whether there are no statistics: None, or an empty list as the original writes."""
     return values is None or (is_list(values) and not values)
 
 
@@ -256,13 +259,13 @@ def _in_line(name: str) -> str:
 
 
 def check_smoothing(smoothing) -> None:
-    """label_smoothing: a number in [0, 1)."""
+    """Check label_smoothing: a number in [0, 1)."""
     if not (is_number(smoothing) and 0 <= smoothing < 1):
         raise UnfitError(f"label_smoothing is {shown(smoothing)}, not from 0 to below 1")
 
 
 def _protection_rules():
-    """Entry of a record of protection → what it must be, and the test of that."""
+    """Map every entry of a record of protection to what it must be, and to the test of that."""
     at_least_zero = ("a number from 0", lambda v: is_number(v) and v >= 0)
     return {
         "mode": (
@@ -280,16 +283,18 @@ def _protection_rules():
 
 
 def check_protection(record) -> None:
-    """protection: None, or a record with mode, sigma, clip, and all of PRIVACY_KEYS for epsilon."""
+    """Check protection: None, or a record with mode, sigma, clip, and with epsilon all others."""
     if record is None:
         return
     start = "protection is no record with mode, sigma and clip"
     if not isinstance(record, dict):
         raise UnfitError(f"{start} but {shown(record)}")
-    for key in PROTECTION_KEYS - record.keys():
-        raise UnfitError(f"{start}: no {key}")
-    for key in record.keys() - PROTECTION_KEYS - PRIVACY_KEYS:
-        raise UnfitError(f"{start}: what is {shown(key)}?")
+    for key in PROTECTION_KEYS:
+        if key not in record:
+            raise UnfitError(f"{start}: no {key}")
+    for key in record:
+        if key not in PROTECTION_KEYS + PRIVACY_KEYS:
+            raise UnfitError(f"{start}: what is {shown(key)}?")
     for key, (what, holds) in _protection_rules().items():
         value = record.get(key)
         if not (holds(value) or (value is None and key in PRIVACY_KEYS)):
@@ -301,7 +306,7 @@ def check_protection(record) -> None:
 
 
 def check_origin(checkpoint: dict) -> None:
-    """What tells which reader a file needs: settings, layers and steps of other writers."""
+    """Check what decides how a file is read: settings, layers and steps of other writers."""
     settings = checkpoint.get("args")
     if not (settings is None or isinstance(settings, dict | argparse.Namespace)):
         raise UnfitError(f"args is {shown(settings)}, not a mapping of settings")
@@ -322,7 +327,7 @@ def check_origin(checkpoint: dict) -> None:
 
 
 def check_plain_entries(checkpoint: dict) -> None:
-    """The entries of one plain value each."""
+    """Check the entries that are one plain value each."""
     plain = {
         "batch_size": ("a positive integer", is_count),
         "arch": ("a name", lambda v: isinstance(v, str)),
@@ -344,7 +349,7 @@ def check_plain_entries(checkpoint: dict) -> None:
 
 
 def check_images(x, shape: tuple[int, ...]) -> None:
-    """x_true: finite images of that shape (B, C, H, W)."""
+    """Check x_true: finite images of that shape (B, C, H, W)."""
     if not isinstance(x, Tensor) or x.is_nested or tuple(x.shape) != shape:
         found = f"type {type(x).__name__}"
         if isinstance(x, Tensor):
@@ -355,7 +360,7 @@ def check_images(x, shape: tuple[int, ...]) -> None:
 
 
 def check_decoys(decoys, shape: tuple[int, ...]) -> None:
-    """decoys: per image of a batch of that shape (B, C, H, W) as many 8-bit images, (B, N, …)."""
+    """Check decoys: N 8-bit images per image of a batch of that shape (B, C, H, W)."""
     what = f"its decoys are {shown(decoys)}, not 8-bit images like the {shape[0]} true ones"
     if not isinstance(decoys, Tensor) or decoys.is_nested or decoys.dim() != 5:
         raise UnfitError(what)
@@ -365,7 +370,7 @@ def check_decoys(decoys, shape: tuple[int, ...]) -> None:
 
 
 def check_labels(y, batch_size: int, num_classes: int) -> None:
-    """y_true: batch_size class indices from 0 to num_classes − 1."""
+    """Check y_true: batch_size class indices from 0 to num_classes − 1."""
     if not isinstance(y, Tensor) or y.is_nested:
         raise UnfitError(f"labels for a batch of {batch_size} are {shown(y)}, not integers (B,)")
     if y.is_floating_point():
@@ -380,7 +385,7 @@ def check_labels(y, batch_size: int, num_classes: int) -> None:
 
 
 def check_like(tensors, model, what: str) -> None:
-    """A list of finite tensors of the shapes of `model`, which is empty or None for none."""
+    """Check a list of finite tensors of the shapes of `model`, which is empty or None for none."""
     if not model:
         if not _are_none(tensors):
             raise UnfitError(f"{what}s where the checkpoint has none")

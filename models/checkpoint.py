@@ -1,23 +1,29 @@
-"""Checkpoints: safe to load, whole or absent on disk, readable by number.
+"""Checkpoints, the exchange format of both sides: made, sealed, loaded and checked here.
 
 A checkpoint is a dict of plain types and tensors with the keys of the original project and a
-`format` number; `make_checkpoint` says what each holds. Loading never runs code from the file.
+`format` number. `Task`, `Update`, `Protection` and `GroundTruth` say what it holds. Loading never
+runs code from the file. models/reading.py takes the attacker's view of it.
 """
 
 import contextlib
 import datetime
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from models import checking
 from models.binding import bind
-from utils.errors import InputError
-from utils.tensor_files import _one_line, load_plain
+from models.build import without_wrapper
+from models.gradient import ClientLoss, Update
+from models.target import GroundTruth, Protection
+from utils.errors import InputError, naming
+from utils.tensor_files import load_plain, one_line
 
 #: Raised by one whenever a reader of the number before could misread the file.
 FORMAT = 4
+#: Entries without which no file is a checkpoint.
 REQUIRED = (
     "batch_size",
     "dataset_setup",
@@ -31,57 +37,54 @@ PRIVATE_KEYS = (
     "x_true", "y_true", "protection_norms", "control", "decoys", "args", "truth_salt",
     "checkpoint_digest",
 )  # fmt: skip
-#: What stands before every name of a network that is wrapped.
-WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the client trained on and how, which an attacker knows beside the update."""
+
+    #: A name that models/build.py knows if `run.py` is to read the file; else any word.
+    arch: str
+    #: Images in the batch, B.
+    batch_size: int
+    #: (C, H, W).
+    image_shape: tuple[int, int, int]
+    #: Classes of the network.
+    num_classes: int
+    #: Mean of the normalisation that the network was fed with, C numbers in [0, 1] colours.
+    mean: Sequence[float]
+    #: Standard deviation of that normalisation, C numbers above 0.
+    std: Sequence[float]
+    #: How the client took its loss.
+    loss: ClientLoss
+    #: What replaces the architecture's BatchNorm layers, a name in BATCHNORM_REPLACEMENTS, or None.
+    replace_bn: str | None = None
 
 
 def make_checkpoint(
     model: nn.Module,
-    gradient: Sequence[Tensor] | Mapping[str, Tensor],
+    update: Update | Sequence[Tensor] | Mapping[str, Tensor],
+    task: Task,
     *,
-    arch: str,
-    batch_size: int,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    train_mode: bool,
-    bn_mean: Sequence[Tensor] | None = None,
-    bn_var: Sequence[Tensor] | None = None,
-    label_smoothing: float = 0.0,
-    protection: Mapping | None = None,
+    protection: Protection | None = None,
     protection_norms: Mapping | None = None,
-    replace_bn: str | None = None,
-    control: Mapping | None = None,
-    truth: tuple[Tensor, Tensor] | None = None,
-    decoys: Tensor | None = None,
+    truth: GroundTruth | None = None,
     settings: Mapping | None = None,
     local_steps: int = 1,
 ) -> dict:
-    """Make a checkpoint from a model and the gradient that a client sent for one batch.
+    """Make a checkpoint from a model and what a client sent for one batch.
 
-    This is the way in for an auditor who has a gradient of their own.
+    Auditors who have a gradient of their own start here.
 
-    model: the network with the weights the client started from; wrapped by DataParallel or
-    torch.compile too. gradient: ∂(mean cross-entropy)/∂θ, a tensor a trainable parameter in the
-    model's order, or a mapping by parameter name; here and below an array of numpy is as good as a
-    tensor. arch: a name that models/build.py knows when `run.py` is to read the file;
-    any word when only the Python interface is used. image_shape: (C, H, W). mean, std: C
-    numbers each, the normalisation the network was fed with. train_mode: whether BatchNorm
-    used batch statistics. bn_mean, bn_var: mean and biased variance of the batch at the input
-    of each BatchNorm layer, where the client sent them. label_smoothing: of the cross-entropy, in
-    [0, 1). protection: what was done to the gradient, a mapping with `mode` ("batch" or
-    "per-sample"), `sigma` (standard deviation of the added noise), `clip` (largest norm, or
-    None), and maybe the other fields of `models.target.Protection`. protection_norms: private
-    norms before and after it, to record. replace_bn: what stands in the place of the
-    architecture's BatchNorm layers (models/batchnorm.py), None where they are there. control: for
-    scoring, what would be sent for other images with the same labels, a mapping with `gradient`,
-    `bn_mean`, `bn_var`, each as above. truth: (x (B, C, H, W) normalised, y (B,)), for scoring.
-    decoys: (B, N, C, H, W) of uint8, for scoring: per image N images that could have been in its
-    place, drawn as it was. settings: plain values to record.
+    model: the network with the weights that the client started from; it may be wrapped by
+    DataParallel or torch.compile. update: an `Update`, or its gradient alone, ∂(mean
+    cross-entropy)/∂θ: one tensor per trainable parameter in the model's order, or a mapping by
+    parameter name. Arrays of numpy are as good as tensors, here and in `truth`. protection: what
+    was done to the gradient. protection_norms: private norms before and after it, to record.
+    truth: the batch, a control and decoys, for scoring. settings: plain values to record.
 
     Raises InputError when the gradient does not fit the model's trainable parameters or another
-    value is not what is said here, and for what is no gradient of one step: a weight difference
+    value is not what its field says, and for what is no gradient of one step: a weight difference
     after several local steps (`local_steps` > 1, or a mapping that holds buffers, as differences
     of state dicts do).
     """
@@ -90,56 +93,67 @@ def make_checkpoint(
             f"local_steps {local_steps}: an update of several local steps is no gradient; "
             "only a single step can be inverted here: send the gradient of one batch"
         )
-    names, gradient = _in_order(model, gradient)
-    if control is not None:
-        control = {key: _tensors(values, f"control: {key}") for key, values in control.items()}
-        if not shapes(control["gradient"]) == shapes(gradient):
-            raise InputError("control: its gradient has other shapes than the gradient")
+    sent = update if isinstance(update, Update) else Update(update)
+    names, gradient = _in_order(model, sent.gradient)
     checkpoint = {
         "format": FORMAT,
         "clock": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "batch_size": int(batch_size),
+        "batch_size": int(task.batch_size),
         "dataset_setup": {
-            "mean": [float(v) for v in mean],
-            "std": [float(v) for v in std],
-            "size": tuple(int(side) for side in image_shape),
-            "n_classes": int(num_classes),
+            "mean": [float(v) for v in task.mean],
+            "std": [float(v) for v in task.std],
+            "size": tuple(int(side) for side in task.image_shape),
+            "n_classes": int(task.num_classes),
         },
-        "arch": str(arch),
-        "model_eval": not train_mode,
+        "arch": str(task.arch),
+        "model_eval": not task.loss.train_mode,
         "state_dict": {
             without_wrapper(key): _stored(value) for key, value in model.state_dict().items()
         },
         "free_last_layers_list": ["all"],
         "trainable": names,
         "target_gradient": _stored_list(gradient),
-        "bn_mean_list": _stored_list(_tensors(bn_mean, "bn_mean")),
-        "bn_var_list": _stored_list(_tensors(bn_var, "bn_var")),
-        "label_smoothing": float(label_smoothing),
-        "protection": None if protection is None else dict(protection),
-        "replace_bn": replace_bn,
+        "bn_mean_list": _stored_list(_tensors(sent.bn_mean, "bn_mean")),
+        "bn_var_list": _stored_list(_tensors(sent.bn_var, "bn_var")),
+        "label_smoothing": float(task.loss.label_smoothing),
+        "protection": None if protection is None else asdict(protection),
+        "replace_bn": task.replace_bn,
         "args": dict(settings or {}),
     }
     if protection_norms is not None:
         checkpoint["protection_norms"] = dict(protection_norms)
-    if control is not None:
-        checkpoint["control"] = {
-            "target_gradient": _stored_list(control["gradient"]),
-            "bn_mean_list": _stored_list(control.get("bn_mean")),
-            "bn_var_list": _stored_list(control.get("bn_var")),
-        }
+    with naming("checkpoint"):
+        check_contents(checkpoint)
     if truth is not None:
-        checkpoint["x_true"], checkpoint["y_true"] = _stored_list(_tensors(truth, "truth"))
-        if decoys is not None:
-            (checkpoint["decoys"],) = _stored_list(_tensors([decoys], "decoys"))
-        check_truth(checkpoint, checkpoint, "truth")
-    check_contents(checkpoint, "checkpoint")
+        checkpoint |= _truth_entries(truth, gradient)
+        with naming("truth"):
+            check_truth(checkpoint, checkpoint)
     bind(checkpoint)
     return checkpoint
 
 
+def _truth_entries(truth: GroundTruth, gradient: Sequence[Tensor]) -> dict:
+    """Make the entries of the truth; `gradient`: the one sent, whose shapes the control's has."""
+    entries = {}
+    if truth.control is not None:
+        control = {
+            key: _tensors(values, f"control: {key}") for key, values in vars(truth.control).items()
+        }
+        if not shapes(control["gradient"]) == shapes(gradient):
+            raise InputError("control: its gradient has other shapes than the gradient")
+        entries["control"] = {
+            "target_gradient": _stored_list(control["gradient"]),
+            "bn_mean_list": _stored_list(control["bn_mean"]),
+            "bn_var_list": _stored_list(control["bn_var"]),
+        }
+    entries["x_true"], entries["y_true"] = _stored_list(_tensors([truth.x, truth.y], "truth"))
+    if truth.decoys is not None:
+        (entries["decoys"],) = _stored_list(_tensors([truth.decoys], "decoys"))
+    return entries
+
+
 def _in_order(model: nn.Module, gradient) -> tuple[list[str], list[Tensor]]:
-    """The names of the trainable parameters, and the gradient as one tensor each, in their order.
+    """List the names of the trainable parameters, and the gradient as one tensor for each.
 
     Raises InputError for what is no gradient of this model.
     """
@@ -172,21 +186,14 @@ def _in_order(model: nn.Module, gradient) -> tuple[list[str], list[Tensor]]:
     return list(parameters), gradient
 
 
-def without_wrapper(name: str) -> str:
-    """The name of a parameter or buffer without what DataParallel and torch.compile put before."""
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    return name
-
-
 def _tensors(values: Sequence | None, what: str) -> list[Tensor] | None:
-    """The values as tensors; raise InputError, naming `what`, for values that are no numbers."""
+    """Turn values into tensors; raise InputError, naming `what`, where they are no numbers."""
     if values is None:
         return None
     try:
         return [v if isinstance(v, Tensor) else torch.tensor(v) for v in values]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{what}: not a sequence of tensors: {_one_line(error)[:120]}") from error
+        raise InputError(f"{what}: not a sequence of tensors: {one_line(error)[:120]}") from error
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -198,16 +205,16 @@ def _stored_list(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
 
 
 def shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """The shape of every tensor."""
+    """List the shape of every tensor."""
     return [tuple(tensor.shape) for tensor in tensors]
 
 
 def seal(checkpoint: dict) -> tuple[dict, dict]:
     """Split a checkpoint into what an attacker has and the truth: two dicts.
 
-    The settings go with the truth: seed, data set and batch index would give the batch away. So
-    do a control, decoys and the norms from before protection, which no client sends. Both carry
-    the checkpoint's id and a digest of the other (utils/binding.py).
+    The settings go with the truth, because seed, data set and batch index would give the batch
+    away. So do a control, decoys and the norms from before protection, which no client sends. Both
+    carry the checkpoint's id and a digest of the other (models/binding.py).
     """
     sealed = {key: value for key, value in checkpoint.items() if key not in PRIVATE_KEYS}
     sealed["args"] = {}
@@ -215,17 +222,17 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
     return sealed, {"format": FORMAT, **truth}
 
 
-def load(path: str, flag: str = "--checkpoint") -> dict:
+def load(path: str) -> dict:
     """Load and check a checkpoint, of this project or of the original.
 
-    Raises InputError when it is missing, damaged, hostile, incomplete, of a newer format, or
-    holds an update of several local steps.
+    Raises InputError, without the file's name, when it is missing, damaged, hostile, incomplete, of
+    a newer format, or holds an update of several local steps.
     """
-    checkpoint = load_plain(path, flag)
+    checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict):
-        raise InputError(f"{flag} {path}: not a checkpoint of training.py")
-    _check_format(checkpoint, path, flag)
-    with _refused(f"{flag} {path}", "write it again with training.py or make_checkpoint"):
+        raise InputError("not a checkpoint of training.py")
+    _check_format(checkpoint)
+    with _refused("write it again with training.py or make_checkpoint"):
         checking.check_origin(checkpoint)
     if "format" not in checkpoint:
         checkpoint = {**checkpoint, "protection": _original_protection(checkpoint.get("args"))}
@@ -234,31 +241,27 @@ def load(path: str, flag: str = "--checkpoint") -> dict:
     if isinstance(setup, dict):
         missing += [f"dataset_setup[{key}]" for key in checking.SETUP_KEYS if key not in setup]
     if missing:
-        raise InputError(
-            f"{flag} {path}: not a checkpoint of training.py: missing {', '.join(missing)}"
-        )
+        raise InputError(f"not a checkpoint of training.py: missing {', '.join(missing)}")
     layers = checkpoint.get("free_last_layers_list")
     if checkpoint.get("trainable") is None and layers not in (None, ["all"], "all"):
         raise InputError(
-            f"{flag} {path}: free_last_layers_list {checking.shown(layers)}: only gradients of all "
+            f"free_last_layers_list {checking.shown(layers)}: only gradients of all "
             "parameters (['all']) of the original can be read; capture it anew with training.py"
         )
     if checkpoint.get("local_steps") not in (None, 1):
         raise InputError(
-            f"{flag} {path}: an update of {checkpoint['local_steps']} local steps is no gradient; "
+            f"an update of {checkpoint['local_steps']} local steps is no gradient; "
             "capture the gradient of one batch"
         )
-    check_contents(checkpoint, f"{flag} {path}")
+    check_contents(checkpoint)
     channels = checkpoint["dataset_setup"]["size"][0]
     if channels not in (1, 3):
-        raise InputError(
-            f"{flag} {path}: images of {channels} channels cannot be shown; attack them from Python"
-        )
+        raise InputError(f"images of {channels} channels cannot be shown; attack them from Python")
     return checkpoint
 
 
 def _original_protection(settings) -> dict | None:
-    """What the settings in a checkpoint of the original say about noise and clipping."""
+    """Read noise and clipping from the settings in a checkpoint of the original."""
     settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     if not settings.get("enable_dp"):
         return None
@@ -270,9 +273,9 @@ def _original_protection(settings) -> dict | None:
     }
 
 
-def check_contents(checkpoint: dict, source: str) -> None:
-    """Raise InputError, naming `source`, unless a checkpoint's values are what they should be."""
-    with _refused(source, "write it again with training.py or make_checkpoint"):
+def check_contents(checkpoint: dict) -> None:
+    """Raise InputError unless a checkpoint's values are what they should be."""
+    with _refused("write it again with training.py or make_checkpoint"):
         checking.check_plain_entries(checkpoint)
         checking.check_setup(checkpoint["dataset_setup"])
         checking.check_smoothing(checkpoint.get("label_smoothing", 0.0))
@@ -286,19 +289,19 @@ def check_contents(checkpoint: dict, source: str) -> None:
 
 
 @contextlib.contextmanager
-def _refused(source: str, remedy: str):
-    """Turn an UnfitError into the InputError that names the file and what to do."""
+def _refused(remedy: str):
+    """Within this context an UnfitError becomes the InputError that says what to do."""
     try:
         yield
     except checking.UnfitError as error:
-        raise InputError(f"{source}: {error}; {remedy}") from error
+        raise InputError(f"{error}; {remedy}") from error
 
 
-def check_control(control, checkpoint: dict, source: str) -> None:
+def check_control(control, checkpoint: dict) -> None:
     """Raise InputError unless `control` is another gradient for the checkpoint's network."""
-    with _refused(
-        f"{source}: its control is no gradient of this network with as many BN statistics",
-        "capture it anew with training.py --with-control",
+    with (
+        naming("its control is no gradient of this network with as many BN statistics"),
+        _refused("capture it anew with a control"),
     ):
         if not isinstance(control, dict):
             raise checking.UnfitError(f"it is {checking.shown(control)}")
@@ -312,46 +315,47 @@ def check_control(control, checkpoint: dict, source: str) -> None:
             checking.check_at_least_zero(variance, f"its BN variance {i}")
 
 
-def check_truth(truth: dict, checkpoint: dict, source: str) -> None:
+def check_truth(truth: dict, checkpoint: dict) -> None:
     """Raise InputError unless `truth` holds the batch that belongs to the checkpoint."""
     batch_size, setup = checkpoint["batch_size"], checkpoint["dataset_setup"]
-    with _refused(source, "give the truth of this checkpoint"):
+    with _refused("give the truth of this checkpoint"):
         checking.check_images(truth["x_true"], (batch_size, *setup["size"]))
-    check_labels(truth["y_true"], batch_size, setup["n_classes"], source)
+    check_labels(truth["y_true"], batch_size, setup["n_classes"])
     if truth.get("control") is not None:
-        check_control(truth["control"], checkpoint, source)
+        check_control(truth["control"], checkpoint)
     if truth.get("decoys") is not None:
-        with _refused(source, "capture it anew with training.py --with-control"):
+        with _refused("capture it anew with decoys"):
             checking.check_decoys(truth["decoys"], (batch_size, *setup["size"]))
 
 
-def check_labels(y, batch_size: int, num_classes: int, source: str) -> None:
-    """Raise InputError, naming `source`, unless `y` is B class indices."""
-    with _refused(source, f"give {batch_size} integers from 0 to {num_classes - 1}"):
+def check_labels(y, batch_size: int, num_classes: int) -> None:
+    """Raise InputError unless `y` is B class indices."""
+    with _refused(f"give {batch_size} integers from 0 to {num_classes - 1}"):
         checking.check_labels(y, batch_size, num_classes)
 
 
-def load_truth(path: str, flag: str = "--truth") -> dict:
-    """Load a truth file that `training.py --seal` wrote (or a checkpoint that holds its truth).
+def load_truth(path: str) -> dict:
+    """Load a truth file that `seal` made, or a checkpoint that holds its truth.
 
-    Raises InputError when it is missing, damaged, of a newer format, or without a truth.
+    Raises InputError, without the file's name, when it is missing, damaged, of a newer format, or
+    without a truth.
     """
-    truth = load_plain(path, flag)
+    truth = load_plain(path)
     if not isinstance(truth, dict) or not {"x_true", "y_true"} <= truth.keys():
-        raise InputError(f"{flag} {path}: holds no x_true and y_true; give the sealed truth file")
-    _check_format(truth, path, flag)
+        raise InputError("holds no x_true and y_true; give the sealed truth file")
+    _check_format(truth)
     return truth
 
 
-def _check_format(content: dict, path: str, flag: str) -> None:
+def _check_format(content: dict) -> None:
     number = content.get("format", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise InputError(
-            f"{flag} {path}: format {checking.shown(number)} is not the number of a format; "
+            f"format {checking.shown(number)} is not the number of a format; "
             "write it again with training.py or make_checkpoint"
         )
     if number > FORMAT:
         raise InputError(
-            f"{flag} {path}: format {number}, written by a newer version; this one reads formats "
+            f"format {number}, written by a newer version; this one reads formats "
             f"up to {FORMAT}: update the project"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +10,42 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.batchnorm import BATCHNORM_TYPES, uses_batch_statistics
+from models.batchnorm import (
+    BATCHNORM_TYPES,
+    batch_statistics,
+    batchnorm_layers,
+    uses_batch_statistics,
+)
+from utils.shard import ALONE, Shard, sum_tensors
 
 #: Bytes that the per-sample gradients of one chunk may take.
 CHUNK_BYTES = 2**29
 
 
+@dataclass(frozen=True)
+class ClientLoss:
+    """How the client takes its loss, the mean cross-entropy of a batch; both sides must agree."""
+
+    #: Whether BatchNorm normalises by the batch's own statistics, else by its running ones.
+    train_mode: bool
+    #: Share ε in [0, 1) of every label that the loss moves evenly to all classes.
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client computes for one batch and sends."""
+
+    #: One tensor per trainable parameter, in the model's order, shaped like it.
+    gradient: tuple[Tensor, ...]
+    #: Mean of the whole batch at the input of every BatchNorm layer, (C_l,) each; None if not sent.
+    bn_mean: tuple[Tensor, ...] | None = None
+    #: Biased variance at the same places.
+    bn_var: tuple[Tensor, ...] | None = None
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter of everything that requires a gradient, in the model's order."""
+    """Map names to the parameters that require a gradient, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -62,36 +91,70 @@ def batch_gradient(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
+    loss: ClientLoss,
     *,
-    train_mode: bool,
-    label_smoothing: float = 0.0,
     create_graph: bool = False,
     total: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradient of the batch's mean cross-entropy with respect to the trainable parameters.
+    """Compute the gradient of the batch's mean cross-entropy by the trainable parameters.
 
-    `x` (B, C, H, W) normalised images, `y` (B,) class indices; `label_smoothing` ε in [0, 1) moves
-    a share ε of every label evenly to all classes. Returns one tensor a trainable
+    x: (B, C, H, W) normalised images. y: (B,) class indices. Returns one tensor per trainable
     parameter, in the model's order, shaped like it; zeros where a parameter takes no part.
-    With `create_graph` the result can be differentiated once more with respect to `x`. `total`:
-    images of the whole batch where `x` is a part of it; the result is then this part's share, and
-    the shares of all parts sum to the gradient.
+    create_graph: the result can be differentiated once more with respect to `x`. total: images of
+    the whole batch where `x` is a part of it; the result is then this part's share, and the shares
+    of all parts sum to the gradient.
     """
     parameters = list(trainable_parameters(model).values())
-    with gradient_mode(model, train_mode), torch.enable_grad():
-        options = {"label_smoothing": label_smoothing}
+    with gradient_mode(model, loss.train_mode), torch.enable_grad():
+        options = {"label_smoothing": loss.label_smoothing}
         if total is None:
-            loss = F.cross_entropy(model(x), y, **options)
+            value = F.cross_entropy(model(x), y, **options)
         else:
-            loss = F.cross_entropy(model(x), y, reduction="sum", **options) / total
+            value = F.cross_entropy(model(x), y, reduction="sum", **options) / total
         return torch.autograd.grad(
-            loss, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            value, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
 
 
+def whole_batch_gradient(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: ClientLoss,
+    shard: Shard = ALONE,
+    *,
+    moments: bool = False,
+) -> Update:
+    """Compute what a client sends for the batch `x` (B, C, H, W) normalised, `y` (B,).
+
+    moments: also the mean and biased variance of the batch at the input of every BatchNorm layer,
+    where the model has any. shard: several processes, each given the whole batch, compute their
+    parts of it; all return the same. The model's modes and buffers are left as they were.
+    """
+    total = len(x) if shard.size > 1 else None
+    moments = moments and bool(batchnorm_layers(model))
+    pairs = []
+    with batch_statistics(
+        model, shard, train_mode=loss.train_mode, needed=moments, images=len(x)
+    ) as recorded:
+        share = batch_gradient(model, shard.split(x), shard.split(y), loss, total=total)
+        if moments:
+            pairs = recorded()
+    gradient = sum_tensors(share, shard)
+    if not moments:
+        return Update(gradient)
+    return Update(
+        gradient,
+        tuple(mean.detach() for mean, _ in pairs),
+        tuple(var.detach() for _, var in pairs),
+    )
+
+
 def couples_samples(model: nn.Module, train_mode: bool) -> bool:
-    """Whether a sample's output depends on the others of its batch: BatchNorm by batch statistics,
-    in train mode or without running ones."""
+    """Tell whether a sample's output depends on the others of its batch.
+
+    That is so where BatchNorm uses batch statistics: in train mode, or without running ones.
+    """
     return uses_batch_statistics(model, train_mode)
 
 
@@ -99,33 +162,32 @@ def per_sample_gradients(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
+    loss: ClientLoss,
     *,
-    train_mode: bool,
-    label_smoothing: float = 0.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Gradients of every sample's own cross-entropy, chunk by chunk in the order of the batch.
+    """Compute the gradient of every sample's own cross-entropy, chunk by chunk along the batch.
 
-    `x` (B, C, H, W) and `y` (B,) as in `batch_gradient`, which is their mean. A chunk is one
-    tensor (n, *shape) a trainable parameter, of as many samples as `chunk_bytes` hold, one at
+    x: (B, C, H, W) and y: (B,) as in `batch_gradient`, which is the mean of these. A chunk is one
+    tensor (n, *shape) per trainable parameter, for as many samples as `chunk_bytes` hold, one at
     least; computed by torch.func (vmap of grad). Nothing is on a graph.
 
     Raises ValueError where samples are coupled (`couples_samples`): a sample then has no gradient
     of its own.
     """
-    if couples_samples(model, train_mode):
+    if couples_samples(model, loss.train_mode):
         raise ValueError("BatchNorm by batch statistics couples the samples of a batch")
     parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
 
-    def loss(values, image, label):
+    def of_sample(values, image, label):
         logits = functional_call(model, values, (image[None],))
-        return F.cross_entropy(logits, label[None], label_smoothing=label_smoothing)
+        return F.cross_entropy(logits, label[None], label_smoothing=loss.label_smoothing)
 
-    of_samples = vmap(grad(loss), in_dims=(None, 0, 0))
+    of_samples = vmap(grad(of_sample), in_dims=(None, 0, 0))
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     count = max(1, chunk_bytes // size)
     for start in range(0, len(x), count):
         part = slice(start, start + count)
-        with gradient_mode(model, train_mode):
+        with gradient_mode(model, loss.train_mode):
             chunk = of_samples(parameters, x[part], y[part])
         yield tuple(chunk[name] for name in parameters)

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models import checking
-from models.build import (
-    find_head,
-    input_convolution,
-    load_weights,
-    misfits,
-    some,
-)
+from models.build import find_head, input_convolution, load_weights, misfits, some
 from utils.errors import InputError
 from utils.tensor_files import load_plain
 
@@ -26,9 +20,11 @@ AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 @dataclass(frozen=True)
 class Loaded:
-    """has_head: the classifier head came from the file. remarks: lines for the user."""
+    """What came from a file of weights."""
 
+    #: Whether the classifier head did.
     has_head: bool
+    #: Lines for the user.
     remarks: list[str]
 
 
@@ -43,9 +39,9 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
     three-channel first convolution is summed over its channels, which is what it computes on
     a grey image copied to three channels.
 
-    Raises InputError when the file is missing, is unreadable, or does not fit; the error says
-    which keys are missing, surplus, of another shape or another kind, and which weights are no
-    plain tensors or not finite.
+    Raises InputError, without the file's name, when the file is missing, is unreadable, or does not
+    fit; the error says which keys are missing, surplus, of another shape or another kind, and which
+    weights are no plain tensors or not finite.
     """
     own = model.state_dict()
     state, remarks = _read_state(path, own)
@@ -80,14 +76,11 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
         optional |= set(head_keys)
     problems = misfits(state, own, optional)
     if problems:
-        raise InputError(
-            f"--pretrained {path}: does not fit the network: {problems}; "
-            "give weights of the --arch named"
-        )
+        raise InputError(f"does not fit the network: {problems}; give weights of this architecture")
     try:
         checking.check_weight_values(state)
     except checking.UnfitError as error:
-        raise InputError(f"--pretrained {path}: {error}; give other weights") from error
+        raise InputError(f"{error}; give other weights") from error
     load_weights(model, {**own, **state})
     return Loaded(has_head, remarks)
 
@@ -95,11 +88,11 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
 def _with_own_names(
     state: dict[str, Tensor], own: Collection[str]
 ) -> tuple[dict[str, Tensor], str]:
-    """The state with the names `own` of a network, where a prefix to all of them is in the way.
+    """Take a prefix off all names where it keeps them from being those of a network, `own`.
 
     Wrappers put one there: `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.` and
-    `net.` (training frameworks). Taken off is as much of what all names share, up to a dot, as
-    makes the most of them the network's. Returns the state and what was taken off, maybe "".
+    `net.` (training frameworks). The function removes as much of what all names share, up to a
+    dot, as makes the most of them the network's. Returns the state and what it removed, maybe "".
     """
     shared = os.path.commonprefix(list(state))
     cuts = [0, *(i + 1 for i, letter in enumerate(shared) if letter == ".")]
@@ -108,7 +101,7 @@ def _with_own_names(
 
 
 def _read_state(path: str, own: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
-    content = load_plain(path, "--pretrained")
+    content = load_plain(path)
     remarks = []
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -116,19 +109,17 @@ def _read_state(path: str, own: Collection[str]) -> tuple[dict[str, Tensor], lis
             remarks.append(f"state dict found under '{wrapper}'")
             break
     if not isinstance(content, dict) or not content:
-        raise InputError(f"--pretrained {path}: holds no state dict; give a file of weights")
+        raise InputError("holds no state dict; give a file of weights")
     not_tensors = [
         k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))
     ]
     if not_tensors:
-        raise InputError(
-            f"--pretrained {path}: not a state dict: {some(not_tensors)} hold no tensors"
-        )
+        raise InputError(f"not a state dict: {some(not_tensors)} hold no tensors")
     try:
         for name, value in content.items():
             checking.check_tensor(value, some([name]), checking.ANY, attached=True)
     except checking.UnfitError as error:
-        raise InputError(f"--pretrained {path}: {error}; give other weights") from error
+        raise InputError(f"{error}; give other weights") from error
     state = {k.removeprefix("module."): v.detach() for k, v in content.items()}
     if any(k.startswith(MOCO_PREFIX) for k in state):
         return state, remarks

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models import ResNet
 
-#: How |w| is counted; see `rank_analysis`.
-MODES = ("all", "original")
+from models.choices import RANK_MODES
 
 # What a layer is called as a module, function or method, lower case without underscores.
 _WEIGHTED = {"conv2d": "convolution", "linear": "linear"}
@@ -36,29 +35,31 @@ _INVERTIBLE = _SIGMOIDS | _RELUS | _SWISHES | _NORMS | _DROPOUTS | _VIEWS | _COP
 
 @dataclass(frozen=True)
 class LayerRank:
-    """The count of one layer; all numbers are for the whole batch.
+    """Counts the unknowns and equations of one layer, for the whole batch."""
 
-    `kind` is convolution, linear, pooling or residual block. `inputs` is |x|, `outputs` |z|,
-    `weights` |w|, `virtual` v, the virtual constraints from the layers before.
-    """
-
+    #: Module path, or the name in torch.fx of an operation that has none.
     name: str
+    #: "convolution", "linear", "pooling" or "residual block".
     kind: str
+    #: |x|: numbers of the layer's input, the unknowns.
     inputs: int
+    #: |z|: numbers of its output, one equation each.
     outputs: int
+    #: |w|: its trained weights, one equation each.
     weights: int
+    #: v: virtual constraints, what the layers before say about the input.
     virtual: int
 
     @property
     def index(self) -> int:
-        """RA-i = |x| − |w| − |z| − v: above 0, so many numbers of the input stay undetermined."""
+        """Return RA-i = |x| − |w| − |z| − v: above 0, how many input numbers are undetermined."""
         return self.inputs - self.weights - self.outputs - self.virtual
 
 
 def rank_analysis(
     model: nn.Module, batch_size: int, image_shape: tuple[int, int, int], mode: str = "all"
 ) -> list[LayerRank]:
-    """RA-i of every layer, input side first, for a batch of `batch_size` (C, H, W) images.
+    """Compute RA-i of every layer, input side first, for `batch_size` images (C, H, W).
 
     The network's index is the largest: above 0 some layer's input is not determined; 0 or below,
     counting does not rule out that all are. The first layer has v = 0, and behind each layer
@@ -91,8 +92,8 @@ def rank_analysis(
     transposed convolution, other normalisations); for an unknown `mode`; and for "original" where
     the model is no torchvision ResNet.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown; choose from {', '.join(MODES)}")
+    if mode not in RANK_MODES:
+        raise ValueError(f"mode {mode!r} is unknown; choose from {', '.join(RANK_MODES)}")
     if mode == "original" and not isinstance(model, ResNet):
         raise ValueError(
             f"mode original counts torchvision's ResNets only, not a {type(model).__name__}; "

@@ -18,10 +18,9 @@ from inversion.restarts import initial_images, noise_generator
 from inversion.settings import Loop, MLCOSchedule, Weights
 from inversion.strategies import best, mean
 from models.build import build_model
-from models.gradient import couples_samples
+from models.gradient import ClientLoss, couples_samples, whole_batch_gradient
 from tests.support import photos, smooth_network, target_of
-from train.capture import capture
-from train.privacy import protect_per_sample
+from train.privacy import Mechanism, protect_per_sample
 from utils.errors import InputError
 from utils.launch import Group, launch
 from utils.shard import ALONE
@@ -108,10 +107,9 @@ def captures(shard):
         model = network(name)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         for mode in (True, False):
-            sent = capture(
-                model, *batch(size), train_mode=mode, capture_bn=True, shard=shard,
-                label_smoothing=0.1,
-            )  # fmt: skip
+            sent = whole_batch_gradient(
+                model, *batch(size), ClientLoss(mode, 0.1), shard, moments=True
+            )
             for part in ("gradient", "bn_mean", "bn_var"):
                 flat = torch.cat([t.flatten() for t in getattr(sent, part)])
                 found[f"{name} {size} {mode} {part}"] = flat
@@ -127,16 +125,16 @@ def measures(shard):
         ("residual", 6, True), ("untracked", 7, False),
     ):  # fmt: skip
         model, (x, y) = network(name), batch(size)
-        options = {"train_mode": mode, "label_smoothing": 0.1, "shard": shard}
-        information = gradient_information_ratio(model, x, y, **options)
+        loss = ClientLoss(mode, 0.1)
+        information = gradient_information_ratio(model, x, y, loss, shard)
         for figure, value in vars(information).items():
             if figure == "sign_rate" and couples_samples(model, mode):
                 continue  # a bias before BatchNorm has no gradient: the sign of its rounding
             found[f"{name} {size} {mode} {figure}"] = torch.as_tensor(value).double()
         if not couples_samples(model, mode):
-            gradient = capture(model, x, y, **options).gradient
-            draw = torch.Generator().manual_seed(0)
-            sent = protect_per_sample(gradient, 0.1, 0.5, draw, model=model, x=x, y=y, **options)
+            gradient = whole_batch_gradient(model, x, y, loss, shard).gradient
+            how = Mechanism(0.1, 0.5, torch.Generator().manual_seed(0))
+            sent = protect_per_sample(gradient, how, model, x, y, loss, shard)
             found[f"{name} {size} clipped"] = torch.cat([g.flatten() for g in sent.gradient])
             found[f"{name} {size} norms"] = sent.sample_norms
     return found

@@ -15,10 +15,11 @@ import run
 import training
 from inversion.audit.scoring import Rules, score_images
 from inversion.audit.tables import score_table
-from models.checkpoint import make_checkpoint
-from models.target import target_from_checkpoint
-from train.capture import capture
-from train.datasets import DATASETS, normalise, photo_batch
+from models.checkpoint import Task, make_checkpoint
+from models.gradient import ClientLoss, whole_batch_gradient
+from models.reading import target_from_checkpoint
+from train.datasets import DATASETS, normalise
+from train.photos import photo_batch
 from utils.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,22 +36,11 @@ def photos(batch_size, size, target_idx=0):
 
 def target_of(model, x, y, *, train_mode=True, arch="own", num_classes=8, capture_bn=True):
     """The Target of a batch, through a checkpoint as the scripts make it."""
-    sent = capture(model, x, y, train_mode=train_mode, capture_bn=capture_bn)
-    return target_from_checkpoint(
-        make_checkpoint(
-            model,
-            sent.gradient,
-            arch=arch,
-            batch_size=len(x),
-            image_shape=tuple(x.shape[1:]),
-            num_classes=num_classes,
-            mean=MEAN[: x.shape[1]],
-            std=STD[: x.shape[1]],
-            train_mode=train_mode,
-            bn_mean=sent.bn_mean,
-            bn_var=sent.bn_var,
-        )
-    )
+    loss = ClientLoss(train_mode)
+    sent = whole_batch_gradient(model, x, y, loss, moments=capture_bn)
+    shape = tuple(x.shape[1:])
+    task = Task(arch, len(x), shape, num_classes, MEAN[: shape[0]], STD[: shape[0]], loss)
+    return target_from_checkpoint(make_checkpoint(model, sent, task))
 
 
 def smooth_network(num_classes=4):

@@ -16,9 +16,10 @@ from inversion.audit.truth import (
 from inversion.objective import Losses, Objective
 from inversion.settings import Weights
 from models.build import build_model
-from models.checkpoint import load, load_truth, make_checkpoint, seal
-from models.gradient import batch_gradient
-from models.target import model_of, target_from_checkpoint
+from models.checkpoint import Task, load, load_truth, make_checkpoint, seal
+from models.gradient import ClientLoss, batch_gradient
+from models.reading import target_from_checkpoint
+from models.target import GroundTruth, model_of
 from tests.support import MEAN, STD, attack, call, capture_photos, photos, smooth_network, succeed
 from utils.tensor_files import save
 
@@ -155,13 +156,10 @@ def test_decoys_are_private_and_count_as_truth(tmp_path):
 # What the truth's gradient says --------------------------------------------------------------
 
 
-def sent_by(model, gradient, x, y, **options):
+def sent_by(model, gradient, x, y, *, arch="lenet", truth=None, **options):
     """A checkpoint with its truth, from a gradient recorded by hand."""
-    options = {"train_mode": True, "arch": "lenet", "truth": (x, y)} | options
-    return make_checkpoint(
-        model, gradient, batch_size=len(x), image_shape=tuple(x.shape[1:]), num_classes=8,
-        mean=MEAN, std=STD, **options,
-    )  # fmt: skip
+    task = Task(arch, len(x), tuple(x.shape[1:]), 8, MEAN, STD, ClientLoss(True))
+    return make_checkpoint(model, gradient, task, truth=truth or GroundTruth(x, y), **options)
 
 
 def local_steps(model, x, y, steps, rate):
@@ -187,14 +185,14 @@ def updates():
     x, y = photos(3, 32)
     other, _ = photos(3, 32, target_idx=1)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
-    true = batch_gradient(model, x, y, train_mode=True)
+    true = batch_gradient(model, x, y, ClientLoss(True))
     gradients = {
         "same": true,
         "scaled": local_steps(model, x, y, 1, 0.05),
         "opposite": [-g for g in local_steps(model, x, y, 1, 0.05)],
         "near": local_steps(model, x, y, 5, 0.02),
-        "unnormalised": batch_gradient(model, x * std + mean, y, train_mode=True),
-        "other": batch_gradient(model, other, y, train_mode=True),
+        "unnormalised": batch_gradient(model, x * std + mean, y, ClientLoss(True)),
+        "other": batch_gradient(model, other, y, ClientLoss(True)),
     }
     return {kind: sent_by(model, g, x, y) for kind, g in gradients.items()}
 
@@ -247,7 +245,7 @@ def test_the_other_mode_of_batchnorm_is_named():
     torch.manual_seed(0)
     model = build_model("convnet", 8, (3, 32, 32))
     x, y = photos(3, 32)
-    gradient = batch_gradient(model, x, y, train_mode=False)
+    gradient = batch_gradient(model, x, y, ClientLoss(False))
     target = target_from_checkpoint(sent_by(model, gradient, x, y, arch="convnet"))
     found = check_truth_gradient(model, target, x, y)
     assert found.kind == "other mode"
@@ -298,7 +296,7 @@ def test_other_images_of_the_same_labels_may_be_the_simulation(captured, tmp_pat
     checkpoint = load(str(other))
     checkpoint["y_true"] = torch.arange(3)
     model = model_of(target_from_checkpoint(checkpoint))
-    gradient = batch_gradient(model, checkpoint["x_true"], checkpoint["y_true"], train_mode=True)
+    gradient = batch_gradient(model, checkpoint["x_true"], checkpoint["y_true"], ClientLoss(True))
     save(sent_by(model, gradient, checkpoint["x_true"], torch.arange(3)), str(tmp_path / "own.tar"))
     flags = (
         "--root", tmp_path, "--checkpoint", target, "--simulation-checkpoint",
@@ -327,7 +325,7 @@ def test_the_value_without_a_graph_is_the_objective():
     model = smooth_network(8)
     x, y = photos(4, 16)
     x = x.double()
-    gradient = batch_gradient(model, x, y, train_mode=True)
+    gradient = batch_gradient(model, x, y, ClientLoss(True))
     checkpoint = sent_by(model, gradient, x, y, arch="own")
     weights = Weights(2.0, {"tv": 0.1, "bn": 0.01}, {"tv": 0.01})
     objective = Objective(model, target_from_checkpoint(checkpoint), y, weights)

@@ -17,16 +17,10 @@ import torch
 from torch import nn
 
 from models.build import build_model
-from models.checkpoint import FORMAT, load, load_truth, make_checkpoint, seal
-from models.gradient import batch_gradient
-from models.target import (
-    Protection,
-    check_gradient_fits,
-    model_of,
-    outline_of,
-    target_from_checkpoint,
-    truth_from_checkpoint,
-)
+from models.checkpoint import FORMAT, Task, load, load_truth, make_checkpoint, seal
+from models.gradient import ClientLoss, Update, batch_gradient
+from models.reading import target_from_checkpoint, truth_from_checkpoint
+from models.target import GroundTruth, Protection, check_gradient_fits, model_of, outline_of
 from tests.support import ROOT, Hostile, attack, call, smooth_network, succeed
 from utils.errors import FaultError, InputError
 from utils.files import free_stem
@@ -331,7 +325,7 @@ def test_unreadable_checkpoints_are_refused(captured, tmp_path, damage):
         path.write_bytes(
             {"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[damage]
         )
-    with pytest.raises(InputError, match=r"--checkpoint .*c\.pth\.tar"):
+    with pytest.raises(InputError, match="^unreadable or damaged"):
         load(str(path))
 
 
@@ -355,19 +349,16 @@ def own_gradient():
     model = smooth_network()
     x, y = torch.rand(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1])
     names = [name for name, _ in model.named_parameters()]
-    return model, dict(zip(names, batch_gradient(model, x, y, train_mode=True), strict=True))
+    return model, dict(zip(names, batch_gradient(model, x, y, ClientLoss(True)), strict=True))
 
 
-OWN = {
-    "arch": "own", "batch_size": 2, "image_shape": (3, 8, 8), "num_classes": 4,
-    "mean": [0] * 3, "std": [1] * 3, "train_mode": True,
-}  # fmt: skip
+OWN = Task("own", 2, (3, 8, 8), 4, mean=[0] * 3, std=[1] * 3, loss=ClientLoss(True))
 
 
 def test_an_own_gradient_makes_a_checkpoint(tmp_path):
     model, gradient = own_gradient()
-    by_name = make_checkpoint(model, gradient, **OWN)
-    in_order = make_checkpoint(model, list(gradient.values()), **OWN)
+    by_name = make_checkpoint(model, gradient, OWN)
+    in_order = make_checkpoint(model, list(gradient.values()), OWN)
     for a, b in zip(by_name["target_gradient"], in_order["target_gradient"], strict=True):
         assert torch.equal(a, b)
     save(by_name, str(tmp_path / "own.pth.tar"))
@@ -379,15 +370,15 @@ def test_an_own_gradient_makes_a_checkpoint(tmp_path):
 def test_what_is_no_gradient_of_one_step_is_refused():
     model, gradient = own_gradient()
     with pytest.raises(InputError, match="several local steps"):
-        make_checkpoint(model, gradient, **OWN, local_steps=3)
+        make_checkpoint(model, gradient, OWN, local_steps=3)
     with pytest.raises(InputError, match="buffer 1.running_mean.*update of local steps"):
-        make_checkpoint(model, model.state_dict(), **OWN)
+        make_checkpoint(model, model.state_dict(), OWN)
     with pytest.raises(InputError, match=r"differ at 0\.bias"):
-        make_checkpoint(model, {k: v for k, v in gradient.items() if k != "0.bias"}, **OWN)
+        make_checkpoint(model, {k: v for k, v in gradient.items() if k != "0.bias"}, OWN)
     with pytest.raises(InputError, match="11 tensors for 14"):
-        make_checkpoint(model, list(gradient.values())[:11], **OWN)
+        make_checkpoint(model, list(gradient.values())[:11], OWN)
     with pytest.raises(InputError, match=r"0\.weight has shape"):
-        make_checkpoint(model, list(gradient.values())[::-1], **OWN)
+        make_checkpoint(model, list(gradient.values())[::-1], OWN)
 
 
 def test_a_wrapped_model_and_half_precision_make_a_checkpoint():
@@ -396,7 +387,7 @@ def test_a_wrapped_model_and_half_precision_make_a_checkpoint():
     wrapped = nn.DataParallel(model.float())
     half = {f"module.{name}": g.half() for name, g in gradient.items()}
     for given in (half, list(half.values())):
-        checkpoint = make_checkpoint(wrapped, given, **OWN)
+        checkpoint = make_checkpoint(wrapped, given, OWN)
         assert checkpoint["trainable"] == list(gradient)
         assert checkpoint["state_dict"].keys() == model.state_dict().keys()
         assert {g.dtype for g in target_from_checkpoint(checkpoint).gradient} == {torch.float32}
@@ -405,40 +396,36 @@ def test_a_wrapped_model_and_half_precision_make_a_checkpoint():
 def test_own_values_are_checked():
     model, gradient = own_gradient()
     with pytest.raises(InputError, match="'mean'"):
-        make_checkpoint(model, gradient, **OWN | {"mean": [0]})
+        make_checkpoint(model, gradient, replace(OWN, mean=[0]))
+    truth = GroundTruth(torch.rand(1, 3, 8, 8), torch.tensor([0]))
     with pytest.raises(InputError, match="truth of shape"):
-        make_checkpoint(model, gradient, **OWN, truth=(torch.rand(1, 3, 8, 8), torch.tensor([0])))
+        make_checkpoint(model, gradient, OWN, truth=truth)
     with pytest.raises(InputError, match="bn_mean_list and bn_var_list"):
-        make_checkpoint(model, gradient, **OWN, bn_mean=[torch.ones(4)])
+        make_checkpoint(model, Update(gradient, bn_mean=[torch.ones(4)]), OWN)
 
 
 def test_arrays_of_numpy_make_the_same_checkpoint():
     model, gradient = own_gradient()
-    truth = (torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
-    statistics = {"bn_mean": [torch.ones(n) for n in (4, 5, 6)]}
-    statistics["bn_var"] = statistics["bn_mean"]
-    tensors = make_checkpoint(model, gradient, **OWN, truth=truth, **statistics)
-    arrays = make_checkpoint(
-        model,
-        {name: g.numpy() for name, g in gradient.items()},
-        **OWN,
-        truth=tuple(t.numpy() for t in truth),
-        **{key: [t.numpy() for t in values] for key, values in statistics.items()},
-    )
+    truth = GroundTruth(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    ones = [torch.ones(n) for n in (4, 5, 6)]
+    tensors = make_checkpoint(model, Update(gradient, ones, ones), OWN, truth=truth)
+    by_name, ones = {name: g.numpy() for name, g in gradient.items()}, [t.numpy() for t in ones]
+    theirs = GroundTruth(truth.x.numpy(), truth.y.numpy())
+    arrays = make_checkpoint(model, Update(by_name, ones, ones), OWN, truth=theirs)
     for key in ("target_gradient", "bn_mean_list", "bn_var_list"):
         for a, b in zip(tensors[key], arrays[key], strict=True):
             assert torch.equal(a, b)
             assert a.dtype == b.dtype
-    assert torch.equal(arrays["x_true"], truth[0])
+    assert torch.equal(arrays["x_true"], truth.x)
     with pytest.raises(InputError, match="gradient: not a sequence of tensors"):
-        make_checkpoint(model, ["text"] * len(gradient), **OWN)
+        make_checkpoint(model, ["text"] * len(gradient), OWN)
 
 
 def test_a_compiled_model_has_the_names_of_its_own(captured):
     model, gradient = own_gradient()
     compiled = torch.compile(model)  # nothing is compiled before it is called
     given = {f"_orig_mod.{name}": g for name, g in gradient.items()}
-    checkpoint = make_checkpoint(compiled, given, **OWN)
+    checkpoint = make_checkpoint(compiled, given, OWN)
     assert checkpoint["trainable"] == list(gradient)
     assert checkpoint["state_dict"].keys() == model.state_dict().keys()
 
@@ -477,7 +464,7 @@ def test_gradients_in_another_order_are_put_in_order_by_their_names(tmp_path):
 
 def test_a_model_with_its_parameters_in_another_order_is_refused():
     model, gradient = own_gradient()
-    target = target_from_checkpoint(make_checkpoint(model, gradient, **OWN))
+    target = target_from_checkpoint(make_checkpoint(model, gradient, OWN))
     check_gradient_fits(model, target)
     biases = [i for i, name in enumerate(target.trainable) if name in ("0.bias", "1.bias")]
     names = list(target.trainable)
@@ -577,11 +564,11 @@ def test_integers_are_taken_only_where_the_network_has_them(captured, tmp_path):
 
 def test_seal_splits_without_loss():
     model, gradient = own_gradient()
-    truth = (torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
-    whole = make_checkpoint(model, gradient, **OWN, truth=truth, settings={"seed": 3})
+    truth = GroundTruth(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    whole = make_checkpoint(model, gradient, OWN, truth=truth, settings={"seed": 3})
     sealed, private = seal(whole)
     assert private["args"] == {"seed": 3}
-    assert torch.equal(private["x_true"], truth[0])
+    assert torch.equal(private["x_true"], truth.x)
     private = {"x_true", "y_true", "truth_salt", "checkpoint_digest"}
     assert sealed.keys() == whole.keys() - private
 

@@ -18,7 +18,7 @@ from inversion.settings import PRIOR_ONLY, Loop, Weights
 from models.binding import bind
 from models.build import build_model
 from models.checkpoint import load
-from models.target import target_from_checkpoint
+from models.reading import target_from_checkpoint
 from tests.support import attack, call, capture_photos, photos, smooth_network, target_of
 from utils.tensor_files import save
 

@@ -10,18 +10,10 @@ import torch
 from PIL import Image
 
 from tests.support import Hostile, succeed
-from train.datasets import (
-    DATASETS,
-    PHOTOS,
-    Request,
-    dataset_spec,
-    load_backup,
-    load_backup_control,
-    load_batch,
-    load_control,
-    normalise,
-    photo_batch,
-)
+from train.batches import load_backup, load_backup_control, load_batch, load_control
+from train.datasets import DATASETS, dataset_spec, normalise
+from train.photos import PHOTOS, photo_batch
+from train.request import Request
 from utils import image_files
 from utils.errors import InputError
 
@@ -167,10 +159,10 @@ def test_broken_images_are_named(tmp_path):
 def test_folders_without_images(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         load_batch("folder", Request(root=str(tmp_path / "none")), 1, 0)
-    with pytest.raises(InputError, match="one subfolder a class"):
+    with pytest.raises(InputError, match="one subfolder per class"):
         load_batch("folder", Request(root=str(tmp_path)), 1, 0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="one subfolder a class"):
+    with pytest.raises(InputError, match="one subfolder per class"):
         load_batch("folder", Request(root=str(tmp_path)), 1, 0)
     with pytest.raises(InputError, match="--data: missing"):
         load_batch("imagenet", Request(), 1, 0)

@@ -8,7 +8,7 @@ from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, plain
 from inversion.settings import Weights
 from models.batchnorm import batchnorm_layers, replace_batchnorm, truncated_derivative
 from models.build import build_model, init_head, load_weights
-from models.gradient import batch_gradient, trainable_parameters
+from models.gradient import ClientLoss, batch_gradient, trainable_parameters
 from tests.support import cosine, photos, smooth_network, target_of
 
 ALL_PRIORS = Weights(0.7, {"tv": 0.02, "bn": 0.05, "norm": -0.01}, {"tv": 0.001})
@@ -84,9 +84,9 @@ def test_truncated_batchnorm_has_the_same_gradient(lacks):
         model[1] = torch.nn.BatchNorm2d(4, track_running_stats=False).double()
     x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     for train_mode in (True, False):
-        native = batch_gradient(model, x, y, train_mode=train_mode)
+        native = batch_gradient(model, x, y, ClientLoss(train_mode))
         with truncated_derivative(model):
-            truncated = batch_gradient(model, x, y, train_mode=train_mode)
+            truncated = batch_gradient(model, x, y, ClientLoss(train_mode))
         for a, b in zip(native, truncated, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
     assert "forward" not in vars(batchnorm_layers(model)[0])
@@ -106,11 +106,11 @@ def test_batchnorm_without_shift_works_as_one_of_shift_zero():
         theirs = dict(
             zip(
                 trainable_parameters(with_shift),
-                batch_gradient(with_shift, x, y, train_mode=True),
+                batch_gradient(with_shift, x, y, ClientLoss(True)),
                 strict=True,
             )
         )
-        ours = batch_gradient(without, x, y, train_mode=True)
+        ours = batch_gradient(without, x, y, ClientLoss(True))
         assert len(ours) == len(theirs) - 1
         for name, g in zip(trainable_parameters(without), ours, strict=True):
             torch.testing.assert_close(g, theirs[name])

@@ -8,9 +8,10 @@ from inversion.objective import Objective
 from inversion.pixel_gradient import exact, plain
 from inversion.settings import Weights
 from models.build import build_model
+from models.gradient import ClientLoss
 from tests import shared_work
 from tests.support import attack, cosine, photos, target_of
-from train.privacy import protect_per_sample
+from train.privacy import Mechanism, protect_per_sample
 from utils.launch import Group, _joined, free_address, launch
 from utils.shard import ALONE, Shard, sum_tensors
 
@@ -57,14 +58,12 @@ def test_measures_equal_those_of_the_cpu(train_mode):
         torch.manual_seed(0)
         model = build_model("resnet18", 8, (3, 64, 64)).double().to(device)
         images, labels = x.double().to(device), y.to(device)
-        information = gradient_information_ratio(model, images, labels, train_mode=train_mode)
+        information = gradient_information_ratio(model, images, labels, ClientLoss(train_mode))
         figures = [information.norm, information.information, information.ratio]
         if not train_mode:
             gradient = [torch.zeros_like(p) for p in model.parameters()]
-            sent = protect_per_sample(
-                gradient, 0.1, 0.5, torch.Generator().manual_seed(0), model=model, x=images,
-                y=labels, train_mode=False,
-            )  # fmt: skip
+            how = Mechanism(0.1, 0.5, torch.Generator().manual_seed(0))
+            sent = protect_per_sample(gradient, how, model, images, labels, ClientLoss(False))
             figures += [sent.sample_norms, torch.cat([g.flatten() for g in sent.gradient]).cpu()]
         found.append(torch.cat(figures))
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from inversion.audit.information import gradient_information_ratio, information_ratio
 from models.build import build_model
 from models.checkpoint import load
-from models.gradient import batch_gradient, gradient_mode
+from models.gradient import ClientLoss, batch_gradient, gradient_mode
 from tests.support import attack, call, capture_photos, photos, succeed
 
 
@@ -21,10 +21,10 @@ def test_information_equals_a_slow_loop(arch, train_mode):
     model = build_model(arch, 8, (3, 32, 32)).double()
     x, y = photos(5, 32, target_idx=1)
     x = x.double()
-    found = gradient_information_ratio(model, x, y, train_mode=train_mode)
+    found = gradient_information_ratio(model, x, y, ClientLoss(train_mode))
     assert found.independent == (arch == "lenet" or not train_mode)
 
-    whole = torch.cat([g.flatten() for g in batch_gradient(model, x, y, train_mode=train_mode)])
+    whole = torch.cat([g.flatten() for g in batch_gradient(model, x, y, ClientLoss(train_mode))])
     total = torch.zeros_like(whole)
     for i in range(5):
         with gradient_mode(model, train_mode):
@@ -60,7 +60,7 @@ def test_ratio_shifts_negative_information():
 def test_information_of_the_model_leaves_it_alone():
     model = build_model("convnet", 8, (3, 32, 32)).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    gradient_information_ratio(model, *photos(3, 32), train_mode=True)
+    gradient_information_ratio(model, *photos(3, 32), ClientLoss(True))
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

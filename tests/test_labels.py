@@ -29,11 +29,11 @@ from models.batchnorm import batchnorm_layers
 from models.binding import bind
 from models.build import build_model, init_head
 from models.checkpoint import load
-from models.gradient import batch_gradient
+from models.gradient import ClientLoss, batch_gradient
 from models.target import Protection, model_of
 from tests.support import attack, call, photos, succeed, target_of
 from tests.test_datasets import image_folder
-from train.datasets import PHOTOS
+from train.photos import PHOTOS
 from utils.image_files import PUBLIC_PHOTOS, public_photographs
 from utils.metrics import existence_accuracy, label_accuracy
 from utils.tensor_files import save
@@ -664,9 +664,7 @@ def test_existence_accuracy_by_hand():
 def test_label_smoothing_is_in_the_gradient():
     x, y = photos(4, 16)
     model = build_model("lenet", 8, (3, 16, 16))
-    plain, smooth = (
-        batch_gradient(model, x, y, train_mode=True, label_smoothing=e) for e in (0.0, 0.3)
-    )
+    plain, smooth = (batch_gradient(model, x, y, ClientLoss(True, e)) for e in (0.0, 0.3))
     shift = [a - b for a, b in zip(plain, smooth, strict=True)][-1]
     n = torch.bincount(y, minlength=8) / 4
     torch.testing.assert_close(shift, 0.3 * (1 / 8 - n), rtol=0, atol=1e-6)

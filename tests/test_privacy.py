@@ -8,23 +8,27 @@ import torch
 from scipy.integrate import quad
 from torch import nn
 
-import training
 from inversion.audit.information import gradient_information_ratio
 from inversion.restarts import initial_images, noise_generator
 from models.batchnorm import batchnorm_layers, replace_batchnorm
 from models.build import SMALL_NETWORKS, build_model
 from models.checkpoint import load
-from models.gradient import batch_gradient, couples_samples, per_sample_gradients
-from models.target import Protection, model_of, target_from_checkpoint
+from models.gradient import ClientLoss, batch_gradient, couples_samples, per_sample_gradients
+from models.reading import target_from_checkpoint
+from models.target import Protection, model_of
 from tests.support import attack, call, capture_photos, photos, succeed
 from tests.test_datasets import image_folder
+from train.client import protection_of
+from train.flags import parser
 from train.privacy import (
+    Mechanism,
     clip_factors,
     epsilon,
     protect_batch,
     protect_per_sample,
     sample_norms,
 )
+from train.settings import settings_from
 from utils.streams import stream
 
 
@@ -36,7 +40,7 @@ def norm(gradient):
 def test_clipping_keeps_the_direction(clip):
     gradient = [torch.randn(30, 4), torch.randn(7)]
     before = [g.clone() for g in gradient]
-    sent = protect_batch(gradient, 0.0, clip, torch.Generator())
+    sent = protect_batch(gradient, Mechanism(0.0, clip, torch.Generator()))
     assert sent.norm == pytest.approx(norm(gradient), rel=1e-6)
     expected = sent.norm if clip is None else min(clip, sent.norm)
     assert norm(sent.gradient) == pytest.approx(expected, rel=1e-6)
@@ -47,15 +51,19 @@ def test_clipping_keeps_the_direction(clip):
 
 
 def test_a_zero_gradient_is_left_alone():
-    sent = protect_batch([torch.zeros(3)], 0.0, 0.5, torch.Generator())
+    sent = protect_batch([torch.zeros(3)], Mechanism(0.0, 0.5, torch.Generator()))
     assert torch.equal(sent.gradient[0], torch.zeros(3))
 
 
+def noisy(seed):
+    return Mechanism(0.3, 0.5, torch.Generator().manual_seed(seed))
+
+
 def test_noise_has_the_deviation_asked_for():
-    sent = protect_batch([torch.zeros(200, 200)], 0.3, 0.5, torch.Generator().manual_seed(0))
+    sent = protect_batch([torch.zeros(200, 200)], noisy(0))
     assert sent.gradient[0].std().item() == pytest.approx(0.3, rel=0.02)
     assert sent.gradient[0].mean().item() == pytest.approx(0, abs=0.01)
-    again = protect_batch([torch.zeros(200, 200)], 0.3, 0.5, torch.Generator().manual_seed(0))
+    again = protect_batch([torch.zeros(200, 200)], noisy(0))
     assert torch.equal(again.gradient[0], sent.gradient[0])
 
 
@@ -78,7 +86,7 @@ def test_what_the_client_does_is_recorded_and_said(captured, tmp_path):
         assert torch.equal(a, b)
     (log,) = tmp_path.glob("*.log")
     assert "no differential-privacy guarantee" in log.read_text()
-    assert "the BatchNorm statistics beside it are not protected" in log.read_text()
+    assert "the BatchNorm statistics sent with it are not protected" in log.read_text()
     result, _ = attack(tmp_path, path, "--epochs", 2, "--metric")
     assert result["metrics"]["mean"]["psnr"] > 0
 
@@ -125,8 +133,8 @@ def test_clipped_gradients_equal_a_slow_loop(arch, smoothing):
     model, train_mode = network(arch)
     model, (x, y) = model.double(), photos(5, 32, target_idx=1)
     x = x.double()
-    options = {"train_mode": train_mode, "label_smoothing": smoothing}
-    singles = [batch_gradient(model, x[i : i + 1], y[i : i + 1], **options) for i in range(5)]
+    loss = ClientLoss(train_mode, smoothing)
+    singles = [batch_gradient(model, x[i : i + 1], y[i : i + 1], loss) for i in range(5)]
     norms = torch.tensor([norm(g) for g in singles], dtype=torch.float64)
     clip = norms.median().item()
     total = [torch.zeros_like(p) for p in model.parameters()]
@@ -138,13 +146,11 @@ def test_clipped_gradients_equal_a_slow_loop(arch, smoothing):
         for t, twin in zip(total, twins, strict=True):
             t += twin.grad / 5
 
-    mean = batch_gradient(model, x, y, **options)
+    mean = batch_gradient(model, x, y, loss)
+    how = Mechanism(0.0, clip, torch.Generator())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     for chunk_bytes in (2**30, 2 * size, 1):  # all at once, two, one
-        sent = protect_per_sample(
-            mean, 0.0, clip, torch.Generator(), model=model, x=x, y=y, chunk_bytes=chunk_bytes,
-            **options,
-        )  # fmt: skip
+        sent = protect_per_sample(mean, how, model, x, y, loss, chunk_bytes=chunk_bytes)
         torch.testing.assert_close(sent.sample_norms, norms, rtol=1e-10, atol=0)
         assert (sent.sample_norms > clip * (1 + 1e-6)).sum() == 2
         gap = [a - b for a, b in zip(sent.gradient, total, strict=True)]
@@ -158,7 +164,7 @@ def test_no_clipped_norm_exceeds_the_bound(arch):
     model, train_mode = network(arch)
     x, y = photos(4, 32, target_idx=2)
     for clip in (1e-3, 0.5, 1.0, 1e6):
-        for chunk in per_sample_gradients(model, x, y, train_mode=train_mode, chunk_bytes=2**30):
+        for chunk in per_sample_gradients(model, x, y, ClientLoss(train_mode), chunk_bytes=2**30):
             factors = clip_factors(sample_norms(chunk), clip)
             clipped = [torch.einsum("n,n...->n...", factors.to(g), g) for g in chunk]
             assert (sample_norms(clipped) <= clip * (1 + 1e-6)).all()
@@ -174,10 +180,10 @@ def test_a_zero_gradient_is_not_divided_by():
 def test_noise_of_samples_is_that_of_the_mean():
     model, _ = network("lenet")
     x, y = photos(3, 32)
-    mean = batch_gradient(model, x, y, train_mode=True)
+    mean = batch_gradient(model, x, y, ClientLoss(True))
     draw = torch.Generator().manual_seed(0)
     noisy, silent = (
-        protect_per_sample(mean, sigma, 1.0, draw, model=model, x=x, y=y, train_mode=True)
+        protect_per_sample(mean, Mechanism(sigma, 1.0, draw), model, x, y, ClientLoss(True))
         for sigma in (0.3, 0.0)
     )
     gap = torch.cat(
@@ -189,7 +195,7 @@ def test_noise_of_samples_is_that_of_the_mean():
 def test_coupled_samples_are_refused():
     model = build_model("convnet", 8, (3, 32, 32))
     with pytest.raises(ValueError, match="couples the samples"):
-        next(per_sample_gradients(model, *photos(2, 32), train_mode=True))
+        next(per_sample_gradients(model, *photos(2, 32), ClientLoss(True)))
     outcome = call(
         "training.py", "--data-name", "photos", "-a", "convnet", "-b", 2, "--enable-dp",
         "--dp-mode", "per-sample", "-C", 1, "--sigma", 1,
@@ -209,8 +215,8 @@ def test_batchnorm_without_running_statistics_couples_samples_in_eval_mode(monke
     assert couples_samples(model, False)
     assert not couples_samples(nn.Sequential(nn.BatchNorm2d(4), nn.InstanceNorm2d(4)), False)
     with pytest.raises(ValueError, match="couples the samples"):
-        next(per_sample_gradients(model, x, y, train_mode=False))
-    assert not gradient_information_ratio(model, x, y, train_mode=False).independent
+        next(per_sample_gradients(model, x, y, ClientLoss(False)))
+    assert not gradient_information_ratio(model, x, y, ClientLoss(False)).independent
     monkeypatch.setitem(SMALL_NETWORKS, "untracked", untracked)
     flags = (
         "--data-name", "photos", "-a", "untracked", "-b", 2, "--enable-dp", "--dp-mode",
@@ -312,7 +318,7 @@ def test_a_private_step_is_recorded_said_and_told(tmp_path):
     (log,) = tmp_path.glob("*.log")
     for text in (
         "one sample, highest", "4 of 4 samples clipped", "noise multiplier 1.1: epsilon 1.712",
-        "the noise comes of a plain generator", "4 BatchNorm layers replaced by groupnorm",
+        "the noise is drawn from an ordinary generator", "4 BatchNorm layers replaced by groupnorm",
     ):  # fmt: skip
         assert text in log.read_text()
     result, folder = attack(tmp_path, path, "--epochs", 2, "--metric", "--BN", 0)
@@ -333,7 +339,7 @@ def test_clipping_alone_is_no_privacy(tmp_path):
     assert (record.epsilon, record.noise_multiplier, record.sigma) == (None, 0.0, 0.0)
     (log,) = tmp_path.glob("*.log")
     assert "without noise epsilon is infinite" in log.read_text()
-    assert "the BatchNorm statistics beside it are not protected" in log.read_text()
+    assert "the BatchNorm statistics sent with it are not protected" in log.read_text()
     assert "as a whole carries no guarantee" in log.read_text()
     out = succeed(
         "run.py",
@@ -349,7 +355,7 @@ def test_clipping_alone_is_no_privacy(tmp_path):
         "0,1,2,3",
     ).out
     assert "without noise epsilon is infinite" in out
-    assert "the BatchNorm statistics beside it are not protected" in out
+    assert "the BatchNorm statistics sent with it are not protected" in out
 
 
 def test_what_epsilon_does_not_cover_is_said_by_both_sides(tmp_path):
@@ -385,7 +391,7 @@ def test_what_epsilon_does_not_cover_is_said_by_both_sides(tmp_path):
     for part in (plan, scores):
         assert "epsilon" in part
         assert learned in part
-        assert "the BatchNorm statistics beside it are not protected" in part
+        assert "the BatchNorm statistics sent with it are not protected" in part
 
 
 def test_samples_clipped_in_two_processes(captured):
@@ -422,11 +428,13 @@ def test_noise_under_an_epsilon_is_another_every_time(tmp_path):
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_clients_noise_is_not_the_attackers(seed):
     """Under --dp-mode batch both come of a seed that may be the same number."""
-    args = training.parser().parse_args(["--enable-dp", "--sigma", "1", "--seed", str(seed)])
-    client, attacker = training.noise_generator(args), noise_generator(seed, torch.device("cpu"))
+    flags = ["--data-name", "photos", "--enable-dp", "--sigma", "1", "--seed", str(seed)]
+    settings = settings_from(parser().parse_args(flags))
+    _, client = protection_of(settings)
+    attacker = noise_generator(seed, torch.device("cpu"))
     drawn = [torch.randn(200_000, generator=generator) for generator in (client, attacker)]
     assert drawn[0].dot(drawn[1]).abs() / 200_000 < 0.01
-    again = torch.randn(200_000, generator=training.noise_generator(args))
+    again = torch.randn(200_000, generator=protection_of(settings)[1])
     assert torch.equal(again, drawn[0])
     assert torch.equal(
         initial_images(seed, 1, (1, 2, 2), torch.float32),
@@ -487,7 +495,7 @@ def test_a_network_with_group_norm_comes_back_from_its_checkpoint(captured):
     checkpoint = load(str(captured("-a", "convnet", "-b", "4", "--replace-bn", "groupnorm")))
     model = model_of(target_from_checkpoint(checkpoint))
     x, y = checkpoint["x_true"], checkpoint["y_true"]
-    found = batch_gradient(model, x, y, train_mode=True)
+    found = batch_gradient(model, x, y, ClientLoss(True))
     for a, b in zip(found, checkpoint["target_gradient"], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     together, alone = model(x), torch.cat([model(image[None]) for image in x])

@@ -11,7 +11,8 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.build import build_model
-from models.rank_analysis import MODES, LayerRank, rank_analysis
+from models.choices import RANK_MODES
+from models.rank_analysis import LayerRank, rank_analysis
 
 
 def on_meta(arch, size=224, num_classes=10):
@@ -179,7 +180,7 @@ def resnet_rows(block, batch):
     return [(name, batch * x, batch * z, *weights) for name, x, z, *weights in rows]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RANK_MODES)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_small_resnets_in_both_modes(block, batch, mode):
@@ -188,7 +189,7 @@ def test_small_resnets_in_both_modes(block, batch, mode):
     layers = rank_analysis(model, batch, (3, 32, 32), mode)
     found = [(layer.name, layer.inputs, layer.outputs, layer.weights) for layer in layers]
     rows = resnet_rows(block, batch)
-    assert found == [(name, x, z, w[MODES.index(mode)]) for name, x, z, *w in rows]
+    assert found == [(name, x, z, w[RANK_MODES.index(mode)]) for name, x, z, *w in rows]
     # conv1 expands 3·32·32 to 64·16·16; with bottlenecks layer1.0 64·8·8 to 256·8·8.
     conv1, layer1 = batch * (16_384 - 3_072), batch * (16_384 - 4_096)
     later = conv1 if block is BasicBlock else conv1 + layer1

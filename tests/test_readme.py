@@ -226,7 +226,7 @@ def test_every_entry_of_a_result_is_described(tmp_path):
 def test_every_flag_is_used(script):
     """Each reaches a setting: its value is read somewhere in the script."""
     source = (ROOT / f"{script.__name__}.py").read_text()
-    for file in ("utils/launch.py", "inversion/audit/flags.py"):
+    for file in ("utils/launch.py", "inversion/audit/flags.py", "train/settings.py"):
         source += (ROOT / file).read_text()
     for action in script.parser()._actions:
         if action.dest == "help" or action.option_strings[0] in LOOKED_UP:

@@ -27,7 +27,9 @@ from inversion.audit.verdict import (
     judge,
 )
 from tests.support import attack, photos, scored
-from train.datasets import DATASETS, Request, load_control
+from train.batches import load_control
+from train.datasets import DATASETS
+from train.request import Request
 from utils.images import denormalise
 from utils.matching import assign
 from utils.metrics import RESAMPLES, bootstrap_interval, psnr

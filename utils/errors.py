@@ -1,15 +1,32 @@
 """The errors that users see: refused inputs and faults."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """Refuses an input; the script ends with exit code 2.
 
-    The text is one line: the flag or file, its value, and what to do instead.
+    The text is one line: the flag or file, its value, and what to do instead. Below the scripts
+    the flag or file is left out; `naming` adds it.
     """
 
 
 class FaultError(RuntimeError):
     """Reports what went wrong outside the user's input, such as a full disk (exit code 1)."""
+
+
+@contextlib.contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Within this context `subject`, a flag and its value or a file, opens the text of InputErrors.
+
+    The lower layers know no flags: they raise the fact and the remedy, and the script that read the
+    flag names it here.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{subject}: {error}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,135 +1,170 @@
-"""Reading images: files, folders with one subfolder a class, and the public photographs."""
+"""Reading images: files, folders with one subfolder per class, and the public photographs.
+
+torchvision, scikit-image and scikit-learn take seconds to import, so each is imported inside the
+functions that need it.
+"""
 
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
-import skimage.data
-import sklearn.datasets
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.transforms.v2 import functional as transforms
 
 from utils.errors import InputError
 
+#: Modes of PIL for files of one channel.
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 
 
-def decode(path: str, channels: int, size: int, flag: str = "--data") -> Tensor:
+class ColourError(InputError):
+    """A file in colour where one channel was asked for."""
+
+
+def decode(path: str, channels: int, size: int) -> Tensor:
     """Read one image file: (channels, size, size) in [0, 1].
 
     The shorter side is scaled to `size` and the centre cut out. Grey files of 8 bits, of 16 bits
     (0 to 65535, also inside 32-bit integers) and floats (0 to 1) keep their range.
 
-    Raises InputError, naming `flag` and the file, when it is broken or too large, holds values
-    outside that range, or has colours where one channel was asked for.
+    Raises InputError, naming the file, when it is broken or too large or holds values outside that
+    range, and ColourError when it has colours where one channel was asked for.
     """
-    with _opened(path, flag) as image:
+    from torchvision.transforms.v2.functional import center_crop, resize
+
+    with _opened(path) as image:
         image.load()
     is_grey = image.mode in GREY_MODES
     if channels == 1 and not is_grey:
-        remedy = "; give --channels 3 to read all in colour" if flag == "--data" else ""
-        raise InputError(f"{flag}: {path} is in colour, among grey ones{remedy}")
+        raise ColourError(f"{path} is in colour, among grey ones")
     if image.mode.startswith(("I", "F")):
         highest = 65535 if image.mode.startswith("I") else 1
         values = np.asarray(image).astype(np.float32)
         if not (values.min() >= 0 and values.max() <= highest):
             raise InputError(
-                f"{flag}: {path} holds {values.min():g} to {values.max():g}, but images of kind "
+                f"{path} holds {values.min():g} to {values.max():g}, but images of kind "
                 f"{image.mode} are read from 0 to {highest}; rescale it"
             )
         pixels = torch.from_numpy(values / highest)[None]
     else:
-        pixels = transforms.pil_to_tensor(image.convert("L" if is_grey else "RGB")).float() / 255
+        pixels = _pixels(image.convert("L" if is_grey else "RGB"))
     if pixels.shape[0] < channels:
         pixels = pixels.expand(channels, -1, -1)
-    pixels = transforms.resize(pixels, [size], antialias=True).clamp(0, 1)
-    return transforms.center_crop(pixels, [size, size])
+    pixels = resize(pixels, [size], antialias=True).clamp(0, 1)
+    return center_crop(pixels, [size, size])
 
 
-def is_grey(path: str, flag: str = "--data") -> bool:
-    """Whether an image file holds one channel. Raises InputError when it is broken."""
-    with _opened(path, flag) as image:
+def _pixels(image: Image.Image) -> Tensor:
+    """Return the pixels of an 8-bit image: (channels, height, width) in [0, 1]."""
+    values = torch.from_numpy(np.array(image))
+    return values.view(image.height, image.width, -1).permute(2, 0, 1).float() / 255
+
+
+def is_grey(path: str) -> bool:
+    """Tell whether an image file holds one channel. Raises InputError when it is broken."""
+    with _opened(path) as image:
         return image.mode in GREY_MODES
 
 
 @contextmanager
-def _opened(path: str, flag: str):
-    """The image file `path`; whatever goes wrong with it becomes an InputError naming it."""
+def _opened(path: str):
+    """Open the image file `path`; whatever goes wrong with it becomes an InputError naming it."""
     try:
         with Image.open(path) as image:
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{flag}: {path} is no readable image ({error}); remove it") from error
+        raise InputError(f"{path} is no readable image ({error}); remove it") from error
 
 
-def decode_all(
-    paths: Sequence[str], channels: int, size: int, flag: str = "--data", workers: int = 4
-) -> Tensor:
-    """Decode several files with `workers` threads: (N, channels, size, size) in [0, 1]."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        return torch.stack(list(pool.map(lambda path: decode(path, channels, size, flag), paths)))
+def decode_all(paths: Sequence[str], channels: int, size: int, workers: int = 4) -> Tensor:
+    """Decode several files with `workers` threads: (N, channels, size, size) in [0, 1].
 
-
-def image_folder(root: str, flag: str = "--data") -> tuple[list[str], list[int], int]:
-    """Files, class indices and number of classes of a folder with one subfolder a class.
-
-    Raises InputError, naming `flag`, for a missing folder, no class, a class without images.
+    Raises InputError as `decode` does.
     """
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return torch.stack(list(pool.map(lambda path: decode(path, channels, size), paths)))
+
+
+def image_folder(root: str) -> tuple[list[str], list[int], int]:
+    """List a folder with one subfolder per class: files, class indices, number of classes.
+
+    Raises InputError for a missing folder, no class, or a class without images.
+    """
+    from torchvision.datasets import ImageFolder
+
     if not os.path.isdir(root):
-        raise InputError(f"{flag} {root}: no such folder; give one with a subfolder a class")
+        raise InputError("no such folder; give one with one subfolder per class")
     try:
         folder = ImageFolder(root)
     except OSError as error:  # no class, a class without images, no permission
         raise InputError(
-            f"{flag} {root}: needs one subfolder a class with images in each: "
-            f"{' '.join(str(error).split())}"
+            f"needs one subfolder per class with images in each: {' '.join(str(error).split())}"
         ) from error
     return [p for p, _ in folder.samples], [c for _, c in folder.samples], len(folder.classes)
 
 
 def load_auxiliary(
-    root: str, num_classes: int, image_shape: tuple[int, int, int], flag: str
+    root: str, num_classes: int, image_shape: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """All images of a folder with one subfolder a class: (N, C, H, W) in [0, 1], and labels (N,).
+    """Read all images of a folder with one subfolder per class, and their labels.
 
-    Raises InputError, naming `flag`, unless it has `num_classes` subfolders of readable images.
+    Returns images (N, C, H, W) in [0, 1] and labels (N,).
+    Raises InputError unless it has `num_classes` subfolders of readable images.
     """
-    paths, labels, found = image_folder(root, flag)
+    from torchvision.transforms.v2.functional import center_crop
+
+    paths, labels, found = image_folder(root)
     if found != num_classes:
         raise InputError(
-            f"{flag} {root}: {found} class folders, but the network has {num_classes} classes; "
-            "give one subfolder a class, sorted as the classes are"
+            f"{found} class folders, but the network has {num_classes} classes; give one "
+            "subfolder per class, sorted as the classes are"
         )
     channels, height, width = image_shape
-    images = decode_all(paths, channels, max(height, width), flag)
-    return transforms.center_crop(images, [height, width]), torch.tensor(labels)
+    images = decode_all(paths, channels, max(height, width))
+    return center_crop(images, [height, width]), torch.tensor(labels)
 
 
 # Photographs inside scikit-image and scikit-learn --------------------------------------------
 
+
+def scikit_image_photograph(name: str, which: int | None = None) -> np.ndarray:
+    """Return photograph `name` of scikit-image, (H, W) or (H, W, 3) of uint8.
+
+    which: number of the picture where the name has several.
+    """
+    import skimage.data
+
+    found = getattr(skimage.data, name)()
+    return found if which is None else found[which]
+
+
+def scikit_learn_photograph(name: str) -> np.ndarray:
+    """Return photograph `name` of scikit-learn, (H, W, 3) of uint8."""
+    import sklearn.datasets
+
+    return sklearn.datasets.load_sample_image(name)
+
+
 #: Public photographs, never a client's: colour ones, then grey ones.
 PUBLIC_PHOTOS: tuple[Callable[[], np.ndarray], ...] = (
-    lambda: skimage.data.stereo_motorcycle()[0],
-    lambda: skimage.data.stereo_motorcycle()[1],
-    lambda: sklearn.datasets.load_sample_image("flower.jpg"),
-    skimage.data.brick,
-    skimage.data.grass,
-    skimage.data.gravel,
-    skimage.data.coins,
-    skimage.data.moon,
-    skimage.data.text,
+    partial(scikit_image_photograph, "stereo_motorcycle", 0),
+    partial(scikit_image_photograph, "stereo_motorcycle", 1),
+    partial(scikit_learn_photograph, "flower.jpg"),
+    *(
+        partial(scikit_image_photograph, name)
+        for name in ("brick", "grass", "gravel", "coins", "moon", "text")
+    ),
 )
 
 
 def random_crop(photo: Image.Image, size: int, draw: np.random.Generator) -> Tensor:
-    """A square cut out of a photograph, scaled: (channels, size, size) in [0, 1].
+    """Cut a square out of a photograph and scale it: (channels, size, size) in [0, 1].
 
     Its side is 50 to 100 % of the photograph's shorter one and its corner real-valued.
     """
@@ -138,27 +173,31 @@ def random_crop(photo: Image.Image, size: int, draw: np.random.Generator) -> Ten
 
 
 def centre_crop(photo: Image.Image, size: int) -> Tensor:
-    """The largest centred square of a photograph, scaled: (channels, size, size) in [0, 1]."""
+    """Scale the largest centred square of a photograph: (channels, size, size) in [0, 1]."""
     return square_crop(photo, size, min(photo.size), 0.5, 0.5)
 
 
 def square_crop(
     photo: Image.Image, size: int, side: float, x_share: float, y_share: float
 ) -> Tensor:
-    """The square of `side` pixels at a share of the way from left to right and top to bottom."""
+    """Cut a square of `side` pixels out of a photograph: (channels, size, size) in [0, 1].
+
+    x_share, y_share: in [0, 1], how far it lies from the left to the right and from the top to the
+    bottom edge.
+    """
     left, top = x_share * (photo.width - side), y_share * (photo.height - side)
     box = (left, top, left + side, top + side)
     small = photo.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return transforms.pil_to_tensor(small).float() / 255
+    return _pixels(small)
 
 
 def public_photographs(
     count: int, image_shape: tuple[int, int, int], seed: int = 0, first: int = 0
 ) -> Tensor:
-    """Crops of the public photographs: (count, C, H, W) in [0, 1], the photographs in turn.
+    """Cut crops out of the public photographs in turn: (count, C, H, W) in [0, 1].
 
-    Photograph and place depend on (seed, number) alone, numbers counting from `first`. C is 1 or
-    3.
+    C is 1 or 3. Photograph and place of a crop depend on (seed, number) alone, and the numbers
+    count from `first`.
     """
     channels, height, width = image_shape
     mode = "L" if channels == 1 else "RGB"
@@ -168,4 +207,8 @@ def public_photographs(
         random_crop(photos[i % len(photos)], size, np.random.default_rng([seed, i]))
         for i in range(first, first + count)
     ]
-    return transforms.center_crop(torch.stack(crops), [height, width])
+    if height == width:
+        return torch.stack(crops)
+    from torchvision.transforms.v2.functional import center_crop
+
+    return center_crop(torch.stack(crops), [height, width])

@@ -2,19 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 from PIL import Image
 from torch import Tensor
 
 from utils.files import whole_file
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 #: How many images stand side by side.
 IMAGES_PER_ROW = 8
+
+
+def _pyplot():
+    """Return matplotlib's pyplot, which draws into files alone; importing it takes a second."""
+    import matplotlib  # not above: many runs draw nothing
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
@@ -25,13 +35,13 @@ def save_png(image: Tensor, path: str | Path) -> None:
         picture.save(file, format="png")
 
 
-def save_figure(figure: pyplot.Figure, path: str | Path) -> None:
+def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as a PNG and close it."""
     try:
         with whole_file(path) as file:
             figure.savefig(file, format="png", dpi=100)
     finally:
-        pyplot.close(figure)
+        _pyplot().close(figure)
 
 
 def save_images(images: Tensor, folder: str | Path, name: str) -> None:
@@ -52,6 +62,7 @@ def save_panels(
     marked: index of the column that gets a red frame. More than eight images continue in a further
     group of rows below.
     """
+    pyplot = _pyplot()
     count = len(rows[0][1])
     columns = min(count, IMAGES_PER_ROW)
     groups = -(-count // columns)
@@ -153,6 +164,7 @@ def save_choices(rounds: Sequence[dict], path: str | Path) -> None:
 
     rounds: dicts with `iteration` and `seeds`, one seed per image.
     """
+    pyplot = _pyplot()
     seeds = sorted({seed for found in rounds for seed in found["seeds"]})
     colours = pyplot.get_cmap("tab20" if len(seeds) > 10 else "tab10", max(len(seeds), 10))
     places = [[seeds.index(seed) for seed in found["seeds"]] for found in rounds]
@@ -176,6 +188,7 @@ def save_trials(trials: Sequence[dict], names: Sequence[str], path: str | Path) 
     trials: dicts with `mse`, `iterations` and one value per name. Trials whose `mse` is None are
     left out.
     """
+    pyplot = _pyplot()
     scored = [trial for trial in trials if trial["mse"] is not None]
     figure, axes = pyplot.subplots(
         1, len(names), figsize=(3.5 * len(names) + 1, 3), squeeze=False, layout="constrained"
@@ -204,6 +217,7 @@ def save_losses(
     are left out. rounds: dicts with `iteration` and `gradient_loss`, one dot per round in the panel
     "gradient".
     """
+    pyplot = _pyplot()
     curves: dict[str, dict[str, tuple[list, list]]] = {}
     for column in range(header.index("total"), len(header)):
         lines = curves[header[column]] = {}

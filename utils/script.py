@@ -1,17 +1,15 @@
 """Does what both scripts need around their work: folders, signals, exit codes, provenance."""
 
+import importlib.util
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
 import sys
 import traceback
 from pathlib import Path
-
-import numpy
-import torch
-import torchvision
 
 from utils.errors import FaultError, InputError, is_out_of_memory
 
@@ -113,12 +111,27 @@ def run_script(main, argv: list[str] | None = None, complain=None) -> int:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
+    import numpy  # not above: both scripts answer --help and refuse flags before these seconds
+    import torch
+
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
+        "torchvision": _torchvision_version(),
         "numpy": numpy.__version__,
     }
+
+
+def _torchvision_version() -> str:
+    """Read torchvision's `__version__` from its file: importing it takes about as long as torch."""
+    spec = importlib.util.find_spec("torchvision")
+    text = Path(spec.origin).with_name("version.py").read_text()
+    found = re.search(r"^__version__ = ['\"](.+)['\"]", text, re.MULTILINE)
+    if found:
+        return found[1]
+    import torchvision  # of a release that keeps its number elsewhere
+
+    return torchvision.__version__
 
 
 def git_revision() -> str | None:

@@ -38,7 +38,7 @@ def save(content: Any, path: str) -> None:
             raise unwritten(path, cause) from error
 
 
-def load_plain(path: str, flag: str) -> Any:
+def load_plain(path: str) -> Any:
     """Load a file of tensors and plain types onto the CPU; no code in it is run.
 
     ORIGINAL_TYPES, harmless types that checkpoints of the original hold, are allowed as well.
@@ -47,13 +47,14 @@ def load_plain(path: str, flag: str) -> Any:
     into the file's size, and every checksum is right; torch itself verifies none. The format of
     torch before 1.6 has no checksums.
 
-    Raises InputError, naming `flag`, if the file is missing, damaged, or holds anything else.
+    Raises InputError, without the file's name, if the file is missing, damaged, or holds anything
+    else.
     """
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "no such file"
-        raise InputError(f"{flag} {path}: {what}; give a file")
+        raise InputError(f"{what}; give a file")
     try:
-        is_archive = _check_archive(path, flag)
+        is_archive = _check_archive(path)
         with torch.serialization.safe_globals(ORIGINAL_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -63,50 +64,49 @@ def load_plain(path: str, flag: str) -> Any:
         found = re.search(r"GLOBAL:? ([\w.]+)", str(error))
         if not found and not is_archive:
             raise InputError(
-                f"{flag} {path}: unreadable or damaged: no file that torch.save wrote; "
-                "write it again"
+                "unreadable or damaged: no file that torch.save wrote; write it again"
             ) from error
         holds = f"it holds {found[1]}, which" if found else "it holds something that"
         raise InputError(
-            f"{flag} {path}: refused: {holds} is no tensor or plain value, and nothing else is "
+            f"refused: {holds} is no tensor or plain value, and nothing else is "
             "read from a pickle; save it again as tensors, numbers, strings, lists and dicts"
         ) from error
     except PermissionError as error:
-        raise InputError(f"{flag} {path}: no permission to read it") from error
+        raise InputError("no permission to read it") from error
     except Exception as error:  # torch raises many types for damaged files
         raise InputError(
-            f"{flag} {path}: unreadable or damaged ({_one_line(error)[:120]}); write it again"
+            f"unreadable or damaged ({one_line(error)[:120]}); write it again"
         ) from error
 
 
-def _check_archive(path: str, flag: str) -> bool:
+def _check_archive(path: str) -> bool:
     """Tell whether the file is a zip archive; raise InputError if torch did not write it so."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":  # how torch tells an archive from its older format
             return False
-    damaged = f"{flag} {path}: damaged:"
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         for member in members:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise InputError(
-                    f"{damaged} {member.filename} is compressed, and torch.save compresses "
+                    f"damaged: {member.filename} is compressed, and torch.save compresses "
                     "nothing; write it again"
                 )
         if len(set(archive.namelist())) < len(members):
-            raise InputError(f"{damaged} it holds members of the same name; write it again")
+            raise InputError("damaged: it holds members of the same name; write it again")
         total, size = sum(member.file_size for member in members), os.path.getsize(path)
         if total > size:
             raise InputError(
-                f"{damaged} its members claim {total} bytes, the file has {size}; write it again"
+                f"damaged: its members claim {total} bytes, the file has {size}; write it again"
             )
         broken = archive.testzip()
     if broken is not None:
         raise InputError(
-            f"{damaged} {broken} does not match its checksum; copy it again from where it was made"
+            f"damaged: {broken} does not match its checksum; copy it again from where it was made"
         )
     return True
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Write the text of an error on one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

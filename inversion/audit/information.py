@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from models.batchnorm import batch_statistics
 from models.gradient import (
-    batch_gradient,
+    ClientLoss,
     couples_samples,
     gradient_mode,
     per_sample_gradients,
     trainable_parameters,
+    whole_batch_gradient,
 )
 from utils.shard import ALONE, Shard, sum_tensors
 
@@ -47,9 +48,7 @@ def gradient_information_ratio(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    *,
-    train_mode: bool,
-    label_smoothing: float = 0.0,
+    loss: ClientLoss,
     shard: Shard = ALONE,
 ) -> Information:
     """Compare every sample's gradient with the batch's (E2EGI, 2023, its GInfoR).
@@ -57,29 +56,24 @@ def gradient_information_ratio(
     x: (B, C, H, W) normalised, y: (B,), on the model's device; the whole batch on every process.
     g is the mean of the g_i, without any protection. The model is left as it was.
     """
-    options = {"train_mode": train_mode, "label_smoothing": label_smoothing}
-    images = {"images": len(x), "train_mode": train_mode}
-    total = {"total": len(x)} if shard.size > 1 else {}
     own_x, own_y = shard.split(x), shard.split(y)
-    with batch_statistics(model, shard, needed=False, **images):
-        share = batch_gradient(model, own_x, own_y, **options, **total)
-    whole = sum_tensors(share, shard)
+    whole = whole_batch_gradient(model, x, y, loss, shard).gradient
     with (
-        batch_statistics(model, shard, needed=False, **images),
-        gradient_mode(model, train_mode),
+        batch_statistics(model, shard, train_mode=loss.train_mode, needed=False, images=len(x)),
+        gradient_mode(model, loss.train_mode),
         torch.no_grad(),
     ):
         probabilities = shard.gather(model(own_x).softmax(1), len(x)).double().cpu()
 
-    coupled = couples_samples(model, train_mode)
+    coupled = couples_samples(model, loss.train_mode)
     if coupled:
         rows = [
             _compare([g[None] for g in gradient], whole)
-            for gradient in _shares_of_samples(model, x, y, shard, **options)
+            for gradient in _shares_of_samples(model, x, y, loss, shard)
         ]
         figures = torch.cat(rows)
     else:
-        chunks = per_sample_gradients(model, own_x, own_y, **options)
+        chunks = per_sample_gradients(model, own_x, own_y, loss)
         rows = [_compare(chunk, whole) for chunk in chunks]
         figures = shard.gather(torch.cat([x.new_zeros(0, 4).double(), *rows]), len(x))
 
@@ -135,10 +129,8 @@ def _shares_of_samples(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
+    loss: ClientLoss,
     shard: Shard,
-    *,
-    train_mode: bool,
-    label_smoothing: float,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Every sample's loss inside the batch, differentiated: one forward pass, B backward ones.
 
@@ -147,15 +139,15 @@ def _shares_of_samples(
     parameters = list(trainable_parameters(model).values())
     block = shard.block(len(x))
     with (
-        batch_statistics(model, shard, train_mode=train_mode, needed=False, images=len(x)),
-        gradient_mode(model, train_mode),
+        batch_statistics(model, shard, train_mode=loss.train_mode, needed=False, images=len(x)),
+        gradient_mode(model, loss.train_mode),
         torch.enable_grad(),
     ):
         losses = F.cross_entropy(
             model(shard.split(x)),
             shard.split(y),
             reduction="none",
-            label_smoothing=label_smoothing,
+            label_smoothing=loss.label_smoothing,
         )
         for index in range(len(x)):
             own = 0 * losses

@@ -19,19 +19,11 @@ from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
 from models.binding import check_bound
 from models.gradient import couples_samples, gradient_mode
-from models.target import (
-    GroundTruth,
-    Target,
-    Update,
-    check_fits,
-    guarantee_lines,
-    model_of,
-    target_from_checkpoint,
-    truth_from_checkpoint,
-)
+from models.reading import target_from_checkpoint, truth_from_checkpoint
+from models.target import GroundTruth, Target, Update, check_fits, guarantee_lines, model_of
 from utils.console import Reporter
 from utils.device import choose_device
-from utils.errors import InputError, is_out_of_memory
+from utils.errors import InputError, is_out_of_memory, naming
 from utils.image_files import load_auxiliary, public_photographs
 from utils.images import denormalise, normalise
 from utils.metrics import LPIPS_BACKBONE, load_lpips
@@ -198,9 +190,10 @@ def _read_files(settings: Settings) -> _Files:
     """Load the checkpoint, and the truth if scoring or known labels need it."""
     inputs, scoring = settings.inputs, settings.scoring
     seed = settings.attack.first_seed
-    checkpoint = checkpoints.load(inputs.checkpoint)
-    sent = target_from_checkpoint(checkpoint)
-    check_fits(sent)  # before a truth is compared with it, which may be the sound one
+    with naming(f"--checkpoint {inputs.checkpoint}"):
+        checkpoint = checkpoints.load(inputs.checkpoint)
+        sent = target_from_checkpoint(checkpoint)
+        check_fits(sent)  # before a truth is compared with it, which may be the sound one
     target = sent = sent.unscaled(inputs.gradient_scale)
     if inputs.shuffled:
         target = shuffled(sent, seed)
@@ -209,7 +202,9 @@ def _read_files(settings: Settings) -> _Files:
         return _Files(target, sent)
     source, truth_source = checkpoint, f"--checkpoint {inputs.checkpoint}"
     if inputs.truth is not None:
-        source, truth_source = checkpoints.load_truth(inputs.truth), f"--truth {inputs.truth}"
+        truth_source = f"--truth {inputs.truth}"
+        with naming(truth_source):
+            source = checkpoints.load_truth(inputs.truth)
     if source.get("x_true") is None or source.get("y_true") is None:
         needs = "--metric" if scoring.metric else "--GInfoR"
         needs = needs if knows_labels else "--pseudo-label-init known"
@@ -217,7 +212,8 @@ def _read_files(settings: Settings) -> _Files:
         raise InputError(
             f"{needs}: {inputs.checkpoint} holds no truth; give the sealed file by --truth{remedy}"
         )
-    checkpoints.check_truth(source, checkpoint, truth_source)
+    with naming(truth_source):
+        checkpoints.check_truth(source, checkpoint)
     bound = check_bound(source, checkpoint, truth_source, f"--checkpoint {inputs.checkpoint}")
     truth = truth_from_checkpoint(source, checkpoint).unscaled(inputs.gradient_scale)
     if inputs.shuffled and truth.control is not None:
@@ -294,7 +290,8 @@ def _given_labels(given: str, target: Target) -> Tensor:
         raise InputError(
             f"--labels {given[:80]}: neither a readable file nor integers like 3,1,2"
         ) from error
-    checkpoints.check_labels(y, target.batch_size, target.num_classes, f"--labels {given[:80]}")
+    with naming(f"--labels {given[:80]}"):
+        checkpoints.check_labels(y, target.batch_size, target.num_classes)
     return y
 
 
@@ -304,7 +301,8 @@ def _labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Modul
     public = normalise(public_photographs(PUBLIC_IMAGES, shape), target.mean, target.std)
     auxiliary = None
     if inputs.label_images is not None:
-        x, y = load_auxiliary(inputs.label_images, target.num_classes, shape, "--label-aux")
+        with naming(f"--label-aux {inputs.label_images}"):
+            x, y = load_auxiliary(inputs.label_images, target.num_classes, shape)
         auxiliary = normalise(x, target.mean, target.std), y
     known = LabelInputs(model, public, auxiliary, inputs.uniform_labels)
     try:

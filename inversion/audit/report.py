@@ -81,9 +81,8 @@ def information_entry(case: Case, sealed: Sealed, clock: Callable[[], float]) ->
         case.objective.model,
         sealed.images_for(case),
         truth.y.to(case.device),
-        train_mode=target.train_mode,
-        label_smoothing=target.label_smoothing,
-        shard=case.objective.shard,
+        target.loss,
+        case.objective.shard,
     )
     columns = {"label": truth.y.tolist()} | {
         name: value.tolist() for name, value in vars(found).items() if isinstance(value, Tensor)

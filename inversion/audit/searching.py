@@ -26,16 +26,10 @@ from inversion.search.tune import (
 from inversion.settings import AttackSettings
 from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
-from models.target import (
-    GroundTruth,
-    Target,
-    check_fits,
-    model_of,
-    target_from_checkpoint,
-    truth_from_checkpoint,
-)
+from models.reading import target_from_checkpoint, truth_from_checkpoint
+from models.target import GroundTruth, Target, check_fits, model_of
 from utils.console import Reporter, Silent, table
-from utils.errors import FaultError, InputError
+from utils.errors import FaultError, InputError, naming
 from utils.files import claim_folder, null_unless_finite, write_csv, write_json
 from utils.pictures import save_trials
 from utils.script import check_reachable
@@ -151,16 +145,19 @@ def load_problem(settings: Settings, wanted: SearchSettings, device: str) -> Pro
     Raises InputError where the simulation is unlike the target, or is the target itself.
     """
     source = f"--simulation-checkpoint {wanted.simulation}"
-    simulation = checkpoints.load(wanted.simulation, "--simulation-checkpoint")
-    checkpoint = checkpoints.load(settings.inputs.checkpoint)
-    target = target_from_checkpoint(checkpoint)
-    check_fits(target)
+    with naming(source):
+        simulation = checkpoints.load(wanted.simulation)
+    with naming(f"--checkpoint {settings.inputs.checkpoint}"):
+        checkpoint = checkpoints.load(settings.inputs.checkpoint)
+        target = target_from_checkpoint(checkpoint)
+        check_fits(target)
     if simulation.get("x_true") is None or simulation.get("y_true") is None:
         raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
     simulated = target_from_checkpoint(simulation)
     _refuse_unlike(settings.attack, target, simulated, source)
-    check_fits(simulated, source)
-    checkpoints.check_truth(simulation, simulation, source)
+    with naming(source):
+        check_fits(simulated)
+        checkpoints.check_truth(simulation, simulation)
     truth = truth_from_checkpoint(simulation)
     assert truth is not None  # its entries are there
     model = model_of(simulated)
@@ -212,10 +209,13 @@ def _shares_images(
     inputs = settings.inputs
     source, name = checkpoint, f"--checkpoint {inputs.checkpoint}"
     if inputs.truth is not None:
-        source, name = checkpoints.load_truth(inputs.truth), f"--truth {inputs.truth}"
+        name = f"--truth {inputs.truth}"
+        with naming(name):
+            source = checkpoints.load_truth(inputs.truth)
     x_true = source.get("x_true")
     if x_true is not None and source.get("y_true") is not None:
-        checkpoints.check_truth(source, checkpoint, name)
+        with naming(name):
+            checkpoints.check_truth(source, checkpoint)
         near = torch.cdist(truth.x.double().flatten(1), x_true.double().flatten(1))
         if bool((near < SAME_IMAGE * truth.x[0].numel() ** 0.5).any()):
             return True

@@ -1,0 +1,220 @@
+"""One client: its network, the update it computes for a batch, and the protection of that."""
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor, nn
+
+from models.batchnorm import batchnorm_layers, replace_batchnorm
+from models.build import build_model, check_known, find_head, init_head
+from models.gradient import (
+    ClientLoss,
+    Update,
+    couples_samples,
+    gradient_mode,
+    whole_batch_gradient,
+)
+from models.pretrained import load_pretrained
+from models.target import Protection
+from train.privacy import Mechanism, Protected, epsilon, protect_batch, protect_per_sample
+from train.settings import ClientSettings, NetworkSettings, ProtectionSettings
+from utils.errors import InputError, is_out_of_memory, naming
+from utils.shard import Shard
+from utils.streams import stream
+
+
+def bare_network(
+    settings: NetworkSettings, num_classes: int, image_shape: tuple[int, int, int]
+) -> nn.Module:
+    """Build the architecture with random weights. Raises InputError, naming the flag."""
+    with naming(f"--arch {settings.arch}"):
+        check_known(settings.arch)
+    with naming(f"--image-size {image_shape[1]}"):
+        return build_model(settings.arch, num_classes, image_shape)
+
+
+def without_batchnorm(model: nn.Module, settings: NetworkSettings) -> int:
+    """Replace every BatchNorm layer as the settings ask; return how many there were.
+
+    Raises InputError where there was none.
+    """
+    count = replace_batchnorm(model, settings.replace_bn)
+    if not count:
+        raise InputError(f"--replace-bn: {settings.arch} has no BatchNorm layer; leave it out")
+    return count
+
+
+def network(
+    settings: NetworkSettings,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    say: Callable[[str], None],
+) -> nn.Module:
+    """Build the network the client trains: architecture, weights, head. `say` prints one line."""
+    torch.manual_seed(settings.seed)
+    model = bare_network(settings, num_classes, image_shape)
+    head_name, head = find_head(model)
+    if settings.pretrained is None:
+        say(f"model: {settings.arch} with random weights (no --pretrained given)")
+    else:
+        _load(model, settings, head_name, num_classes, say)
+    if settings.replace_bn is not None:
+        count = without_batchnorm(model, settings)
+        lost = " and the running statistics of the weights dropped" if settings.pretrained else ""
+        say(f"  {count} BatchNorm layers replaced by {settings.replace_bn}{lost}")
+    init_head(model, settings.head_init)
+    say(f"  head {head_name} {tuple(head.weight.shape)}: {settings.head_init}")
+    return model
+
+
+def _load(model, settings: NetworkSettings, head_name: str, num_classes: int, say) -> None:
+    """Load the weights of --pretrained and report what they leave open."""
+    with naming(f"--pretrained {settings.pretrained}"):
+        loaded = load_pretrained(model, settings.pretrained)
+    say(f"model: {settings.arch} with the weights of {settings.pretrained}")
+    for remark in loaded.remarks:
+        say(f"  {remark}")
+    if settings.head_init == "keep" and not loaded.has_head:
+        raise InputError(
+            f"--outlayer-state keep: {settings.pretrained} has no head for {num_classes} classes; "
+            "give normal or kaiming_uniform"
+        )
+    if settings.head_init != "keep" and loaded.has_head:
+        say(f"  the file's head {head_name} is overwritten; --outlayer-state keep keeps it")
+
+
+def check_network(settings: ClientSettings, model: nn.Module) -> None:
+    """Raise InputError where the network cannot do what the settings ask."""
+    arch = settings.network.arch
+    if settings.upload_bn and not batchnorm_layers(model):
+        raise InputError(f"--upload-bn: {arch} has no BatchNorm layer; leave it out")
+    protection = settings.protection
+    if protection is None or protection.mode != "per-sample":
+        return
+    if couples_samples(model, settings.train_mode):
+        also = "" if couples_samples(model, False) else ", or --model-eval"
+        raise InputError(
+            "--dp-mode per-sample: BatchNorm by batch statistics mixes the samples of the batch, "
+            f"so none of {arch} has a gradient of its own to clip; give --replace-bn "
+            f"groupnorm{also}"
+        )
+
+
+def check_processes(settings: ClientSettings, model: nn.Module, x: Tensor) -> None:
+    """Raise InputError unless the network can process the batch `x` (B, C, H, W).
+
+    Two images suffice to find out. Only this forward pass is tried: whatever fails elsewhere is no
+    fault of the input and keeps its traceback.
+    """
+    try:
+        with gradient_mode(model, settings.train_mode), torch.no_grad():
+            model(x[:2])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        text = " ".join(str(error).split())
+        if len(x) == 1 and "more than 1 value per channel" in text:
+            raise InputError(
+                "--batch-size 1: BatchNorm has no batch statistics of one value; give "
+                "--model-eval, a larger batch or a larger --image-size"
+            ) from error
+        raise InputError(
+            f"--arch {settings.network.arch}: cannot process images {tuple(x.shape[1:])}: "
+            f"{text[:160]}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What the client sends for one batch."""
+
+    #: The update, with its gradient protected where the settings ask for it.
+    update: Update
+    #: Norms before and after the protection; None without.
+    protected: Protected | None
+
+
+def update(
+    settings: ClientSettings,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    noise: Generator | None,
+    shard: Shard,
+    images: str = "this batch",
+) -> Sent:
+    """Compute what the client sends for a batch, protected if the settings ask for it.
+
+    x: (B, C, H, W) normalised, y: (B,), on the model's device, the whole batch on every process.
+    noise: source of the noise, which a second batch draws from in turn; None without protection.
+    images: what the batch is called in a message.
+
+    Raises InputError where the gradient is not finite or zero.
+    """
+    loss = ClientLoss(settings.train_mode, settings.label_smoothing)
+    sent = whole_batch_gradient(model, x, y, loss, shard, moments=settings.upload_bn)
+    _check_gradient(settings.network.arch, sent.gradient, images)
+    if settings.protection is None:
+        return Sent(sent, None)
+    how = Mechanism(settings.protection.sigma, settings.protection.clip, noise)
+    if settings.protection.mode == "batch":
+        protected = protect_batch(sent.gradient, how)
+    else:
+        protected = protect_per_sample(sent.gradient, how, model, x, y, loss, shard)
+    return Sent(replace(sent, gradient=protected.gradient), protected)
+
+
+def _check_gradient(arch: str, gradient: Sequence[Tensor], images: str) -> None:
+    if not all(torch.isfinite(g).all() for g in gradient):
+        raise InputError(
+            f"--arch {arch}: the gradient of {images} is not finite; check the weights and the "
+            "images"
+        )
+    if not any(g.any() for g in gradient):
+        raise InputError(
+            f"--arch {arch}: the gradient of {images} is zero: the network is already certain of "
+            "every label; give other weights"
+        )
+
+
+def noise_generator(protection: ProtectionSettings, seed: int) -> Generator:
+    """Make the source of the noise, on the CPU. seed: that of the run.
+
+    Its stream is another than that of the weights, and than any that an attacker with the same seed
+    draws from. For an ε the noise must be unknown and drawn afresh every time, so the operating
+    system gives the seed unless --noise-seed asks for a run that can be repeated.
+    """
+    if protection.noise_seed is not None:
+        seed = protection.noise_seed
+    elif protection.mode == "per-sample":
+        seed = secrets.randbits(31)
+    return stream("noise of the protection", seed)
+
+
+def protection_of(settings: ClientSettings) -> tuple[Protection | None, Generator | None]:
+    """Record what the settings do to the gradient, and make the source of their noise."""
+    how = settings.protection
+    if how is None:
+        return None, None
+    return _record_of(how, settings.batch.size), noise_generator(how, settings.network.seed)
+
+
+def _record_of(how: ProtectionSettings, batch_size: int) -> Protection:
+    """Record a protection with the ε that follows."""
+    if how.mode == "batch":
+        return Protection("batch", how.sigma, how.clip)
+    multiplier = how.sigma * batch_size / how.clip
+    bound = epsilon(multiplier, how.sample_rate, how.steps, how.delta)
+    return Protection(
+        mode="per-sample",
+        sigma=how.sigma,
+        clip=how.clip,
+        noise_multiplier=multiplier,
+        epsilon=None if math.isinf(bound) else bound,
+        delta=how.delta,
+        steps=how.steps,
+        sample_rate=how.sample_rate,
+    )

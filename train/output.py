@@ -1,0 +1,82 @@
+"""What training.py writes: the checkpoint, the sealed truth, a picture of the batch, the log."""
+
+from torch import nn
+
+from models.checkpoint import Task, make_checkpoint, seal
+from models.gradient import ClientLoss
+from models.target import GroundTruth, Protection
+from train.batches import Batch
+from train.client import Sent
+from train.settings import ClientSettings
+from utils.console import Reporter
+from utils.files import claimed_stem, free_stem
+from utils.images import denormalise
+from utils.pictures import save_panels
+from utils.script import git_revision, versions
+from utils.tensor_files import save
+
+#: Ends of the files' names; all files of a run begin with one stem.
+ENDINGS = {
+    "checkpoint": "-checkpoint.pth.tar",
+    "truth": "-truth.pth.tar",
+    "picture": "-target.png",
+    "log": ".log",
+}
+
+
+def checkpoint_of(
+    settings: ClientSettings,
+    batch: Batch,
+    model: nn.Module,
+    sent: Sent,
+    control: Sent | None,
+    protection: Protection | None,
+) -> dict:
+    """Make the checkpoint of what the client sent for a batch, with the truth for scoring."""
+    task = Task(
+        arch=settings.network.arch,
+        batch_size=settings.batch.size,
+        image_shape=batch.spec.shape,
+        num_classes=batch.spec.num_classes,
+        mean=batch.spec.mean,
+        std=batch.spec.std,
+        loss=ClientLoss(settings.train_mode, settings.label_smoothing),
+        replace_bn=settings.network.replace_bn,
+    )
+    return make_checkpoint(
+        model,
+        sent.update,
+        task,
+        protection=protection,
+        protection_norms=None if sent.protected is None else sent.protected.record(),
+        truth=GroundTruth(
+            batch.x, batch.y, None if control is None else control.update, batch.decoys
+        ),
+        settings={**settings.record, "versions": versions(), "git": git_revision()},
+    )
+
+
+def planned_file(settings: ClientSettings) -> str:
+    """Name the checkpoint that a run without --dry-run would write."""
+    return free_stem(settings.stem, ENDINGS.values()) + ENDINGS["checkpoint"]
+
+
+def write(settings: ClientSettings, checkpoint: dict, batch: Batch, reporter: Reporter) -> None:
+    """Write all files of the run, or none where one cannot be written, and report them."""
+    images = denormalise(batch.x, *batch.spec.normalisation)
+    with claimed_stem(settings.stem, tuple(ENDINGS.values())) as stem:
+        paths = {kind: stem + ending for kind, ending in ENDINGS.items()}
+        if settings.seal:
+            checkpoint, truth = seal(checkpoint)
+            save(truth, paths["truth"])
+        save(checkpoint, paths["checkpoint"])
+        save_panels([("target", images)], paths["picture"])
+        gradient = checkpoint["target_gradient"]
+        norm = sum(float(g.double().square().sum()) for g in gradient) ** 0.5
+        reporter.say(f"gradient: {len(gradient)} tensors, norm {norm:.6g}")
+        if checkpoint["bn_mean_list"] is not None:
+            reporter.say(f"BatchNorm statistics of {len(checkpoint['bn_mean_list'])} layers")
+        if settings.seal:
+            reporter.say(f"truth sealed in {paths['truth']}")
+        reporter.say(f"checkpoint written: {paths['checkpoint']}")
+        reporter.log_to(paths["log"])

@@ -1,0 +1,115 @@
+"""What training.py prints: the batch, the protection, the ranks."""
+
+import math
+
+import torch
+from torch import nn
+
+from models.gradient import trainable_parameters
+from models.target import Protection, guarantee_lines
+from train.batches import Batch
+from train.client import bare_network, without_batchnorm
+from train.datasets import dataset_length, dataset_spec
+from train.privacy import Protected
+from train.settings import BatchSettings, ClientSettings
+from utils.console import Reporter, table
+from utils.device import device_name
+from utils.errors import InputError
+
+
+def say_batch(batch: Batch, model: nn.Module, device: torch.device, reporter: Reporter) -> None:
+    """Report how many images, labels and parameters there are, and the device."""
+    parameters = sum(p.numel() for p in trainable_parameters(model).values())
+    reporter.say(
+        f"batch: {len(batch.x)} images {tuple(batch.x.shape[1:])}, "
+        f"{len(batch.y.unique())} distinct labels of {batch.spec.num_classes}; "
+        f"{parameters:,} parameters; {device_name(device)}"
+    )
+
+
+def say_protection(
+    settings: ClientSettings,
+    protected: Protected,
+    protection: Protection,
+    model: nn.Module,
+    reporter: Reporter,
+) -> None:
+    """Report norms before and after, the noise, and which privacy follows."""
+    rows = []
+    if protected.sample_norms is not None:
+        before = protected.sample_norms
+        after = before.clamp(max=protection.clip)
+        for name, of in (("lowest", torch.amin), ("median", torch.median), ("highest", torch.amax)):
+            rows.append([f"one sample, {name}", *(of(v).item() for v in (before, after)), ""])
+    rows.append(["mean", protected.norm, protected.clipped_norm, protected.sent_norm])
+    header = ["gradient norm", "before", "clipped", "sent"]
+    clipping = "no clipping" if protection.clip is None else f"clipping to {protection.clip:g}"
+    reporter.say(
+        f"protection ({protection.mode}): {clipping}, noise with standard deviation "
+        f"{protection.sigma:g} per entry\n{table(header, rows)}"
+    )
+    if protected.sample_norms is not None:
+        clipped = int((protected.sample_norms > protection.clip).sum())
+        reporter.say(f"  {clipped} of {len(protected.sample_norms)} samples clipped")
+    for line in guarantee_lines(
+        protection, model, train_mode=settings.train_mode, uploads_bn=settings.upload_bn
+    ):
+        reporter.say(f"  {line}")
+    if protection.epsilon is not None:
+        _say_doubts(settings, protection, reporter)
+
+
+def _say_doubts(settings: ClientSettings, protection: Protection, reporter: Reporter) -> None:
+    """Report what to bear in mind about an ε: the rate it is for, and the source of the noise."""
+    rate, size = protection.sample_rate, settings.batch.size
+    if rate != 1:
+        length = _images_in(settings.batch)
+        if length is not None and not math.isclose(size / length, rate, rel_tol=0.01):
+            reporter.say(
+                f"  --sample-rate {rate:g}, but the batch is {size} of {length:,} images, "
+                f"{size / length:.4g}: epsilon is that of the rate given"
+            )
+    known = settings.protection.noise_seed is not None
+    reporter.say(
+        "  the noise is drawn from an ordinary generator: sufficient for an audit, not for a "
+        "release" + ("; whoever knows --noise-seed can redraw it" if known else "")
+    )
+
+
+def _images_in(batch: BatchSettings) -> int | None:
+    """Count the images of the data set; None if unknown."""
+    return None if batch.backup is not None else dataset_length(batch.data_name, batch.request)
+
+
+def say_ranks(settings: ClientSettings, reporter: Reporter) -> None:
+    """Report the rank analysis of the network, which needs no images.
+
+    Raises InputError where the network cannot be analysed.
+    """
+    from models.rank_analysis import rank_analysis  # torch.fx and torchvision, needed by --ra alone
+
+    network, batch, mode = settings.network, settings.batch, settings.rank_mode
+    spec = dataset_spec(batch.data_name, batch.request)
+    model = bare_network(network, spec.num_classes, spec.shape)
+    if network.replace_bn is not None:
+        without_batchnorm(model, network)
+    try:
+        layers = rank_analysis(model, batch.size, spec.shape, mode)
+    except ValueError as error:
+        raise InputError(f"--ra: {network.arch} cannot be analysed: {error}") from error
+    rows = [
+        [r.name, r.kind, *map("{:,}".format, (r.inputs, r.outputs, r.weights, r.virtual, r.index))]
+        for r in layers
+    ]
+    header = ["layer", "kind", "inputs", "outputs", "weights", "virtual constraints", "RA-i"]
+    highest = max(layers, key=lambda layer: layer.index)
+    verdict = (
+        "more unknowns than equations there: not all of its input is determined"
+        if highest.index > 0
+        else "no layer has more unknowns than equations: counting does not rule recovery out"
+    )
+    reporter.say(
+        f"rank analysis (R-GAP) of {network.arch}, {batch.size} images {spec.shape}, "
+        f"{spec.num_classes} classes; mode {mode}\n{table(header, rows)}\n"
+        f"RA-i of the network: {highest.index:,} at {highest.name}; {verdict}"
+    )
