@@ -1,5 +1,6 @@
 """The documentation tells the truth: commands, Python example, flags, refusals, files, links."""
 
+import argparse
 import os
 import re
 import shlex
@@ -10,21 +11,23 @@ import pytest
 import torch
 import torchvision
 
+import inversion.audit.flags
+import inversion.audit.settings
 import run
+import train.flags
+import train.settings
 import training
 from docs.flags import page as flag_page
 from inversion.audit.flags import tuned_flag
-from inversion.settings import PRIORS, RANGES
+from inversion.settings import RANGES
 from models.build import build_model
 from models.checkpoint import FORMAT, load
 from tests.support import ROOT, Hostile, Outcome, attack, call, capture_photos
 from tests.test_datasets import celeba_folder, image_folder
 from tests.test_models import moco_file
-from utils.launch import free_address
+from utils.launch import free_address, group_from
 from utils.tensor_files import save
 
-LOOKED_UP = {prior.flag for prior in PRIORS.values()}
-LOOKED_UP |= {f"{tuned_flag(name)}-tune" for name in RANGES}
 #: Every page; the README is first, since other pages attack the checkpoint of its first command.
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -222,16 +225,45 @@ def test_every_entry_of_a_result_is_described(tmp_path):
     }
 
 
-@pytest.mark.parametrize("script", [training, run])
-def test_every_flag_is_used(script):
-    """Each reaches a setting: its value is read somewhere in the script."""
-    source = (ROOT / f"{script.__name__}.py").read_text()
-    for file in ("utils/launch.py", "inversion/audit/flags.py", "train/settings.py"):
-        source += (ROOT / file).read_text()
-    for action in script.parser()._actions:
-        if action.dest == "help" or action.option_strings[0] in LOOKED_UP:
-            continue  # read by the flag in PRIORS or in RANGES
-        assert re.search(rf"args\.{action.dest}\b", source), action.dest
+#: Command lines that between them make the settings read every flag.
+CLIENT = ("--data-name photos --enable-dp --sigma 1 -C 1 --with-control", "--ra")
+SEARCH = "--superparameters-search --TV-tune --simulation-checkpoint g --min-t 2 --max-t 4"
+ATTACKER = (
+    "--checkpoint f --epochs 9 --lr 0.1 --metric --MinCombine",
+    f"--checkpoint f --epochs 9 --lr 0.1 {SEARCH} --HP-epochs 4",
+)
+
+
+#: Flags that the parser and `run_script` see to.
+OF_EVERY_SCRIPT = {"help", "version", "traceback"}
+
+
+class Recording(argparse.Namespace):
+    """Flags that remember which of them were read."""
+
+    def __getattribute__(self, name):
+        if name != "__dict__":
+            vars(self).setdefault("_read", set()).add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize(
+    ("parser", "settings_from", "lines"),
+    [
+        (train.flags.parser(), train.settings.settings_from, CLIENT),
+        (inversion.audit.flags.parser(), inversion.audit.settings.settings_from, ATTACKER),
+    ],
+)
+def test_every_flag_is_read(parser, settings_from, lines, tmp_path, monkeypatch):
+    """Each reaches a setting."""
+    monkeypatch.chdir(tmp_path)
+    read = set()
+    for line in lines:
+        args = Recording(**vars(parser.parse_args(shlex.split(line))))
+        settings_from(args)
+        group_from(args)
+        read |= vars(args)["_read"]
+    assert {action.dest for action in parser._actions} - OF_EVERY_SCRIPT <= read
 
 
 def error_rows():
@@ -335,3 +367,25 @@ def test_the_first_pages_stay_short():
 
 def test_there_are_errors():
     assert len(error_rows()) >= 109
+
+
+def test_the_tree_names_every_file():
+    named, folders = set(), []
+    for line in filter(
+        str.strip, section("docs/architecture.md", "The tree").split("```")[1].split("\n")
+    ):
+        name = line.split()[0]
+        folders = folders[: (len(line) - len(line.lstrip())) // 2]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            named.add("".join(folders) + name)
+    there = {"run.py", "training.py"}
+    for folder in ("utils", "models", "train", "inversion"):
+        there |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+    assert named == {path for path in there if not path.endswith("__init__.py")}
+
+
+def test_the_table_of_tests_names_every_test_file():
+    named = set(re.findall(r"`(test_\w+)`", PAGES["CONTRIBUTING.md"]))
+    assert named == {path.stem for path in (ROOT / "tests").glob("test_*.py")}

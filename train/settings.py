@@ -110,10 +110,10 @@ def settings_from(args) -> ClientSettings:
         seed=args.seed,
         workers=args.workers,
     )
-    _check_data(args, request)
     _check_protection(args)
     if args.ra_mode != "all" and not args.ra:
         raise InputError(f"--ra-mode {args.ra_mode}: belongs to --ra; give it as well")
+    _check_data(args, request)
     writable_folder(args.results, "--results")
     return ClientSettings(
         network=NetworkSettings(
