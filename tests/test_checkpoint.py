@@ -22,7 +22,7 @@ from models.gradient import ClientLoss, Update, batch_gradient
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Protection, check_gradient_fits, model_of, outline_of
 from tests.support import ROOT, Hostile, attack, call, smooth_network, succeed
-from utils.errors import FaultError, InputError
+from utils.errors import FaultError, InputError, naming
 from utils.files import free_stem
 from utils.tensor_files import save
 
@@ -325,7 +325,8 @@ def test_unreadable_checkpoints_are_refused(captured, tmp_path, damage):
         path.write_bytes(
             {"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[damage]
         )
-    with pytest.raises(InputError, match="^unreadable or damaged"):
+    refused = pytest.raises(InputError, match=r"^--checkpoint .*c\.pth\.tar: \w")
+    with refused, naming(f"--checkpoint {path}"):
         load(str(path))
 
 

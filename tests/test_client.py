@@ -18,7 +18,8 @@ def test_a_network_that_cannot_process_the_images_is_refused(monkeypatch):
     monkeypatch.setitem(SMALL_NETWORKS, "lenet", lambda num_classes, shape: nn.Linear(5, 8))
     outcome = call("training.py", *FLAGS)
     assert outcome.code == 2
-    assert outcome.err.startswith("error: --arch lenet: cannot process images (3, 32, 32): mat1")
+    assert outcome.err.startswith("error: --arch lenet: cannot process images (3, 32, 32): ")
+    assert "mat1 and mat2 shapes cannot be multiplied" in outcome.err
     assert "settings\n" not in outcome.out
 
 

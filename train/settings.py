@@ -110,11 +110,10 @@ def settings_from(args) -> ClientSettings:
         seed=args.seed,
         workers=args.workers,
     )
+    _check_company(args)
     _check_protection(args)
-    if args.ra_mode != "all" and not args.ra:
-        raise InputError(f"--ra-mode {args.ra_mode}: belongs to --ra; give it as well")
-    _check_data(args, request)
     writable_folder(args.results, "--results")
+    _check_request(args, request)
     return ClientSettings(
         network=NetworkSettings(
             args.arch, args.pretrained, args.outlayer_state, args.replace_bn, args.seed
@@ -141,8 +140,8 @@ def settings_from(args) -> ClientSettings:
     )
 
 
-def _check_data(args, request: Request) -> None:
-    """Refuse flags of weights and images that cannot be followed together."""
+def _check_company(args) -> None:
+    """Refuse a missing file of weights, and flags that need others or exclude them."""
     if args.pretrained is not None and not os.path.isfile(args.pretrained):
         raise InputError(
             f"--pretrained {args.pretrained}: no such file; leave it out for random weights"
@@ -157,6 +156,12 @@ def _check_data(args, request: Request) -> None:
         raise InputError(f"--decoys {args.decoys}: belongs to --with-control; give it as well")
     if args.ra and args.data_backup is not None:
         raise InputError("--data-backup: --ra needs no images; leave it out")
+    if args.ra_mode != "all" and not args.ra:
+        raise InputError(f"--ra-mode {args.ra_mode}: belongs to --ra; give it as well")
+
+
+def _check_request(args, request: Request) -> None:
+    """Refuse what the data set cannot give, as far as that shows without its files."""
     if args.data_backup is not None:
         check_name(args.data_name)
     elif args.ra and args.data_name != "folder":
