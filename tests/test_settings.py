@@ -3,7 +3,7 @@
 from inversion import settings
 from inversion.audit.verdict import LEAKAGE_DIGITS
 from inversion.distances import GRADIENT_DISTANCES
-from inversion.labels.reconstruct import LABEL_STRATEGIES
+from inversion.labels.reconstruct import LABEL_FUNCTIONS
 from inversion.optimise import OPTIMISERS
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.priors import PRIOR_FUNCTIONS
@@ -21,4 +21,4 @@ def test_every_name_has_a_function_and_every_function_a_name():
     assert tuple(SSIMS) == settings.SSIMS
     assert list(PRIOR_FUNCTIONS) == list(settings.PRIORS)
     assert list(STRATEGIES) == list(settings.STRATEGIES)
-    assert list(LABEL_STRATEGIES) == list(settings.LABEL_METHODS)
+    assert list(LABEL_FUNCTIONS) == list(settings.LABEL_METHODS)

@@ -1,19 +1,20 @@
-"""The best one-to-one pairing of images."""
+"""Pairs images one to one in the best way."""
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
 def assign(
     x: Tensor, x_true: Tensor, y: Tensor | None = None, y_true: Tensor | None = None
 ) -> list[int]:
-    """Optimal one-to-one pairing: for true image i the index of its reconstruction.
+    """Return for true image i the index of its reconstruction in the optimal pairing.
 
-    Minimises the summed MSE (Hungarian method, scipy). With labels `y` of the reconstructions and
-    `y_true`, (B,) each, first the number of pairs whose labels differ: an attack that knew the
-    labels said which of its images is which.
+    x, x_true: (B, ...) images. The pairing minimises the summed MSE (Hungarian method). With
+    labels `y` of the reconstructions and `y_true`, (B,) each, it minimises the number of pairs
+    whose labels differ first: an attack that knew the labels said which of its images is which.
     """
+    from scipy.optimize import linear_sum_assignment  # a second, which most attacks do not need
+
     a, b = x.double().flatten(1).cpu(), x_true.double().flatten(1).cpu()
     cost = (b.square().sum(1)[:, None] + a.square().sum(1)[None] - 2 * b @ a.T).numpy()
     if y is not None:
