@@ -8,13 +8,20 @@ import torch
 from utils.errors import InputError
 
 
-def choose_device(gpu: int | None, local_rank: int = 0) -> torch.device:
-    """The device of `--gpu`: that GPU, else number `local_rank` (in turn), else the CPU.
+def forbid_tensorfloat32() -> None:
+    """Switch TensorFloat-32 off for this process.
 
-    TensorFloat-32 is switched off: it rounds inputs to 10 bits, and a gradient match below
-    about 1e-3 would measure that rounding.
+    It rounds inputs to 10 bits, and a gradient match below about 1e-3 would measure that rounding.
     """
     torch.backends.cudnn.allow_tf32 = False
+
+
+def choose_device(gpu: int | None, local_rank: int = 0) -> torch.device:
+    """Return the device of `--gpu`: that GPU, else number `local_rank` (in turn), else the CPU.
+
+    TensorFloat-32 is switched off.
+    """
+    forbid_tensorfloat32()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is not None and count == 0:
         raise InputError(f"--gpu {gpu}: no CUDA device here; leave --gpu out to run on the CPU")
