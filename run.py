@@ -38,16 +38,11 @@ from inversion.audit.truth import (
 from inversion.audit.verdict import ALPHA
 from inversion.combine import Combination, combination_method
 from inversion.labels.counts import ScaledGradientError
-from inversion.labels.reconstruct import (
-    AUTO,
-    LabelInputs,
-    LabelResult,
-    reconstruct_labels,
-)
+from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_labels
 from inversion.objective import Losses, Objective
 from inversion.optimise import Outcome, lowest, reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS, prior_only
-from inversion.restarts import initial_images, noise_generator
+from inversion.restarts import Restarts, initial_images, noise_generator
 from inversion.search.trial import Problem
 from inversion.search.tune import (
     Budget,
@@ -57,7 +52,15 @@ from inversion.search.tune import (
     available,
     search,
 )
-from inversion.settings import PRIORS, RANGES, Loop, MLCOSchedule, Weights
+from inversion.settings import (
+    AUTO,
+    PRIORS,
+    RANGES,
+    AttackSettings,
+    Loop,
+    MLCOSchedule,
+    Weights,
+)
 from inversion.strategies import STRATEGIES
 from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
@@ -528,7 +531,7 @@ def check_truth(args, inputs: Inputs, setting: Setting) -> TruthCheck | None:
         return None
     objective = setting.objective
     x, y = setting.true_images(), inputs.truth.y.to(setting.device)
-    check = check_truth_gradient(objective.model, inputs.sent, x, y, objective.shard)
+    check = check_truth_gradient(objective.model, inputs.sent, x, y, objective.batch_shard)
     if not (inputs.bound or check.fits):
         raise InputError(
             f"{inputs.truth_source}: no id binds its truth to --checkpoint {args.checkpoint}, and "
@@ -544,10 +547,10 @@ def objective_from(args, model, target, y, bn_source: str | None, shard: Shard) 
         target,
         y,
         weights_from(args),
-        distance=args.gradient_loss_fun,
+        distance_name=args.gradient_loss_fun,
         bn_source=bn_source or "running",
         bn_grad=args.bn_grad,
-        shard=shard if args.shard == "batch" else ALONE,
+        batch_shard=shard if args.shard == "batch" else ALONE,
     )
 
 
@@ -608,13 +611,18 @@ def load_problem(args, device: str) -> Problem:
         target=simulated,
         truth=truth,
         y=truth.y,
-        weights=weights_from(stand_in),
-        loop=replace(loop_from(stand_in, simulated), steps=args.HP_epochs),
-        pixel_gradient=args.pixel_gradient,
-        distance=args.gradient_loss_fun,
+        settings=AttackSettings(
+            weights_from(stand_in),
+            replace(loop_from(stand_in, simulated), steps=args.HP_epochs),
+            noise=args.input_noise,
+            boxed=args.input_boxed,
+            first_seed=args.seed,
+            strategy=strategy_of(args),
+            distance=args.gradient_loss_fun,
+            pixel_gradient=args.pixel_gradient,
+            bn_grad=args.bn_grad,
+        ),
         bn_source="batch" if args.exact_bn and simulated.bn_mean is not None else "running",
-        bn_grad=args.bn_grad,
-        seed=args.seed,
         device=device,
     )
 
@@ -695,8 +703,8 @@ def run_search(args, reporter: Reporter) -> SearchResult | None:
     )
     try:
         found = search(
-            problem, names, budget, resources, algorithm=algorithm, storage=str(folder),
-            name="tune", resume=args.search_resume, verbose=args.verbose,
+            problem, names, budget, resources, algorithm=algorithm, folder=str(folder),
+            resume=args.search_resume, verbose=args.verbose,
         )  # fmt: skip
     except (SearchUnavailableError, ConnectionError) as error:
         text = " ".join(str(error).split())[:300]
@@ -742,14 +750,13 @@ class Recorder:
     interrupts: Interrupts
     save_consensus: Callable[[int, Tensor], None]
     title: str = ""
-    has_gradient: bool = True
     rows: list = field(default_factory=list)
     rounds: list[dict] = field(default_factory=list)
 
     def on_step(self, index: int | None, step: int, losses: Losses, rate: float) -> bool:
         """Take note of an iteration of seed number `index` or the consensus; true asks to stop."""
         name = CONSENSUS if index is None else self.args.seed + index
-        gradient = {"gradient": losses.gradient} if self.has_gradient else {}
+        gradient = {} if losses.gradient is None else {"gradient": losses.gradient}
         values = {"total": losses.total, **gradient, **losses.terms}
         self.progress.step(self.title + (name if index is None else f"seed {name}"), values)
         if step % max(1, self.args.epochs // RECORDED_STEPS) == 0 or step == self.args.epochs - 1:
@@ -782,25 +789,22 @@ def attack(args, setting: Setting, recorder: Recorder, method: Callable | None =
     """Run the strategy over all seeds; `method` instead of the pixel gradient of the flags."""
     seeds = range(args.seed, args.seed + args.n_seed)
     home = torch.device("cpu") if args.offload_seeds else setting.device
-    options = {}
-    if strategy_of(args) == "mlco":
-        options = {
-            "schedule": schedule_from(args),
-            "memory": combine_memory(args),
-            "on_round": recorder.on_round,
-            "should_stop": lambda: setting.objective.shard.any(
-                recorder.interrupts.signal is not None
-            ),
-        }
-    return STRATEGIES[strategy_of(args)](
-        setting.objective,
-        method or PIXEL_GRADIENTS[args.pixel_gradient],
-        [setting.start(seed).to(home) for seed in seeds],
-        loop_from(args, setting.target),
+    options = {"schedule": schedule_from(args)} if strategy_of(args) == "mlco" else {}
+    restarts = Restarts(
+        starts=[setting.start(seed).to(home) for seed in seeds],
         generators=[noise_generator(seed, setting.device) for seed in seeds],
+        loop=loop_from(args, setting.target),
         on_step=recorder.on_step,
-        seeds=ALONE if args.shard == "batch" else setting.shard,
+        combine_memory=combine_memory(args),
+        seed_shard=ALONE if args.shard == "batch" else setting.shard,
+        on_round=recorder.on_round,
+        should_stop=lambda: setting.objective.batch_shard.any(
+            recorder.interrupts.signal is not None
+        ),
         **options,
+    )
+    return STRATEGIES[strategy_of(args)](
+        setting.objective, method or PIXEL_GRADIENTS[args.pixel_gradient], restarts
     )
 
 
@@ -895,7 +899,9 @@ def first_evaluation(args, setting: Setting) -> None:
     """
     x = setting.start(args.seed).to(setting.device)
     try:
-        PIXEL_GRADIENTS[args.pixel_gradient](setting.objective, setting.objective.own(x), 0.0)
+        PIXEL_GRADIENTS[args.pixel_gradient](
+            setting.objective, setting.objective.local_part(x), 0.0
+        )
     except (RuntimeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error) or is_lost_peer(error):
             raise
@@ -915,7 +921,7 @@ def measure(args, setting: Setting) -> str:
         generator=noise_generator(args.seed, setting.device),
         on_step=lambda *_: times.append(time.perf_counter()),
         span=range(2),
-        shard=setting.objective.shard,
+        batch_shard=setting.objective.batch_shard,
     )
     if len(times) < 3:
         raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
@@ -944,7 +950,7 @@ def information_of(args, setting: Setting, reporter: Reporter) -> dict:
         truth.y.to(setting.device),
         train_mode=target.train_mode,
         label_smoothing=target.label_smoothing,
-        shard=setting.objective.shard,
+        shard=setting.objective.batch_shard,
     )
     columns = {"label": truth.y.tolist()} | {
         name: value.tolist() for name, value in vars(found).items() if isinstance(value, Tensor)
@@ -1043,8 +1049,7 @@ def run_controls(
             continue
         total = total_iterations(flags, own_seeds(flags, setting.shard))
         progress = Progress(total, args.print_freq, reporter)
-        title, has_gradient = f"control, {name}: ", method is not prior_only
-        recorder = Recorder(flags, progress, interrupts, lambda *_: None, title, has_gradient)
+        recorder = Recorder(flags, progress, interrupts, lambda *_: None, f"control, {name}: ")
         try:
             outcome = attack(flags, replace(setting, objective=objective), recorder, method)
         finally:
