@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -176,7 +177,7 @@ class _Run:
         """Do one iteration; return the losses before its update, None where one is not finite."""
         before: list[Losses[float]] = []
 
-        def closure() -> Tensor:
+        def closure() -> Any:  # torch says float, and its optimisers pass on any type
             if not self.evaluate(progress):
                 raise _NotFiniteError
             before.append(self.latest)

@@ -54,6 +54,7 @@ def plain(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     x = x.detach().requires_grad_()
     losses = objective(x, progress)
     losses.total.backward()
+    assert x.grad is not None
     for parameter in objective.model.parameters():
         parameter.grad = None
     terms = {name: term.detach() for name, term in losses.terms.items()}

@@ -1,5 +1,8 @@
 """The names in inversion/settings.py are those of the registries, which need torch."""
 
+import subprocess
+import sys
+
 from inversion import settings
 from inversion.audit.verdict import LEAKAGE_DIGITS
 from inversion.distances import GRADIENT_DISTANCES
@@ -9,6 +12,7 @@ from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.priors import PRIOR_FUNCTIONS
 from inversion.search.tune import ALGORITHMS
 from inversion.strategies import STRATEGIES
+from tests.support import ROOT
 from utils.metrics import SSIMS
 
 
@@ -22,3 +26,14 @@ def test_every_name_has_a_function_and_every_function_a_name():
     assert list(PRIOR_FUNCTIONS) == list(settings.PRIORS)
     assert list(STRATEGIES) == list(settings.STRATEGIES)
     assert list(LABEL_FUNCTIONS) == list(settings.LABEL_METHODS)
+
+
+def test_an_attack_imports_nothing_that_only_scoring_and_searching_need():
+    modules = "inversion.strategies, inversion.labels.reconstruct, inversion.search.trial"
+    code = (
+        f"import sys, {modules}\n"
+        "heavy = {'scipy', 'skimage', 'lpips', 'ray', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -161,11 +161,11 @@ def gather_evidence(
     weight_grad = _double(gradients[f"{name}.weight"])
     bias_grad = gradients.get(f"{name}.bias")
 
-    noise = None
-    if public is None:
+    images = public
+    if images is None:
         generator = Generator().manual_seed(0)
-        noise = torch.randn(NOISE_IMAGES, *target.image_shape, generator=generator)
-    probe = features_of(model, noise if public is None else public, target.train_mode)[0]
+        images = torch.randn(NOISE_IMAGES, *target.image_shape, generator=generator)
+    probe, _ = features_of(model, images, target.train_mode)
     seen = None
     if auxiliary is not None:
         seen = _auxiliary(model, target, auxiliary, use_uploaded_bn)
@@ -184,7 +184,7 @@ def gather_evidence(
         clipped_per_sample=protection is not None and protection.mode == "per-sample",
         resolution=target.resolution or rounding_error([gradients[f"{name}.weight"]]),
         public=None if public is None else probe,
-        noise=None if noise is None else probe,
+        noise=probe if public is None else None,
         auxiliary=seen,
         non_negative=bool((probe >= 0).all()),
         uniform_labels=uniform_labels,
@@ -238,6 +238,7 @@ def _auxiliary(
     if not use_uploaded_bn:
         features, _ = features_of(model, images, target.train_mode)
         return Auxiliary(features, labels.long())
+    assert target.bn_mean is not None and target.bn_var is not None  # as gather_evidence checked
     if uses_batch_statistics(model, target.train_mode):
         model = copy.deepcopy(model)
         layers = batchnorm_layers(model)
