@@ -25,7 +25,7 @@ BLOCK_BYTES = 2**27
 
 @dataclass(frozen=True)
 class Combination:
-    """A consensus of several seeds."""
+    """Holds a consensus of several seeds, and what it took to find it."""
 
     #: (B, C, H, W) images.
     x: Tensor
@@ -61,7 +61,7 @@ def combination_method(objective: Objective, num_seeds: int, memory: int) -> tup
 
 
 class InterruptedSearchError(Exception):
-    """The search for a combination was asked to stop."""
+    """Says that the search for a combination was asked to stop."""
 
 
 def combine(
@@ -215,7 +215,7 @@ def _largest_block(shard: Shard, count: int) -> int:
 
 
 class _CombinationLosses:
-    """Losses of combinations from inner products; row s·B + i is image i of seed s."""
+    """Computes losses of combinations from inner products; row s·B + i is image i of seed s."""
 
     def __init__(
         self,

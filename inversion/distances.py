@@ -80,7 +80,7 @@ def squared_l2_from_products(square: Tensor, product: Tensor, target_square: flo
 
 @dataclass(frozen=True)
 class Distance:
-    """The functions of one gradient distance."""
+    """Holds the functions of one gradient distance."""
 
     #: (gradient, target) → distance, a differentiable scalar.
     value: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]

@@ -1,4 +1,4 @@
-"""The attack's objective: a gradient distance plus weighted priors."""
+"""Evaluates the attack's objective: a gradient distance plus weighted priors."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ Value = TypeVar("Value", Tensor, float)
 
 @dataclass(frozen=True)
 class Losses(Generic[Value]):
-    """The values of one evaluation: scalar tensors, or floats after `floats()`."""
+    """Holds the values of one evaluation: scalar tensors, or floats after `floats()`."""
 
     #: Weighted sum of the gradient distance and the priors.
     total: Value
@@ -34,7 +34,7 @@ class Losses(Generic[Value]):
 
     @property
     def criterion(self) -> Value:
-        """The value by which images are compared: the gradient distance, else the total."""
+        """Images are compared by this value: the gradient distance, or the total without one."""
         return self.total if self.gradient is None else self.gradient
 
     def floats(self: "Losses[Tensor]") -> "Losses[float]":
@@ -50,7 +50,7 @@ NO_LOSSES: Losses[float] = Losses(math.nan, math.nan, {})
 
 
 class Objective:
-    """The objective as a function of the candidate images, for one target and its labels.
+    """Evaluates the objective of candidate images, for one target and its labels.
 
     One evaluation, in order: the candidate `x` passes through the network as the client's batch
     did and gives its gradient, and with a BN prior also the batch's moments at every BatchNorm

@@ -1,4 +1,4 @@
-"""The optimisation loop: from initial images to a reconstruction."""
+"""Optimises images: one loop from initial images to a reconstruction."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ BoundPixelGradient = Callable[[Tensor, float], tuple[Losses[Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The images that an optimisation arrived at."""
+    """Holds the images that an optimisation arrived at, with their losses."""
 
     #: (B, C, H, W), normalised.
     x: Tensor
@@ -63,7 +63,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a strategy over several seeds."""
+    """Holds the result of a strategy over several seeds."""
 
     #: The reconstruction.
     final: Reconstruction
@@ -133,7 +133,7 @@ class _NotFiniteError(Exception):
 
 
 class _Run:
-    """One optimisation under way: this process's images, their losses, and the best until now."""
+    """Carries out one optimisation: holds this process's images, their losses, the best so far."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Priors on images: what the attacker expects of them, whatever the gradient.
+"""Computes priors on images: what the attacker expects of them, whatever the gradient.
 
 Every prior takes a `Candidate` and returns a differentiable scalar, the same number whatever
 the batch size for images alike. A new prior is one function and one line in
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Candidate:
-    """The candidate images, and what priors compare them with."""
+    """Holds the candidate images, and what priors compare them with."""
 
     #: (B, C, H, W) normalised images.
     x: Tensor

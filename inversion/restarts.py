@@ -1,4 +1,4 @@
-"""Restarts: random starts, their noise, and the runs of several seeds on several processes."""
+"""Restarts the optimisation: random starts, their noise, and runs shared out over processes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from utils.streams import stream
 
 @dataclass(frozen=True)
 class Restarts:
-    """What every strategy over several seeds is given beside the objective."""
+    """Holds what every strategy over several seeds takes beside the objective."""
 
     #: S tensors (B, C, H, W). They may lie on the CPU while the generators are on a GPU: each seed
     #: then visits the GPU only while it is optimised.

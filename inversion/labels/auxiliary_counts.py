@@ -62,7 +62,7 @@ def auxiliary_counts(evidence: Evidence) -> Estimate:
 
 
 class _Sums:
-    """The observed sum of the statistics, their class means (C, D) and covariances."""
+    """Holds the observed sum of the statistics, their class means (C, D) and covariances."""
 
     def __init__(self, e: Evidence, aux: Auxiliary):
         count = e.num_classes

@@ -36,7 +36,7 @@ LARGEST_SCALE = 1e30
 
 @dataclass(frozen=True)
 class Estimate:
-    """How often a label method finds each class in the batch."""
+    """Tells how often a label method finds each class in the batch."""
 
     #: (C,) integers ≥ 0 that sum to B.
     counts: Tensor
@@ -47,7 +47,7 @@ class Estimate:
 
 
 class ScaledGradientError(ValueError):
-    """The gradient is longer than that of any mean cross-entropy."""
+    """Says that the gradient is longer than that of any mean cross-entropy."""
 
     def __init__(self, message: str, scale: float | None):
         super().__init__(message)

@@ -21,7 +21,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """Labelled images of the attacker's own, as the attacked network sees them; float64, CPU."""
+    """Holds labelled images of the attacker's own as the attacked network sees them; float64."""
 
     #: (N, d) inputs of the head.
     features: Tensor
@@ -35,7 +35,7 @@ class Auxiliary:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the label methods look at, in float64 on the CPU. No method changes it."""
+    """Holds all that the label methods look at, in float64 on the CPU. No method changes it."""
 
     #: G (C, d), the gradient of the head's weight.
     weight_grad: Tensor
@@ -149,12 +149,7 @@ def gather_evidence(
     """
     if use_uploaded_bn and target.bn_mean is None:
         raise ValueError("the client uploaded no BatchNorm statistics")
-    name, head = find_head(model)
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"the classifier head {name} of {target.arch} is a {type(head).__name__}; labels are "
-            "read off the gradient of a linear head that gives the logits"
-        )
+    name, head = _linear_head(model, target)
     gradients = dict(zip(trainable_parameters(model), target.gradient, strict=True))
     if f"{name}.weight" not in gradients:
         raise ValueError(f"the gradient of the head's weight {name}.weight was not sent")
@@ -189,6 +184,17 @@ def gather_evidence(
         non_negative=bool((probe >= 0).all()),
         uniform_labels=uniform_labels,
     )
+
+
+def _linear_head(model: nn.Module, target: Target) -> tuple[str, nn.Linear]:
+    """Return the classifier head and its name; raises ValueError if it is no linear layer."""
+    name, head = find_head(model)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"the classifier head {name} of {target.arch} is a {type(head).__name__}; labels are "
+            "read off the gradient of a linear head that gives the logits"
+        )
+    return name, head
 
 
 def features_of(model: nn.Module, images: Tensor, train_mode: bool) -> tuple[Tensor, Tensor | None]:

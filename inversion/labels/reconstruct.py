@@ -1,4 +1,4 @@
-"""Labels of a batch from its gradient: which method applies, and what it finds.
+"""Reconstructs the labels of a batch from its gradient, by the method that applies.
 
 A method is a function in LABEL_FUNCTIONS that takes `Evidence` and returns an `Estimate`, the
 number of samples of every class; what it needs is the record of the same name in
@@ -38,7 +38,7 @@ from models.target import Target
 
 @dataclass(frozen=True)
 class LabelInputs:
-    """What a label method may use besides the target."""
+    """Holds what a label method may use besides the target."""
 
     #: The attacked network; it is left as it was.
     model: nn.Module
@@ -52,7 +52,7 @@ class LabelInputs:
 
 @dataclass(frozen=True)
 class LabelResult:
-    """The labels of a batch as a method reconstructed them."""
+    """Holds the labels of a batch as a method reconstructed them."""
 
     #: (B,) integers, in ascending order.
     labels: Tensor

@@ -1,4 +1,4 @@
-"""One trial of a hyper-parameter search: the attack on a simulated client, scored by its images."""
+"""Runs one trial of a hyper-parameter search: the attack on a simulated client, then its score."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from utils.matching import assign
 
 @dataclass(frozen=True)
 class Problem:
-    """The attack that trials run: a simulated client with the truth, and all that is not searched.
+    """Holds the attack that trials run: a simulated client with the truth, and the settings.
 
     A trial attacks with one seed, the first of the settings.
     """

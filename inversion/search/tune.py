@@ -28,7 +28,7 @@ TUNE_FOLDER = "tune"
 
 @dataclass(frozen=True)
 class Budget:
-    """How many trials a search runs, and how long each of them may take."""
+    """Says how many trials a search runs, and how long each of them may take."""
 
     #: Number of trials.
     num_samples: int
@@ -45,7 +45,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Resources:
-    """What trials may use, and where they run."""
+    """Says what trials may use, and where they run."""
 
     #: CPU cores per trial.
     cpus: float = 1.0
@@ -61,7 +61,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """Holds what a search found."""
 
     #: A name in ALGORITHMS.
     algorithm: str
@@ -74,7 +74,7 @@ class SearchResult:
 
 
 class SearchUnavailableError(Exception):
-    """A search lacks something: a package, a state to go on from, or a trial that succeeded."""
+    """Says what a search lacks: a package, a state to go on from, or a trial that succeeded."""
 
 
 def available(algorithm: str) -> tuple[str, str]:
