@@ -25,7 +25,8 @@ from torch import Generator, Tensor, nn
 from torchvision.models.resnet import BasicBlock, resnet50
 
 from inversion.labels.evidence import Auxiliary, Evidence, features_of
-from inversion.labels.reconstruct import LABEL_STRATEGIES, LabelInputs
+from inversion.labels.reconstruct import LABEL_FUNCTIONS
+from inversion.settings import LABEL_METHODS
 from models.build import SMALL_NETWORKS, build_model, find_head, init_head
 from models.gradient import ClientLoss, batch_gradient
 from train.datasets import DATASETS
@@ -331,7 +332,7 @@ def run(
     trials: int,
     steps: dict[int, int],
     cache: Path,
-    methods: Sequence[str] = tuple(LABEL_STRATEGIES),
+    methods: Sequence[str] = tuple(LABEL_FUNCTIONS),
 ) -> list[dict]:
     """Return the rows of `methods` on `trials` batches of one setting and one network."""
     model = network_of(setting, seed, steps, cache)
@@ -355,15 +356,16 @@ def run(
         true = torch.bincount(y, minlength=setting.num_classes)
         for name in methods:
             seen = evidence
-            if name.startswith("counts-"):
+            needs = LABEL_METHODS[name]
+            if needs.needs_auxiliary:
                 if auxiliary is None:
                     continue
                 own = replace(auxiliary, bn_inputs=None)
-                if name == "counts-bn":
+                if needs.needs_uploaded_bn:
                     own = replace(auxiliary, bn_mean=bn_mean)
                 seen = replace(evidence, auxiliary=own)
             begin = time.perf_counter()
-            estimate = LABEL_STRATEGIES[name](seen, LabelInputs(model))
+            estimate = LABEL_FUNCTIONS[name](seen)
             seconds = time.perf_counter() - begin
             found = torch.repeat_interleave(torch.arange(len(true)), estimate.counts)
             occurring = true > 0
@@ -390,15 +392,15 @@ def markdown(rows: list[dict]) -> str:
     """Return the table settings × methods of mean accuracies in %."""
     lines = [
         f"| id | setting | classes | B | U | 1 − U/B, shared | seed | "
-        f"{' | '.join(LABEL_STRATEGIES)} | reach |",
-        f"| {' | '.join(['---'] * (8 + len(LABEL_STRATEGIES)))} |",
+        f"{' | '.join(LABEL_FUNCTIONS)} | reach |",
+        f"| {' | '.join(['---'] * (8 + len(LABEL_FUNCTIONS)))} |",
     ]
     for setting in (*SETTINGS, *FEW_CLASSES):
         own = [row for row in rows if row["setting"] == setting.name]
         for seed in sorted({row["seed"] for row in own}):
             here = [row for row in own if row["seed"] == seed]
             cells = []
-            for method in LABEL_STRATEGIES:
+            for method in LABEL_FUNCTIONS:
                 values = [row["accuracy"] for row in here if row["method"] == method]
                 short = values and np.mean(values) < setting.reach.get(method, 0)
                 cells.append(f"{np.mean(values):.1f}{' (!)' if short else ''}" if values else "")
@@ -439,7 +441,7 @@ def main() -> None:
             found = run(setting, seed, args.trials, steps, args.cache)
             rows += found
             print(setting.name, setting.title, f"seed {seed}:", flush=True)
-            for method in LABEL_STRATEGIES:
+            for method in LABEL_FUNCTIONS:
                 mine = [row for row in found if row["method"] == method]
                 if mine:
                     accuracy, seconds = (

@@ -72,7 +72,7 @@ def work(argv: list[str], place: Shard, local_rank: int) -> int:
         shard.any(False)
         shard.seconds.clear()
         begin = time.perf_counter()
-        exact(shared, shared.own(x))
+        exact(shared, shared.local_part(x))
         together = time.perf_counter() - begin
         if pair >= 0:
             sums = [sum(shard.seconds), len(shard.seconds)]

@@ -52,5 +52,5 @@ def photo_objective(
         weights,
         bn_source="batch",
         bn_grad=bn_grad,
-        shard=shard,
+        batch_shard=shard,
     )

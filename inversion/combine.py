@@ -1,7 +1,7 @@
-"""Minimum-loss combination: for every image of the batch, which seed's copy to take.
+"""Minimum-loss combination: chooses for every image of the batch which seed's version to take.
 
-The combination whose batch gradient is nearest to the target's (E2EGI, section "Minimum Loss
-Combinatorial Optimization"). Priors are left out of these evaluations, and no graph is built.
+The combination is the one whose batch gradient is nearest to the target's (E2EGI, section "Minimum
+Loss Combinatorial Optimization"). Priors are left out of these evaluations, and no graph is built.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from inversion.optimise import lowest
 from models.gradient import couples_samples, trainable_parameters
 from utils.shard import Shard
 
-#: Up to this many combinations all are tried, where their losses cost nothing.
+#: Up to this many combinations all are compared, where inner products give their losses.
 EXHAUSTIVE = 4096
 #: Memory that a block of the Gram matrix's product may take in float64, bytes.
 BLOCK_BYTES = 2**27
@@ -25,41 +25,43 @@ BLOCK_BYTES = 2**27
 
 @dataclass(frozen=True)
 class Combination:
-    """A consensus of several seeds.
+    """Holds a consensus of several seeds, and what it took to find it."""
 
-    x: (B, C, H, W). choice: for every image the index of the seed it came from. loss: gradient
-    distance of x. seed_losses: that of every seed. image_gradients: the work spent, in
-    gradients of one image.
-    """
-
+    #: (B, C, H, W) images.
     x: Tensor
+    #: For every image the index of the seed it came from.
     choice: tuple[int, ...]
+    #: Gradient distance of x.
     loss: float
+    #: Gradient distance of every seed's images; NaN for images that are not finite.
     seed_losses: tuple[float, ...]
+    #: The work that the search took, in gradients of one image.
     image_gradients: int
 
 
 def combination_method(objective: Objective, num_seeds: int, memory: int) -> tuple[str, str]:
-    """How `combine` will search, "gram" or "greedy", and why, in words.
+    """Return how `combine` will search, "gram" or "greedy", and why, in words.
 
     memory: bytes that the per-sample gradients may take.
     """
     parameters = list(trainable_parameters(objective.model).values())
     count = num_seeds * len(objective.y)
-    size = count * sum(p.numel() * p.element_size() for p in parameters) // objective.shard.size
+    size = (
+        count * sum(p.numel() * p.element_size() for p in parameters) // objective.batch_shard.size
+    )
     if couples_samples(objective.model, objective.loss.train_mode):
         return "greedy", "BatchNorm couples the images of a batch"
     if objective.distance_from_products is None:
         return "greedy", "this gradient distance is no function of inner products"
-    where = "in all" if objective.shard.size == 1 else "a process"
+    where = "in all" if objective.batch_shard.size == 1 else "per process"
     stored = f"{count} per-sample gradients of {size / 2**20:,.0f} MiB {where}"
     if size > memory:
-        return "greedy", f"{stored} exceed --combine-memory {memory / 2**20:,.0f}"
+        return "greedy", f"{stored} exceed the {memory / 2**20:,.0f} MiB of combine_memory"
     return "gram", stored
 
 
 class InterruptedSearchError(Exception):
-    """The search for a combination was asked to stop."""
+    """Says that the search for a combination was asked to stop."""
 
 
 def combine(
@@ -71,11 +73,11 @@ def combine(
 ) -> Combination:
     """Combine the seeds' images `x_seeds`, S tensors (B, C, H, W), into one batch.
 
-    Where no layer uses batch statistics the batch gradient is the mean of the images' own:
-    B·S of them, their Gram matrix and their products with the target give the loss of every
-    combination without any more gradients. Up to EXHAUSTIVE combinations all are compared; of more
-    a descent over changes of one image and of two, from every seed, finds a local optimum that
-    need not be the best. Elsewhere, or when they do not fit into `memory` bytes,
+    Where no layer uses batch statistics the batch gradient is the mean of the images' gradients.
+    The Gram matrix of all S·B of them and their products with the target then give the loss of
+    every combination without further gradients. Up to EXHAUSTIVE combinations all are compared; of
+    more, a descent over changes of one image and of two, from every seed, finds a local optimum
+    that need not be the best. Elsewhere, or when the gradients do not fit into `memory` bytes,
     combinations are evaluated one by one: a greedy search with repeated sweeps, until no single
     change improves. Either way the result is never worse than the best seed. Seeds may lie on
     another device than the model; only what is evaluated is moved. Seeds with images that are
@@ -85,46 +87,56 @@ def combine(
     search takes long.
     """
     usable = [s for s, x in enumerate(x_seeds) if x.isfinite().all()]
-    if usable and len(usable) < len(x_seeds):
-        found = combine(
-            objective, [x_seeds[s] for s in usable], memory=memory, should_stop=should_stop
-        )
-        seed_losses = dict(zip(usable, found.seed_losses, strict=True))
-        return replace(
-            found,
-            choice=tuple(usable[s] for s in found.choice),
-            seed_losses=tuple(seed_losses.get(s, math.nan) for s in range(len(x_seeds))),
-        )
+    if not usable or len(usable) == len(x_seeds):
+        return _combine(objective, x_seeds, memory, should_stop)
+    found = _combine(objective, [x_seeds[s] for s in usable], memory, should_stop)
+    losses_of = dict(zip(usable, found.seed_losses, strict=True))
+    return replace(
+        found,
+        choice=tuple(usable[s] for s in found.choice),
+        seed_losses=tuple(losses_of.get(s, math.nan) for s in range(len(x_seeds))),
+    )
+
+
+def _combine(
+    objective: Objective,
+    x_seeds: Sequence[Tensor],
+    memory: int,
+    should_stop: Callable[[], bool],
+) -> Combination:
+    """Combine seeds that all take part."""
     if len(x_seeds) == 1:
         loss = objective.gradient_distance(x_seeds[0].to(objective.y.device))
         batch_size = len(x_seeds[0])
         return Combination(x_seeds[0], (0,) * batch_size, loss, (loss,), batch_size)
     evaluated = _Evaluated(objective, x_seeds, should_stop)
-    seeds = [(s,) * len(objective.y) for s in range(len(x_seeds))]
-    if combination_method(objective, len(x_seeds), memory)[0] == "gram":
+    unmixed = [(s,) * len(objective.y) for s in range(len(x_seeds))]
+    from_products = objective.distance_from_products
+    method, _ = combination_method(objective, len(x_seeds), memory)
+    if method == "gram" and from_products is not None:
         gram, products, target_square = _inner_products(objective, x_seeds, should_stop)
         evaluated.image_gradients += len(products)
-        losses = _Losses(objective, gram, products, target_square, len(x_seeds))
-        seed_losses = losses.of(torch.tensor(seeds)).tolist()
+        losses = _CombinationLosses(from_products, gram, products, target_square, len(x_seeds))
+        seed_losses = losses.of(torch.tensor(unmixed)).tolist()
         best = lowest(seed_losses)
-        best_seed, seed_losses[best] = seeds[best], evaluated[seeds[best]]
-        choice = _best_combination(losses, seeds)
-        if evaluated[choice] > evaluated[best_seed]:  # only by rounding
-            choice = best_seed
+        seed_losses[best] = evaluated.loss_of(unmixed[best])
+        choice = _best_combination(losses, unmixed)
+        if evaluated.loss_of(choice) > seed_losses[best]:  # only by rounding
+            choice = unmixed[best]
     else:
-        seed_losses = [evaluated[seed] for seed in seeds]
-        choice = _greedy(evaluated, seeds[lowest(seed_losses)], len(x_seeds))
+        seed_losses = [evaluated.loss_of(seed) for seed in unmixed]
+        choice = _greedy(evaluated, unmixed[lowest(seed_losses)], len(x_seeds))
     return Combination(
         evaluated.batch(choice),
         choice,
-        evaluated[choice],
+        evaluated.loss_of(choice),
         tuple(seed_losses),
         evaluated.image_gradients,
     )
 
 
 class _Evaluated:
-    """Gradient distances of combinations, each evaluated once; counts the work."""
+    """Evaluates the gradient distances of combinations, each once, and counts the work."""
 
     def __init__(
         self, objective: Objective, x_seeds: Sequence[Tensor], should_stop: Callable[[], bool]
@@ -134,10 +146,14 @@ class _Evaluated:
         self._losses: dict[tuple[int, ...], float] = {}
 
     def batch(self, choice: tuple[int, ...]) -> Tensor:
-        """The images of a combination."""
+        """Return the images of a combination."""
         return torch.stack([self.x_seeds[s][i] for i, s in enumerate(choice)])
 
-    def __getitem__(self, choice: tuple[int, ...]) -> float:
+    def loss_of(self, choice: tuple[int, ...]) -> float:
+        """Return the gradient distance of a combination; new ones pass through the network.
+
+        Raises InterruptedSearchError when `should_stop()` is true.
+        """
         if choice not in self._losses:
             if self.should_stop():
                 raise InterruptedSearchError
@@ -153,8 +169,8 @@ def _greedy(evaluated: _Evaluated, choice: tuple[int, ...], num_seeds: int) -> t
         before = choice
         for i in range(len(choice)):
             options = [(*choice[:i], s, *choice[i + 1 :]) for s in range(num_seeds)]
-            losses = [evaluated[option] for option in options]
-            if losses[lowest(losses)] < evaluated[choice]:
+            losses = [evaluated.loss_of(option) for option in options]
+            if losses[lowest(losses)] < evaluated.loss_of(choice):
                 choice = options[lowest(losses)]
         if choice == before:
             return choice
@@ -163,12 +179,13 @@ def _greedy(evaluated: _Evaluated, choice: tuple[int, ...], num_seeds: int) -> t
 def _inner_products(
     objective: Objective, x_seeds: Sequence[Tensor], should_stop: Callable[[], bool]
 ) -> tuple[Tensor, Tensor, float]:
-    """Gram matrix (S·B, S·B) of the per-sample gradients over B, products with the target (S·B,).
+    """Return the inner products of all per-sample gradients, each divided by B.
 
-    Row s·B + i is image i of seed s. Also the target's squared norm. All in float64 on the CPU,
-    summed in blocks of parameters. Several processes have a part of the rows each.
+    Returns their Gram matrix (S·B, S·B), their products with the target's gradient (S·B,) and its
+    squared norm; row s·B + i is image i of seed s. All in float64 on the CPU, summed in blocks of
+    parameters. With several processes each computes a part of the rows.
     """
-    batch_size, device, shard = len(objective.y), objective.y.device, objective.shard
+    batch_size, device, shard = len(objective.y), objective.y.device, objective.batch_shard
     target = torch.cat([g.flatten() for g in objective.target_gradient])
     count = len(x_seeds) * batch_size
     own = shard.block(count)
@@ -197,31 +214,38 @@ def _largest_block(shard: Shard, count: int) -> int:
     return first.stop - first.start
 
 
-class _Losses:
-    """Losses of combinations from inner products; row s·B + i is image i of seed s."""
+class _CombinationLosses:
+    """Computes losses of combinations from inner products; row s·B + i is image i of seed s."""
 
-    def __init__(self, objective, gram, products, target_square, num_seeds):
-        self._distance = objective.distance_from_products
+    def __init__(
+        self,
+        from_products: Callable[[Tensor, Tensor, float], Tensor],
+        gram: Tensor,
+        products: Tensor,
+        target_square: float,
+        num_seeds: int,
+    ):
+        self._distance = from_products
         self.gram, self.products, self.target_square = gram, products, target_square
         self.num_seeds = num_seeds
         self.batch_size = len(products) // num_seeds
 
     def rows(self, choice: Tensor) -> Tensor:
-        """Rows of a combination (..., B)."""
+        """Return the rows of combinations (..., B)."""
         return choice * self.batch_size + torch.arange(self.batch_size)
 
     def distance(self, square: Tensor, product: Tensor) -> Tensor:
-        """Distance from ‖g‖² and ⟨g, g*⟩."""
+        """Return the gradient distance from ‖g‖² and ⟨g, g*⟩."""
         return self._distance(square, product, self.target_square)
 
     def of(self, choices: Tensor) -> Tensor:
-        """Losses (M,) of combinations (M, B)."""
+        """Return the losses (M,) of combinations (M, B)."""
         rows = self.rows(choices)
         square = self.gram[rows[:, :, None], rows[:, None, :]].sum((1, 2))
         return self.distance(square, self.products[rows].sum(1))
 
     def after_changes(self, choice: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses after every single change and after every pair of changes.
+        """Return the losses after every single change and after every pair of changes.
 
         Change s·B + i gives image i to seed s. Returns (S·B,) and (S·B, S·B); where a pair
         changes the same image twice it holds infinity.
@@ -247,8 +271,8 @@ class _Losses:
         return single, pairs.masked_fill(same, torch.inf)
 
 
-def _best_combination(losses: _Losses, starts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The best combination found: by trying all of few, else by descent from every start."""
+def _best_combination(losses: _CombinationLosses, starts: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Find the best combination: compare all if they are few, else descend from every start."""
     if losses.num_seeds**losses.batch_size <= EXHAUSTIVE:
         every = torch.tensor(
             list(itertools.product(range(losses.num_seeds), repeat=losses.batch_size))
@@ -258,8 +282,8 @@ def _best_combination(losses: _Losses, starts: list[tuple[int, ...]]) -> tuple[i
     return tuple(ends[losses.of(torch.stack(ends)).argmin()].tolist())
 
 
-def _descend(losses: _Losses, choice: Tensor) -> Tensor:
-    """Steepest descent over changes of one image, and of two where no single one helps."""
+def _descend(losses: _CombinationLosses, choice: Tensor) -> Tensor:
+    """Descend steepest over changes of one image, and of two where no single one helps."""
     value = losses.of(choice[None])[0]
     while True:
         single, pairs = losses.after_changes(choice)

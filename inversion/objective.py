@@ -1,8 +1,10 @@
-"""The attack's objective: a gradient distance plus weighted priors."""
+"""Evaluates the attack's objective: a gradient distance plus weighted priors."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +18,50 @@ from models.target import Target, check_gradient_fits
 from utils.errors import InputError
 from utils.shard import ALONE, Shard, differentiable_sum, sum_tensors
 
+Value = TypeVar("Value", Tensor, float)
+
 
 @dataclass(frozen=True)
-class Losses:
-    """Values of one evaluation: scalars as tensors, or as floats after `floats()`.
+class Losses(Generic[Value]):
+    """Holds the values of one evaluation: scalar tensors, or floats after `floats()`."""
 
-    total is weighted; gradient (the distance) and terms (prior name → value) are not.
-    """
+    #: Weighted sum of the gradient distance and the priors.
+    total: Value
+    #: The gradient distance, unweighted; None where nothing computes it (`prior_only`).
+    gradient: Value | None
+    #: Name of each prior in use → its value, unweighted.
+    terms: Mapping[str, Value]
 
-    total: Tensor | float
-    gradient: Tensor | float
-    terms: Mapping[str, Tensor | float]
+    @property
+    def criterion(self) -> Value:
+        """Images are compared by this value: the gradient distance, or the total without one."""
+        return self.total if self.gradient is None else self.gradient
 
-    def floats(self) -> "Losses":
-        """The same as Python floats, with one transfer from the device."""
-        stacked = torch.stack([self.total, self.gradient, *self.terms.values()]).detach()
-        total, gradient, *terms = stacked.tolist()
+    def floats(self: "Losses[Tensor]") -> "Losses[float]":
+        """Return the same values as floats, with one transfer from the device."""
+        stacked = torch.stack([self.total, self.criterion, *self.terms.values()]).detach()
+        total, criterion, *terms = stacked.tolist()
+        gradient = None if self.gradient is None else criterion
         return Losses(total, gradient, dict(zip(self.terms, terms, strict=True)))
 
 
+#: The losses of images at which nothing finite was computed.
+NO_LOSSES: Losses[float] = Losses(math.nan, math.nan, {})
+
+
 class Objective:
-    """The objective as a function of the candidate images, for one target and its labels.
+    """Evaluates the objective of candidate images, for one target and its labels.
 
-    model: the attacked network (`models.target.model_of`, or your own); left as it was.
-    y: (B,) labels. distance: a name in GRADIENT_DISTANCES. bn_source: where the BN prior pulls
-    to, "running" statistics of the model or the "batch" statistics that the client sent.
-    bn_grad: "exact", or "detached" for the original's truncated second derivative of
-    BatchNorm in train mode. shard: this process's part of the batch where several share the work;
-    every one has the whole `target` and `y`, and all losses are those of the whole batch.
+    One evaluation, in order: the candidate `x` passes through the network as the client's batch
+    did and gives its gradient, and with a BN prior also the batch's moments at every BatchNorm
+    layer (`gradient_and_priors`); the priors in use are evaluated on `x`; with several processes
+    the parts are summed (`sum_over_processes`); the gradient is compared with the target's
+    (`distance`); the total is the weighted distance plus the weighted priors (`weighted_sum`).
+    `__call__` does all of this on the graph, `value` without one, and inversion/pixel_gradient.py
+    puts the steps together in a cheaper way.
 
-    Raises InputError when the gradient is zero or does not fit the model, and ValueError when B
-    labels are not given or the BN prior has nothing to pull to.
+    With several processes that share the batch, each has the whole target and labels and its own
+    part of the images; all losses are those of the whole batch.
     """
 
     def __init__(
@@ -56,11 +71,22 @@ class Objective:
         y: Tensor,
         weights: Weights,
         *,
-        distance: str = "sim",
+        distance_name: str = "sim",
         bn_source: str = "running",
         bn_grad: str = "exact",
-        shard: Shard = ALONE,
+        batch_shard: Shard = ALONE,
     ):
+        """Prepare the target's gradient and moments on the model's device.
+
+        model: the attacked network (`models.target.model_of`, or your own), which is left as it
+        was. y: (B,) labels. distance_name: a name in GRADIENT_DISTANCES. bn_source: where the BN
+        prior pulls to, the "running" statistics of the model or those of the "batch", which the
+        client sent. bn_grad: "exact", or "detached" for the original's truncated second derivative
+        of BatchNorm in train mode. batch_shard: this process's part of the batch.
+
+        Raises InputError when the gradient is zero or does not fit the model, and ValueError for
+        other than B labels, an unknown bn_grad, or a BN prior that has nothing to pull to.
+        """
         check_gradient_fits(model, target)
         if len(y) != target.batch_size:
             raise ValueError(f"{len(y)} labels for a batch of {target.batch_size}")
@@ -71,70 +97,79 @@ class Objective:
         self.weights = weights
         self.loss = target.loss
         self.bn_grad = bn_grad
-        self.shard = shard
+        self.batch_shard = batch_shard
         self.y = y.to(like.device)
+        #: (B, C, H, W) images that group consistency pulls to, None outside MLCO's rounds.
         self.consensus: Tensor | None = None
         self.target_gradient = [g.to(like) for g in target.gradient]
         if not joint_norm(self.target_gradient) > 0:
             raise InputError("the target's gradient is zero: it says nothing about the images")
-        self._distance = GRADIENT_DISTANCES[distance]
+        self._distance = GRADIENT_DISTANCES[distance_name]
+        #: The distance from inner products; None where it is no function of them.
         self.distance_from_products = self._distance.from_products
         self._needs_moments = any(PRIORS[name].needs_moments for name in weights.at(0.0))
-        self.target_moments = []
+        self.target_moments: list[tuple[Tensor, Tensor]] = []
         if self._needs_moments:
             self.target_moments = _target_moments(model, target, bn_source)
 
-    def distance(self, gradient: tuple[Tensor, ...]) -> Tensor:
-        """Distance of a candidate's gradient from the target's, differentiable."""
+    def distance(self, gradient: Sequence[Tensor]) -> Tensor:
+        """Return the distance of a candidate's gradient from the target's, differentiable."""
         return self._distance.value(gradient, self.target_gradient)
 
-    def distance_with_cotangent(self, gradient: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        """The same distance and its derivative by the gradient, without a graph."""
+    def distance_with_cotangent(self, gradient: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return the same distance and its derivative by the gradient, without a graph."""
         with torch.no_grad():
             return self._distance.with_cotangent(gradient, self.target_gradient)
 
-    def own(self, x: Tensor) -> Tensor:
-        """This process's part of a whole batch `x` (B, C, H, W)."""
-        return self.shard.split(x)
+    def local_part(self, x: Tensor) -> Tensor:
+        """Return this process's part of a whole batch `x` (B, ...)."""
+        return self.batch_shard.split(x)
 
     def image_gradient(self, x: Tensor, index: int) -> tuple[Tensor, ...]:
-        """Gradient of the image `x` (1, C, H, W) alone with label number `index`, eval mode."""
+        """Return the gradient of one image `x` (1, C, H, W) with label number `index`.
+
+        It is a summand of the batch's only where no layer uses batch statistics.
+        """
         return self._batch_gradient(x, self.y[index : index + 1])
 
-    def _batch_gradient(self, x, y, **options) -> tuple[Tensor, ...]:
+    def _batch_gradient(self, x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
         return batch_gradient(self.model, x, y, self.loss, **options)
 
     def _statistics(self, *, needed: bool):
         return batch_statistics(
             self.model,
-            self.shard,
+            self.batch_shard,
             train_mode=self.loss.train_mode,
             needed=needed,
             truncated=self.bn_grad == "detached",
             images=len(self.y),
         )
 
-    def _share(self, x: Tensor, *, create_graph: bool, with_moments: bool):
-        """This process's share of the gradient of its images `x`, and BN moments of the batch."""
-        total = len(self.y) if self.shard.size > 1 else None
+    def _local_gradient(
+        self, x: Tensor, *, create_graph: bool, with_moments: bool
+    ) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, Tensor]]]:
+        """Return what this process's images `x` add to the gradient, and the batch's moments."""
+        total = len(self.y) if self.batch_shard.size > 1 else None
         with self._statistics(needed=with_moments) as moments:
             gradient = self._batch_gradient(
-                x, self.own(self.y), create_graph=create_graph, total=total
+                x, self.local_part(self.y), create_graph=create_graph, total=total
             )
             return gradient, moments() if with_moments else []
 
-    def evaluate(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """Gradient of the candidate batch `x` and its unweighted priors, both on the graph.
+    def gradient_and_priors(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Return the gradient of the candidate `x` and its unweighted priors, on the graph.
 
-        With several processes `x` is this one's part, and so are the results: their sums over
-        processes (`whole`) are the gradient and the priors.
+        With several processes `x` is this one's part, and so are the results, which
+        `sum_over_processes` makes whole. The gradient is one tensor per trainable parameter.
         """
-        gradient, moments = self._share(x, create_graph=True, with_moments=self._needs_moments)
+        gradient, moments = self._local_gradient(
+            x, create_graph=True, with_moments=self._needs_moments
+        )
         return gradient, self._terms(x, moments)
 
-    def priors(self, x: Tensor) -> dict[str, Tensor]:
-        """The unweighted priors of `evaluate` alone, on the graph; no gradient is computed."""
-        moments = []
+    def priors_only(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the priors of `gradient_and_priors` alone, without computing a gradient."""
+        moments: list[tuple[Tensor, Tensor]] = []
         if self._needs_moments:
             with self._statistics(needed=True) as recorded:
                 with gradient_mode(self.model, self.loss.train_mode), torch.enable_grad():
@@ -143,99 +178,116 @@ class Objective:
         return self._terms(x, moments)
 
     def _terms(self, x: Tensor, moments: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        consensus = None if self.consensus is None else self.own(self.consensus)
+        consensus = None if self.consensus is None else self.local_part(self.consensus)
         candidate = Candidate(x, moments, self.target_moments, consensus)
         names = [
             name
             for name in self.weights.at(0.0)
             if self.consensus is not None or not PRIORS[name].needs_consensus
         ]
-        return {name: self._prior_share(name, candidate) for name in names}
+        return {name: self._local_prior(name, candidate) for name in names}
 
-    def _prior_share(self, name: str, candidate: Candidate) -> Tensor:
-        """Priors are means over images, but for those of the whole batch's moments."""
-        if self.shard.size == 1:
+    def _local_prior(self, name: str, candidate: Candidate) -> Tensor:
+        """Return what this process adds to a prior; those sum to the whole batch's prior.
+
+        A prior of the moments is the same number on every process, each other one a mean over
+        the process's images.
+        """
+        if self.batch_shard.size == 1:
             return PRIOR_FUNCTIONS[name](candidate)
         if PRIORS[name].needs_moments:
-            return PRIOR_FUNCTIONS[name](candidate) / self.shard.size
+            return PRIOR_FUNCTIONS[name](candidate) / self.batch_shard.size
         if not len(candidate.x):
             return candidate.x.sum()
         return PRIOR_FUNCTIONS[name](candidate) * (len(candidate.x) / len(self.y))
 
-    def whole(
+    def sum_over_processes(
         self, gradient: Sequence[Tensor], terms: Mapping[str, Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """Gradient and priors of the whole batch from all processes' shares, without a graph."""
-        if self.shard.size == 1 or not (gradient or terms):
+        """Sum gradient and priors of all processes' parts; the sums carry no graph.
+
+        Every process of `batch_shard` must call it. For one process the gradient is returned as
+        it is, with its graph.
+        """
+        if self.batch_shard.size == 1 or not (gradient or terms):
             return tuple(gradient), {name: term.detach() for name, term in terms.items()}
         like = (*gradient, *terms.values())[0]
         values = [term.to(like).view(1) for term in terms.values()]
-        summed = sum_tensors([*gradient, *values], self.shard)
+        summed = sum_tensors([*gradient, *values], self.batch_shard)
         scalars = (value[0] for value in summed[len(gradient) :])
         return summed[: len(gradient)], dict(zip(terms, scalars, strict=True))
 
-    def toward(self, consensus: Tensor | None) -> "Objective":
-        """The same objective with group consistency to `consensus` (B, C, H, W), or without."""
+    def with_consensus(self, consensus: Tensor | None) -> "Objective":
+        """Return the objective with group consistency to `consensus` (B, C, H, W), or without."""
         other = copy.copy(self)
         other.consensus = consensus
         return other
 
     def with_labels(self, y: Tensor) -> "Objective":
-        """The same objective for other labels `y` (B,)."""
+        """Return the objective for other labels `y` (B,)."""
         other = copy.copy(self)
         other.y = y.to(self.y)
         return other
 
     def gradient(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Gradient of the whole candidate batch `x` (B, C, H, W), without a graph."""
-        gradient, _ = self._share(self.own(x), create_graph=False, with_moments=False)
-        return sum_tensors(gradient, self.shard)
+        """Return the gradient of the whole candidate `x` (B, C, H, W), without a graph."""
+        gradient, _ = self._local_gradient(
+            self.local_part(x), create_graph=False, with_moments=False
+        )
+        return sum_tensors(gradient, self.batch_shard)
 
     def gradient_distance(self, x: Tensor) -> float:
-        """The gradient distance of the whole candidate batch `x` alone: no priors, no graph."""
+        """Return the gradient distance of the whole candidate `x`, without priors or graph."""
         return self.distance_with_cotangent(self.gradient(x))[0].item()
 
-    def value(self, x: Tensor, progress: float = 0.0) -> Losses:
-        """All terms for the whole candidate batch `x`, without a graph: `__call__`'s values."""
-        gradient, moments = self._share(
-            self.own(x), create_graph=False, with_moments=self._needs_moments
+    def value(self, x: Tensor, progress: float = 0.0) -> Losses[Tensor]:
+        """Return all losses of the whole candidate `x` (B, C, H, W), without a graph.
+
+        progress: share of the run done, in [0, 1], by which the weights change.
+        """
+        part = self.local_part(x)
+        gradient, moments = self._local_gradient(
+            part, create_graph=False, with_moments=self._needs_moments
         )
         with torch.no_grad():
-            gradient, terms = self.whole(gradient, self._terms(self.own(x), moments))
+            gradient, terms = self.sum_over_processes(gradient, self._terms(part, moments))
             distance, _ = self.distance_with_cotangent(gradient)
-            total = self.weights.gradient * distance + self.prior_sum(terms, progress)
+            total = self.weights.gradient * distance + self.weighted_sum(terms, progress)
         return Losses(total, distance, terms)
 
-    def prior_sum(self, terms: Mapping[str, Tensor], progress: float) -> Tensor | float:
-        """Weighted sum of the prior terms at `progress` of the run; 0 without priors."""
+    def weighted_sum(self, terms: Mapping[str, Tensor], progress: float) -> Tensor | float:
+        """Return the weighted sum of the priors at `progress` of the run; 0 without priors."""
         weights = self.weights.at(progress)
         return sum(weights[name] * term for name, term in terms.items())
 
-    def __call__(self, x: Tensor, progress: float = 0.0) -> Losses:
-        """All terms for the candidate `x` (B, C, H, W), differentiable with respect to it.
+    def __call__(self, x: Tensor, progress: float = 0.0) -> Losses[Tensor]:
+        """Return all losses of the candidate `x` (B, C, H, W), differentiable by `x`.
 
         With several processes `x` is this one's part and the losses are the whole batch's, but
-        the derivative of the total holds this process's share of what all compute alike.
+        the derivative of the total holds only this process's share of what all compute alike.
         """
-        gradient, terms = self.evaluate(x)
-        count = self.shard.size
-        distance = self.distance([differentiable_sum(g, self.shard) for g in gradient])
-        total = self.weights.gradient * distance / count + self.prior_sum(terms, progress)
+        gradient, terms = self.gradient_and_priors(x)
+        count = self.batch_shard.size
+        distance = self.distance([differentiable_sum(g, self.batch_shard) for g in gradient])
+        total = self.weights.gradient * distance / count + self.weighted_sum(terms, progress)
         if count > 1:
-            _, terms = self.whole(gradient, terms)
-            value = self.weights.gradient * distance + self.prior_sum(terms, progress)
+            _, terms = self.sum_over_processes(gradient, terms)
+            value = self.weights.gradient * distance + self.weighted_sum(terms, progress)
             total = total + (value - total).detach()
         return Losses(total, distance, terms)
 
 
-def _target_moments(model, target, bn_source):
+def _target_moments(
+    model: nn.Module, target: Target, bn_source: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (mean, variance) per BatchNorm layer that the BN prior pulls to."""
     like = next(model.parameters())
     if bn_source == "running":
         moments = running_moments(model)
-    elif target.bn_mean is None:
+    elif target.bn_mean is None or target.bn_var is None:
         raise ValueError("the target holds no BN statistics of the batch: bn_source 'running'")
     else:
-        moments = zip(target.bn_mean, target.bn_var, strict=True)
+        moments = list(zip(target.bn_mean, target.bn_var, strict=True))
     moments = [(mean.to(like), var.to(like)) for mean, var in moments]
     if not moments:
         raise ValueError("the BN prior has a weight, but the model has no BatchNorm layer")

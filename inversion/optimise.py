@@ -1,13 +1,14 @@
-"""The optimisation loop: from initial images to a reconstruction."""
+"""Optimises images: one loop from initial images to a reconstruction."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from inversion.objective import Losses
+from inversion.objective import NO_LOSSES, Losses
 from inversion.settings import Loop
 from utils.shard import ALONE, Shard
 
@@ -17,7 +18,7 @@ def _adam(x: Tensor, lr: float) -> torch.optim.Optimizer:
 
 
 def _lbfgs(x: Tensor, lr: float) -> torch.optim.Optimizer:
-    """One L-BFGS direction a step, with a strong-Wolfe line search of up to 25 evaluations.
+    """Take one L-BFGS direction per step, with a strong-Wolfe search of up to 25 evaluations.
 
     The tolerances are 0: a cosine distance can be small enough to meet the defaults at once.
     """
@@ -33,138 +34,180 @@ def _lbfgs(x: Tensor, lr: float) -> torch.optim.Optimizer:
     )
 
 
-#: `--optim`: name → optimiser over the images.
+#: name in `inversion.settings.OPTIMISERS` → function(x, lr) → optimiser over the images.
 OPTIMISERS = {"Adam": _adam, "LBFGS": _lbfgs}
 #: Those that see the objective divided by its value at the start. The first step of L-BFGS is the
 #: derivative itself: for losses near 1e-5 it moves the images so little that float32 shows no
 #: difference in the loss, and the line search gives up.
 NORMALISED = {"LBFGS"}
+#: (x, progress) → losses at `x` and the derivative there.
+BoundPixelGradient = Callable[[Tensor, float], tuple[Losses[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """x: (B, C, H, W) images. losses: of exactly these images (floats). steps: iterations done.
+    """Holds the images that an optimisation arrived at, with their losses."""
 
-    stopped: None when all iterations ran, "not finite" when a loss was not, "interrupted" when
-    `on_step` asked to stop. optimiser_state: to go on from.
-    """
-
+    #: (B, C, H, W), normalised.
     x: Tensor
-    losses: Losses
+    #: The losses of exactly these images.
+    losses: Losses[float]
+    #: Iterations done.
     steps: int
+    #: None when all iterations ran, "not finite" when a loss or derivative was not finite,
+    #: "interrupted" when `on_step` asked to stop.
     stopped: str | None = None
+    #: What `reconstruct` goes on from; None after a loss that was not finite.
     optimiser_state: dict | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a strategy over several seeds returns.
+    """Holds the result of a strategy over several seeds."""
 
-    final: the reconstruction. runs: one a seed, with the steps of all its parts; fewer than
-    seeds when interrupted. chosen: index of the run that is the final one, None where no single
-    one is. iterations: of all seeds and stages together.
-    """
-
+    #: The reconstruction.
     final: Reconstruction
+    #: One per seed, with the steps of all its parts; fewer than seeds when interrupted.
     runs: tuple[Reconstruction, ...]
+    #: Index of the run that became `final`; None if `final` combines several runs.
     chosen: int | None
+    #: Iterations of all seeds and stages together.
     iterations: int
 
 
 def lowest(losses: Sequence[float]) -> int:
-    """Index of the lowest loss; one that is not finite counts as the highest."""
+    """Return the index of the lowest loss; one that is not finite counts as the highest."""
     finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
     return finite.index(min(finite))
 
 
-class _NotFiniteError(Exception):
-    pass
-
-
 def reconstruct(
-    pixel_gradient: Callable[[Tensor, float], tuple[Losses, Tensor]],
+    pixel_gradient: BoundPixelGradient,
     x_init: Tensor,
     loop: Loop,
     *,
     generator: Generator | None = None,
-    on_step: Callable[[int, Losses, float], bool | None] | None = None,
+    on_step: Callable[[int, Losses[float], float], bool | None] | None = None,
     span: range | None = None,
     optimiser_state: dict | None = None,
-    shard: Shard = ALONE,
+    batch_shard: Shard = ALONE,
 ) -> Reconstruction:
     """Improve the images `x_init` (B, C, H, W) for `loop.steps` iterations.
 
-    With `span` only for those of the loop's iterations, at their rates and weights; with the
-    `optimiser_state` of the part before, parts in a row are one run.
+    pixel_gradient(x, progress): a function of inversion/pixel_gradient.py with the objective
+    bound. generator: source of the Langevin noise, on the device of `x_init`. on_step(step,
+    losses, rate): called after every iteration with the losses before its update; a true answer
+    ends the loop. span: only those of the loop's iterations, at their rates and weights; with
+    the `optimiser_state` of the part before, parts in a row are one run.
 
-    pixel_gradient(x, progress): losses at `x` and the derivative (inversion/pixel_gradient.py,
-    with the objective bound). generator: source of the Langevin noise, on the device of
-    `x_init`. on_step(step, losses, rate): called after every iteration with the losses before
-    its update, as floats; a true answer ends the loop.
-
-    shard: with several processes each is given the whole `x_init` and improves its part of it;
-    noise is drawn for the whole batch, all end the loop together, and the result is whole. Only
-    the optimiser's state is this process's own.
+    batch_shard: with several processes each is given the whole `x_init` and improves its part of
+    it; noise is drawn for the whole batch, all end the loop together, and the result is whole.
+    Only the optimiser's state is this process's own.
 
     Every loss is paired with the images it was computed at. A loss that is not finite ends the
     loop and returns the best images until then, `x_init` with NaN losses if there were none.
     """
-    x = _boxed(shard.split(x_init.detach()).clone(), loop.box).requires_grad_()
-    optimiser = OPTIMISERS[loop.optimiser](x, loop.lr)
-    scale = None if loop.optimiser in NORMALISED else 1.0
-    if optimiser_state is not None:
-        optimiser.load_state_dict(optimiser_state["optimiser"])
-        scale = optimiser_state["scale"]
+    run = _Run(pixel_gradient, x_init, loop, batch_shard, optimiser_state)
     span = range(loop.steps) if span is None else span
-    latest = None
-    best_x, best = x.detach().clone(), Losses(math.nan, math.nan, {})
-
-    def evaluate(progress: float) -> Tensor:
-        nonlocal latest, best_x, best, scale
-        losses, derivative = pixel_gradient(x.detach(), progress)
-        latest = losses.floats()
-        if shard.any(not (math.isfinite(latest.total) and bool(derivative.sum().isfinite()))):
-            raise _NotFiniteError
-        if not latest.gradient >= best.gradient:  # true for the NaN of the start as well
-            best_x, best = x.detach().clone(), latest
-        if scale is None:
-            scale = 1 / abs(latest.total or 1.0)
-        x.grad = derivative.sign() if loop.signed else derivative * scale
-        return losses.total * scale
-
     step, done, stopped = span.start, 0, None
-    try:
-        for step in span:
-            rate = loop.rate(step)
-            optimiser.param_groups[0]["lr"] = rate
-            first = []
+    for step in span:
+        rate = loop.rate(step)
+        before = run.improve(loop.progress(step), rate, generator)
+        if before is None:
+            stopped = "not finite"
+            break
+        done += 1
+        if batch_shard.any(on_step is not None and bool(on_step(step, before, rate))):
+            stopped = "interrupted"
+            break
+    if stopped != "not finite" and not run.evaluate(loop.progress(step)):
+        stopped = "not finite"
+    best = loop.keep_best or stopped == "not finite"
+    x, losses = (run.best_x, run.best) if best else (run.x.detach().clone(), run.latest)
+    state = None if stopped == "not finite" else run.state()
+    return Reconstruction(batch_shard.gather(x, len(x_init)), losses, done, stopped, state)
 
-            def closure(first=first, step=step):
-                total = evaluate(loop.progress(step))
-                first.append(latest)
-                return total
 
-            optimiser.step(closure)
-            with torch.no_grad():
-                if loop.noise:
-                    noise = torch.randn(
-                        x_init.shape, dtype=x.dtype, device=x.device, generator=generator
-                    )
-                    x.add_(shard.split(noise), alpha=rate * loop.noise)
-                x.copy_(_boxed(x, loop.box))
-            done += 1
-            if shard.any(on_step is not None and on_step(step, first[0], rate)):
-                stopped = "interrupted"
-                break
-        evaluate(loop.progress(step))
-    except _NotFiniteError:
-        return Reconstruction(shard.gather(best_x, len(x_init)), best, done, "not finite")
-    state = {"optimiser": optimiser.state_dict(), "scale": scale}
-    if loop.keep_best:
-        return Reconstruction(shard.gather(best_x, len(x_init)), best, done, stopped, state)
-    latest_x = shard.gather(x.detach().clone(), len(x_init))
-    return Reconstruction(latest_x, latest, done, stopped, state)
+class _NotFiniteError(Exception):
+    """Leaves the line search of an optimiser at a loss that is not finite."""
+
+
+class _Run:
+    """Carries out one optimisation: holds this process's images, their losses, the best so far."""
+
+    def __init__(
+        self,
+        pixel_gradient: BoundPixelGradient,
+        x_init: Tensor,
+        loop: Loop,
+        shard: Shard,
+        state: dict | None,
+    ):
+        self.pixel_gradient, self.loop, self.shard = pixel_gradient, loop, shard
+        self.shape = x_init.shape
+        self.x = _boxed(shard.split(x_init.detach()).clone(), loop.box).requires_grad_()
+        self.optimiser = OPTIMISERS[loop.optimiser](self.x, loop.lr)
+        #: Factor of the objective as the optimiser sees it; None until the first evaluation.
+        self.scale = None if loop.optimiser in NORMALISED else 1.0
+        if state is not None:
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.scale = state["scale"]
+        #: Losses at the last evaluation, and the total there as the optimiser sees it.
+        self.latest, self.scaled_total = NO_LOSSES, self.x.new_zeros(())
+        self.best_x, self.best = self.x.detach().clone(), NO_LOSSES
+
+    def evaluate(self, progress: float) -> bool:
+        """Compute losses and derivative at the images; false where one is not finite."""
+        losses, derivative = self.pixel_gradient(self.x.detach(), progress)
+        self.latest = losses.floats()
+        finite = math.isfinite(self.latest.total) and bool(derivative.sum().isfinite())
+        if self.shard.any(not finite):
+            return False
+        if not self.latest.criterion >= self.best.criterion:  # true for the NaN of the start too
+            self.best_x, self.best = self.x.detach().clone(), self.latest
+        if self.scale is None:
+            self.scale = 1 / abs(self.latest.total or 1.0)
+        self.x.grad = derivative.sign() if self.loop.signed else derivative * self.scale
+        self.scaled_total = losses.total * self.scale
+        return True
+
+    def improve(
+        self, progress: float, rate: float, generator: Generator | None
+    ) -> Losses[float] | None:
+        """Do one iteration; return the losses before its update, None where one is not finite."""
+        before: list[Losses[float]] = []
+
+        def closure() -> Any:  # torch says float, and its optimisers pass on any type
+            if not self.evaluate(progress):
+                raise _NotFiniteError
+            before.append(self.latest)
+            return self.scaled_total
+
+        self.optimiser.param_groups[0]["lr"] = rate
+        try:
+            self.optimiser.step(closure)
+        except _NotFiniteError:
+            return None
+        with torch.no_grad():
+            self._project(rate, generator)
+        return before[0]
+
+    def _project(self, rate: float, generator: Generator | None) -> None:
+        """Add the Langevin noise, and clamp the images to the box."""
+        if self.loop.noise:
+            noise = torch.randn(
+                self.shape, dtype=self.x.dtype, device=self.x.device, generator=generator
+            )
+            self.x.add_(self.shard.split(noise), alpha=rate * self.loop.noise)
+        self.x.copy_(_boxed(self.x, self.loop.box))
+
+    def state(self) -> dict:
+        """Return what another run goes on from."""
+        return {"optimiser": self.optimiser.state_dict(), "scale": self.scale}
 
 
 def _boxed(x: Tensor, box: tuple[Tensor, Tensor] | None) -> Tensor:
-    return x if box is None else x.clamp(*(bound.to(x) for bound in box))
+    if box is None:
+        return x
+    low, high = box
+    return x.clamp(low.to(x), high.to(x))

@@ -1,4 +1,4 @@
-"""Priors on images: what the attacker believes of them beside the gradient.
+"""Computes priors on images: what the attacker expects of them, whatever the gradient.
 
 Every prior takes a `Candidate` and returns a differentiable scalar, the same number whatever
 the batch size for images alike. A new prior is one function and one line in
@@ -14,34 +14,33 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Candidate:
-    """What priors look at.
+    """Holds the candidate images, and what priors compare them with."""
 
-    x: (B, C, H, W) normalised images. moments: (mean, var) of the batch at the input of every
-    BatchNorm layer, on the graph; target_moments: what they are pulled towards. Both are empty
-    unless a prior that `needs_moments` has a weight. consensus: (B, C, H, W) or None outside the
-    combination rounds of MLCO.
-    """
-
+    #: (B, C, H, W) normalised images.
     x: Tensor
+    #: (mean, var) of the batch at the input of every BatchNorm layer, each (C_l,), on the graph.
+    #: Empty unless a prior that `needs_moments` has a weight.
     moments: Sequence[tuple[Tensor, Tensor]] = ()
+    #: The moments that they are pulled to, likewise.
     target_moments: Sequence[tuple[Tensor, Tensor]] = ()
+    #: (B, C, H, W) images; None outside the combination rounds of MLCO.
     consensus: Tensor | None = None
 
 
 def total_variation(candidate: Candidate) -> Tensor:
-    """Anisotropic total variation (Rudin et al., 1992).
+    """Return the anisotropic total variation (Rudin et al., 1992).
 
-    Mean absolute difference of horizontal neighbours plus that of vertical neighbours, over
-    batch, channels and pixels; ≥ 0, 0 for flat images.
+    It is the mean absolute difference of horizontal neighbours plus that of vertical neighbours,
+    over batch, channels and pixels; ≥ 0, 0 for flat images.
     """
     differences = (candidate.x.diff(dim=-1), candidate.x.diff(dim=-2))
     return sum((d.abs().mean() for d in differences if d.numel()), candidate.x.new_zeros(()))
 
 
 def bn_statistics(candidate: Candidate) -> Tensor:
-    """BatchNorm-statistics prior (DeepInversion, Yin et al., 2020).
+    """Return the BatchNorm-statistics prior (DeepInversion, Yin et al., 2020).
 
-    Σ over BN layers of ‖mean − mean*‖₂ + ‖var − var*‖₂, with the batch's mean and biased
+    It is Σ over BN layers of ‖mean − mean*‖₂ + ‖var − var*‖₂, with the batch's mean and biased
     variance at the layer's input; ≥ 0.
     """
     return sum(
@@ -53,12 +52,16 @@ def bn_statistics(candidate: Candidate) -> Tensor:
 
 
 def l2_norm(candidate: Candidate) -> Tensor:
-    """Mean over the images of ‖x_i‖₂ (GradInversion, Yin et al., 2021), ≥ 0."""
+    """Return the mean over the images of ‖x_i‖₂ (GradInversion, Yin et al., 2021), ≥ 0."""
     return torch.linalg.vector_norm(candidate.x.flatten(1), dim=1).mean()
 
 
 def group_consistency(candidate: Candidate) -> Tensor:
-    """Mean of (x − consensus)² over all elements (GradInversion, Yin et al., 2021), ≥ 0."""
+    """Return the mean of (x − consensus)² over all elements (GradInversion, Yin et al., 2021), ≥ 0.
+
+    Needs a consensus (`settings.Prior.needs_consensus`).
+    """
+    assert candidate.consensus is not None
     return (candidate.x - candidate.consensus).square().mean()
 
 

@@ -1,22 +1,51 @@
-"""Restarts: random starts, their noise, and the exchange of runs between processes."""
+"""Restarts the optimisation: random starts, their noise, and runs shared out over processes."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
 
-from inversion.objective import Losses
-from inversion.optimise import Reconstruction
-from utils.shard import Shard
+from inversion.combine import Combination
+from inversion.objective import NO_LOSSES, Losses, Objective
+from inversion.optimise import Reconstruction, reconstruct
+from inversion.pixel_gradient import PixelGradient
+from inversion.settings import Loop, MLCOSchedule
+from utils.shard import ALONE, Shard
 from utils.streams import stream
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """Holds what every strategy over several seeds takes beside the objective."""
+
+    #: S tensors (B, C, H, W). They may lie on the CPU while the generators are on a GPU: each seed
+    #: then visits the GPU only while it is optimised.
+    starts: Sequence[Tensor]
+    #: One per start, for its Langevin noise, on the device to work on.
+    generators: Sequence[Generator]
+    #: Settings of each seed's optimisation.
+    loop: Loop
+    #: Called after every iteration as on_step(index, step, losses, rate), with the index of the
+    #: seed, or None in MLCO's final stage; a true answer ends this seed and all later ones.
+    on_step: Callable[[int | None, int, Losses[float], float], bool | None] = lambda *_: False
+    #: The stages of MLCO.
+    schedule: MLCOSchedule = MLCOSchedule()
+    #: Bytes that the per-sample gradients of a combination may take.
+    combine_memory: int = 4 * 2**30
+    #: Processes that run whole seeds in turn; every one returns the same.
+    seed_shard: Shard = ALONE
+    #: Called as on_round(iterations done per seed, combination) with every consensus of MLCO.
+    on_round: Callable[[int, Combination], None] | None = None
+    #: Asked during a combination, which takes long with many images; true interrupts it.
+    should_stop: Callable[[], bool] = lambda: False
 
 
 def initial_images(
     seed: int, batch_size: int, image_shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The random start of a seed: (B, C, H, W), N(0, 1) in normalised units, on the CPU.
+    """Draw the start of a seed: (B, C, H, W), N(0, 1) in normalised units, on the CPU.
 
     It depends on the seed and the shape alone, so it is the same on every device.
     """
@@ -25,29 +54,93 @@ def initial_images(
 
 
 def noise_generator(seed: int, device: torch.device) -> Generator:
-    """The source of a seed's Langevin noise, on `device`: another stream than its start, and than
-    the noise of a client with the same seed."""
+    """Return the source of a seed's Langevin noise, on `device`.
+
+    It is another stream than the seed's start, and than the noise of a client with that seed.
+    """
     return stream("Langevin noise", seed, device)
 
 
-def exchange(
-    runs: Sequence[Reconstruction | None], x_seeds: Sequence[Tensor], seeds: Shard
+def run_own_seeds(
+    objective: Objective,
+    pixel_gradient: PixelGradient,
+    restarts: Restarts,
+    *,
+    span: range | None = None,
+    before: Sequence[Reconstruction] = (),
+    keep_states: bool = False,
 ) -> list[Reconstruction]:
-    """All seeds' runs on every process, each of which has run its own of them in turn.
+    """Improve the seeds of this process one after the other, and exchange the runs.
 
-    runs: one a seed, None where another process ran it. One that nobody started, after an
-    interruption, is its start `x_seeds[index]` with NaN losses. Optimisers' states stay where
-    they are.
+    span: as in `reconstruct`. before: the seeds' runs until `span`, to go on from; none at the
+    first span. One that ended early stays as it is. keep_states: keep the optimisers' states, so
+    that a later span can go on; images and states are kept where the starts are.
+
+    Returns one run per seed, with the steps of all its spans. After an interruption one process
+    alone leaves out seeds that never started.
     """
-    owned = [i for i, run in enumerate(runs) if run is not None and seeds.owns(i)]
-    mine = {i: replace(runs[i], x=None, optimiser_state=None) for i in owned}
-    found = {i: run for part in seeds.objects(mine) for i, run in part.items()}
-    whole = []
-    for index, (run, x_init) in enumerate(zip(runs, x_seeds, strict=True)):
-        if index not in found:
-            whole.append(Reconstruction(x_init, Losses(math.nan, math.nan, {}), 0, "interrupted"))
+    runs: list[Reconstruction | None] = [*before] or [None] * len(restarts.starts)
+    for index, (start, generator) in enumerate(
+        zip(restarts.starts, restarts.generators, strict=True)
+    ):
+        last = runs[index]
+        if not restarts.seed_shard.owns(index) or (last is not None and last.stopped is not None):
             continue
-        x = run.x if seeds.owns(index) else torch.zeros_like(x_init)
-        x = seeds.sum(x.to(seeds.device)).to(x_init.device)  # one seed at a time
-        whole.append(run if seeds.owns(index) else replace(found[index], x=x))
+        run = reconstruct(
+            partial(pixel_gradient, objective),
+            (start if last is None else last.x).to(generator.device),
+            restarts.loop,
+            generator=generator,
+            on_step=partial(restarts.on_step, index),
+            span=span,
+            optimiser_state=None if last is None else last.optimiser_state,
+            batch_shard=objective.batch_shard,
+        )
+        runs[index] = replace(
+            run,
+            x=run.x.to(start.device),
+            steps=run.steps + (0 if last is None else last.steps),
+            optimiser_state=_moved(run.optimiser_state, start.device) if keep_states else None,
+        )
+        if run.stopped == "interrupted":
+            break
+    if restarts.seed_shard.size > 1:
+        return exchange(runs, restarts.starts, restarts.seed_shard)
+    return [run for run in runs if run is not None]
+
+
+def _moved(value, device: torch.device):
+    """Return an optimiser's state with all its tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(v, device) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_moved(v, device) for v in value]
+    return value
+
+
+def exchange(
+    runs: Sequence[Reconstruction | None], starts: Sequence[Tensor], seed_shard: Shard
+) -> list[Reconstruction]:
+    """Return all seeds' runs on every process, each of which ran its own of them in turn.
+
+    runs: one per seed, None where another process ran it. A seed that nobody started, after an
+    interruption, gets its start `starts[index]` with NaN losses. Optimisers' states stay where
+    they are. Every process must call it.
+    """
+    own = {i: run for i, run in enumerate(runs) if run is not None and seed_shard.owns(i)}
+    small = {
+        i: replace(run, x=torch.empty(0), optimiser_state=None)  # all but the images
+        for i, run in own.items()
+    }
+    described = {i: run for part in seed_shard.objects(small) for i, run in part.items()}
+    whole = []
+    for index, start in enumerate(starts):
+        if index not in described:
+            whole.append(Reconstruction(start, NO_LOSSES, 0, "interrupted"))
+            continue
+        x = own[index].x if index in own else torch.zeros_like(start)
+        x = seed_shard.sum(x.to(seed_shard.device)).to(start.device)  # one seed at a time
+        whole.append(own.get(index) or replace(described[index], x=x))
     return whole

@@ -12,7 +12,7 @@ import torch
 
 from inversion.distances import GRADIENT_DISTANCES
 from inversion.labels.evidence import Auxiliary, Evidence
-from inversion.labels.reconstruct import LABEL_STRATEGIES, LabelInputs
+from inversion.labels.reconstruct import LABEL_FUNCTIONS
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
 from utils import metrics
 
@@ -59,11 +59,10 @@ def values():
     result = {
         f"distance {k}": d.value(gradient, target).item() for k, d in GRADIENT_DISTANCES.items()
     }
-    result |= {f"prior {k}": f(candidate).item() for k, f in PRIOR_FUNCTIONS.items()}
-    inputs = LabelInputs(torch.nn.Identity())
+    result |= {f"prior {k}": prior(candidate).item() for k, prior in PRIOR_FUNCTIONS.items()}
     result |= {
-        f"labels {k}": method(label_evidence(), inputs).counts.tolist()
-        for k, method in LABEL_STRATEGIES.items()
+        f"labels {k}": method(label_evidence()).counts.tolist()
+        for k, method in LABEL_FUNCTIONS.items()
     }
     result |= {f"metric {k}": f(image, true).tolist() for k, f in metrics.METRICS.items()}
     return result

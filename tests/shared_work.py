@@ -14,7 +14,7 @@ from inversion.mlco import mlco
 from inversion.objective import Objective
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import exact, plain, prior_only
-from inversion.restarts import initial_images, noise_generator
+from inversion.restarts import Restarts, initial_images, noise_generator
 from inversion.settings import Loop, MLCOSchedule, Weights
 from inversion.strategies import best, mean
 from models.build import build_model
@@ -68,7 +68,7 @@ def objective_of(
     model, (x, y) = network(name, dtype), batch(batch_size, dtype)
     target = target_of(model, x, y, train_mode=train_mode)
     options = {"weights": WEIGHTS, "bn_source": "batch"} | options
-    return Objective(model.to(device), target, y, shard=shard, **options)
+    return Objective(model.to(device), target, y, batch_shard=shard, **options)
 
 
 def start(seed, batch_size, dtype=torch.float64):
@@ -81,7 +81,10 @@ def derivatives(shard, device="cpu"):
     cases = [("conv", size, method, {}) for size in (6, 7) for method in (exact, plain)]
     cases += [("resnet18", 7, exact, {})]
     cases += [("conv", 2, exact, {}), ("no affine", 7, exact, {})]
-    cases += [("conv", 7, exact, {"train_mode": False}), ("conv", 7, plain, {"distance": "L2"})]
+    cases += [
+        ("conv", 7, exact, {"train_mode": False}),
+        ("conv", 7, plain, {"distance_name": "L2"}),
+    ]
     cases += [("residual", 6, exact, {"bn_grad": "detached"})]
     cases += [("conv", size, prior_only, {}) for size in (7, 2)]
     cases += [
@@ -91,11 +94,11 @@ def derivatives(shard, device="cpu"):
     ]
     for name, size, method, options in cases:
         objective = objective_of(shard, name, size, device=device, **options)
-        objective = objective.toward(start(9, size).to(device))
-        losses, own = method(objective, objective.own(start(1, size).to(device)), 0.5)
+        objective = objective.with_consensus(start(9, size).to(device))
+        losses, own = method(objective, objective.local_part(start(1, size).to(device)), 0.5)
         key = f"{name} {size} {method.__name__} {options}"
         found[key] = shard.gather(own, size)
-        values = [losses.total, losses.gradient, *losses.terms.values()]
+        values = [losses.total, losses.criterion, *losses.terms.values()]
         found[f"{key} losses"] = torch.stack(values)
     return found
 
@@ -146,7 +149,7 @@ def runs(shard):
     loop = Loop(20, 0.02, noise=0.1, box=(torch.full((3, 1, 1), -3.0), torch.full((3, 1, 1), 3.0)))
     result = reconstruct(
         lambda x, p: exact(objective, x, p), start(1, 7), loop,
-        generator=noise_generator(1, torch.device("cpu")), shard=shard,
+        generator=noise_generator(1, torch.device("cpu")), batch_shard=shard,
     )  # fmt: skip
     found = {"run": result.x, "run loss": torch.tensor([result.losses.total])}
     for mode in (True, False):
@@ -160,11 +163,11 @@ def runs(shard):
 
 
 def strategy(which, objective, **options):
+    starts = [start(seed, 7) for seed in range(3)]
+    generators = [noise_generator(seed, torch.device("cpu")) for seed in range(3)]
     return which(
-        objective, exact, [start(seed, 7) for seed in range(3)], Loop(8, 0.02, noise=0.1),
-        generators=[noise_generator(seed, torch.device("cpu")) for seed in range(3)],
-        on_step=lambda *_: False, **options,
-    )  # fmt: skip
+        objective, exact, Restarts(starts, generators, Loop(8, 0.02, noise=0.1), **options)
+    )
 
 
 def whole_seeds(shard):
@@ -173,7 +176,7 @@ def whole_seeds(shard):
     objective = objective_of(ALONE, "conv", 7)
     schedule = {"schedule": MLCOSchedule(inner_steps=2)}
     for which, options in ((best, {}), (mean, {}), (mlco, schedule)):
-        outcome = strategy(which, objective, seeds=shard, **options)
+        outcome = strategy(which, objective, seed_shard=shard, **options)
         found[which.__name__] = outcome.final.x
         found[f"{which.__name__} runs"] = torch.stack([run.x for run in outcome.runs])
         found[f"{which.__name__} iterations"] = torch.tensor([float(outcome.iterations)])
@@ -198,7 +201,7 @@ def sign_descent():
 
 def signs_at(shard, iterates):
     objective = sign_objective(shard)
-    found = [shard.gather(exact(objective, objective.own(x))[1], 8).sign() for x in iterates]
+    found = [shard.gather(exact(objective, objective.local_part(x))[1], 8).sign() for x in iterates]
     return torch.stack(found)
 
 

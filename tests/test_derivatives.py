@@ -28,7 +28,7 @@ def smooth_case(train_mode=True, **options):
 @pytest.mark.parametrize("distance", ["sim", "L2"])
 @pytest.mark.parametrize("method", PIXEL_GRADIENTS)
 def test_derivative_equals_central_differences(method, distance, bn_source, train_mode):
-    objective, x = smooth_case(train_mode, distance=distance, bn_source=bn_source)
+    objective, x = smooth_case(train_mode, distance_name=distance, bn_source=bn_source)
     losses, derivative = PIXEL_GRADIENTS[method](objective, x, 0.5)
     assert losses.total.item() == pytest.approx(objective(x, 0.5).total.item(), rel=1e-12)
     step, generator = 1e-5, torch.Generator().manual_seed(2)

@@ -12,6 +12,7 @@ from inversion.labels.auxiliary_counts import auxiliary_counts
 from inversion.labels.counts import (
     ScaledGradientError,
     check_scale,
+    counts,
     homogeneous,
     lower_bounds,
     round_counts,
@@ -19,12 +20,12 @@ from inversion.labels.counts import (
 )
 from inversion.labels.evidence import Auxiliary, Evidence, features_of, gather_evidence
 from inversion.labels.reconstruct import (
-    LABEL_STRATEGIES,
+    LABEL_FUNCTIONS,
     LabelInputs,
     choose_method,
-    counts_by_identity,
     reconstruct_labels,
 )
+from inversion.settings import LABEL_METHODS
 from models.batchnorm import batchnorm_layers
 from models.binding import bind
 from models.build import build_model, init_head
@@ -38,7 +39,7 @@ from utils.image_files import PUBLIC_PHOTOS, public_photographs
 from utils.metrics import existence_accuracy, label_accuracy
 from utils.tensor_files import save
 
-FROM_GRADIENT = [name for name in LABEL_STRATEGIES if not name.startswith("counts-")]
+FROM_GRADIENT = [name for name, method in LABEL_METHODS.items() if not method.needs_auxiliary]
 
 
 def evidence_of(h, y, weight, bias, *, smoothing=0.0, sigma=0.0, factor=1.0, has_bias=True, **more):
@@ -122,7 +123,7 @@ def test_a_thousand_cases(block):
         evidence, y = random_case(seed)
         before = [t.clone() for t in (evidence.weight_grad, evidence.weight, evidence.bias)]
         for name in FROM_GRADIENT:
-            estimate = LABEL_STRATEGIES[name](evidence, LabelInputs(nn.Identity()))
+            estimate = LABEL_FUNCTIONS[name](evidence)
             check_counts(estimate.counts, len(y), evidence.num_classes)
         complete = with_bias_gradient(evidence)
         bounds, certain = lower_bounds(complete)
@@ -187,7 +188,7 @@ def test_no_scale_keeps_rounding_from_ending(scale):
     evidence, y = random_case(1)
     long = evidence.scaled(1 / scale)
     for name in FROM_GRADIENT:
-        estimate = LABEL_STRATEGIES[name](long, LabelInputs(nn.Identity()))
+        estimate = LABEL_FUNCTIONS[name](long)
         check_counts(estimate.counts, len(y), evidence.num_classes)
 
 
@@ -245,7 +246,7 @@ def test_certain_bounds_are_facts_on_trained_heads(spread, smoothing):
             assert (bounds <= torch.bincount(y, minlength=num_classes)).all()
             if not smoothing:
                 assert bounds.sum() >= 1
-            found = counts_by_identity(evidence, LabelInputs(nn.Identity())).counts
+            found = counts(evidence).counts
             check_counts(found, 40, num_classes)
 
 
@@ -262,7 +263,7 @@ def test_auxiliary_images_help_on_a_trained_head():
         aux = {"auxiliary": Auxiliary(h, labels)}
         bn = {"auxiliary": Auxiliary(h, labels, h, batch.mean(0))}
         found = {
-            "counts": counts_by_identity(evidence, LabelInputs(nn.Identity())),
+            "counts": counts(evidence),
             "aux": auxiliary_counts(replace(evidence, **aux)),
             "bn": auxiliary_counts(replace(evidence, **bn)),
         }
@@ -459,9 +460,9 @@ def test_what_became_of_clipping_is_said():
         weight = 0.01 * torch.randn(num_classes, 8).double()
         bias = torch.zeros(num_classes).double()
         evidence = evidence_of(h, y, weight, bias, factor=0.3, public=h)
-        assert said in counts_by_identity(evidence, LabelInputs(nn.Identity())).remark
+        assert said in counts(evidence).remark
     plain = evidence_of(h, y, weight, bias, public=h)
-    assert counts_by_identity(plain, LabelInputs(nn.Identity())).remark == ""
+    assert counts(plain).remark == ""
 
 
 def test_noise_hides_whether_it_was_clipped():

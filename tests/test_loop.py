@@ -8,7 +8,7 @@ import torch
 
 from inversion.objective import Losses
 from inversion.optimise import OPTIMISERS, reconstruct
-from inversion.restarts import initial_images, noise_generator
+from inversion.restarts import Restarts, initial_images, noise_generator
 from inversion.settings import Loop, Weights
 from inversion.strategies import best
 from utils.shard import ALONE
@@ -17,7 +17,7 @@ GOAL = torch.tensor([0.3, -0.2, 0.9, 0.0]).view(1, 1, 2, 2)
 
 
 #: What a strategy asks of an objective beside its pixel gradient.
-ALONE_OBJECTIVE = SimpleNamespace(shard=ALONE)
+ALONE_OBJECTIVE = SimpleNamespace(batch_shard=ALONE)
 
 
 def bowl(x, progress):
@@ -139,6 +139,18 @@ def test_a_loss_that_is_not_finite_ends_with_the_best_iterate(bad):
     assert bowl(result.x, 0)[0].gradient.item() == pytest.approx(min(calls[:5]))
 
 
+def test_without_a_gradient_loss_the_total_decides():
+    def no_gradient(x, progress):
+        losses, derivative = bowl(x, progress)
+        return Losses(losses.total, None, losses.terms), derivative
+
+    start_near = GOAL + 0.01
+    kept = reconstruct(no_gradient, start_near, Loop(3, 1.0, signed=True, keep_best=True))
+    assert torch.equal(kept.x, start_near)
+    assert kept.losses.gradient is None
+    assert kept.losses.criterion == kept.losses.total > 0
+
+
 def test_not_finite_at_once_returns_the_start():
     def broken(x, progress):
         return Losses(x.sum() * math.nan, x.sum() * math.nan, {}), x
@@ -157,10 +169,9 @@ def test_a_wish_to_stop_is_granted_and_later_seeds_do_not_start():
         seen.append((index, step))
         return (index, step) == (1, 2)
 
-    outcome = best(
-        ALONE_OBJECTIVE, anywhere, [start(s) for s in range(3)], Loop(5, 0.1),
-        generators=generators, on_step=on_step,
-    )  # fmt: skip
+    starts = [start(s) for s in range(3)]
+    restarts = Restarts(starts, generators, Loop(5, 0.1), on_step)
+    outcome = best(ALONE_OBJECTIVE, anywhere, restarts)
     assert seen == [(0, s) for s in range(5)] + [(1, s) for s in range(3)]
     assert [run.stopped for run in outcome.runs] == [None, "interrupted"]
     assert outcome.runs[1].steps == 3
@@ -168,14 +179,8 @@ def test_a_wish_to_stop_is_granted_and_later_seeds_do_not_start():
 
 def test_the_seed_with_the_lowest_gradient_loss_wins():
     starts = [GOAL + 3, GOAL * math.nan, GOAL + 0.1, GOAL + 1]
-    outcome = best(
-        ALONE_OBJECTIVE,
-        anywhere,
-        starts,
-        Loop(1, 1e-6),
-        generators=[torch.Generator() for _ in starts],
-        on_step=lambda *_: False,
-    )
+    restarts = Restarts(starts, [torch.Generator() for _ in starts], Loop(1, 1e-6))
+    outcome = best(ALONE_OBJECTIVE, anywhere, restarts)
     assert outcome.chosen == 2
     assert outcome.final is outcome.runs[2]
     assert outcome.runs[1].stopped == "not finite"

@@ -11,7 +11,7 @@ from inversion.combine import combination_method, combine
 from inversion.objective import Objective
 from inversion.optimise import OPTIMISERS, reconstruct
 from inversion.pixel_gradient import exact
-from inversion.restarts import initial_images
+from inversion.restarts import Restarts, initial_images
 from inversion.settings import Loop, MLCOSchedule, Weights
 from inversion.strategies import STRATEGIES
 from models.build import build_model
@@ -32,7 +32,11 @@ def case(seed, batch_size=3, num_seeds=3, *, train_mode=False, distance="sim", m
     noise = torch.randn(num_seeds, *shape, dtype=torch.float64, generator=generator)
     amount = torch.rand(num_seeds, batch_size, 1, 1, 1, dtype=torch.float64, generator=generator)
     target = target_of(model, x, y, train_mode=train_mode, num_classes=4)
-    return Objective(model, target, y, Weights(), distance=distance), x, list(x + amount * noise)
+    return (
+        Objective(model, target, y, Weights(), distance_name=distance),
+        x,
+        list(x + amount * noise),
+    )
 
 
 def brute_force(objective, x_seeds):
@@ -148,7 +152,7 @@ def test_batch_statistics_or_memory_decide_the_method():
     assert combine(plain, x_seeds).loss == pytest.approx(brute_force(plain, x_seeds), rel=1e-6)
     method, why = combination_method(case(0)[0], 3, 1000)
     assert method == "greedy"
-    assert "--combine-memory" in why
+    assert "of combine_memory" in why
 
 
 def test_stages_add_up():
@@ -177,15 +181,8 @@ def attack_case(train_mode=False, num_seeds=3):
 
 
 def run_strategy(name, objective, starts, generators, loop, on_step=None, **options):
-    return STRATEGIES[name](
-        objective,
-        exact,
-        starts,
-        loop,
-        generators=generators,
-        on_step=on_step or (lambda *_: False),
-        **options,
-    )
+    options |= {} if on_step is None else {"on_step": on_step}
+    return STRATEGIES[name](objective, exact, Restarts(starts, generators, loop, **options))
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)

@@ -16,7 +16,7 @@ import torch
 from inversion.search import tune as searching
 from inversion.search.trial import Problem, image_error, run_trial
 from inversion.search.tune import Budget, SearchUnavailableError, available
-from inversion.settings import PRIORS, RANGES, Loop, Weights
+from inversion.settings import PRIORS, RANGES, AttackSettings, Loop, Weights
 from models.build import build_model
 from models.target import GroundTruth
 from tests.support import HANG, ROOT, call, photos, succeed, target_of, wait_until
@@ -30,10 +30,10 @@ def problem():
     model = build_model("convnet", 8, (3, 16, 16))
     x, y = photos(4, 16)
     target = target_of(model, x, y)
-    return Problem(
-        model, target, GroundTruth(x, y), y, Weights(priors={"tv": 1e-3}),
-        Loop(30, 0.1, signed=True, noise=0.1),
-    )  # fmt: skip
+    settings = AttackSettings(
+        Weights(priors={"tv": 1e-3}), Loop(30, 0.1, signed=True, keep_best=True), noise=0.1
+    )
+    return Problem(model, target, GroundTruth(x, y), y, settings)
 
 
 def test_a_trial_goes_on_where_it_was():

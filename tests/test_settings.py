@@ -10,7 +10,7 @@ from inversion.audit.flags import parser
 from inversion.audit.settings import settings_from
 from inversion.audit.verdict import LEAKAGE_DIGITS
 from inversion.distances import GRADIENT_DISTANCES
-from inversion.labels.reconstruct import LABEL_STRATEGIES
+from inversion.labels.reconstruct import LABEL_FUNCTIONS
 from inversion.optimise import OPTIMISERS
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.priors import PRIOR_FUNCTIONS
@@ -29,7 +29,7 @@ def test_every_name_has_a_function_and_every_function_a_name():
     assert tuple(SSIMS) == settings.SSIMS
     assert list(PRIOR_FUNCTIONS) == list(settings.PRIORS)
     assert list(STRATEGIES) == list(settings.STRATEGIES)
-    assert list(LABEL_STRATEGIES) == list(settings.LABEL_METHODS)
+    assert list(LABEL_FUNCTIONS) == list(settings.LABEL_METHODS)
 
 
 def settings_of(*flags):
@@ -86,3 +86,14 @@ print([name for name in ("torch", "numpy", "torchvision", "ray") if name in sys.
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] in ("[] 0", "[] 2"), done.stderr
+
+
+def test_an_attack_imports_nothing_that_only_scoring_and_searching_need():
+    modules = "inversion.strategies, inversion.labels.reconstruct, inversion.search.trial"
+    code = (
+        f"import sys, {modules}\n"
+        "heavy = {'scipy', 'skimage', 'lpips', 'ray', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

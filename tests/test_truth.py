@@ -33,7 +33,9 @@ def test_truth_has_no_distance(arch, train_mode):
     has_bn = bool(batchnorm_layers(attacker))
     for distance in ("sim", "L2"):
         weights = Weights(priors={"bn": 1.0} if has_bn else {})
-        objective = Objective(attacker, target, y, weights, distance=distance, bn_source="batch")
+        objective = Objective(
+            attacker, target, y, weights, distance_name=distance, bn_source="batch"
+        )
         losses = objective(x).floats()
         scale = joint_norm(target.gradient).item() ** 2 if distance == "L2" else 1.0
         assert losses.gradient <= 1e-6 * scale

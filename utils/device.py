@@ -8,18 +8,24 @@ import torch
 from utils.errors import InputError
 
 
+def forbid_tensorfloat32() -> None:
+    """Switch TensorFloat-32 off for this process.
+
+    It rounds inputs to 10 bits, so that a gradient distance below about 1e-3 would measure the
+    rounding.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def choose_device(gpu: int | None, local_rank: int = 0) -> torch.device:
-    """Return the device that this process computes on.
+    """Return the device that this process computes on; switch TensorFloat-32 off.
 
     gpu: the number of a GPU. None: GPU `local_rank`, modulo the number of GPUs, or the CPU if there
     is no GPU.
 
-    Switches TensorFloat-32 off: it rounds inputs to 10 bits, so that a gradient distance below
-    about 1e-3 would measure the rounding.
-
     Raises InputError, naming `--gpu`, if there is no such GPU.
     """
-    torch.backends.cudnn.allow_tf32 = False
+    forbid_tensorfloat32()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is not None and count == 0:
         raise InputError(f"--gpu {gpu}: no CUDA device here; leave --gpu out to run on the CPU")

@@ -1,7 +1,6 @@
 """Pairs reconstructed with true images, one to one."""
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -16,6 +15,8 @@ def assign(
 
     x, x_true: (B, C, H, W). y, y_true: (B,), both or neither.
     """
+    from scipy.optimize import linear_sum_assignment  # a second, which most attacks do not need
+
     a, b = x.double().flatten(1).cpu(), x_true.double().flatten(1).cpu()
     cost = (b.square().sum(1)[:, None] + a.square().sum(1)[None] - 2 * b @ a.T).numpy()
     if y is not None and y_true is not None:

@@ -16,8 +16,8 @@ from inversion.combine import Combination, combination_method
 from inversion.objective import Losses
 from inversion.optimise import Outcome, lowest, reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
-from inversion.restarts import noise_generator
-from inversion.settings import PRIOR_ONLY, AttackSettings
+from inversion.restarts import Restarts, noise_generator
+from inversion.settings import AttackSettings
 from inversion.strategies import STRATEGIES
 from models.gradient import trainable_parameters
 from utils.console import Progress, Reporter, duration
@@ -57,8 +57,7 @@ class Recorder:
         """Record an iteration of seed number `index`, or of the consensus; true asks to stop."""
         settings, steps = self.settings, self.settings.loop.steps
         name = CONSENSUS if index is None else settings.first_seed + index
-        has_gradient = settings.pixel_gradient != PRIOR_ONLY
-        gradient = {"gradient": losses.gradient} if has_gradient else {}
+        gradient = {} if losses.gradient is None else {"gradient": losses.gradient}
         values = {"total": losses.total, **gradient, **losses.terms}
         self.progress.step(self.title + (name if index is None else f"seed {name}"), values)
         if step % max(1, steps // RECORDED_STEPS) == 0 or step == steps - 1:
@@ -90,25 +89,21 @@ class Recorder:
 def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outcome:
     """Run the strategy over all seeds, and close the recorder's progress."""
     home = torch.device("cpu") if settings.offload_seeds else case.device
-    options = {}
-    if settings.forms_consensus:
-        options = {
-            "schedule": settings.schedule,
-            "memory": settings.combine_memory,
-            "on_round": recorder.on_round,
-            "should_stop": lambda: case.objective.shard.any(recorder.interrupts.signal is not None),
-        }
+    objective = case.objective
+    restarts = Restarts(
+        starts=[case.start(seed).to(home) for seed in settings.seeds],
+        generators=[noise_generator(seed, case.device) for seed in settings.seeds],
+        loop=settings.loop_in(case.target.box),
+        schedule=settings.schedule,
+        combine_memory=settings.combine_memory,
+        seed_shard=ALONE if settings.shared == "batch" else case.processes,
+        on_step=recorder.on_step,
+        on_round=recorder.on_round,
+        should_stop=lambda: objective.batch_shard.any(recorder.interrupts.signal is not None),
+    )
+    pixel_gradient = PIXEL_GRADIENTS[settings.pixel_gradient]
     try:
-        return STRATEGIES[settings.strategy](
-            case.objective,
-            PIXEL_GRADIENTS[settings.pixel_gradient],
-            [case.start(seed).to(home) for seed in settings.seeds],
-            settings.loop_in(case.target.box),
-            generators=[noise_generator(seed, case.device) for seed in settings.seeds],
-            on_step=recorder.on_step,
-            seeds=ALONE if settings.shared == "batch" else case.processes,
-            **options,
-        )
+        return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
     finally:
         recorder.progress.close()
 
@@ -300,7 +295,7 @@ def estimate(settings: Settings, case: Case) -> str:
         generator=noise_generator(attack.first_seed, case.device),
         on_step=note_time,
         span=range(2),
-        shard=case.objective.shard,
+        batch_shard=case.objective.batch_shard,
     )
     if len(times) < 3:
         raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")

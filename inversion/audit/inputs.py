@@ -152,10 +152,10 @@ def make_case(
         target,
         y,
         settings.weights,
-        distance=settings.distance,
+        distance_name=settings.distance,
         bn_source=source or "running",
         bn_grad=settings.bn_grad,
-        shard=processes if settings.shared == "batch" else ALONE,
+        batch_shard=processes if settings.shared == "batch" else ALONE,
     )
     return Case(target, y, labels, objective, source, device or torch.device("cpu"), processes)
 
@@ -246,7 +246,7 @@ def _check_truth(inputs: InputSettings, files: _Files, case: Case, sealed: Seale
     """
     x, y = sealed.images_for(case), sealed.truth.y.to(case.device)
     objective = case.objective
-    check = check_truth_gradient(objective.model, files.sent, x, y, objective.shard)
+    check = check_truth_gradient(objective.model, files.sent, x, y, objective.batch_shard)
     if not (files.bound or check.fits):
         raise InputError(
             f"{files.truth_source}: no id binds its truth to --checkpoint {inputs.checkpoint}, and "
@@ -366,4 +366,4 @@ def _evaluate_once(settings: AttackSettings, case: Case) -> None:
     """Evaluate the objective at the initial images, so that a fault shows before the long work."""
     x = case.start(settings.first_seed).to(case.device)
     objective = case.objective
-    PIXEL_GRADIENTS[settings.pixel_gradient](objective, objective.own(x), 0.0)
+    PIXEL_GRADIENTS[settings.pixel_gradient](objective, objective.local_part(x), 0.0)

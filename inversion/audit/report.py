@@ -82,7 +82,7 @@ def information_entry(case: Case, sealed: Sealed, clock: Callable[[], float]) ->
         sealed.images_for(case),
         truth.y.to(case.device),
         target.loss,
-        case.objective.shard,
+        case.objective.batch_shard,
     )
     columns = {"label": truth.y.tolist()} | {
         name: value.tolist() for name, value in vars(found).items() if isinstance(value, Tensor)

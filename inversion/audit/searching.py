@@ -80,8 +80,7 @@ def run_search(settings: Settings, reporter: Reporter) -> dict | None:
             Budget(wanted.num_samples, wanted.first_report, wanted.last_report),
             _resources(wanted, gpus),
             algorithm=algorithm,
-            storage=str(folder),
-            name="tune",
+            folder=str(folder),
             resume=wanted.resume,
             verbose=wanted.verbose,
         )
@@ -174,13 +173,8 @@ def load_problem(settings: Settings, wanted: SearchSettings, device: str) -> Pro
         target=simulated,
         truth=truth,
         y=truth.y,
-        weights=trial.weights,
-        loop=trial.loop_in(simulated.box),
-        pixel_gradient=trial.pixel_gradient,
-        distance=trial.distance,
+        settings=trial,
         bn_source=bn_source(trial, simulated) or "running",
-        bn_grad=trial.bn_grad,
-        seed=trial.first_seed,
         device=device,
     )
 

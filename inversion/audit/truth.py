@@ -128,7 +128,8 @@ def check_truth_gradient(
 
 def _gradient(model, target, x, y, train_mode, shard) -> tuple[Tensor, ...]:
     """The gradient of a batch with BatchNorm in the given mode."""
-    objective = Objective(model, replace(target, train_mode=train_mode), y, Weights(), shard=shard)
+    target = replace(target, train_mode=train_mode)
+    objective = Objective(model, target, y, Weights(), batch_shard=shard)
     return objective.gradient(x)
 
 

@@ -1,11 +1,11 @@
-"""Label counts with labelled images of the attacker's own, for trained heads.
+"""Counts labels with labelled images of the attacker's own, for trained heads.
 
-The head's gradient is a sum of statistics of single samples. Their mean and covariance in every
-class come from the auxiliary images; the counts that explain the observed sum best follow.
+The head's gradient is a sum of statistics of single samples. The auxiliary images give the mean
+and covariance of these statistics in every class, and the counts that explain the observed sum
+best follow from them.
 """
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -16,21 +16,22 @@ from inversion.labels.counts import (
     prepared,
     round_counts,
 )
-from inversion.labels.evidence import Evidence
+from inversion.labels.evidence import Auxiliary, Evidence
 
 #: Up to this many classes all statistics are used, with their covariances.
 MANY_CLASSES = 200
-#: What is kept of covariances between different statistics, whose estimates are noisy.
+#: Factor of the covariances between different statistics, whose estimates are noisy.
 SHRINKAGE = 0.9
-#: Prior variances of a count that the evidence chooses from, in units of the mean count / 4.
+#: Prior variances of a count, in units of the mean count / 4; the likeliest is used.
 PRIOR_VARIANCES = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
+#: Passes, each of which takes the covariance at the counts of the pass before.
 PASSES = 3
-#: Auxiliary images a class from which on the uploaded BN statistics can be used well.
+#: Auxiliary images per class from which on the uploaded BN statistics can be used well.
 IMAGES_FOR_BN = 20
 
 
 def auxiliary_counts(evidence: Evidence) -> Estimate:
-    """Most probable counts given the sum of statistics that the client's gradient shows.
+    """Return the most probable counts given the sum of statistics that the gradient shows.
 
     Gaussian model: the sum has mean Eᵀn and covariance Σ_c n_c K_c, with E the class means and K_c
     the class covariances of the auxiliary images, both with the error of few images; a Gaussian
@@ -42,10 +43,10 @@ def auxiliary_counts(evidence: Evidence) -> Estimate:
     """
     if evidence.auxiliary is None:
         raise ValueError("no auxiliary images were given")
-    if evidence.bias_grad is None:
+    if evidence.bias_grad is None:  # a stand-in would not do
         raise ValueError("needs the gradient of the head's bias")
     e, bounds = prepared(evidence)
-    sums = _Sums(e)
+    sums = _Sums(e, evidence.auxiliary)
     start = plausible_spread(e, bounds)
     present = max(1, int((bounds > 0).sum()))
     width = max(e.batch_size / present, 1) / 4 * (start / start.max()).clamp(min=0.05)
@@ -61,10 +62,10 @@ def auxiliary_counts(evidence: Evidence) -> Estimate:
 
 
 class _Sums:
-    """The observed sum of the statistics, their class means (C, D) and covariances."""
+    """Holds the observed sum of the statistics, their class means (C, D) and covariances."""
 
-    def __init__(self, e: Evidence):
-        aux, count = e.auxiliary, e.num_classes
+    def __init__(self, e: Evidence, aux: Auxiliary):
+        count = e.num_classes
         h, labels = aux.features, aux.labels
         self.images = torch.bincount(labels, minlength=count)
         if (self.images == 0).any():
@@ -73,18 +74,19 @@ class _Sums:
         r = e.probabilities(h) - e.label_smoothing / count
         r[torch.arange(len(h)), labels] -= 1 - e.label_smoothing
         ones = torch.ones(count, dtype=torch.float64)
-        statistics, observed, noise = [r], [e.bias_grad], [ones]
+        g = e.known_bias_grad
+        statistics, observed, noise = [r], [g], [ones]
         if count <= MANY_CLASSES:
             mean = h.mean(0)
             square = mean.square().sum().clamp(min=1e-12)
-            centred = e.weight_grad - torch.outer(e.bias_grad, mean)
+            centred = e.weight_grad - torch.outer(g, mean)
             statistics += [r * ((h - mean) @ e.weight.T), r * (h @ mean / square - 1)[:, None]]
             observed += [
                 (centred * e.weight).sum(1),
-                e.weight_grad @ mean / square - e.bias_grad,
+                e.weight_grad @ mean / square - g,
             ]
             noise += [e.weight.square().sum(1) + (e.weight @ mean).square(), ones / square + ones]
-        if aux.bn_mean is not None:
+        if aux.bn_mean is not None and aux.bn_inputs is not None:
             statistics.append(aux.bn_inputs)
             observed.append(aux.bn_mean)
             noise.append(torch.zeros_like(aux.bn_mean))
@@ -98,11 +100,14 @@ class _Sums:
         self.is_diagonal = count > MANY_CLASSES
 
     def covariance(self, n: Tensor) -> Tensor:
-        """Covariance (D, D) of the sum for counts n, with the error of the class means."""
+        """Return the covariance (D, D) of the sum for counts n (C,).
+
+        It includes the error of the class means, which few images have.
+        """
         weights = n + n.square() / self.images
         single = self.images < 2
         a_sample = torch.where(single, 0.0, weights / (self.images - 1).clamp(min=1))[self.labels]
-        if single.any():  # one image shows no spread: all classes' together
+        if single.any():  # one image shows no spread, so it gets that of all classes together
             spare = max(1, len(self.labels) - len(self.images))
             a_sample = a_sample + weights[single].sum() / spare
         if self.is_diagonal:
@@ -116,7 +121,7 @@ class _Sums:
 
 
 def _log_evidence(sums: _Sums, start: Tensor, variance: Tensor, covariance: Tensor) -> float:
-    """log p(observed | prior variances), up to a constant."""
+    """Return log p(observed | prior variances) up to a constant."""
     total = covariance + (sums.means.T * variance) @ sums.means
     factor = torch.linalg.cholesky(total)
     error = (sums.observed - start @ sums.means)[:, None]
@@ -124,11 +129,18 @@ def _log_evidence(sums: _Sums, start: Tensor, variance: Tensor, covariance: Tens
     return -0.5 * square.item() - factor.diagonal().log().sum().item()
 
 
-def _most_probable(sums, start, variance, covariance, bounds, total) -> Tensor:
-    """argmin of the negative log posterior with Σ n = total, n ≥ bounds; bounds where they fill B.
+def _most_probable(
+    sums: _Sums, start: Tensor, variance: Tensor, covariance: Tensor, bounds: Tensor, total: int
+) -> Tensor:
+    """Minimise the negative log posterior over n ≥ bounds with Σ n = total; returns n (C,).
 
-    With n = bounds + z it is a non-negative least-squares problem, the sum a heavy last row.
+    With n = bounds + z it is a non-negative least-squares problem, whose heavy last row holds the
+    sum. If the bounds alone reach `total` they are returned.
+
+    Raises ValueError where the solver finds no solution.
     """
+    import scipy.optimize  # seconds, which no other method needs
+
     free = total - int(bounds.sum())
     if free <= 0:
         return bounds.double()

@@ -1,8 +1,8 @@
-"""How often each class occurs in a batch, from the gradient of the classifier head alone.
+"""Counts how often each class occurs in a batch, by the gradient of the classifier head alone.
 
 The gradient of the mean cross-entropy by the logits' bias is g_k = q_k − n_k / B with q_k the
-mean predicted probability of class k, so that n_k = B (q_k − g_k) exactly: all that is missing is
-q. An untrained or fresh head sees nearly the same probabilities for every sample (the homogeneous
+mean predicted probability of class k, so that n_k = B (q_k − g_k) exactly: only q is missing. An
+untrained or fresh head gives nearly the same probabilities to every sample (the homogeneous
 regime), and q follows from one shared embedding. A trained head is nearly always sure of itself
 (the saturated regime), and only bounds and plausible spreads are left.
 """
@@ -17,51 +17,56 @@ from inversion.labels.evidence import Evidence
 
 #: Spread of the logits over samples from which on a head counts as trained (saturated).
 SPREAD_LIMIT = 1.0
-#: The same for the spread guessed from the gradient, where there are no public images.
+#: The same limit for the spread guessed from the gradient, where there are no public images.
 GUESSED_SPREAD_LIMIT = 0.7
 #: Standard errors by which noise widens the bounds.
 NOISE_MARGIN = 4.0
 #: Labels by which rounding may shift −B g_k, for gradients in float32.
 ROUNDING_MARGIN = 1e-3
-#: How far the length of a stand-in for the bias gradient may be off.
+#: Factor by which the length of a stand-in for the bias gradient may be off.
 SURROGATE_ERROR = 10.0
-#: How near an estimated scale must be to a power of two to be taken for it, and to name it.
+#: Relative distance of an estimated scale from a power of two, up to which it is taken for that
+#: power, and up to which the message names the power.
 SAME_SCALE, NEAR_SCALE = 0.01, 0.1
-#: Distance of the quartiles of an estimated scale, in its units, from which on it is none.
+#: Distance of the quartiles of an estimated scale over the scale, above which it is not believed.
 SCALE_SPREAD = 0.1
-#: Beyond this scale nothing is looked for.
+#: The largest scale that is looked for.
 LARGEST_SCALE = 1e30
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """counts: (C,) integers ≥ 0 that sum to B. regime: "homogeneous", "saturated" or None. remark:
-    what the reader of the counts should know."""
+    """Tells how often a label method finds each class in the batch."""
 
+    #: (C,) integers ≥ 0 that sum to B.
     counts: Tensor
+    #: "homogeneous" or "saturated", as the method judged the head; None if it does not distinguish.
     regime: str | None = None
+    #: What the reader of the counts should know, in words.
     remark: str = ""
 
 
 class ScaledGradientError(ValueError):
-    """The gradient is longer than that of any mean cross-entropy. scale: what to divide it by, as
-    far as the gradient tells, None where it tells only the least."""
+    """Says that the gradient is longer than that of any mean cross-entropy."""
 
     def __init__(self, message: str, scale: float | None):
         super().__init__(message)
+        #: What to divide the gradient by; None where only a lower bound of it is known.
         self.scale = scale
 
 
-# Hard facts --------------------------------------------------------------------------------
+# Certain lower bounds ----------------------------------------------------------------------
 
 
 def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
-    """Least number of samples of every class, and whether that is certain.
+    """Return the least number of samples of every class, and whether that is certain.
 
     n_k > −B g_k because probabilities are positive; a class whose row of G has a negative entry
-    occurs, where features are never negative. Certain without noise and with a bias gradient of
-    its own; otherwise likely. Needs a bias gradient (`with_bias_gradient`). Returns (C,) integers
-    from 0 to B + 1, which stands for all that is more than B.
+    occurs, where features are never negative. The bounds are certain if the bias gradient was sent
+    and holds no noise, otherwise likely. Returns (C,) integers from 0 to B + 1, which stands for
+    every number above B.
+
+    Raises ValueError without a bias gradient (`with_bias_gradient` adds one).
     """
     e = evidence
     bounds = torch.maximum(_bias_bounds(e), _occurs(e).long())
@@ -69,7 +74,7 @@ def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
 
 
 def _bias_bounds(e: Evidence) -> Tensor:
-    """What of the bounds the bias gradient alone tells."""
+    """Return the lower bounds that the bias gradient alone implies."""
     slack = NOISE_MARGIN * e.bias_sigma + (0.5 / e.batch_size if e.is_surrogate else 0.0)
     counts = -e.batch_size * (e.hard_bias_grad + slack / (1 - e.label_smoothing))
     if e.resolution < 1e-12 and not (slack or e.label_smoothing):
@@ -83,13 +88,14 @@ def _bias_bounds(e: Evidence) -> Tensor:
 
 
 def check_scale(evidence: Evidence) -> None:
-    """Refuse a gradient that no batch of B samples has, whatever its labels.
+    """Refuse a gradient that no batch of B samples can have, whatever its labels.
 
-    All bounds together are B at most. Noise widens this by its margin, and a stand-in for the bias
-    gradient, whose length is a guess, by SURROGATE_ERROR. A scale below 1 breaks no bound and is
-    not seen. Needs a bias gradient.
+    All lower bounds together are at most B. Noise widens this limit by its margin, and a stand-in
+    for the bias gradient, whose length is a guess, by SURROGATE_ERROR. A scale below 1 breaks no
+    bound and is not noticed.
 
-    Raises ScaledGradientError where a scale explains it, ValueError where none does.
+    Raises ScaledGradientError where a scale explains the gradient, ValueError where none does, and
+    ValueError without a bias gradient.
     """
     e = evidence
     if e.is_surrogate or e.sigma:
@@ -99,7 +105,7 @@ def check_scale(evidence: Evidence) -> None:
         if least > 1 + ROUNDING_MARGIN:
             raise _scaled(e, least)
     elif _asked_for(e) > e.batch_size:
-        occurring = int((e.bias_grad < 0).sum())
+        occurring = int((e.known_bias_grad < 0).sum())
         if occurring > e.batch_size and not e.label_smoothing:
             raise ValueError(
                 f"the bias gradient says that {occurring} classes occur, and the batch has "
@@ -109,12 +115,12 @@ def check_scale(evidence: Evidence) -> None:
 
 
 def _asked_for(e: Evidence) -> int:
-    """How many labels the bias gradient asks for at least."""
+    """Return the least number of labels that explains the bias gradient."""
     return int(_bias_bounds(e).sum())
 
 
 def _least_scale(e: Evidence) -> float:
-    """The smallest scale above 1 by which divided the gradient asks for no more than B labels."""
+    """Return the smallest scale above 1 that must be divided out for B labels to be enough."""
     low = high = 1.0
     while _asked_for(e.scaled(high)) > e.batch_size and high < LARGEST_SCALE:
         low, high = high, 2 * high
@@ -128,7 +134,7 @@ def _least_scale(e: Evidence) -> float:
 
 
 def _scaled(e: Evidence, least: float) -> ScaledGradientError:
-    """What to say of a gradient that is too long by a factor of `least` or more."""
+    """Make the error for a gradient that is too long by a factor of `least` or more."""
     why = f"its head asks for more labels than a batch of {e.batch_size} has"
     estimate, spread = _absent_scale(e) or (0.0, 0.0)
     if estimate < least or spread > SCALE_SPREAD:
@@ -156,17 +162,19 @@ def _three_digits(value: float) -> float:
 
 
 def _absent_scale(e: Evidence) -> tuple[float, float] | None:
-    """By what the gradient was multiplied, told by classes that do not occur; None with too few.
+    """Estimate the factor c of the gradient from absent classes; None if they are too few.
 
-    They have g_k = c q_k, and q is that of the shared embedding, which no scale changes: c is the
-    median of g_k / q_k over g_k > 0, weighted by q_k. Needs 30 % of the classes. Returns c and the
-    distance of the quartiles in units of c: large where classes that occur are among them.
+    A class that does not occur has g_k = c q_k, and q is that of the shared embedding, which no
+    scale changes: c is the median of g_k / q_k over g_k > 0, weighted by q_k. Needs 30 % of the
+    classes. Returns c, and the distance of the quartiles of g_k / q_k over c, which is large if
+    classes that occur are among those with g_k > 0.
     """
+    g = e.known_bias_grad
     q = e.probabilities(e.shared_embedding) - e.label_smoothing / e.num_classes
-    usable = (e.bias_grad > 0) & (q > 0)
+    usable = (g > 0) & (q > 0)
     if usable.sum() < 0.3 * e.num_classes:
         return None
-    ratios, order = (e.bias_grad[usable] / q[usable]).sort()
+    ratios, order = (g[usable] / q[usable]).sort()
     weights = q[usable][order].cumsum(0)
     low, median, high = (
         ratios[(weights >= share * weights[-1]).nonzero()[0, 0]].item()
@@ -176,9 +184,9 @@ def _absent_scale(e: Evidence) -> tuple[float, float] | None:
 
 
 def _occurs(e: Evidence) -> Tensor:
-    """Classes that a negative entry in their row of G gives away: (C,) of bool.
+    """Return the classes that a negative entry in their row of G gives away: (C,) of bool.
 
-    None under label smoothing, which makes every entry negative by an amount that is not known.
+    No class under label smoothing, which lowers every entry by an amount that is not known.
     """
     if not e.non_negative or e.label_smoothing:
         return torch.zeros(e.num_classes, dtype=torch.bool)
@@ -189,11 +197,12 @@ def _occurs(e: Evidence) -> Tensor:
 
 
 def round_counts(x: Tensor, bounds: Tensor, total: int) -> Tensor:
-    """The integers n ≥ bounds with Σ n = total that are nearest to x: argmin Σ (n_k − x_k)².
+    """Return the integers n ≥ bounds with Σ n = total nearest to x: argmin Σ (n_k − x_k)².
 
-    Exact. Where the bounds alone exceed `total` they are lowered, most where they stand most
-    above x: the same for integers 0 ≤ n ≤ bounds. x: (C,), bounds: (C,) integers ≥ 0. Returns
-    (C,) integers. It takes at most `total` single steps whatever the size of x.
+    The result is exact. If the bounds alone exceed `total`, the nearest integers 0 ≤ n ≤ bounds
+    are returned instead: the bounds are lowered, most where they stand most above x. x: (C,),
+    bounds: (C,) integers ≥ 0. Returns (C,) integers. It takes at most `total` single steps
+    whatever the size of x.
     """
     none, all_ = torch.zeros_like(bounds), torch.full_like(bounds, total)
     if bounds.sum() > total:
@@ -202,33 +211,33 @@ def round_counts(x: Tensor, bounds: Tensor, total: int) -> Tensor:
 
 
 def _nearest(x: Tensor, low: Tensor, high: Tensor, total: int) -> Tensor:
-    """The integers low ≤ n ≤ high with Σ n = total that are nearest to x; Σ low ≤ total ≤ Σ high.
+    """Return the integers low ≤ n ≤ high with Σ n = total nearest to x; Σ low ≤ total ≤ Σ high.
 
-    They are x less one shift for all, rounded, within their limits. The shift is found by
-    bisection; classes that step at the same shift get the rest one by one.
+    They are x minus one shift common to all classes, rounded and clamped. Bisection finds the
+    shift; classes that step at the same shift get the rest one by one.
     """
 
-    def counts(shift):
+    def shifted(shift: float) -> Tensor:
         return (x - shift).round().clamp(low, high)
 
     few, many = (x - low).max().item() + 1, (x - high).min().item() - 1
     for _ in range(200):
         middle = (few + many) / 2
-        if counts(middle).sum() > total:
+        if shifted(middle).sum() > total:
             many = middle
         else:
             few = middle
-    n = counts(few)
+    n = shifted(few)
     while n.sum() < total:
         n[(x - n).masked_fill(n >= high, -torch.inf).argmax()] += 1
     return n.long()
 
 
-# What is missing ---------------------------------------------------------------------------
+# Estimating what the identity lacks --------------------------------------------------------
 
 
 def with_bias_gradient(evidence: Evidence) -> Evidence:
-    """The evidence with a stand-in for the bias gradient where the head has no bias.
+    """Return the evidence, with a stand-in for the bias gradient if the head has no bias.
 
     g := G v with h · v ≈ 1 for every sample: v ∝ (Cov + 0.02 · mean eigenvalue · I)⁻¹ mean of
     public features. Without public images v is the first right singular vector of G, scaled by
@@ -259,20 +268,22 @@ def with_bias_gradient(evidence: Evidence) -> Evidence:
 
 
 def logit_spread(evidence: Evidence) -> tuple[float, float]:
-    """How much the logits differ between samples, and the limit from which a head is trained.
+    """Return how much the logits differ between samples, and the limit of a trained head.
 
-    With public images: rms over samples and classes of (h − mean h) · (w_k − mean w). Without:
-    a guess from G_k / g_k of the classes that occur, whose values for trained and untrained
-    networks overlap.
+    With public images: rms over samples and classes of (h − mean h) · (w_k − mean w). Without
+    them a guess from G_k / g_k of the classes that occur, whose values for trained and untrained
+    networks overlap. A head counts as trained if the spread reaches the limit.
+
+    Raises ValueError with neither public images nor a bias gradient.
     """
     e = evidence
     if e.public is not None:
         logits = (e.public - e.public.mean(0)) @ (e.weight - e.weight.mean(0)).T
         return logits.square().mean().sqrt().item(), SPREAD_LIMIT
-    present = (e.bias_grad < 0).nonzero().flatten()
+    present = (e.known_bias_grad < 0).nonzero().flatten()
     if not len(present):
         return 0.0, GUESSED_SPREAD_LIMIT
-    g = e.bias_grad[present]
+    g = e.known_bias_grad[present]
     embeddings = e.weight_grad[present] / g[:, None]
     if e.non_negative:
         embeddings = embeddings.clamp(min=0)
@@ -284,10 +295,10 @@ def logit_spread(evidence: Evidence) -> tuple[float, float]:
 
 
 def without_clipping(evidence: Evidence) -> Evidence:
-    """The evidence with the clipping factor c divided out.
+    """Return the evidence with the clipping factor c ≤ 1 divided out.
 
-    c is at most 1, and told by absent classes (`_absent_scale`); where they are too few the
-    evidence stays `clipped`.
+    The absent classes give c away (`_absent_scale`); if they are too few the evidence is returned
+    as it is, still `clipped`.
     """
     if not evidence.clipped:
         return evidence
@@ -296,10 +307,10 @@ def without_clipping(evidence: Evidence) -> Evidence:
 
 
 def clipping_remark(e: Evidence) -> str:
-    """What became of clipping, for the reader; empty where there was none."""
+    """Tell the reader what became of clipping; empty if there was none."""
     if e.clipped:
         return "clipping could not be undone, too few classes are absent: expect errors"
-    if e.clip_factor is not None and e.clipped_each:
+    if e.clip_factor is not None and e.clipped_per_sample:
         return (
             f"every sample was clipped by a factor of its own; one of {e.clip_factor:.3g} was "
             "divided out for all: expect errors"
@@ -309,23 +320,23 @@ def clipping_remark(e: Evidence) -> str:
     return ""
 
 
-# The two regimes ---------------------------------------------------------------------------
+# Counts in each regime ---------------------------------------------------------------------
 
 
 def homogeneous(evidence: Evidence) -> Tensor:
-    """Real-valued counts (C,) where all samples have nearly the same probabilities.
+    """Return real-valued counts (C,) for samples that have nearly the same probabilities.
 
-    From the identity with q = softmax(W h̄ + b); then twice refined by an embedding for every
-    class that seems to occur, fitted to G.
+    They follow from the identity with q = softmax(W h̄ + b), and are then refined twice by an
+    embedding per class that seems to occur, fitted to G.
     """
     e, eps = evidence, evidence.label_smoothing
     total, share = e.batch_size, evidence.label_smoothing / e.num_classes
     p_shared = e.probabilities(e.shared_embedding)
 
-    def counts(q):
-        return total * (q - e.bias_grad - share) / (1 - eps)
+    def by_identity(q: Tensor) -> Tensor:
+        return total * (q - e.known_bias_grad - share) / (1 - eps)
 
-    x = counts(p_shared)
+    x = by_identity(p_shared)
     embeddings = e.shared_embedding.repeat(e.num_classes, 1)
     for _ in range(2):
         found = (x > 0.3).nonzero().flatten()
@@ -341,12 +352,12 @@ def homogeneous(evidence: Evidence) -> Tensor:
         fitted = e.shared_embedding + torch.linalg.solve(system, residual.T @ rest)
         embeddings[found] = fitted.clamp(min=0) if e.non_negative else fitted
         q = n @ e.probabilities(embeddings[found]) + (total - n.sum()).clamp(min=0) * p_shared
-        x = counts(q / q.sum())
+        x = by_identity(q / q.sum())
     return x.clamp(min=0)
 
 
 def plausible_spread(evidence: Evidence, bounds: Tensor) -> Tensor:
-    """A guess of the counts (C,), from which classes the bias gradient says something about."""
+    """Guess the counts (C,): equal for classes known to occur, fewer for likely absent ones."""
     e = evidence
     present = bounds > 0
     if not present.any():
@@ -357,7 +368,7 @@ def plausible_spread(evidence: Evidence, bounds: Tensor) -> Tensor:
 
 
 def saturated(evidence: Evidence, bounds: Tensor) -> Tensor:
-    """Real-valued counts (C,) where a trained head is sure of itself for most samples."""
+    """Return real-valued counts (C,) for a trained head that is sure of itself on most samples."""
     e = evidence
     excess = e.batch_size * e.hard_bias_grad
     surplus = torch.where(bounds > 0, excess.clamp(min=0), 0.0)
@@ -365,7 +376,7 @@ def saturated(evidence: Evidence, bounds: Tensor) -> Tensor:
 
 
 def prepared(evidence: Evidence) -> tuple[Evidence, Tensor]:
-    """The evidence with a bias gradient and without clipping, and the lower bounds (C,).
+    """Return the evidence with a bias gradient and without clipping, and the lower bounds (C,).
 
     The bounds are those of the clipped gradient: a shorter gradient only lowers them.
     """
@@ -374,12 +385,13 @@ def prepared(evidence: Evidence) -> tuple[Evidence, Tensor]:
     return without_clipping(e), bounds
 
 
-def counts(evidence: Evidence, *, uniform_labels: bool = False) -> Estimate:
-    """Counts by the identity, in the regime that the spread of the logits tells.
+def counts(evidence: Evidence) -> Estimate:
+    """Count by the identity, in the regime that the spread of the logits shows.
 
-    uniform_labels: the attacker knows that labels are drawn uniformly from the C classes. In the
-    saturated regime with B ≥ 4 C that alone says more than the gradient, and equal counts within
-    the bounds are returned.
+    In the saturated regime with B ≥ 4 C, `uniform_labels` alone says more than the gradient: the
+    counts are then equal within the bounds.
+
+    Raises ValueError for a head without bias if neither public nor noise features are at hand.
     """
     e, bounds = prepared(evidence)
     spread, limit = logit_spread(e)
@@ -387,6 +399,6 @@ def counts(evidence: Evidence, *, uniform_labels: bool = False) -> Estimate:
     if spread < limit:
         return Estimate(round_counts(homogeneous(e), bounds, e.batch_size), "homogeneous", remark)
     x = saturated(e, bounds)
-    if uniform_labels and e.batch_size >= 4 * e.num_classes:
+    if e.uniform_labels and e.batch_size >= 4 * e.num_classes:
         x = torch.full_like(x, e.batch_size / e.num_classes)
     return Estimate(round_counts(x, bounds, e.batch_size), "saturated", remark)

@@ -1,4 +1,4 @@
-"""What an attacker knows about the labels: the head's gradient, and features of public images."""
+"""Collects what an attacker knows about the labels: the head's gradient, and public features."""
 
 import copy
 import math
@@ -21,87 +21,105 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """Labelled images of the attacker's own, as the attacked network sees them.
+    """Holds labelled images of the attacker's own as the attacked network sees them; float64."""
 
-    features: (N, d) inputs of the head. labels: (N,). bn_inputs: (N, c) spatial means at the last
-    BatchNorm layer's input, and bn_mean: (c,) the client's uploaded batch mean there, where
-    uploaded statistics are used.
-    """
-
+    #: (N, d) inputs of the head.
     features: Tensor
+    #: (N,) integers.
     labels: Tensor
+    #: (N, c) spatial means at the input of the last BatchNorm layer, if bn_mean is to be used.
     bn_inputs: Tensor | None = None
+    #: (c,) mean of the client's batch at that input, which it uploaded.
     bn_mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the label methods look at, in float64 on the CPU. None of them changes it.
+    """Holds all that the label methods look at, in float64 on the CPU. No method changes it."""
 
-    weight_grad: G (C, d), gradient of the head's weight. bias_grad: g (C,) of its bias, None where
-    the head has none. weight, bias: W (C, d), b (C,). batch_size: B. label_smoothing: ε in [0, 1).
-    sigma: standard deviation of noise added to the gradient. clipped: the gradient was scaled
-    down by an unknown factor; clip_factor: the one that was divided out; clipped_each: it was every
-    sample's gradient, by a factor of its own. resolution: relative
-    rounding error of the gradient's numbers. public: (N, d) features of unlabelled public images,
-    noise: (M, d) of noise images, as the attacked network makes them. non_negative: the head's
-    inputs are never negative. is_surrogate: bias_grad is no gradient that was sent, but a stand-in
-    (inversion/counts.py), with noise of surrogate_sigma.
-    """
-
+    #: G (C, d), the gradient of the head's weight.
     weight_grad: Tensor
+    #: g (C,), the gradient of the head's bias or a stand-in for it; None if the head has no bias.
     bias_grad: Tensor | None
+    #: W (C, d), the head's weight.
     weight: Tensor
+    #: b (C,), the head's bias; zeros if it has none.
     bias: Tensor
+    #: B, the number of samples.
     batch_size: int
+    #: ε in [0, 1) of the client's loss.
     label_smoothing: float = 0.0
+    #: Standard deviation of the noise that the client added to every entry of the gradient.
     sigma: float = 0.0
+    #: Clipping scaled the gradient down by a factor that is not known.
     clipped: bool = False
+    #: The clipping factor that was divided out; None if none was.
     clip_factor: float | None = None
-    clipped_each: bool = False
+    #: Each sample's gradient was clipped separately, so the factors differ.
+    clipped_per_sample: bool = False
+    #: Relative rounding error of the gradient's entries.
     resolution: float = 2.0**-24
+    #: (N, d) features of unlabelled public images at the attacked network's head.
     public: Tensor | None = None
+    #: (M, d) features of noise images there, which stand in for public ones.
     noise: Tensor | None = None
+    #: Labelled images, for the methods that need them.
     auxiliary: Auxiliary | None = None
+    #: The inputs of the head are never negative.
     non_negative: bool = True
+    #: Labels are known to be drawn evenly from all classes.
+    uniform_labels: bool = False
+    #: bias_grad was not sent: it is a stand-in, made by `counts.with_bias_gradient`.
     is_surrogate: bool = False
+    #: Standard deviation of the noise in such a stand-in.
     surrogate_sigma: float = 0.0
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """The number of classes, C."""
         return len(self.weight)
 
     @property
+    def known_bias_grad(self) -> Tensor:
+        """g or its stand-in (C,).
+
+        Raises ValueError where there is neither; `counts.with_bias_gradient` adds a stand-in.
+        """
+        if self.bias_grad is None:
+            raise ValueError("needs the gradient of the head's bias")
+        return self.bias_grad
+
+    @property
     def bias_sigma(self) -> float:
-        """Standard deviation of the noise in bias_grad."""
+        """Standard deviation of the noise in every entry of bias_grad."""
         return self.surrogate_sigma if self.is_surrogate else self.sigma
 
     @cached_property
     def hard_bias_grad(self) -> Tensor:
         """(g + ε/C) / (1 − ε) = q / (1 − ε) − n / B (C,): g itself without label smoothing."""
-        return (self.bias_grad + self.label_smoothing / self.num_classes) / (
+        return (self.known_bias_grad + self.label_smoothing / self.num_classes) / (
             1 - self.label_smoothing
         )
 
     @cached_property
     def shared_embedding(self) -> Tensor:
-        """h̄ = Gᵀg / gᵀg (d,): the features, were they the same for every sample; 0 for g = 0."""
-        square = self.bias_grad.square().sum()
+        """h̄ = Gᵀg / gᵀg (d,): the features if all samples had the same; 0 where g = 0."""
+        g = self.known_bias_grad
+        square = g.square().sum()
         if not square > 0:
             return torch.zeros(self.weight.shape[1], dtype=torch.float64)
-        return self.weight_grad.T @ self.bias_grad / square
+        return self.weight_grad.T @ g / square
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """Softmax outputs (..., C) of the head for features (..., d)."""
+        """Return the head's softmax outputs (..., C) for features (..., d)."""
         return (features @ self.weight.T + self.bias).softmax(-1)
 
     def scaled(self, factor: float) -> "Evidence":
-        """The evidence with gradient and noise divided by `factor`."""
+        """Return the evidence with gradient and noise divided by `factor`, a clipping factor."""
         return replace(
             self,
             weight_grad=self.weight_grad / factor,
-            bias_grad=self.bias_grad / factor,
+            bias_grad=self.known_bias_grad / factor,
             sigma=self.sigma / factor,
             surrogate_sigma=self.surrogate_sigma / factor,
             clipped=False,
@@ -116,34 +134,33 @@ def gather_evidence(
     public: Tensor | None = None,
     auxiliary: tuple[Tensor, Tensor] | None = None,
     use_uploaded_bn: bool = False,
+    uniform_labels: bool = False,
 ) -> Evidence:
-    """Collect what the target's gradient says about its labels.
+    """Collect what the target's gradient tells about its labels.
 
     model: the attacked network (`models.target.model_of`); it is left as it was. public:
     (N, C, H, W) normalised public images without labels; without them noise stands in. auxiliary:
     normalised images (N, C, H, W) and labels (N,) of the attacker's own. use_uploaded_bn: look at
-    the auxiliary images through the batch statistics that the client uploaded.
+    the auxiliary images through the batch statistics that the client uploaded. uniform_labels:
+    labels are known to be drawn evenly from all classes.
 
     Raises ValueError where the label methods do not apply: no linear head, a head whose weight is
-    not trained, or layers behind the head.
+    not trained, or layers behind the head; also for use_uploaded_bn without uploaded statistics.
     """
-    name, head = find_head(model)
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"the classifier head {name} of {target.arch} is a {type(head).__name__}; labels are "
-            "read off the gradient of a linear head that gives the logits"
-        )
+    if use_uploaded_bn and target.bn_mean is None:
+        raise ValueError("the client uploaded no BatchNorm statistics")
+    name, head = _linear_head(model, target)
     gradients = dict(zip(trainable_parameters(model), target.gradient, strict=True))
     if f"{name}.weight" not in gradients:
         raise ValueError(f"the gradient of the head's weight {name}.weight was not sent")
     weight_grad = _double(gradients[f"{name}.weight"])
     bias_grad = gradients.get(f"{name}.bias")
 
-    noise = None
-    if public is None:
+    images = public
+    if images is None:
         generator = Generator().manual_seed(0)
-        noise = torch.randn(NOISE_IMAGES, *target.image_shape, generator=generator)
-    probe = features_of(model, noise if public is None else public, target.train_mode)[0]
+        images = torch.randn(NOISE_IMAGES, *target.image_shape, generator=generator)
+    probe, _ = features_of(model, images, target.train_mode)
     seen = None
     if auxiliary is not None:
         seen = _auxiliary(model, target, auxiliary, use_uploaded_bn)
@@ -159,20 +176,33 @@ def gather_evidence(
         label_smoothing=target.label_smoothing,
         sigma=protection.sigma if protection else 0.0,
         clipped=_was_clipped(target),
-        clipped_each=protection is not None and protection.mode == "per-sample",
+        clipped_per_sample=protection is not None and protection.mode == "per-sample",
         resolution=target.resolution or rounding_error([gradients[f"{name}.weight"]]),
         public=None if public is None else probe,
-        noise=None if noise is None else probe,
+        noise=probe if public is None else None,
         auxiliary=seen,
         non_negative=bool((probe >= 0).all()),
+        uniform_labels=uniform_labels,
     )
 
 
+def _linear_head(model: nn.Module, target: Target) -> tuple[str, nn.Linear]:
+    """Return the classifier head and its name; raises ValueError if it is no linear layer."""
+    name, head = find_head(model)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"the classifier head {name} of {target.arch} is a {type(head).__name__}; labels are "
+            "read off the gradient of a linear head that gives the logits"
+        )
+    return name, head
+
+
 def features_of(model: nn.Module, images: Tensor, train_mode: bool) -> tuple[Tensor, Tensor | None]:
-    """Inputs of the classifier head, and spatial means at the input of the last BatchNorm layer.
+    """Return the inputs of the classifier head, and those of the last BatchNorm layer.
 
     images: (N, C, H, W) normalised. Where BatchNorm uses batch statistics they pass as one
-    batch. Returns (N, d) and (N, c), or None without BatchNorm, float64 on the CPU.
+    batch. Returns (N, d), and of BatchNorm's inputs the spatial means (N, c), or None without
+    BatchNorm; float64 on the CPU.
 
     Raises ValueError when the head's outputs are not the logits.
     """
@@ -206,11 +236,16 @@ def features_of(model: nn.Module, images: Tensor, train_mode: bool) -> tuple[Ten
     return _double(torch.cat(inputs)), _double(torch.cat(moments)) if moments else None
 
 
-def _auxiliary(model, target, auxiliary, use_uploaded_bn) -> Auxiliary:
+def _auxiliary(
+    model: nn.Module, target: Target, auxiliary: tuple[Tensor, Tensor], use_uploaded_bn: bool
+) -> Auxiliary:
+    """Look at the auxiliary images through the attacked network."""
     images, labels = auxiliary
     if not use_uploaded_bn:
         features, _ = features_of(model, images, target.train_mode)
         return Auxiliary(features, labels.long())
+    assert target.bn_mean is not None
+    assert target.bn_var is not None
     if uses_batch_statistics(model, target.train_mode):
         model = copy.deepcopy(model)
         layers = batchnorm_layers(model)
@@ -228,9 +263,9 @@ def _double(values: Tensor) -> Tensor:
 
 
 def _was_clipped(target: Target) -> bool:
-    """Whether clipping may have scaled the gradient down: its norm then equals the bound.
+    """Return whether clipping may have scaled the gradient down: its norm then equals the bound.
 
-    With noise true unless the norm is below the bound by three standard deviations.
+    With noise the answer is true unless the norm lies three standard deviations below the bound.
     """
     protection = target.protection
     if protection is None or protection.clip is None:

@@ -1,7 +1,8 @@
-"""Labels of a batch from its gradient: the published rules, and counts by the identity.
+"""Reconstructs the labels of a batch from its gradient, by the method that applies.
 
-A method looks at `Evidence` and gives the number of samples of every class. Accuracies that belong
-to each of them, measured: docs/results.md.
+A method is a function in LABEL_FUNCTIONS that takes `Evidence` and returns an `Estimate`, the
+number of samples of every class; what it needs is the record of the same name in
+`inversion.settings.LABEL_METHODS`. Their measured accuracies: docs/results.md.
 """
 
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from inversion.labels.auxiliary_counts import IMAGES_FOR_BN, auxiliary_counts
 from inversion.labels.counts import (
@@ -21,6 +22,15 @@ from inversion.labels.counts import (
     with_bias_gradient,
 )
 from inversion.labels.evidence import Evidence, gather_evidence
+from inversion.labels.published import (
+    bias_corrected,
+    e2egi,
+    gradinversion,
+    idlg,
+    ilrg,
+    llg,
+)
+from inversion.settings import AUTO, LABEL_METHODS
 from models.build import find_head
 from models.gradient import couples_samples, trainable_parameters
 from models.target import Target
@@ -28,141 +38,61 @@ from models.target import Target
 
 @dataclass(frozen=True)
 class LabelInputs:
-    """What a method may use besides the target.
+    """Holds what a label method may use besides the target."""
 
-    model: the attacked network. public: (N, C, H, W) normalised public images without labels, at
-    least 128 for a sure regime. auxiliary: normalised images (N, C, H, W) and labels (N,) of the
-    attacker's own. uniform_labels: labels are known to be drawn uniformly from all classes.
-    """
-
+    #: The attacked network; it is left as it was.
     model: nn.Module
+    #: (N, C, H, W) normalised public images without labels; 128 or more make the regime sure.
     public: Tensor | None = None
+    #: Normalised images (N, C, H, W) and labels (N,) of the attacker's own.
     auxiliary: tuple[Tensor, Tensor] | None = None
+    #: Whether the attacker knows that labels are drawn evenly from all classes.
     uniform_labels: bool = False
 
 
 @dataclass(frozen=True)
 class LabelResult:
-    """labels: (B,) integers, ascending. lower_bounds: (C,) least number of every class; `certain`
-    says whether that is a fact or likely. method: the one used, reason: why. regime: what the
-    method took the head for, None where it makes no difference to it."""
+    """Holds the labels of a batch as a method reconstructed them."""
 
+    #: (B,) integers, in ascending order.
     labels: Tensor
+    #: (C,) the least number of samples of every class.
     lower_bounds: Tensor
+    #: Whether the lower bounds are facts; otherwise they are likely.
     certain: bool
+    #: The method that was used, a name in LABEL_METHODS.
     method: str
+    #: Why this method was used, and what the reader of the labels should know.
     reason: str
+    #: "homogeneous" or "saturated", as the method judged the head; None if it does not distinguish.
     regime: str | None
+    #: Wall time that the reconstruction took.
     seconds: float
 
 
-def e2egi(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """E2EGI's rule (JBHI 2023): row sums s, a label's share m = C · max s / B."""
-    s = evidence.weight_grad.sum(1)
-    m = evidence.num_classes * s.max().clamp(min=0) / evidence.batch_size
-    return Estimate(_one_by_one(s, m, evidence.batch_size))
-
-
-def idlg(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """iDLG (arXiv 2001.02610): one label for every negative row sum, topped up at random."""
-    s, total = evidence.weight_grad.sum(1), evidence.batch_size
-    n = torch.zeros(len(s), dtype=torch.long)
-    n[s.argsort()[: min(total, int((s < 0).sum()))]] = 1
-    missing = total - int(n.sum())
-    drawn = torch.randint(len(s), (missing,), generator=Generator().manual_seed(0))
-    return Estimate(n + torch.bincount(drawn, minlength=len(s)))
-
-
-def gradinversion(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """GradInversion (arXiv 2104.07586): the B classes with the smallest entry in their row of G.
-
-    Where B > C every class gets ⌊B / C⌋ and the smallest one more.
-    """
-    order = evidence.weight_grad.min(1).values.argsort()
-    n = torch.full((len(order),), evidence.batch_size // len(order))
-    n[order[: evidence.batch_size % len(order)]] += 1
-    return Estimate(n)
-
-
-def llg(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """LLG (arXiv 2105.09369): row sums s, a share m = Σ_{s<0} s · (1 + 1/C) / B."""
-    s = evidence.weight_grad.sum(1)
-    m = -s.clamp(max=0).sum() * (1 + 1 / evidence.num_classes) / evidence.batch_size
-    return Estimate(_one_by_one(s, m, evidence.batch_size))
-
-
-def bias_corrected(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """LLG's rule on the bias gradient, with m = Σ_{g<0} g / B."""
-    g = with_bias_gradient(evidence).bias_grad
-    return Estimate(
-        _one_by_one(g, -g.clamp(max=0).sum() / evidence.batch_size, evidence.batch_size)
-    )
-
-
-def _one_by_one(scores: Tensor, share: Tensor, total: int) -> Tensor:
-    """One label for every negative score, the smallest first; then again and again for the
-    smallest, every label given adding `share` ≥ 0. Counts (C,) that sum to `total`."""
-    scores = scores.clone()
-    n = torch.zeros(len(scores), dtype=torch.long)
-    first = scores.argsort()[: min(total, int((scores < 0).sum()))]
-    n[first] += 1
-    scores[first] += share
-    for _ in range(total - len(first)):
-        k = scores.argmin()
-        n[k] += 1
-        scores[k] += share
-    return n
-
-
-def ilrg(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """iLRG (Ma et al., ICLR 2023): embeddings G_k / g_k give every class's probabilities P_k, and
-    B g = (Pᵀ − I) n with Σ n = B is solved by the pseudo-inverse."""
-    e = with_bias_gradient(evidence)
-    g = torch.where(e.bias_grad == 0, torch.inf, e.bias_grad)
-    p = e.probabilities((e.weight_grad / g[:, None]).clamp(-1e10, 1e10))
-    count = e.num_classes
-    system = torch.cat([p.T - torch.eye(count, dtype=torch.float64), torch.ones(1, count).double()])
-    right = e.batch_size * torch.cat([e.bias_grad, torch.ones(1).double()])
-    n = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[:, 0]
-    none = torch.zeros(count, dtype=torch.long)
-    return Estimate(round_counts(n.clamp(min=0), none, e.batch_size))
-
-
-def counts_by_identity(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """The identity n_k = B (q_k − g_k): `inversion.counts.counts`."""
-    return counts(evidence, uniform_labels=inputs.uniform_labels)
-
-
-def counts_with_auxiliary(evidence: Evidence, inputs: LabelInputs) -> Estimate:
-    """Counts by labelled auxiliary images: `inversion.auxiliary_counts`."""
-    return auxiliary_counts(evidence)
-
-
-#: `--label-method`: name → function(evidence, inputs) → Estimate.
-LABEL_STRATEGIES: dict[str, Callable[[Evidence, LabelInputs], Estimate]] = {
+#: name in LABEL_METHODS → function.
+LABEL_FUNCTIONS: dict[str, Callable[[Evidence], Estimate]] = {
     "e2egi": e2egi,
     "idlg": idlg,
     "gradinversion": gradinversion,
     "llg": llg,
     "bias-corrected": bias_corrected,
     "ilrg": ilrg,
-    "counts": counts_by_identity,
-    "counts-aux": counts_with_auxiliary,
-    "counts-bn": counts_with_auxiliary,
+    "counts": counts,
+    "counts-aux": auxiliary_counts,
+    "counts-bn": auxiliary_counts,
 }
-
-#: `--label-method auto`: choose as `choose_method` says.
-AUTO = "auto"
 
 
 def choose_method(
     target: Target, auxiliary: tuple[Tensor, Tensor] | None, model: nn.Module
 ) -> tuple[str, str]:
-    """The method that suits what is at hand, a name in LABEL_STRATEGIES, and why.
+    """Choose the method that suits what is at hand.
 
     `counts-bn` with uploaded BN statistics and at least 20 auxiliary images of every class,
     `counts-aux` with auxiliary images in eval mode unless the model's BatchNorm uses batch
-    statistics there too, else `counts`.
+    statistics there too, else `counts`. auxiliary: as in `LabelInputs`. Returns a name in
+    LABEL_METHODS and the reason in words.
     """
     if auxiliary is None:
         return "counts", "no auxiliary images given"
@@ -177,13 +107,8 @@ def choose_method(
     )
 
 
-def _has_bias_gradient(model: nn.Module) -> bool:
-    name, _ = find_head(model)
-    return f"{name}.bias" in trainable_parameters(model)
-
-
 def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) -> LabelResult:
-    """Reconstruct the labels of the target's batch by `method`, a name in LABEL_STRATEGIES or auto.
+    """Reconstruct the labels of the target's batch by `method`, a name in LABEL_METHODS or AUTO.
 
     Nothing is changed, neither the target nor the model nor the images.
 
@@ -192,25 +117,20 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
     long for any batch of B samples.
     """
     begin = time.perf_counter()
-    reason = "asked for"
-    if method == AUTO:
-        method, reason = choose_method(target, inputs.auxiliary, inputs.model)
-    if method in ("counts-aux", "counts-bn") and not _has_bias_gradient(inputs.model):
-        method, reason = "counts", f"the head has no bias gradient, which {method} needs"
-    use_bn = method == "counts-bn"
-    if use_bn and target.bn_mean is None:
-        raise ValueError("the client uploaded no BatchNorm statistics")
+    method, reason = _applicable(target, inputs, method)
+    needs = LABEL_METHODS[method]
     evidence = gather_evidence(
         inputs.model,
         target,
         public=inputs.public,
-        auxiliary=inputs.auxiliary if method.startswith("counts-") else None,
-        use_uploaded_bn=use_bn,
+        auxiliary=inputs.auxiliary if needs.needs_auxiliary else None,
+        use_uploaded_bn=needs.needs_uploaded_bn,
+        uniform_labels=inputs.uniform_labels,
     )
     with_bias = with_bias_gradient(evidence)
     check_scale(with_bias)
     try:
-        estimate = LABEL_STRATEGIES[method](evidence, inputs)
+        estimate = LABEL_FUNCTIONS[method](evidence)
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"the equations of {method} have no solution here") from error
     if estimate.remark:
@@ -227,3 +147,15 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
         regime=estimate.regime,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _applicable(target: Target, inputs: LabelInputs, method: str) -> tuple[str, str]:
+    """Return the method that `method` comes to for this target and model, and why."""
+    reason = "asked for"
+    if method == AUTO:
+        method, reason = choose_method(target, inputs.auxiliary, inputs.model)
+    name, _ = find_head(inputs.model)
+    has_bias_gradient = f"{name}.bias" in trainable_parameters(inputs.model)
+    if LABEL_METHODS[method].needs_bias_gradient and not has_bias_gradient:
+        return "counts", f"the head has no bias gradient, which {method} needs"
+    return method, reason

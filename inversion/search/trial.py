@@ -1,4 +1,4 @@
-"""One trial of a hyper-parameter search: the attack on a simulated client, scored by its images."""
+"""Runs one trial of a hyper-parameter search: the attack on a simulated client, then its score."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,88 +11,90 @@ from inversion.objective import Objective
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.restarts import initial_images, noise_generator
-from inversion.settings import PRIORS, Loop, Weights
+from inversion.settings import AttackSettings
 from models.target import GroundTruth, Target
+from utils.device import forbid_tensorfloat32
 from utils.matching import assign
-from utils.metrics import mse
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The attack that trials run: a simulated client with the truth, and all that is not searched.
+    """Holds the attack that trials run: a simulated client with the truth, and the settings.
 
-    y: (B,) labels that the attack goes by. loop.steps: iterations that the rate schedule is made
-    for. bn_source and the like as in `Objective`. device: where trials compute.
+    A trial attacks with one seed, the first of the settings.
     """
 
+    #: The attacked network of the simulated client.
     model: nn.Module
+    #: What the simulated client sent.
     target: Target
+    #: Its images, by which trials are scored.
     truth: GroundTruth
+    #: (B,) labels that the attack goes by.
     y: Tensor
-    weights: Weights
-    loop: Loop
-    pixel_gradient: str = "exact"
-    distance: str = "sim"
+    #: The attack, with some value for every searched parameter. Its iterations are those that the
+    #: rate schedule is made for; a trial may end earlier.
+    settings: AttackSettings
+    #: Where the BN prior pulls to, "running" or "batch", as in `Objective`.
     bn_source: str = "running"
-    bn_grad: str = "exact"
-    seed: int = 0
+    #: Where trials compute.
     device: str = "cpu"
 
-    def with_settings(self, settings: Mapping[str, float]) -> tuple[Weights, Loop]:
-        """Weights and loop of a trial with the searched parameters at these values."""
-        priors = {name: value for name, value in settings.items() if name in PRIORS}
-        weights = replace(
-            self.weights,
-            gradient=settings.get("grads_weight", self.weights.gradient),
-            priors={**self.weights.priors, **priors},
+    def trial_settings(self, values: Mapping[str, float]) -> AttackSettings:
+        """Return the attack with the searched parameters, names in RANGES, at these values.
+
+        A trial returns its last images, not the best ones: their error is what a later report
+        goes on from.
+        """
+        settings = self.settings.with_values(values)
+        return replace(settings, loop=replace(settings.loop, keep_best=False))
+
+    def objective(self, settings: AttackSettings) -> Objective:
+        """Return the objective of a trial."""
+        return Objective(
+            self.model.to(torch.device(self.device)),
+            self.target,
+            self.y,
+            settings.weights,
+            distance_name=settings.distance,
+            bn_source=self.bn_source,
+            bn_grad=settings.bn_grad,
         )
-        loop = replace(
-            self.loop,
-            lr=settings.get("lr", self.loop.lr),
-            steps=int(settings.get("epochs", self.loop.steps)),
-            keep_best=False,
-        )
-        return weights, loop
 
 
 def image_error(x: Tensor, problem: Problem) -> float:
-    """Mean squared error of normalised images against the truth, in [0, 1] colours, paired by the
-    best assignment."""
+    """Return the mean squared error of normalised images `x` (B, C, H, W) against the truth.
+
+    It is taken in [0, 1] colours, after the best one-to-one pairing.
+    """
+    from utils.metrics import mse  # seconds, which an attack without a search does not need
+
     mean, std = problem.target.mean, problem.target.std
     found, true = ((v.cpu() * std + mean).clamp(0, 1) for v in (x, problem.truth.x))
     return mse(found[assign(found, true)], true).mean().item()
 
 
 def run_trial(
-    settings: Mapping[str, float],
+    values: Mapping[str, float],
     problem: Problem,
     reports: Sequence[int],
     report: Callable[[dict, dict], None],
     state: dict | None = None,
 ) -> None:
-    """Run the attack with `settings`, from `state` on, and report after the given iterations.
+    """Run the attack with the searched parameters at `values`, and report after some iterations.
 
-    report(figures, state): figures are floats, `state` is what a later call goes on from.
+    reports: numbers of iterations, ascending, after which report(figures, state) is called;
+    figures are floats, and `state` is what a later call goes on from.
 
     Raises FloatingPointError when a loss is not finite.
     """
-    torch.backends.cudnn.allow_tf32 = False  # as in the attack (utils.cli.choose_device)
+    forbid_tensorfloat32()  # as in the attack
     device = torch.device(problem.device)
-    weights, loop = problem.with_settings(settings)
-    target = problem.target
-    objective = Objective(
-        problem.model.to(device),
-        target,
-        problem.y,
-        weights,
-        distance=problem.distance,
-        bn_source=problem.bn_source,
-        bn_grad=problem.bn_grad,
-    )
-    generator = noise_generator(problem.seed, device)
-    dtype = target.gradient[0].dtype
-    x = initial_images(problem.seed, target.batch_size, target.image_shape, dtype).to(device)
-    done, optimiser_state = 0, None
+    settings = problem.trial_settings(values)
+    loop = settings.loop_in(problem.target.box)
+    pixel_gradient = partial(PIXEL_GRADIENTS[settings.pixel_gradient], problem.objective(settings))
+    generator = noise_generator(settings.first_seed, device)
+    x, done, optimiser_state = _start(problem, settings.first_seed).to(device), 0, None
     if state is not None:
         x, done, optimiser_state = state["x"].to(device), state["done"], state["optimiser"]
         generator.set_state(state["generator"])
@@ -101,7 +103,7 @@ def run_trial(
         if end <= done:
             continue
         run = reconstruct(
-            partial(PIXEL_GRADIENTS[problem.pixel_gradient], objective),
+            pixel_gradient,
             x,
             loop,
             generator=generator,
@@ -111,17 +113,16 @@ def run_trial(
         if run.stopped is not None:
             raise FloatingPointError(f"a loss was not finite after {done + run.steps} iterations")
         x, done, optimiser_state = run.x, end, run.optimiser_state
-        report(
-            {
-                "mse": image_error(x, problem),
-                "gradient_loss": run.losses.gradient,
-                "iterations": done,
-                "begun_at": begun,
-            },
-            {
-                "x": x.cpu(),
-                "done": done,
-                "optimiser": optimiser_state,
-                "generator": generator.get_state(),
-            },
-        )
+        figures = {
+            "mse": image_error(x, problem),
+            "gradient_loss": run.losses.gradient,
+            "iterations": done,
+            "begun_at": begun,
+        }
+        now = {"x": x.cpu(), "done": done, "optimiser": optimiser_state}
+        report(figures, now | {"generator": generator.get_state()})
+
+
+def _start(problem: Problem, seed: int) -> Tensor:
+    target = problem.target
+    return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)

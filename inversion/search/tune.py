@@ -1,8 +1,8 @@
-"""Hyper-parameter search with Ray Tune on a batch of the attacker's own.
+"""Searches for hyper-parameters with Ray Tune, on a batch of the attacker's own.
 
 Every trial is the attack itself with other weights and step sizes, on a simulated client whose
-images the attacker knows, scored by the error of its images. The only file that imports ray, and
-only when a search runs.
+images the attacker knows; the error of the trial's images is its score. No other file imports ray,
+and this one only when a search runs.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,52 +20,65 @@ from inversion.settings import RANGES, Range
 
 #: How often a trial reports between its first report and its end.
 REPORTS = 10
+#: Name of a trial's state inside a checkpoint of Tune.
 STATE_FILE = "state.pth"
+#: Name of the search inside its folder.
+TUNE_FOLDER = "tune"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """num_samples trials; each reports from iteration `first` on and ends at `last`."""
+    """Says how many trials a search runs, and how long each of them may take."""
 
+    #: Number of trials.
     num_samples: int
+    #: Iterations after which a trial reports first, and from which on it may be ended early.
     first: int
+    #: Iterations after which a trial ends.
     last: int
 
     def reports(self) -> list[int]:
-        """Iterations after which a trial reports."""
+        """Return the numbers of iterations after which a trial reports."""
         every = max(1, math.ceil((self.last - self.first) / REPORTS))
         return [*range(self.first, self.last, every), self.last]
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a trial may use, and where: a cluster's address, or this machine. packages: Ray's
-    runtime environment, by which trials find this project."""
+    """Says what trials may use, and where they run."""
 
+    #: CPU cores per trial.
     cpus: float = 1.0
+    #: GPUs per trial; a share of one lets several trials share it.
     gpus: float = 0.0
+    #: Number of trials that may run at once.
     max_concurrent: int = 16
+    #: Address of a Ray cluster; None for this machine.
     address: str | None = None
+    #: Ray's runtime environment, by which trials find this project.
     packages: Mapping | None = None
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """best: parameter → value. trials: a dict a trial. model_based: picks that BOHB's model made,
-    None for other algorithms."""
+    """Holds what a search found."""
 
+    #: A name in ALGORITHMS.
     algorithm: str
+    #: Searched parameter → its value in the trial with the least error.
     best: dict[str, float]
+    #: One per trial, the least error first: its parameters, its last report, how it ended.
     trials: list[dict] = field(default_factory=list)
+    #: Number of picks that BOHB's model made; None for other algorithms.
     model_based: int | None = None
 
 
 class SearchUnavailableError(Exception):
-    """What a search needs is not there."""
+    """Says what a search lacks: a package, a state to go on from, or a trial that succeeded."""
 
 
 def available(algorithm: str) -> tuple[str, str]:
-    """The algorithm that "auto", or a name in ALGORITHMS, comes to here, and why.
+    """Return the algorithm that "auto", or a name in ALGORITHMS, comes to here, and why.
 
     Raises SearchUnavailableError, saying what to install.
     """
@@ -90,8 +104,8 @@ def available(algorithm: str) -> tuple[str, str]:
     return "random", "neither hpbandster nor optuna is installed"
 
 
-def _tune_trial(config, problem: Problem, reports: Sequence[int]) -> None:
-    """`run_trial` inside Ray Tune: checkpoints go where Tune keeps them."""
+def _tune_trial(config: dict, problem: Problem, reports: Sequence[int]) -> None:
+    """Do `run_trial` inside Ray Tune, with checkpoints where Tune keeps them."""
     from ray import tune
 
     state = None
@@ -160,9 +174,9 @@ def _bohb(seed, reports):
     return Search(seed=seed), HyperBandForBOHB(max_t=reports, reduction_factor=3)
 
 
-#: `--search-alg`: name → function(seed, number of reports) → searcher and scheduler of Ray Tune.
-#: BOHB (Falkner et al., 2018), as the original; TPE (Bergstra et al., 2011) by optuna with ASHA (Li
-#: et al., 2020); random search with ASHA.
+#: name in `inversion.settings.SEARCH_ALGORITHMS` → function(seed, number of reports per trial) →
+#: searcher and scheduler of Ray Tune. BOHB (Falkner et al., 2018), as the original; TPE (Bergstra
+#: et al., 2011) by optuna with ASHA (Li et al., 2020); random search with ASHA.
 ALGORITHMS = {"bohb": _bohb, "optuna": _optuna, "random": _random}
 
 
@@ -173,61 +187,40 @@ def search(
     resources: Resources,
     *,
     algorithm: str,
-    storage: str,
-    name: str,
+    folder: str,
     resume: bool = False,
     verbose: int = 1,
 ) -> SearchResult:
-    """Find values of `parameters` (names in RANGES) with the least error of images.
+    """Find the values of `parameters` (names in RANGES) with the least error of images.
 
-    storage: absolute path of a folder in which Tune keeps the search as `name`; with `resume` the
-    one that lies there goes on, unfinished trials from their last report. A failed trial is tried
-    once more. Ray runs on this machine without dashboard, or on the cluster at
+    algorithm: a name in ALGORITHMS. folder: absolute path, in which Tune keeps the search as
+    TUNE_FOLDER; with `resume` the one that lies there goes on, unfinished trials from their last
+    report. verbose: 0 is silent, 1 Tune's own reports, 2 also what trials print. A failed trial is
+    tried once more. Ray runs on this machine without dashboard, or on the cluster at
     `resources.address`.
 
     Raises SearchUnavailableError when nothing can be restored or no trial succeeded.
     """
     import ray
-    from ray import tune
 
-    options = {"address": resources.address or "local", "runtime_env": resources.packages}
+    options: dict[str, Any] = {
+        "address": resources.address or "local",
+        "runtime_env": resources.packages,
+        "logging_level": "ERROR",
+    }
     if resources.address is None:
         options["include_dashboard"] = False
-    ray.init(log_to_driver=verbose > 1, logging_level="ERROR", **options)
+    ray.init(log_to_driver=verbose > 1, **options)
     try:
-        reports = budget.reports()
-        searcher, scheduler = ALGORITHMS[algorithm](problem.seed, len(reports))
-        trainable = tune.with_resources(
-            tune.with_parameters(_tune_trial, problem=problem, reports=reports),
-            {"cpu": resources.cpus, "gpu": resources.gpus},
-        )
-        path = f"{storage}/{name}"
-        space = {parameter: _domain(tune, RANGES[parameter]) for parameter in parameters}
+        # also when resuming, since it seeds what the searcher draws from
+        searched = _searched(problem, parameters, budget, resources, algorithm)
+        trainable = _trainable(problem, budget, resources)
         if resume:
-            if not tune.Tuner.can_restore(path):
-                raise SearchUnavailableError(f"{path} holds no search that can go on")
-            tuner = tune.Tuner.restore(path, trainable=trainable, restart_errored=False)
+            tuner = _restored(trainable, folder)
         else:
-            tuner = tune.Tuner(
-                trainable,
-                param_space=space,
-                tune_config=tune.TuneConfig(
-                    metric="mse",
-                    mode="min",
-                    search_alg=searcher,
-                    scheduler=scheduler,
-                    num_samples=budget.num_samples,
-                    max_concurrent_trials=resources.max_concurrent,
-                ),
-                run_config=tune.RunConfig(
-                    name=name,
-                    storage_path=storage,
-                    verbose=min(verbose, 1),
-                    failure_config=tune.FailureConfig(max_failures=1),
-                ),
-            )
+            tuner = _new_tuner(trainable, searched, folder, verbose)
         results = tuner.fit()
-        trials = [_row(result, parameters) for result in results]
+        trials = [_row(results[index], parameters) for index in range(len(results))]
         # Tune has no public way to the searcher that really ran, nor any on a Ray client
         local = getattr(tuner, "_local_tuner", None)
         live = None if local is None else local._tune_config.search_alg
@@ -236,16 +229,74 @@ def search(
         ray.shutdown()
 
 
-def _domain(tune, found: Range):
-    if found.kind == "integer":
-        return tune.randint(int(found.low), int(found.high) + 1)
-    return getattr(tune, found.kind)(found.low, found.high)
+def _trainable(problem: Problem, budget: Budget, resources: Resources):
+    """Return what Tune runs as a trial."""
+    from ray import tune
+
+    return tune.with_resources(
+        tune.with_parameters(_tune_trial, problem=problem, reports=budget.reports()),
+        {"cpu": resources.cpus, "gpu": resources.gpus},
+    )
 
 
-def _row(result, parameters) -> dict:
-    """A trial: its parameters, its last report, and how it ended."""
+def _restored(trainable, folder: str):
+    """Return the tuner of the search that lies in `folder`."""
+    from ray import tune
+
+    path = f"{folder}/{TUNE_FOLDER}"
+    if not tune.Tuner.can_restore(path):
+        raise SearchUnavailableError(f"{path} holds no search that can go on")
+    return tune.Tuner.restore(path, trainable=trainable, restart_errored=False)
+
+
+def _searched(
+    problem: Problem,
+    parameters: Sequence[str],
+    budget: Budget,
+    resources: Resources,
+    algorithm: str,
+) -> dict:
+    """Return what is searched and how, as arguments of a tuner."""
+    from ray import tune
+
+    seed = problem.settings.first_seed
+    searcher, scheduler = ALGORITHMS[algorithm](seed, len(budget.reports()))
+    return {
+        "param_space": {name: _domain(tune, RANGES[name]) for name in parameters},
+        "tune_config": tune.TuneConfig(
+            metric="mse",
+            mode="min",
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=budget.num_samples,
+            max_concurrent_trials=resources.max_concurrent,
+        ),
+    }
+
+
+def _new_tuner(trainable, searched: dict, folder: str, verbose: int):
+    """Return the tuner of a new search in `folder`."""
+    from ray import tune
+
+    run_config = tune.RunConfig(
+        name=TUNE_FOLDER,
+        storage_path=folder,
+        verbose=min(verbose, 1),
+        failure_config=tune.FailureConfig(max_failures=1),
+    )
+    return tune.Tuner(trainable, run_config=run_config, **searched)
+
+
+def _domain(tune, range_: Range):
+    if range_.kind == "integer":
+        return tune.randint(int(range_.low), int(range_.high) + 1)
+    return getattr(tune, range_.kind)(range_.low, range_.high)
+
+
+def _row(result, parameters: Sequence[str]) -> dict:
+    """Return a trial as a row: its parameters, its last report, and how it ended."""
     figures = result.metrics or {}
-    row = {"trial": str(figures.get("trial_id", ""))}
+    row: dict[str, Any] = {"trial": str(figures.get("trial_id", ""))}
     row |= {name: (result.config or {}).get(name) for name in parameters}
     for key in ("mse", "gradient_loss", "iterations", "begun_at"):
         row[key] = figures.get(key)
@@ -253,7 +304,10 @@ def _row(result, parameters) -> dict:
     return row | {"status": "failed" if error else "done", "error": error}
 
 
-def _summary(algorithm, trials, parameters, searcher) -> SearchResult:
+def _summary(
+    algorithm: str, trials: list[dict], parameters: Sequence[str], searcher: Any
+) -> SearchResult:
+    """Choose the best trial, and ask the searcher for its model's picks where there is one."""
     good = [row for row in trials if row["status"] == "done" and row["mse"] is not None]
     if not good:
         errors = sorted({row["error"] for row in trials})
