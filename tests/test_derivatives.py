@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from inversion import settings
 from inversion.objective import Objective
 from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, plain
 from inversion.settings import Weights
@@ -26,7 +27,7 @@ def smooth_case(train_mode=True, **options):
 @pytest.mark.parametrize("train_mode", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("bn_source", ["batch", "running"])
 @pytest.mark.parametrize("distance", ["sim", "L2"])
-@pytest.mark.parametrize("method", PIXEL_GRADIENTS)
+@pytest.mark.parametrize("method", settings.PIXEL_GRADIENTS)
 def test_derivative_equals_central_differences(method, distance, bn_source, train_mode):
     objective, x = smooth_case(train_mode, distance_name=distance, bn_source=bn_source)
     losses, derivative = PIXEL_GRADIENTS[method](objective, x, 0.5)
