@@ -98,12 +98,12 @@ def choose_method(
         return "counts", "no auxiliary images given"
     smallest = int(torch.bincount(auxiliary[1], minlength=target.num_classes).min())
     if target.bn_mean is not None and smallest >= IMAGES_FOR_BN:
-        return "counts-bn", f"BN statistics were uploaded, {smallest} auxiliary images a class"
+        return "counts-bn", f"BN statistics were uploaded, {smallest} auxiliary images per class"
     if not (target.train_mode or couples_samples(model, target.train_mode)):
         return "counts-aux", "auxiliary images, BatchNorm in eval mode"
     return "counts", (
         "with batch statistics auxiliary images help only with uploaded BN statistics and "
-        f"{IMAGES_FOR_BN} images a class"
+        f"{IMAGES_FOR_BN} images per class"
     )
 
 
