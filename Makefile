@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PY := $(VENV)/bin/python
 READY := $(VENV)/.requirements-installed
+FAST := tests/test_imports.py tests/test_values.py tests/test_loop.py
 DEMO := results/demo
 DEMO_FILE := $(DEMO)/iddemo_lenet_random_photos_b8_i0-checkpoint.pth.tar
 DEMO_PICTURES := $(DEMO)/results/exp/demo
@@ -43,6 +44,9 @@ pictures: demo ## run the demo and copy its pictures to Demo_images, which the R
 
 test: $(READY) ## run all tests (CPU; those that need a GPU are skipped without one)
 	$(PY) -m pytest -q -n 2 --dist loadfile
+
+fast: $(READY) ## run the tests of the numerical core and of the import rule (half a minute)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -x $(FAST)
 
 check: $(READY) ## check style, format, types and the import rule
 	$(PY) -m ruff check .
