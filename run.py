@@ -95,7 +95,7 @@ def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, repo
             scores, text = score(settings.scoring, case, sealed, attacked, finish)
     if report is not None:  # before anything more is done
         report.write_attack(attacked, scores)
-    if controls_wanted(settings.scoring, case, attacked, reporter):
+    if finish is not None and controls_wanted(settings.scoring, case, attacked, reporter):
         controls = run_controls(
             settings.attack, case, sealed, interrupts, reporter, print_freq=settings.print_freq
         )

@@ -8,7 +8,7 @@ registries of the same keys beside their kind; tests/test_settings.py compares t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -327,7 +327,7 @@ class AttackSettings:
             return self.noise
         return STRATEGIES[self.strategy].noise if self.loop.optimiser == "Adam" else 0.0
 
-    def _without_consensus(self, **changes) -> "AttackSettings":
+    def _without_consensus(self, **changes: Any) -> "AttackSettings":
         priors = {n: w for n, w in self.weights.priors.items() if not PRIORS[n].needs_consensus}
         return replace(
             self, strategy="best", num_seeds=1, weights=replace(self.weights, priors=priors),
@@ -356,7 +356,7 @@ class AttackSettings:
         end without consensus and so without the strategy's own Langevin noise; one that averages
         needs all seeds.
         """
-        changes = {"pixel_gradient": PRIOR_ONLY, "exact_bn": False}
+        changes: dict[str, Any] = {"pixel_gradient": PRIOR_ONLY, "exact_bn": False}
         if STRATEGIES[self.strategy].averages:
             return replace(self, **changes)
         return self._without_consensus(**changes)

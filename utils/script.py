@@ -125,6 +125,8 @@ def versions() -> dict[str, str]:
 def _torchvision_version() -> str:
     """Read torchvision's `__version__` from its file: importing it takes about as long as torch."""
     spec = importlib.util.find_spec("torchvision")
+    assert spec is not None  # it is required
+    assert spec.origin is not None  # it is a package of files
     text = Path(spec.origin).with_name("version.py").read_text()
     found = re.search(r"^__version__ = ['\"](.+)['\"]", text, re.MULTILINE)
     if found:

@@ -56,10 +56,10 @@ class Recorder:
     def on_step(self, index: int | None, step: int, losses: Losses, rate: float) -> bool:
         """Record an iteration of seed number `index`, or of the consensus; true asks to stop."""
         settings, steps = self.settings, self.settings.loop.steps
-        name = CONSENSUS if index is None else settings.first_seed + index
+        name: str | int = CONSENSUS if index is None else settings.first_seed + index
         gradient = {} if losses.gradient is None else {"gradient": losses.gradient}
         values = {"total": losses.total, **gradient, **losses.terms}
-        self.progress.step(self.title + (name if index is None else f"seed {name}"), values)
+        self.progress.step(self.title + (CONSENSUS if index is None else f"seed {name}"), values)
         if step % max(1, steps // RECORDED_STEPS) == 0 or step == steps - 1:
             terms = [losses.terms.get(term, "") for term in settings.prior_names]
             self.rows.append([name, step, rate, losses.total, losses.gradient, *terms])
@@ -127,7 +127,7 @@ class Attacked:
     @property
     def failed(self) -> bool:
         """Whether no seed had a finite loss."""
-        return math.isnan(self.outcome.final.losses.gradient)
+        return math.isnan(self.outcome.final.losses.criterion)
 
     @property
     def stopped(self) -> str | None:

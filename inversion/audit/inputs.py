@@ -215,7 +215,9 @@ def _read_files(settings: Settings) -> _Files:
     with naming(truth_source):
         checkpoints.check_truth(source, checkpoint)
     bound = check_bound(source, checkpoint, truth_source, f"--checkpoint {inputs.checkpoint}")
-    truth = truth_from_checkpoint(source, checkpoint).unscaled(inputs.gradient_scale)
+    truth = truth_from_checkpoint(source, checkpoint)
+    assert truth is not None  # its entries are there
+    truth = truth.unscaled(inputs.gradient_scale)
     if inputs.shuffled and truth.control is not None:
         truth = replace(truth, control=shuffled_update(truth.control, seed + 1))
     return _Files(target, sent, truth, bound, truth_source)

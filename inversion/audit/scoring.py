@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -121,7 +122,7 @@ def score_images(
     scores = batch.score(found[order])
     references = {name: batch.score(x) for name, x in metrics.baselines(true).items()}
     images = _image_entries(batch, order, scores, references)
-    result = {
+    result: dict[str, Any] = {
         "pairing": "index" if rules.by_index else "assignment",
         "mean": {name: scores.mean.get(name) for name in NAMES},
         "std": {name: scores.std.get(name) for name in NAMES},
@@ -145,7 +146,8 @@ def score_images(
     if controls:
         result["leakage"] = leakage(scores.images, [c.images for c in control_scores.values()])
     metric = _deciding_metric(rules.verdict_metric, scores)
-    identification, paired, unlike = None, None, []
+    identification, paired = None, None
+    unlike: list[str] = []
     if decoys is not None:
         identification, paired, unlike = _test(batch, metric, found, controls or {}, decoys, result)
     elif OTHER_GRADIENT in control_scores:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -258,7 +259,7 @@ def _trials_of(settings: Settings) -> tuple:
     wanted = settings.search
     if wanted is None:
         return ()
-    free = {
+    free: dict[str, Any] = {
         "max_concurrent": 0, "cpus": 0.0, "gpus": None, "address": None, "resume": False,
         "only": False, "allow_target": False, "verbose": 0,
     }  # fmt: skip

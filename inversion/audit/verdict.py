@@ -78,7 +78,7 @@ def judge(
     worst = _worst(above, identification)
     shown = p is not None and p <= ALPHA and not unlike
     identified = []
-    if shown:
+    if shown and identification is not None:
         identified = [i for i, q in enumerate(identification.image_p) if q <= ALPHA]
     test = "no test, for want of decoys" if p is None else f"p = {p:.2g}"
     able = smallest is not None and smallest <= ALPHA
@@ -87,7 +87,7 @@ def judge(
         words = f"{'; '.join(missing or ['no control was run'])}: without it no verdict"
         if shown:
             words += f"; by the test alone the client's gradient shows in the images ({test})"
-        elif able and p > ALPHA:
+        elif able and p is not None and p > ALPHA:
             words += f"; by the test alone the client's gradient does not show ({test})"
             words += f"; {doubt}" if doubt else ""
     elif shown:
@@ -148,6 +148,8 @@ def evidence_against_chance(
         return None, None
     if paired is None or len(paired.images) < FEWEST_PAIRS:
         return identification.p, identification.smallest_p
+    assert paired.p is not None  # there are decoys, so there is a test against them
+    assert paired.smallest_p is not None
     ranks, pairs = 1 - PAIRED_SHARE, PAIRED_SHARE
     p = min(1.0, identification.p / ranks, paired.p / pairs)
     return p, min(1.0, identification.smallest_p / ranks, paired.smallest_p / pairs)
@@ -161,19 +163,21 @@ def _stands_above(above: Mapping, metric: str) -> bool:
 
 def _worst(above: Mapping | None, identification: Identification | None) -> int | None:
     """The image that is identified most clearly, then the one furthest above the controls."""
-    if above is None and identification is None:
+    ranks = None if identification is None else [-rank for rank in identification.ranks]
+    if above is not None:
+        distances = above["images"]
+    elif identification is not None:
+        distances = identification.deviations
+    else:
         return None
-    count = len(above["images"]) if above is not None else len(identification.ranks)
-
-    def standing(i):
-        ranked = () if identification is None else (-identification.ranks[i],)
-        distance = above["images"][i] if above is not None else identification.deviations[i]
-        return (*ranked, distance)
-
-    return max(range(count), key=standing)
+    keys = list(zip(ranks or distances, distances, strict=True))
+    return max(range(len(keys)), key=keys.__getitem__)
 
 
-def _standing(image: int, identification, above: Mapping, metric: str) -> str:
+def _standing(
+    image: int | None, identification: Identification | None, above: Mapping, metric: str
+) -> str:
+    assert image is not None  # `above` has images
     digits = f"+.{LEAKAGE_DIGITS[metric]}f"
     text = f"{metric.upper()} {above['images'][image]:{digits}}{_unit(metric)}"
     if identification is not None:
