@@ -10,6 +10,7 @@ import time
 
 from inversion.audit.flags import parser
 from inversion.audit.settings import Settings, refuse_processes, settings_from
+from utils.flags import process_settings
 from utils.script import Interrupts, run_script
 
 # The command line is read and refused above; what follows needs torch, which takes seconds to
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
     settings = settings_from(args)
     from utils.launch import group_from, launch
 
-    group = group_from(args)
+    group = group_from(process_settings(args))
     refuse_processes(settings, group.size)
     return launch(work, argv, group)
 

@@ -10,6 +10,7 @@ import sys
 
 from train.flags import parser
 from train.settings import settings_from
+from utils.flags import process_settings
 from utils.script import run_script
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
         return 0
     from utils.launch import group_from, launch
 
-    return launch(work, argv, group_from(args))
+    return launch(work, argv, group_from(process_settings(args)))
 
 
 def work(argv: list[str], shard, local_rank: int) -> int:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from inversion.pixel_gradient import exact
-from inversion.restarts import noise_generator
+from inversion.restarts import Restarts, noise_generator
 from inversion.settings import Loop
 from inversion.strategies import mean
 from models.batchnorm import whole_batch_normalisation
@@ -24,6 +24,7 @@ from tests import shared_work
 from tests.support import HANG, ROOT, attack, call, no_hang, wait_until
 from utils import launch as launching
 from utils.errors import FaultError, InputError
+from utils.flags import process_settings
 from utils.launch import Group, free_address, group_from, launch
 from utils.shard import ALONE, Shard
 
@@ -240,7 +241,7 @@ def flags(**given):
         "multiprocessing_distributed": False, "nproc": None, "world_size": -1, "rank": -1,
         "dist_url": None, "dist_backend": None, "gpu": None,
     }  # fmt: skip
-    return SimpleNamespace(**(defaults | given))
+    return process_settings(SimpleNamespace(**(defaults | given)))
 
 
 @pytest.mark.parametrize(
@@ -423,10 +424,14 @@ def test_seeds_that_nobody_started_are_left_out_of_the_mean():
             return x
 
     starts = [shared_work.start(seed, 7) for seed in range(2)]
-    outcome = mean(
-        objective, exact, starts, Loop(3, 0.02), on_step=stop_the_second, seeds=Pair(0, 2),
+    restarts = Restarts(
+        starts,
         generators=[noise_generator(seed, torch.device("cpu")) for seed in range(2)],
-    )  # fmt: skip
+        loop=Loop(3, 0.02),
+        on_step=stop_the_second,
+        seed_shard=Pair(0, 2),
+    )
+    outcome = mean(objective, exact, restarts)
     assert outcome.runs[1].steps == 0
     assert torch.equal(outcome.runs[1].x, starts[1])
     assert torch.equal(outcome.final.x, outcome.runs[0].x)

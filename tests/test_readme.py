@@ -25,6 +25,7 @@ from models.checkpoint import FORMAT, load
 from tests.support import ROOT, Hostile, Outcome, attack, call, capture_photos
 from tests.test_datasets import celeba_folder, image_folder
 from tests.test_models import moco_file
+from utils.flags import process_settings
 from utils.launch import free_address, group_from
 from utils.tensor_files import save
 
@@ -261,7 +262,7 @@ def test_every_flag_is_read(parser, settings_from, lines, tmp_path, monkeypatch)
     for line in lines:
         args = Recording(**vars(parser.parse_args(shlex.split(line))))
         settings_from(args)
-        group_from(args)
+        group_from(process_settings(args))
         read |= vars(args)["_read"]
     assert {action.dest for action in parser._actions} - OF_EVERY_SCRIPT <= read
 

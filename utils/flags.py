@@ -3,7 +3,8 @@
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NoReturn
 
 from utils.errors import InputError
@@ -108,3 +109,32 @@ def add_process_flags(parser: argparse.ArgumentParser):
     )
     add("--dist-backend", choices=("nccl", "gloo"), help="Without it: nccl with CUDA, else gloo.")
     return add
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """Which processes a command line asks for; the fields have the names of their flags."""
+
+    multiprocessing_distributed: bool
+    nproc: int | None
+    world_size: int
+    rank: int
+    dist_url: str | None
+    dist_backend: str | None
+    gpu: int | None
+    #: Every flag with its value: processes that share work compare what they were given.
+    record: Mapping[str, object]
+
+
+def process_settings(args: argparse.Namespace) -> ProcessSettings:
+    """Return what the flags of `add_process_flags`, and --gpu, ask for."""
+    return ProcessSettings(
+        args.multiprocessing_distributed,
+        args.nproc,
+        args.world_size,
+        args.rank,
+        args.dist_url,
+        args.dist_backend,
+        args.gpu,
+        record=vars(args),
+    )

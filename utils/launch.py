@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import FaultError, InputError
+from utils.flags import ProcessSettings
 from utils.script import run_script
 from utils.shard import ALONE, Shard, is_lost_peer
 
@@ -58,50 +58,50 @@ class Group:
     flags: dict = field(default_factory=dict, repr=False)
 
 
-def group_from(args: Namespace) -> Group:
+def group_from(asked: ProcessSettings) -> Group:
     """Return the processes that the flags, or torchrun's environment, ask for.
 
     Raises InputError, naming the flag, for a group that cannot be started.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    backend = args.dist_backend or ("nccl" if gpus else "gloo")
-    if args.dist_backend == "nccl" and not gpus:
+    backend = asked.dist_backend or ("nccl" if gpus else "gloo")
+    if asked.dist_backend == "nccl" and not gpus:
         raise InputError(
             "--dist-backend nccl: no CUDA device here; give --dist-backend gloo"
-            + ("" if args.nproc else " and a number of processes, --nproc 2")
+            + ("" if asked.nproc else " and a number of processes, --nproc 2")
         )
-    if args.multiprocessing_distributed and not (gpus or args.nproc):
+    if asked.multiprocessing_distributed and not (gpus or asked.nproc):
         raise InputError(
             "--multiprocessing-distributed: one process a GPU, and here is none; give the number "
             "of processes, --nproc 2"
         )
-    if under_torchrun or args.dist_url == "env://":
-        return _group_of_environment(args, backend)
-    nodes = 1 if args.world_size == -1 else args.world_size
-    rank = 0 if args.rank == -1 else args.rank
+    if under_torchrun or asked.dist_url == "env://":
+        return _group_of_environment(asked, backend)
+    nodes = 1 if asked.world_size == -1 else asked.world_size
+    rank = 0 if asked.rank == -1 else asked.rank
     if nodes < 1:
-        raise InputError(f"--world-size {args.world_size}: give the number of nodes, 1 or more")
+        raise InputError(f"--world-size {asked.world_size}: give the number of nodes, 1 or more")
     if not 0 <= rank < nodes:
         raise InputError(f"--rank {rank}: --world-size {nodes} has nodes 0 to {nodes - 1}")
-    local = args.nproc or (gpus if args.multiprocessing_distributed and gpus else 1)
-    _check_gpus(args, backend, local, gpus)
+    local = asked.nproc or (gpus if asked.multiprocessing_distributed and gpus else 1)
+    _check_gpus(asked, backend, local, gpus)
     size = nodes * local
     if size == 1:
         return Group()
-    if args.dist_url is None and nodes > 1:
+    if asked.dist_url is None and nodes > 1:
         raise InputError(
             f"--world-size {nodes}: several nodes need a place to meet; give --dist-url "
             "tcp://HOST:PORT of node 0"
         )
-    url = args.dist_url or free_address()
+    url = asked.dist_url or free_address()
     host, port = _address(url)
-    if rank == 0 and args.dist_url is not None:
+    if rank == 0 and asked.dist_url is not None:
         _check_port_is_free(host, port, url)
-    return Group(size, local, rank * local, url, backend, flags=_flags_of_all(args, local))
+    return Group(size, local, rank * local, url, backend, flags=_flags_of_all(asked, local))
 
 
-def _group_of_environment(args: Namespace, backend: str) -> Group:
+def _group_of_environment(asked: ProcessSettings, backend: str) -> Group:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:
@@ -109,32 +109,32 @@ def _group_of_environment(args: Namespace, backend: str) -> Group:
             f"--dist-url env://: {missing[0]} is not in the environment; start with torchrun, or "
             "give tcp://HOST:PORT"
         )
-    for flag, value in (("--nproc", args.nproc), ("--multiprocessing-distributed",
-                                                  args.multiprocessing_distributed)):  # fmt: skip
+    for flag, value in (("--nproc", asked.nproc), ("--multiprocessing-distributed",
+                                                  asked.multiprocessing_distributed)):  # fmt: skip
         if value:
             raise InputError(f"{flag}: torchrun starts the processes; leave it out")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size == 1:
         return Group()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    _check_gpus(args, backend, local, torch.cuda.device_count())
-    flags = _flags_of_all(args, None)
+    _check_gpus(asked, backend, local, torch.cuda.device_count())
+    flags = _flags_of_all(asked, None)
     return Group(size, local, rank, "env://", backend, joined=True, flags=flags)
 
 
-def _flags_of_all(args: Namespace, local: int | None) -> dict:
+def _flags_of_all(asked: ProcessSettings, local: int | None) -> dict:
     """Return the flags that may not differ between nodes.
 
     local: number of processes on this node; None if torchrun decides it.
     """
-    given = {name: value for name, value in vars(args).items() if name not in FLAGS_OF_A_NODE}
+    given = {name: value for name, value in asked.record.items() if name not in FLAGS_OF_A_NODE}
     return given | {"nproc": local}
 
 
-def _check_gpus(args: Namespace, backend: str, local: int, gpus: int) -> None:
-    available = 1 if args.gpu is not None else gpus
+def _check_gpus(asked: ProcessSettings, backend: str, local: int, gpus: int) -> None:
+    available = 1 if asked.gpu is not None else gpus
     if backend == "nccl" and local > available:
-        which = f"--gpu {args.gpu} is one" if args.gpu is not None else f"here are {gpus}"
+        which = f"--gpu {asked.gpu} is one" if asked.gpu is not None else f"here are {gpus}"
         raise InputError(
             f"--nproc {local}: nccl takes one process a GPU and {which}; give fewer, or "
             "--dist-backend gloo"
