@@ -46,7 +46,7 @@ def work(argv: list[str], shard, local_rank: int) -> int:
     # the private batch, and the network that the server sent
     batch = client_batch(settings.batch, reporter.say)
     spec = batch.spec
-    model = client.network(settings.network, spec.num_classes, spec.shape, reporter.say)
+    model = client.network(settings.network, spec.class_count, spec.shape, reporter.say)
     client.check_network(settings, model)
     report.say_batch(batch, model, device, reporter)
     if shard.size > 1:
@@ -67,6 +67,7 @@ def work(argv: list[str], shard, local_rank: int) -> int:
     if not shard.is_main:
         return 0
     if sent.protected is not None:
+        assert protection is not None  # the record of how it was done
         report.say_protection(settings, sent.protected, protection, model, reporter)
     if control is not None:
         reporter.say("control: the update for other images with the same labels, for scoring alone")

@@ -33,15 +33,13 @@ def photo_objective(
     """
     torch.manual_seed(seed)
     spec = DATASETS["photos"]
-    num_classes = spec.num_classes
-    assert num_classes is not None
     shape = (3, size, size)
-    model = build_model(arch, num_classes, shape)
+    model = build_model(arch, spec.class_count, shape)
     init_head(model, "normal")
     x, y = photo_batch(batch_size, 1, size, seed=seed)
     loss = ClientLoss(train_mode)
     sent = whole_batch_gradient(model, normalise(x, spec), y, loss, moments=True)
-    task = Task(arch, batch_size, shape, spec.num_classes, spec.mean, spec.std, loss)
+    task = Task(arch, batch_size, shape, spec.class_count, spec.mean, spec.std, loss)
     checkpoint = make_checkpoint(model, sent, task)
     if weights is None:
         weights = Weights(priors={"tv": 0.01, "bn": 0.01} if sent.bn_mean else {"tv": 0.01})

@@ -43,8 +43,8 @@ def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint
     truth_name, checkpoint_name: how messages name the two. Returns false where ids or digests are
     missing. Raises InputError where they prove that it does not belong.
     """
-    parts = (truth.get("id"), checkpoint.get("id"), truth.get("truth_salt"))
-    parts += (truth.get("checkpoint_digest"), checkpoint.get("truth_digest"))
+    parts = [truth.get("id"), checkpoint.get("id"), truth.get("truth_salt")]
+    parts += [truth.get("checkpoint_digest"), checkpoint.get("truth_digest")]
     for part in parts:
         if not isinstance(part, str | None):
             raise InputError(

@@ -1,8 +1,8 @@
 """Network architectures by name, and the one place that knows where the classifier head is."""
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ def lenet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) 
     The gradient-inversion literature's smooth test network, with strides 2, 2, 1. image_shape:
     (C, H, W), which fixes the head's input size. width: channels per layer (DLG has 12).
     """
-    channels, height, image_width = image_shape
-    layers, size = [], (height, image_width)
+    channels, rows, columns = image_shape
+    layers = []
     for stride in (2, 2, 1):
         layers += [nn.Conv2d(channels, width, 5, stride, padding=2), nn.Sigmoid()]
-        size = tuple((side - 1) // stride + 1 for side in size)
+        rows, columns = ((side - 1) // stride + 1 for side in (rows, columns))
         channels = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size[0] * size[1], num_classes))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * rows * columns, num_classes))
 
 
 def convnet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) -> nn.Module:
@@ -93,7 +93,7 @@ def build_model(arch: str, num_classes: int, image_shape: tuple[int, int, int]) 
     check_known(arch)
     if arch in SMALL_NETWORKS:
         return SMALL_NETWORKS[arch](num_classes, image_shape)
-    options = {}
+    options: dict[str, Any] = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
     elif arch.startswith("vit_"):
@@ -186,8 +186,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
 
     Raises RuntimeError as `load_state_dict` does.
     """
-    versioned = OrderedDict(state)
-    versioned._metadata = model.state_dict()._metadata
+    versioned = model.state_dict()  # torch keeps the versions beside the entries
+    versioned.clear()
+    versioned.update(state)
     model.load_state_dict(versioned)
 
 

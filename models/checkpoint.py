@@ -9,6 +9,7 @@ import contextlib
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +94,10 @@ def make_checkpoint(
             f"local_steps {local_steps}: an update of several local steps is no gradient; "
             "only a single step can be inverted here: send the gradient of one batch"
         )
-    sent = update if isinstance(update, Update) else Update(update)
-    names, gradient = _in_order(model, sent.gradient)
+    sent, bn_mean, bn_var = update, None, None
+    if isinstance(update, Update):
+        sent, bn_mean, bn_var = update.gradient, update.bn_mean, update.bn_var
+    names, gradient = _in_order(model, sent)
     checkpoint = {
         "format": FORMAT,
         "clock": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -113,8 +116,8 @@ def make_checkpoint(
         "free_last_layers_list": ["all"],
         "trainable": names,
         "target_gradient": _stored_list(gradient),
-        "bn_mean_list": _stored_list(_tensors(sent.bn_mean, "bn_mean")),
-        "bn_var_list": _stored_list(_tensors(sent.bn_var, "bn_var")),
+        "bn_mean_list": _statistics(bn_mean, "bn_mean"),
+        "bn_var_list": _statistics(bn_var, "bn_var"),
         "label_smoothing": float(task.loss.label_smoothing),
         "protection": None if protection is None else asdict(protection),
         "replace_bn": task.replace_bn,
@@ -134,17 +137,15 @@ def make_checkpoint(
 
 def _truth_entries(truth: GroundTruth, gradient: Sequence[Tensor]) -> dict:
     """Make the entries of the truth; `gradient`: the one sent, whose shapes the control's has."""
-    entries = {}
+    entries: dict[str, Any] = {}
     if truth.control is not None:
-        control = {
-            key: _tensors(values, f"control: {key}") for key, values in vars(truth.control).items()
-        }
-        if not shapes(control["gradient"]) == shapes(gradient):
+        of_others = _tensors(truth.control.gradient, "control: gradient")
+        if not shapes(of_others) == shapes(gradient):
             raise InputError("control: its gradient has other shapes than the gradient")
         entries["control"] = {
-            "target_gradient": _stored_list(control["gradient"]),
-            "bn_mean_list": _stored_list(control["bn_mean"]),
-            "bn_var_list": _stored_list(control["bn_var"]),
+            "target_gradient": _stored_list(of_others),
+            "bn_mean_list": _statistics(truth.control.bn_mean, "control: bn_mean"),
+            "bn_var_list": _statistics(truth.control.bn_var, "control: bn_var"),
         }
     entries["x_true"], entries["y_true"] = _stored_list(_tensors([truth.x, truth.y], "truth"))
     if truth.decoys is not None:
@@ -186,10 +187,8 @@ def _in_order(model: nn.Module, gradient) -> tuple[list[str], list[Tensor]]:
     return list(parameters), gradient
 
 
-def _tensors(values: Sequence | None, what: str) -> list[Tensor] | None:
+def _tensors(values: Sequence, what: str) -> list[Tensor]:
     """Turn values into tensors; raise InputError, naming `what`, where they are no numbers."""
-    if values is None:
-        return None
     try:
         return [v if isinstance(v, Tensor) else torch.tensor(v) for v in values]
     except (TypeError, ValueError, RuntimeError) as error:
@@ -200,8 +199,13 @@ def _stored(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
-def _stored_list(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
-    return None if tensors is None else [_stored(tensor) for tensor in tensors]
+def _stored_list(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [_stored(tensor) for tensor in tensors]
+
+
+def _statistics(values: Sequence | None, what: str) -> list[Tensor] | None:
+    """Store BatchNorm statistics as tensors, as `_tensors` does; None where none were sent."""
+    return None if values is None else _stored_list(_tensors(values, what))
 
 
 def shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:

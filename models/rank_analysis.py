@@ -203,7 +203,11 @@ def _kind(nodes: list[fx.Node]) -> str:
         )
     if refused:
         raise ValueError(f"{_place(refused[0])}: {_operation(refused[0])} cannot be counted")
-    return _role(nodes[0]) if len(nodes) == 1 else "residual block"
+    if len(nodes) > 1:
+        return "residual block"
+    kind = _role(nodes[0])
+    assert kind is not None  # it would be among the refused ones
+    return kind
 
 
 def _role(node: fx.Node) -> str | None:

@@ -1,5 +1,7 @@
 """From a loaded checkpoint to what the attacker sees (`Target`) and what scoring sees."""
 
+from collections.abc import Sequence
+
 import torch
 
 from models.build import is_known, without_wrapper
@@ -15,6 +17,7 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
     Gradients in another order than the network's are put into it by their names.
     """
     setup = checkpoint["dataset_setup"]
+    channels, height, width = setup["size"]
     dtype = torch.float32
     for g in checkpoint["target_gradient"]:
         dtype = torch.promote_types(dtype, g.dtype)
@@ -32,7 +35,7 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
     return Target(
         gradient=gradient,
         batch_size=int(checkpoint["batch_size"]),
-        image_shape=tuple(int(side) for side in setup["size"]),
+        image_shape=(int(channels), int(height), int(width)),
         num_classes=int(setup["n_classes"]),
         mean=per_channel(setup["mean"]),
         std=per_channel(setup["std"]),
@@ -88,7 +91,7 @@ def truth_from_checkpoint(truth: dict, checkpoint: dict | None = None) -> Ground
     if control is not None:
         mean, var = control.get("bn_mean_list"), control.get("bn_var_list")
         owner = truth if checkpoint is None else checkpoint
-        places = range(len(control["target_gradient"]))
+        places: Sequence[int] = range(len(control["target_gradient"]))
         if "target_gradient" in owner:
             places = gradient_order(owner)
         control = Update(

@@ -295,12 +295,13 @@ def _check_sent(
         )
     if target.bn_mean is None:
         return
-    if not len(target.bn_mean) == len(target.bn_var) == len(layers):
+    means, variances = target.bn_mean, target.bn_var or ()
+    if not len(means) == len(variances) == len(layers):
         raise InputError(
-            f"BN statistics of {len(target.bn_mean)} means and {len(target.bn_var)} variances for "
+            f"BN statistics of {len(means)} means and {len(variances)} variances for "
             f"{len(layers)} BN layers of {target.arch}"
         )
-    for place, (layer, *pair) in enumerate(zip(layers, target.bn_mean, target.bn_var, strict=True)):
+    for place, (layer, *pair) in enumerate(zip(layers, means, variances, strict=True)):
         if any(values.shape != (layer.num_features,) for values in pair):
             raise InputError(
                 f"its BN statistics of layer {place} have shape {tuple(pair[0].shape)}, but the "

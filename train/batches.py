@@ -199,10 +199,10 @@ def load_backup(
             f"{len(x)} images of {folder}; give a smaller index or --batch-size"
         )
     y = y[part]
-    if int(y.min()) < 0 or int(y.max()) >= spec.num_classes:
+    if int(y.min()) < 0 or int(y.max()) >= spec.class_count:
         raise InputError(
             f"--data-backup {folder}: labels {int(y.min())} to {int(y.max())}, but --data-name "
-            f"{name} has classes 0 to {spec.num_classes - 1}"
+            f"{name} has classes 0 to {spec.class_count - 1}"
         )
     return x[part].float(), y, spec
 

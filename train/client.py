@@ -41,6 +41,7 @@ def without_batchnorm(model: nn.Module, settings: NetworkSettings) -> int:
 
     Raises InputError where there was none.
     """
+    assert settings.replace_bn is not None  # both callers have asked
     count = replace_batchnorm(model, settings.replace_bn)
     if not count:
         raise InputError(f"--replace-bn: {settings.arch} has no BatchNorm layer; leave it out")
@@ -72,6 +73,7 @@ def network(
 
 def _load(model, settings: NetworkSettings, head_name: str, num_classes: int, say) -> None:
     """Load the weights of --pretrained and report what they leave open."""
+    assert settings.pretrained is not None  # `network` has asked
     with naming(f"--pretrained {settings.pretrained}"):
         loaded = load_pretrained(model, settings.pretrained)
     say(f"model: {settings.arch} with the weights of {settings.pretrained}")
@@ -206,6 +208,7 @@ def _record_of(how: ProtectionSettings, batch_size: int) -> Protection:
     """Record a protection with the ε that follows."""
     if how.mode == "batch":
         return Protection("batch", how.sigma, how.clip)
+    assert how.clip is not None  # train/settings.py refuses per-sample protection without it
     multiplier = how.sigma * batch_size / how.clip
     bound = epsilon(multiplier, how.sample_rate, how.steps, how.delta)
     return Protection(

@@ -70,6 +70,12 @@ class DatasetSpec:
     open: Callable[[Request, "DatasetSpec"], Finite | Endless]
 
     @property
+    def class_count(self) -> int:
+        """Return the number of classes, which every opened data set knows."""
+        assert self.num_classes is not None  # _open_folder puts the number in
+        return self.num_classes
+
+    @property
     def normalisation(self) -> tuple[Tensor, Tensor]:
         """Return mean and std as (C, 1, 1) tensors."""
         return tuple(torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -141,6 +147,7 @@ def _files_source(paths: Sequence[str], labels: Sequence[int], request: Request,
 
 
 def _folder_of(request: Request) -> str:
+    assert request.root is not None  # check_openable refuses a missing --data
     if not os.path.isdir(request.root):
         raise InputError(f"--data {request.root}: no such folder; give the folder of the data set")
     return request.root
@@ -173,9 +180,9 @@ def _open_imagenet(request: Request, spec: DatasetSpec) -> Finite:
     root = _folder_of(request)
     inner = os.path.join(root, "train")
     paths, labels, num_classes = _class_folders(inner if os.path.isdir(inner) else root)
-    if num_classes > spec.num_classes:
+    if num_classes > spec.class_count:
         raise InputError(
-            f"--data {root}: {num_classes} class folders, imagenet has {spec.num_classes}; give "
+            f"--data {root}: {num_classes} class folders, imagenet has {spec.class_count}; give "
             "--data-name folder"
         )
     return _files_source(paths, labels, request, spec)
@@ -197,10 +204,10 @@ def _open_celeba(request: Request, spec: DatasetSpec) -> Finite:
         if not line.strip():
             continue
         name, _, identity = line.strip().rpartition(" ")
-        if not name or not identity.isdecimal() or not 1 <= int(identity) <= spec.num_classes:
+        if not name or not identity.isdecimal() or not 1 <= int(identity) <= spec.class_count:
             raise InputError(
                 f"--data {listing}: line {number} is not 'name identity' with an identity "
-                f"from 1 to {spec.num_classes}"
+                f"from 1 to {spec.class_count}"
             )
         paths.append(os.path.join(images, name.strip()))
         labels.append(int(identity) - 1)
@@ -224,7 +231,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array or plain value")
 
 
-def _array_source(data: np.ndarray, labels: Sequence[int], request: Request, spec) -> Finite:
+def _array_source(data: np.ndarray, labels: Sequence[int], spec: DatasetSpec) -> Finite:
     """Make a data set of arrays; data: (N, 3, H, W) of uint8."""
     size = spec.shape[1]
 
@@ -249,7 +256,8 @@ def _open_cifar100(request: Request, spec: DatasetSpec) -> Finite:
         labels = [int(label) for label in content["fine_labels"]]
         return content["data"].reshape(len(labels), 3, 32, 32), labels
 
-    return _array_source(*_read_published(read, root, "cifar-100-python/train"), request, spec)
+    data, labels = _read_published(read, root, "cifar-100-python/train")
+    return _array_source(data, labels, spec)
 
 
 def _open_svhn(request: Request, spec: DatasetSpec) -> Finite:
@@ -264,7 +272,8 @@ def _open_svhn(request: Request, spec: DatasetSpec) -> Finite:
         labels[labels == 10] = 0  # as which the file counts the digit 0
         return content["X"].transpose(3, 2, 0, 1), labels
 
-    return _array_source(*_read_published(read, root, "train_32x32.mat"), request, spec)
+    data, labels = _read_published(read, root, "train_32x32.mat")
+    return _array_source(data, labels, spec)
 
 
 def _read_published(read, root, file):

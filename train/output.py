@@ -37,7 +37,7 @@ def checkpoint_of(
         arch=settings.network.arch,
         batch_size=settings.batch.size,
         image_shape=batch.spec.shape,
-        num_classes=batch.spec.num_classes,
+        num_classes=batch.spec.class_count,
         mean=batch.spec.mean,
         std=batch.spec.std,
         loss=ClientLoss(settings.train_mode, settings.label_smoothing),
@@ -58,7 +58,7 @@ def checkpoint_of(
 
 def planned_file(settings: ClientSettings) -> str:
     """Name the checkpoint that a run without --dry-run would write."""
-    return free_stem(settings.stem, ENDINGS.values()) + ENDINGS["checkpoint"]
+    return free_stem(settings.stem, tuple(ENDINGS.values())) + ENDINGS["checkpoint"]
 
 
 def write(settings: ClientSettings, checkpoint: dict, batch: Batch, reporter: Reporter) -> None:

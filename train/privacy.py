@@ -84,6 +84,7 @@ def protect_per_sample(
     Raises ValueError where samples have no gradients of their own (BatchNorm in train mode).
     """
     clip = how.clip
+    assert clip is not None  # train/settings.py refuses per-sample protection without it
     totals = [torch.zeros_like(g) for g in gradient]
     norms = [x.new_zeros(0, dtype=torch.float64)]
     for chunk in per_sample_gradients(

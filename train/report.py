@@ -11,7 +11,7 @@ from train.batches import Batch
 from train.client import bare_network, without_batchnorm
 from train.datasets import dataset_length, dataset_spec
 from train.privacy import Protected
-from train.settings import BatchSettings, ClientSettings
+from train.settings import BatchSettings, ClientSettings, ProtectionSettings
 from utils.console import Reporter, table
 from utils.device import device_name
 from utils.errors import InputError
@@ -56,20 +56,21 @@ def say_protection(
     ):
         reporter.say(f"  {line}")
     if protection.epsilon is not None:
-        _say_doubts(settings, protection, reporter)
+        assert settings.protection is not None  # whose ε it is
+        _say_doubts(settings.protection, settings.batch, reporter)
 
 
-def _say_doubts(settings: ClientSettings, protection: Protection, reporter: Reporter) -> None:
+def _say_doubts(how: ProtectionSettings, batch: BatchSettings, reporter: Reporter) -> None:
     """Report what to bear in mind about an ε: the rate it is for, and the source of the noise."""
-    rate, size = protection.sample_rate, settings.batch.size
+    rate, size = how.sample_rate, batch.size
     if rate != 1:
-        length = _images_in(settings.batch)
+        length = _images_in(batch)
         if length is not None and not math.isclose(size / length, rate, rel_tol=0.01):
             reporter.say(
                 f"  --sample-rate {rate:g}, but the batch is {size} of {length:,} images, "
                 f"{size / length:.4g}: epsilon is that of the rate given"
             )
-    known = settings.protection.noise_seed is not None
+    known = how.noise_seed is not None
     reporter.say(
         "  the noise is drawn from an ordinary generator: sufficient for an audit, not for a "
         "release" + ("; whoever knows --noise-seed can redraw it" if known else "")
@@ -89,8 +90,9 @@ def say_ranks(settings: ClientSettings, reporter: Reporter) -> None:
     from models.rank_analysis import rank_analysis  # torch.fx and torchvision, needed by --ra alone
 
     network, batch, mode = settings.network, settings.batch, settings.rank_mode
+    assert mode is not None  # training.py has asked
     spec = dataset_spec(batch.data_name, batch.request)
-    model = bare_network(network, spec.num_classes, spec.shape)
+    model = bare_network(network, spec.class_count, spec.shape)
     if network.replace_bn is not None:
         without_batchnorm(model, network)
     try:
@@ -110,6 +112,6 @@ def say_ranks(settings: ClientSettings, reporter: Reporter) -> None:
     )
     reporter.say(
         f"rank analysis (R-GAP) of {network.arch}, {batch.size} images {spec.shape}, "
-        f"{spec.num_classes} classes; mode {mode}\n{table(header, rows)}\n"
+        f"{spec.class_count} classes; mode {mode}\n{table(header, rows)}\n"
         f"RA-i of the network: {highest.index:,} at {highest.name}; {verdict}"
     )
