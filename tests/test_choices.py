@@ -62,7 +62,7 @@ def test_help_and_refusals_of_flags_come_before_the_imports(flags, says):
 
 
 def test_a_small_network_needs_nothing_that_it_does_not_use():
-    flags = ["--data-name", "photos", "-a", "lenet", "-b", "2", "--dry-run"]
+    flags = ["--data-name", "photos", "-a", "lenet", "-b", "8", "--dry-run"]
     _, imported = modules_of(f"from training import main\nmain({flags})")
     assert not imported & {"torchvision", "matplotlib", "sklearn", "opacus"}
 

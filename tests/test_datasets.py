@@ -374,3 +374,12 @@ def test_spec_without_files(tmp_path):
     assert dataset_spec("folder", Request(str(image_folder(tmp_path)))).num_classes == 3
     with pytest.raises(InputError, match="--data: missing"):
         dataset_spec("folder", Request())
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_photographs_of_scikit_learn_are_those_that_it_loads_itself(name):
+    from sklearn.datasets import load_sample_image
+
+    found, theirs = image_files.scikit_learn_photograph(name), load_sample_image(name)
+    assert found.dtype == theirs.dtype
+    assert np.array_equal(found, theirs)

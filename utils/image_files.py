@@ -1,14 +1,16 @@
 """Reading images: files, folders with one subfolder per class, and the public photographs.
 
-torchvision, scikit-image and scikit-learn take seconds to import, so each is imported inside the
-functions that need it.
+torchvision and scikit-image take seconds to import, so each is imported inside the functions that
+need it.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -145,10 +147,14 @@ def scikit_image_photograph(name: str, which: int | None = None) -> np.ndarray:
 
 
 def scikit_learn_photograph(name: str) -> np.ndarray:
-    """Return photograph `name` of scikit-learn, (H, W, 3) of uint8."""
-    import sklearn.datasets
+    """Return photograph `name` of scikit-learn, (H, W, 3) of uint8.
 
-    return sklearn.datasets.load_sample_image(name)
+    As `sklearn.datasets.load_sample_image` does, but without that import, which takes as long as
+    torch's.
+    """
+    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    with Image.open(package / "datasets" / "images" / name) as photo:
+        return np.asarray(photo)
 
 
 #: Public photographs, never a client's: colour ones, then grey ones.
