@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from inversion.pixel_gradient import exact
-from inversion.restarts import noise_generator
+from inversion.restarts import Restarts, noise_generator
 from inversion.settings import Loop
 from inversion.strategies import mean
 from models.batchnorm import whole_batch_normalisation
@@ -423,10 +423,11 @@ def test_seeds_that_nobody_started_are_left_out_of_the_mean():
             return x
 
     starts = [shared_work.start(seed, 7) for seed in range(2)]
-    outcome = mean(
-        objective, exact, starts, Loop(3, 0.02), on_step=stop_the_second, seeds=Pair(0, 2),
-        generators=[noise_generator(seed, torch.device("cpu")) for seed in range(2)],
-    )  # fmt: skip
+    generators = [noise_generator(seed, torch.device("cpu")) for seed in range(2)]
+    restarts = Restarts(
+        starts, generators, Loop(3, 0.02), on_step=stop_the_second, seed_shard=Pair(0, 2)
+    )
+    outcome = mean(objective, exact, restarts)
     assert outcome.runs[1].steps == 0
     assert torch.equal(outcome.runs[1].x, starts[1])
     assert torch.equal(outcome.final.x, outcome.runs[0].x)
