@@ -152,7 +152,10 @@ def scikit_learn_photograph(name: str) -> np.ndarray:
     As `sklearn.datasets.load_sample_image` does, but without that import, which takes as long as
     torch's.
     """
-    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    spec = importlib.util.find_spec("sklearn")
+    assert spec is not None  # it is required
+    assert spec.origin is not None  # it is a package of files
+    package = Path(spec.origin).parent
     with Image.open(package / "datasets" / "images" / name) as photo:
         return np.asarray(photo)
 
