@@ -304,7 +304,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(captured, tmp_path, script):
     assert "parameters" in outcome.out
     if script == "run.py":
         assert "3 seed(s) x 70 = 210 iterations" in outcome.out
-        assert "ms an iteration" in outcome.out
+        assert "ms per iteration" in outcome.out
         assert "peak memory" in outcome.out
 
 

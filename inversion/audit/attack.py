@@ -272,8 +272,8 @@ def _protection_lines(case: Case) -> list[str]:
     clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
     first, *rest = case.guarantee
     return [
-        f"the client's protection: {protection.mode}, {clip}, noise of {protection.sigma:g} a "
-        f"number; {first}",
+        f"the client's protection: {protection.mode}, {clip}, noise with standard "
+        f"deviation {protection.sigma:g} per entry; {first}",
         *rest,
     ]
 
@@ -306,6 +306,6 @@ def estimate(settings: Settings, case: Case) -> str:
     left_out += ["--GInfoR"] if scoring.information else []
     not_counted = f", {' and '.join(left_out)} not counted" if left_out else ""
     return (
-        f"estimate: {seconds * 1e3:.1f} ms an iteration, {duration(total)} in all{not_counted}, "
+        f"estimate: {seconds * 1e3:.1f} ms per iteration, {duration(total)} in all{not_counted}, "
         f"peak memory {peak_memory_mib(case.device):.0f} MiB"
     )
