@@ -326,7 +326,10 @@ def test_a_private_step_is_recorded_said_and_told(tmp_path):
     assert result["target"]["replace_bn"] == "groupnorm"
     assert "other gradient" in result["controls"]
     told = (folder / "log.txt").read_text()
-    assert "the client's protection: per-sample, clipped to 1, noise with standard deviation 0.275" in told
+    assert (
+        "the client's protection: per-sample, clipped to 1, noise with standard deviation 0.275"
+        in told
+    )
     assert "epsilon 1.712 at delta 1e-05 over 1000 step(s)" in told
 
 
