@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Range:
-    """Where a search looks for a value: its kind of distribution, from low to high."""
+    """Says where a search looks for a value: its kind of distribution, from low to high."""
 
     #: "uniform", "loguniform" or "integer".
     kind: str
@@ -26,7 +26,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Prior:
-    """How a prior's weight is set, and what the prior needs; its function is in PRIOR_FUNCTIONS."""
+    """Says how a prior's weight is set and what it needs; its function is in PRIOR_FUNCTIONS."""
 
     #: The flag of its weight.
     flag: str
@@ -71,7 +71,7 @@ PRIORS = {
 
 @dataclass(frozen=True)
 class LabelMethod:
-    """What a label method needs; its function is in `inversion.labels.reconstruct`."""
+    """Says what a label method needs; its function is in `inversion.labels.reconstruct`."""
 
     #: Whether it needs labelled images of the attacker's own.
     needs_auxiliary: bool = False
@@ -103,7 +103,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a strategy over several seeds is like; its function is in `inversion.strategies`."""
+    """Describes a strategy over several seeds; its function is in `inversion.strategies`."""
 
     #: Whether it forms a consensus of the seeds in stages (`MLCOSchedule`).
     forms_consensus: bool = False
@@ -225,7 +225,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class MLCOSchedule:
-    """The three stages of MLCO as shares of the iterations; the shares sum to 1.
+    """Divides the iterations into the three stages of MLCO; the shares sum to 1.
 
     Raises ValueError for shares that do not, and for rounds without an iteration.
     """
@@ -267,7 +267,7 @@ class MLCOSchedule:
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """What the attack computes. No file, flag or printer is named here."""
+    """Says what the attack computes. No file, flag or printer is named here."""
 
     weights: Weights
     #: Without box and noise, which `loop_in` adds.

@@ -145,7 +145,7 @@ def check_setup(setup) -> None:
 
 
 def _are_numbers(values, count: int) -> bool:
-    """Whether `values` is `count` finite numbers: a list of them, also as tensors, or a tensor."""
+    """Tell whether `values` is `count` finite numbers: a list, also of tensors, or a tensor."""
     if isinstance(values, Tensor):
         check_tensor(values, "a tensor in dataset_setup")
         return values.dim() > 0 and len(values) == values.numel() == count and _is_finite(values)

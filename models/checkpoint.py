@@ -42,7 +42,7 @@ PRIVATE_KEYS = (
 
 @dataclass(frozen=True)
 class Task:
-    """What the client trained on and how, which an attacker knows beside the update."""
+    """Says what the client trained on and how, which an attacker knows beside the update."""
 
     #: A name that models/build.py knows if `run.py` is to read the file; else any word.
     arch: str

@@ -24,7 +24,7 @@ CHUNK_BYTES = 2**29
 
 @dataclass(frozen=True)
 class ClientLoss:
-    """How the client takes its loss, the mean cross-entropy of a batch; both sides must agree."""
+    """Says how the client takes its mean cross-entropy; both sides must agree."""
 
     #: Whether BatchNorm normalises by the batch's own statistics, else by its running ones.
     train_mode: bool
@@ -34,7 +34,7 @@ class ClientLoss:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client computes for one batch and sends."""
+    """Holds what a client computes for one batch and sends."""
 
     #: One tensor per trainable parameter, in the model's order, shaped like it.
     gradient: tuple[Tensor, ...]

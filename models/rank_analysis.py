@@ -127,7 +127,7 @@ def rank_analysis(
 
 
 def _tensor_nodes(model, batch_size, image_shape) -> list[fx.Node]:
-    """The image and every tensor made from it, in order of execution.
+    """Return the image and every tensor made from it, in order of execution.
 
     Their values (meta tensors) stand in meta["value"], their tensor inputs in meta["inputs"] and
     their modules, if any, in meta["module"]. Sizes and checks are left out; every tensor comes
@@ -193,7 +193,7 @@ def _stretches(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
 
 
 def _kind(nodes: list[fx.Node]) -> str:
-    """What a stretch counts as; raises ValueError where it cannot be counted."""
+    """Tell what a stretch counts as; raise ValueError where it cannot be counted."""
     refused = [node for node in nodes if _role(node) is None]
     merging = [node for node in refused if len(node.meta["inputs"]) > 1]
     if merging:

@@ -28,7 +28,7 @@ from utils.errors import InputError
 
 @dataclass(frozen=True)
 class Protection:
-    """What the client did to the gradient before sending it, as it reports.
+    """Records what the client did to the gradient before sending it, as it reports.
 
     The fields with a default concern "per-sample" alone, from which (ε, δ)-differential privacy
     follows. They are None where there is no bound or the client reported none.
@@ -97,7 +97,7 @@ def guarantee_lines(
 
 @dataclass(frozen=True)
 class Target:
-    """All that an attacker sees of one client step."""
+    """Holds all that an attacker sees of one client step."""
 
     #: One tensor per trainable parameter, in the model's order.
     gradient: tuple[Tensor, ...]
@@ -162,7 +162,7 @@ class Target:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The private batch and what was captured beside it; for scoring only."""
+    """Holds the private batch and what was captured beside it; for scoring only."""
 
     #: The images, (B, C, H, W), normalised.
     x: Tensor

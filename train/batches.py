@@ -28,7 +28,7 @@ DECOY_BYTES = 2**29
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one run of the client."""
+    """Holds the images of one run of the client."""
 
     #: The private batch, (B, C, H, W), normalised.
     x: Tensor

@@ -131,7 +131,7 @@ def check_processes(settings: ClientSettings, model: nn.Module, x: Tensor) -> No
 
 @dataclass(frozen=True)
 class Sent:
-    """What the client sends for one batch."""
+    """Holds what the client sends for one batch."""
 
     #: The update, with its gradient protected where the settings ask for it.
     update: Update

@@ -110,7 +110,7 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
 
 @dataclass(frozen=True)
 class Attacked:
-    """An attack that has run, with what was recorded of it."""
+    """Holds an attack that has run, with what the recorder noted of it."""
 
     outcome: Outcome
     #: (B, C, H, W) reconstruction as colours in [0, 1], on the CPU.

@@ -22,7 +22,7 @@ CONTROL_SECONDS = 600
 
 @dataclass(frozen=True)
 class Control:
-    """What an attack without the client's gradient made."""
+    """Holds what an attack without the client's gradient made."""
 
     #: (B, C, H, W) in [0, 1].
     images: Tensor
@@ -33,7 +33,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Controls:
-    """The controls that ran, by name, and in words what is missing of them."""
+    """Holds the controls that ran, by name, and in words what is missing of them."""
 
     found: dict[str, Control] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -122,5 +122,5 @@ def run_controls(
 
 
 def _with_update(target: Target, sent: Update) -> Target:
-    """The target as a client would make it that sent `sent`."""
+    """Return the target of a client that sent `sent`."""
     return replace(target, gradient=sent.gradient, bn_mean=sent.bn_mean, bn_var=sent.bn_var)

@@ -22,7 +22,7 @@ NORMAL_MAD = 0.6745
 
 @dataclass(frozen=True)
 class Identification:
-    """What the ranks of the true images among their decoys say."""
+    """Holds what the ranks of the true images among their decoys show."""
 
     #: Rank of each true image among its candidates, 1 being the most similar; ties count against.
     ranks: list[int]
@@ -50,7 +50,7 @@ def similarities(
     *,
     by_index: bool = False,
 ) -> np.ndarray:
-    """Similarity of every candidate to its reconstruction: (B, N), the true image first.
+    """Return the similarity of every candidate to its reconstruction: (B, N), the true image first.
 
     metric(x, x_true) → (n,), higher being more similar. found, true: (B, C, H, W) in [0, 1].
     y_found, y_true: (B,) labels of the reconstructions and of the true images. decoys:
@@ -114,7 +114,7 @@ def identify(scores: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> Identi
 
 
 def _step_down(high: np.ndarray, cases: np.ndarray) -> list[float]:
-    """Per image the p of its deviation, corrected for the number of images.
+    """Return per image the p of its deviation, corrected for the number of images.
 
     high: (B, N) deviations, column 0 observed. cases: (n, B) candidates drawn under the null
     hypothesis, the first one observed.
@@ -128,19 +128,19 @@ def _step_down(high: np.ndarray, cases: np.ndarray) -> list[float]:
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
-    """Rank of every score (N,), 1 for the highest; equal scores share the worst of their ranks."""
+    """Return the rank of every score (N,), 1 for the highest; equal scores share the worst one."""
     return len(scores) - np.searchsorted(np.sort(scores), scores, side="left")
 
 
 def _share_at_most(values: np.ndarray) -> np.ndarray:
-    """Share of `values` (n,) that are at most as high as each of them, up to rounding."""
+    """Return for each of `values` (n,) the share that is at most as high, up to rounding."""
     rounded = values.round(9)
     return np.searchsorted(np.sort(rounded), rounded, side="right") / len(values)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The attack beside the same attack without the client's gradient, image by image."""
+    """Compares the attack with the same attack without the client's gradient, image by image."""
 
     #: Difference in similarity to the true image, per image.
     images: list[float]
@@ -189,7 +189,7 @@ def paired_difference(
 
 
 def _cases(count: int, candidates: int, draws: int, seed: int) -> np.ndarray:
-    """Which candidate of every image is taken for the true one: (n, B), the observed case first.
+    """Choose the candidate that stands for each true image: (n, B), the observed case first.
 
     All N^B cases where there are at most `draws`, else that many random ones after the observed.
     """

@@ -21,26 +21,29 @@ from utils.shard import ALONE, Shard, sum_tensors
 
 @dataclass(frozen=True)
 class Information:
-    """What is known of every sample's gradient g_i beside g, that of the batch: (B,) tensors.
+    """Compares every sample's gradient g_i with g, that of the batch. Tensors are (B,)."""
 
-    confidence: softmax output of the true class; predicted, predicted_confidence: the class of the
-    highest one. norm: ‖g_i‖. squared_l2: ‖g_i − g‖². cosine_distance: 1 − cos(g_i, g). sign_rate:
-    share of the numbers whose signs agree, in %. information: ⟨g_i, g⟩, whose mean is ‖g‖². ratio:
-    its share in the sum over samples in %, all shifted by the smallest where that is negative.
-    batch_norm: ‖g‖. independent: whether g_i depends on sample i alone; false where BatchNorm in
-    train mode mixes the samples: g_i is then the sample's share inside the batch's statistics.
-    """
-
+    #: Softmax output of the true class.
     confidence: Tensor
+    #: The class with the highest output, and that output.
     predicted: Tensor
     predicted_confidence: Tensor
+    #: ‖g_i‖.
     norm: Tensor
+    #: ‖g_i − g‖².
     squared_l2: Tensor
+    #: 1 − cos(g_i, g).
     cosine_distance: Tensor
+    #: Share of the entries whose signs agree, in %.
     sign_rate: Tensor
+    #: ⟨g_i, g⟩, whose mean is ‖g‖².
     information: Tensor
+    #: Its share in the sum over samples, in %; all are shifted by the smallest if that is negative.
     ratio: Tensor
+    #: ‖g‖.
     batch_norm: float
+    #: Whether g_i depends on sample i alone. It does not where BatchNorm in train mode mixes the
+    #: samples; g_i is then the sample's share inside the batch's statistics.
     independent: bool
 
 

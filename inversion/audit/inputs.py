@@ -42,7 +42,7 @@ PUBLIC_IMAGES = 128
 
 @dataclass(frozen=True)
 class Case:
-    """What an attacker has, loaded and checked. It holds nothing of the truth."""
+    """Holds what an attacker has, loaded and checked, and nothing of the truth."""
 
     #: As it is attacked: unscaled, and shuffled where that was asked for.
     target: Target
@@ -88,7 +88,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sealed:
-    """What only scoring has."""
+    """Holds what only scoring may see."""
 
     truth: GroundTruth
     #: How the truth's gradient compares with what was sent; None where nothing depends on it.
@@ -172,7 +172,7 @@ def bn_source(settings: AttackSettings, target: Target) -> str | None:
 
 @dataclass(frozen=True)
 class _Files:
-    """What the checkpoint and the truth file hold."""
+    """Holds what was read from the checkpoint and the truth file."""
 
     #: The target that is attacked.
     target: Target
@@ -267,7 +267,7 @@ def _labels(
     model: nn.Module,
     processes: Shard,
 ) -> tuple[LabelResult | None, Tensor]:
-    """The labels that the attack goes by, (B,), after how they were reconstructed, if they were."""
+    """Return the labels, (B,), after how they were reconstructed, None for known ones."""
     if inputs.labels_from_gradient:
         found = None
         if processes.is_main:  # rounding may differ between machines, labels may not
@@ -281,7 +281,7 @@ def _labels(
 
 
 def _given_labels(given: str, target: Target) -> Tensor:
-    """The labels of `--labels`, (B,)."""
+    """Read the labels of `--labels`, (B,)."""
     text = given
     try:
         if os.path.isfile(text):
@@ -298,7 +298,7 @@ def _given_labels(given: str, target: Target) -> Tensor:
 
 
 def _labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Module) -> LabelResult:
-    """The labels that the gradient gives away."""
+    """Reconstruct the labels from the gradient."""
     shape = target.image_shape
     public = normalise(public_photographs(PUBLIC_IMAGES, shape), target.mean, target.std)
     auxiliary = None

@@ -33,7 +33,7 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rules:
-    """How images are paired and scored."""
+    """Says how images are paired and scored."""
 
     #: Pair image by image, not by the best one-to-one assignment within the labels.
     by_index: bool = False
@@ -54,7 +54,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Doubts:
-    """What weakens a verdict; the fields are those of `verdict.judge`."""
+    """Holds what weakens a verdict; the fields are those of `verdict.judge`."""
 
     missing: Sequence[str] = ()
     doubt: str | None = None
@@ -67,7 +67,7 @@ NAMES = [*metrics.METRICS, "lpips"]
 
 @dataclass(frozen=True)
 class _Batch:
-    """Images and labels, with the rules by which everything in them is paired and scored."""
+    """Holds a batch, and pairs and scores images against it by one set of rules."""
 
     true: Tensor
     y_true: Tensor
@@ -81,7 +81,7 @@ class _Batch:
         return assign(images, self.true, self.y_found, self.y_true)
 
     def score(self, images: Tensor) -> metrics.Scores:
-        """Scores of images that are paired already."""
+        """Score images that are paired already."""
         return metrics.score(images, self.true, self.rules.metrics)
 
     def similar(self, metric: str, images: Tensor, decoys: Tensor) -> np.ndarray:
@@ -196,7 +196,7 @@ def _image_entries(
     scores: metrics.Scores,
     references: Mapping[str, metrics.Scores],
 ) -> list[dict]:
-    """An entry per true image: its pair, labels, scores, and how they stand to flat images."""
+    """Make an entry per true image: its pair, labels, scores, and how they stand to flat images."""
     images = []
     for i, source in enumerate(order):
         values = {
@@ -241,7 +241,7 @@ def _deciding_metric(wanted: str, scores: metrics.Scores) -> str:
 
 
 def _better_is_higher(metric: str, values: Mapping[str, Sequence[float]]) -> np.ndarray:
-    """Values (B,) of a metric such that higher is better and no PSNR is infinite."""
+    """Turn the values (B,) of a metric so that higher is better and no PSNR is infinite."""
     sign = -1 if metric in metrics.LOWER_IS_BETTER else 1
     return np.minimum(sign * np.array(values[metric]), metrics.PSNR_CEILING)
 
@@ -262,7 +262,7 @@ def _exact_images(scores: metrics.Scores) -> int:
 def leakage(
     scores: Mapping[str, Sequence[float]], controls: Sequence[Mapping[str, Sequence[float]]]
 ) -> dict:
-    """How far the images stand above the best of the controls, each image's own.
+    """Tell how far each image stands above the best of its controls.
 
     scores, controls: metric → (B,) values. Returns metric → its mean, the bootstrap interval
     over images ("low", "high"; metrics.bootstrap_interval) and the (B,) differences, above 0

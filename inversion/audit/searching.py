@@ -196,7 +196,7 @@ def _refuse_unlike(
 def _shares_images(
     settings: Settings, checkpoint: dict, truth: GroundTruth, target: Target, model: nn.Module
 ) -> bool:
-    """Whether the simulation's images are the target's, all of them or some.
+    """Tell whether the simulation holds images of the target.
 
     By the target's truth where a file of this command holds it, so that noise and clipping do not
     hide it; also by the gradient of the simulation's images.
@@ -224,7 +224,7 @@ def _shares_images(
 
 
 def _search_folder(settings: Settings, wanted: SearchSettings) -> Path:
-    """A new folder for the search, or, to resume one, the newest of this --id."""
+    """Make a folder for the search, or find the newest one of this --id to resume."""
     path = Path(settings.root).resolve() / "results" / "search" / settings.id
     if not wanted.resume:
         folder = claim_folder(path)
@@ -246,7 +246,7 @@ def _search_folder(settings: Settings, wanted: SearchSettings) -> Path:
 
 
 def _same_trials(settings: Settings, key: str, value: object) -> bool:
-    """Whether trials are the same with this other value of a flag."""
+    """Tell whether trials are the same with this other value of a flag."""
     try:
         other = settings_from(argparse.Namespace(**{**settings.record, key: value}))
     except InputError:
@@ -255,7 +255,7 @@ def _same_trials(settings: Settings, key: str, value: object) -> bool:
 
 
 def _trials_of(settings: Settings) -> tuple:
-    """All that a search's trials depend on."""
+    """Return all that a search's trials depend on."""
     wanted = settings.search
     if wanted is None:
         return ()

@@ -28,7 +28,7 @@ from utils.script import writable_folder
 
 @dataclass(frozen=True)
 class InputSettings:
-    """Which files the attacker reads, and how they are understood."""
+    """Says which files the attacker reads, and how to understand them."""
 
     checkpoint: str
     #: The sealed truth file, None if the checkpoint holds the truth or none is needed.
@@ -53,7 +53,7 @@ class InputSettings:
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How the reconstruction is scored; only the auditor has what this needs."""
+    """Says how to score the reconstruction; only the auditor has what this needs."""
 
     #: Whether to score at all.
     metric: bool
@@ -77,7 +77,7 @@ class ScoringSettings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What a search tries, and by what means."""
+    """Says what a search tries, and by what means."""
 
     #: Checkpoint with truth, of the attacker's own images.
     simulation: str
@@ -107,7 +107,7 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that one command line of run.py asks for."""
+    """Holds all that one command line of run.py asks for."""
 
     attack: AttackSettings
     inputs: InputSettings
@@ -245,7 +245,7 @@ def _attack_from(args) -> AttackSettings:
 
 
 def _schedule_from(args) -> MLCOSchedule:
-    """The stages, whose shares are checked only where the strategy has stages."""
+    """Return the stages of MLCO; another strategy gets the defaults, which nothing reads."""
     if not STRATEGIES[_strategy_from(args)].forms_consensus:
         return MLCOSchedule()
     return MLCOSchedule(args.T_init_rate, args.total_T_in_rate, args.T_in, args.T_end_rate)
@@ -339,7 +339,7 @@ def _refuse_scoring(args) -> None:
 
 
 def _search_from(args) -> SearchSettings | None:
-    """The search that the flags ask for; raises InputError for one that cannot be."""
+    """Return the search that the flags ask for; raise InputError for one that cannot run."""
     names = tuned_names(args)
     if not args.superparameters_search:
         flags = [f"{tuned_flag(name)}-tune" for name in names]

@@ -18,7 +18,7 @@ PRINTED_CLASSES = 40
 def label_table(
     y: Tensor, lower_bounds: Tensor, *, certain: bool, y_true: Tensor | None = None
 ) -> str:
-    """A table of reconstructed labels to print: class, count, lower bound, true count.
+    """Return a table of reconstructed labels: class, count, lower bound, true count.
 
     y: (B,) labels. lower_bounds: (C,) least number of every class. y_true: for scoring.
     """
@@ -118,7 +118,7 @@ def _against_flat(images: Sequence[Mapping]) -> str:
 
 
 def _details(scores: Mapping) -> list[str]:
-    """The lines below the verdict: what it rests on, and what weakens it."""
+    """Return the lines below the verdict: what it rests on, and what weakens it."""
     lines = [*_rank_lines(scores), *_paired_lines(scores), *_control_lines(scores)]
     if scores["exact_images"]:
         lines.append(
@@ -189,7 +189,7 @@ def _control_lines(scores: Mapping) -> list[str]:
 def information_table(
     columns: Mapping[str, Sequence], batch_norm: float, *, independent: bool, protected: bool
 ) -> str:
-    """The gradient information ratio as a table to print.
+    """Return the table of the gradient information ratio.
 
     columns: field of `inversion.audit.information.Information` → (B,) values, "label" before them.
     protected: whether what the client sent was changed before.

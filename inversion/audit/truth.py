@@ -28,7 +28,7 @@ NEAR, AS_LONG = 0.5, (0.5, 2.0)
 
 @dataclass(frozen=True)
 class TruthCheck:
-    """How what was sent compares with the gradient of the true images."""
+    """Compares what the client sent with the gradient of the true images."""
 
     #: Cosine distance between the two, in [0, 2].
     distance: float
@@ -127,7 +127,7 @@ def check_truth_gradient(
 
 
 def _gradient(model, target, x, y, train_mode, shard) -> tuple[Tensor, ...]:
-    """The gradient of a batch with BatchNorm in the given mode."""
+    """Return the gradient of a batch with BatchNorm in the given mode."""
     target = replace(target, train_mode=train_mode)
     objective = Objective(model, target, y, Weights(), batch_shard=shard)
     return objective.gradient(x)
@@ -135,7 +135,7 @@ def _gradient(model, target, x, y, train_mode, shard) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Arrival:
-    """The attack's objective at the truth, beside that at the reconstruction."""
+    """Holds the attack's objective at the truth and at the reconstruction."""
 
     truth: Losses
     reconstruction: Losses
@@ -174,7 +174,7 @@ def arrival(objective: Objective, found: Tensor, x: Tensor, y: Tensor) -> Arriva
 
 @dataclass(frozen=True)
 class Finish:
-    """How an attack ended, for the reader of its verdict."""
+    """Tells the reader of a verdict how the attack ended."""
 
     #: Share of the gradient loss that was lost in the second half of the iterations, or None.
     fall: float | None
@@ -210,7 +210,7 @@ class Finish:
 
 
 def second_half_fall(losses: Sequence[float]) -> float | None:
-    """Share of the loss that was lost in the second half of a run; None for a single iteration.
+    """Return the share of the loss that the second half of a run took off; None for one iteration.
 
     losses: by iteration, some of them left out evenly. The last iterations alone would say little:
     by then the steps are tiny.

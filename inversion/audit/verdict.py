@@ -33,7 +33,7 @@ FEW_IMAGES = 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from a scored attack and its controls."""
+    """Holds what follows from a scored attack and its controls."""
 
     #: RECONSTRUCTION, IDENTIFIABLE, NOT_SHOWN or INCOMPLETE.
     verdict: str
@@ -138,7 +138,7 @@ def judge(
 def evidence_against_chance(
     identification: Identification | None, paired: Paired | None
 ) -> tuple[float | None, float | None]:
-    """The p of the first question and the lowest possible one; None for both without decoys.
+    """Return the p of the first question and the lowest possible one; None for both without decoys.
 
     From FEWEST_PAIRS images on the paired difference counts as well, by Bonferroni's inequality
     with fixed shares of ALPHA, so that false "leakage" stays below it whatever the two tests have
@@ -156,13 +156,13 @@ def evidence_against_chance(
 
 
 def _stands_above(above: Mapping, metric: str) -> bool:
-    """Whether a difference is clear, and, of several images, its interval above 0."""
+    """Tell whether a difference is clear, and, of several images, its interval above 0."""
     interval = math.isnan(above["low"]) or above["low"] > 0  # one image has none
     return interval and above["mean"] >= CLEAR_DIFFERENCE[metric]
 
 
 def _worst(above: Mapping | None, identification: Identification | None) -> int | None:
-    """The image that is identified most clearly, then the one furthest above the controls."""
+    """Choose the image that is identified most clearly, then the one highest above controls."""
     ranks = None if identification is None else [-rank for rank in identification.ranks]
     if above is not None:
         distances = above["images"]
@@ -190,7 +190,7 @@ def _unit(metric: str) -> str:
 
 
 def difference(name: str, of: Mapping) -> str:
-    """A difference to controls in words: the metric, its mean and interval."""
+    """Describe a difference to controls: the metric, its mean and interval."""
     digits = f"+.{LEAKAGE_DIGITS[name]}f"
     mean, low, high = (format(of[key], digits) for key in ("mean", "low", "high"))
     text = f"{name.upper()} {mean}{_unit(name)}"
