@@ -18,6 +18,8 @@ from utils.files import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "import torch"
+#: What no attack can do without: its optimiser imports torch's compiler at the first step.
+ADAM = "import torch; torch.optim.Adam([torch.ones(1, requires_grad=True)]).step()"
 CLIENT = ["training.py", "--data-name", "photos", "-a", "lenet", "-b", "2"]
 
 
@@ -57,6 +59,7 @@ def main() -> None:
         attack += ["--epochs", "1", "-p", "1"]
         commands: dict[str, tuple[list[str], str | None]] = {
             TORCH: (["-c", TORCH], None),
+            "import torch, one step of Adam": (["-c", ADAM], None),
             "run.py --help": (["run.py", "--help"], None),
             "training.py --help": (["training.py", "--help"], None),
             "run.py --lr 0 (refused)": (["run.py", "--checkpoint", "x", "--lr", "0"], None),

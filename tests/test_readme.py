@@ -42,7 +42,7 @@ PAGES = {
 }
 #: Flags that the pages name and that belong to other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--few-classes", "--trials", "--csv", "--markdown"}
-FOREIGN_FLAGS |= {"--seeds", "--rows"}
+FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds"}
 
 
 def section(page, title):

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+import run
 from inversion import settings
+from inversion.audit import inputs, searching
 from inversion.audit.flags import parser
 from inversion.audit.settings import settings_from
 from inversion.audit.verdict import LEAKAGE_DIGITS
@@ -18,6 +20,7 @@ from inversion.search.tune import ALGORITHMS
 from inversion.strategies import STRATEGIES
 from tests.support import ROOT
 from utils.metrics import SSIMS
+from utils.shard import ALONE
 
 
 def test_every_name_has_a_function_and_every_function_a_name():
@@ -97,3 +100,13 @@ def test_an_attack_imports_nothing_that_only_scoring_and_searching_need():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_search_only_needs_no_iterations_and_stops_after_the_search(monkeypatch, tmp_path):
+    found = {"best": {"lr": 0.3}}
+    monkeypatch.setattr(searching, "run_search", lambda settings, reporter: found)
+    monkeypatch.setattr(inputs, "load_inputs", lambda *_: pytest.fail("it goes on"))
+    flags = ["--checkpoint", "file", "--root", str(tmp_path), "--superparameters-search"]
+    flags += ["--simulation-checkpoint", "other", "--lr-tune", "--search-only"]
+    assert run.work(flags, ALONE, 0) == 0
+    assert list(tmp_path.iterdir()) == []
