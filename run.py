@@ -6,7 +6,6 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 """
 
 import sys
-import time
 
 from inversion.audit.flags import parser
 from inversion.audit.settings import Settings, refuse_processes, settings_from
@@ -72,20 +71,19 @@ def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, repo
     from utils.errors import FaultError
     from utils.files import claim_folder
 
-    report, information, finish = None, None, None
-    folder = None
+    folder, report, information, finish = None, None, None, None
     if case.processes.is_main:
         folder = claim_folder(settings.folder)
         reporter.log_to(folder / "log.txt")
         reporter.say(f"results: {folder}")
     if settings.scoring.information:
-        information, text = information_entry(case, sealed, time.perf_counter)
+        information, text = information_entry(case, sealed)
         reporter.say(text)
     if folder is not None:
         report = Report(folder, settings, case, sealed, information, search)
     attacked = attack(
         settings.attack, case, interrupts, reporter, print_freq=settings.print_freq,
-        save_consensus=report.save_consensus if report else lambda done, x: None,
+        save_consensus=None if report is None else report.save_consensus,
     )  # fmt: skip
     for line in outcome_lines(settings.attack, attacked.outcome):
         reporter.say(line)

@@ -16,6 +16,7 @@ from models.batchnorm import (
     batchnorm_layers,
     uses_batch_statistics,
 )
+from utils.errors import is_out_of_memory
 from utils.shard import ALONE, Shard, sum_tensors
 
 #: Bytes that the per-sample gradients of one chunk may take.
@@ -81,6 +82,23 @@ def gradient_mode(model: nn.Module, train_mode: bool):
             layer.track_running_stats = track
         for layer in hard_sigmoids:
             del layer.forward
+
+
+def forward_failure(model: nn.Module, x: Tensor, train_mode: bool) -> Exception | None:
+    """Return why the network cannot process images `x` (B, C, H, W); None if it can.
+
+    Two images suffice to find out: BatchNorm by batch statistics needs more than one value per
+    channel. Only this forward pass is tried, so that a failure elsewhere keeps its traceback. An
+    error for want of memory is raised.
+    """
+    try:
+        with gradient_mode(model, train_mode), torch.no_grad():
+            model(x[:2])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        return error
+    return None
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:

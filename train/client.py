@@ -14,14 +14,14 @@ from models.gradient import (
     ClientLoss,
     Update,
     couples_samples,
-    gradient_mode,
+    forward_failure,
     whole_batch_gradient,
 )
 from models.pretrained import load_pretrained
 from models.target import Protection
 from train.privacy import Mechanism, Protected, epsilon, protect_batch, protect_per_sample
 from train.settings import ClientSettings, NetworkSettings, ProtectionSettings
-from utils.errors import InputError, is_out_of_memory, naming
+from utils.errors import InputError, naming
 from utils.shard import Shard
 from utils.streams import stream
 
@@ -106,27 +106,19 @@ def check_network(settings: ClientSettings, model: nn.Module) -> None:
 
 
 def check_processes(settings: ClientSettings, model: nn.Module, x: Tensor) -> None:
-    """Raise InputError unless the network can process the batch `x` (B, C, H, W).
-
-    Two images suffice to find out. Only this forward pass is tried: whatever fails elsewhere is no
-    fault of the input and keeps its traceback.
-    """
-    try:
-        with gradient_mode(model, settings.train_mode), torch.no_grad():
-            model(x[:2])
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
-        text = " ".join(str(error).split())
-        if len(x) == 1 and "more than 1 value per channel" in text:
-            raise InputError(
-                "--batch-size 1: BatchNorm has no batch statistics of one value; give "
-                "--model-eval, a larger batch or a larger --image-size"
-            ) from error
+    """Raise InputError unless the network can process the batch `x` (B, C, H, W)."""
+    error = forward_failure(model, x, settings.train_mode)
+    if error is None:
+        return
+    text = " ".join(str(error).split())
+    if len(x) == 1 and "more than 1 value per channel" in text:
         raise InputError(
-            f"--arch {settings.network.arch}: cannot process images {tuple(x.shape[1:])}: "
-            f"{text[:160]}"
+            "--batch-size 1: BatchNorm has no batch statistics of one value; give --model-eval, a "
+            "larger batch or a larger --image-size"
         ) from error
+    raise InputError(
+        f"--arch {settings.network.arch}: cannot process images {tuple(x.shape[1:])}: {text[:160]}"
+    ) from error
 
 
 @dataclass(frozen=True)

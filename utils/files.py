@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -48,6 +49,14 @@ def whole_file(path: str | Path, *, text: bool = False) -> Iterator[IO]:
     finally:
         with contextlib.suppress(OSError):  # it is gone where all went well
             os.unlink(temporary)
+
+
+def package_folder(name: str) -> Path:
+    """Return the folder of a package that is required, without importing it."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None  # it is required
+    assert spec.origin is not None  # it is a package of files
+    return Path(spec.origin).parent
 
 
 def unwritten(path: str | Path, error: Exception) -> FaultError:

@@ -4,13 +4,11 @@ torchvision and scikit-image take seconds to import, so each is imported inside 
 need it.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.files import package_folder
 
 #: Modes of PIL for files of one channel.
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
@@ -152,11 +151,7 @@ def scikit_learn_photograph(name: str) -> np.ndarray:
     As `sklearn.datasets.load_sample_image` does, but without that import, which takes as long as
     torch's.
     """
-    spec = importlib.util.find_spec("sklearn")
-    assert spec is not None  # it is required
-    assert spec.origin is not None  # it is a package of files
-    package = Path(spec.origin).parent
-    with Image.open(package / "datasets" / "images" / name) as photo:
+    with Image.open(package_folder("sklearn") / "datasets" / "images" / name) as photo:
         return np.asarray(photo)
 
 

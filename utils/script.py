@@ -1,6 +1,5 @@
 """Does what both scripts need around their work: folders, signals, exit codes, provenance."""
 
-import importlib.util
 import os
 import platform
 import re
@@ -12,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from utils.errors import FaultError, InputError, is_out_of_memory
+from utils.files import package_folder
 
 
 def check_reachable(address: str, flag: str, seconds: float = 5.0) -> None:
@@ -124,10 +124,7 @@ def versions() -> dict[str, str]:
 
 def _torchvision_version() -> str:
     """Read torchvision's `__version__` from its file: importing it takes about as long as torch."""
-    spec = importlib.util.find_spec("torchvision")
-    assert spec is not None  # it is required
-    assert spec.origin is not None  # it is a package of files
-    text = Path(spec.origin).with_name("version.py").read_text()
+    text = (package_folder("torchvision") / "version.py").read_text()
     found = re.search(r"^__version__ = ['\"](.+)['\"]", text, re.MULTILINE)
     if found:
         return found[1]

@@ -39,8 +39,8 @@ class Recorder:
     settings: AttackSettings
     progress: Progress
     interrupts: Interrupts
-    #: Called with the iterations done and the images of a new consensus.
-    save_consensus: Callable[[int, Tensor], None] = lambda done, x: None
+    #: Called with the iterations done and the images of a new consensus, if at all.
+    save_consensus: Callable[[int, Tensor], None] | None = None
     #: What stands before every line.
     title: str = ""
     #: Rows of losses.csv, in the order of `header`.
@@ -67,7 +67,8 @@ class Recorder:
 
     def on_round(self, done: int, combination: Combination) -> None:
         """Record a consensus formed after `done` iterations of every seed."""
-        self.save_consensus(done, combination.x)
+        if self.save_consensus is not None:
+            self.save_consensus(done, combination.x)
         seeds = [self.settings.first_seed + index for index in combination.choice]
         best = combination.seed_losses[lowest(combination.seed_losses)]
         self.progress.reporter.say(
@@ -87,7 +88,7 @@ class Recorder:
 
 
 def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outcome:
-    """Run the strategy over all seeds, and close the recorder's progress."""
+    """Run the strategy over all seeds."""
     home = torch.device("cpu") if settings.offload_seeds else case.device
     objective = case.objective
     restarts = Restarts(
@@ -102,10 +103,7 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
         should_stop=lambda: objective.batch_shard.any(recorder.interrupts.signal is not None),
     )
     pixel_gradient = PIXEL_GRADIENTS[settings.pixel_gradient]
-    try:
-        return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
-    finally:
-        recorder.progress.close()
+    return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def attack(
     *,
     print_freq: int,
     title: str = "",
-    save_consensus: Callable[[int, Tensor], None] = lambda done, x: None,
+    save_consensus: Callable[[int, Tensor], None] | None = None,
 ) -> Attacked:
     """Run an attack from its settings to its images, and report its progress.
 
@@ -163,7 +161,10 @@ def attack(
     total = settings.total_iterations(own_seeds(settings, case.processes))
     progress = Progress(total, print_freq, reporter)
     recorder = Recorder(settings, progress, interrupts, save_consensus, title)
-    outcome = run_attack(settings, case, recorder)
+    try:
+        outcome = run_attack(settings, case, recorder)
+    finally:
+        progress.close()
     seconds = time.perf_counter() - start
     rows = recorder.rows
     if settings.shared == "seeds":

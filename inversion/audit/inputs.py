@@ -18,12 +18,12 @@ from inversion.settings import AttackSettings
 from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
 from models.binding import check_bound
-from models.gradient import couples_samples, gradient_mode
+from models.gradient import couples_samples, forward_failure
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Target, Update, check_fits, guarantee_lines, model_of
 from utils.console import Reporter
 from utils.device import choose_device
-from utils.errors import InputError, is_out_of_memory, naming
+from utils.errors import InputError, naming
 from utils.image_files import load_auxiliary, public_photographs
 from utils.images import denormalise, normalise
 from utils.metrics import LPIPS_BACKBONE, load_lpips
@@ -33,9 +33,6 @@ LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {LPIPS_BACKBONE} of torchvision, by "
     "--lpips-weights FILE or in the torch hub cache"
 )
-#: Images by which the network is probed, two at least where the batch has as many: BatchNorm by
-#: batch statistics needs more than one value per channel.
-PROBED_IMAGES = 8
 #: Photographs that show labels' regime and make the mean image.
 PUBLIC_IMAGES = 128
 
@@ -55,7 +52,7 @@ class Case:
     bn_source: str | None
     device: torch.device
     #: The processes of this run.
-    processes: Shard = ALONE
+    processes: Shard
 
     def start(self, seed: int) -> Tensor:
         """Return the initial images of a seed, on the CPU."""
@@ -66,9 +63,8 @@ class Case:
         """Return normalised images (B, C, H, W) as colours in [0, 1], on the CPU."""
         return denormalise(x, self.target.mean, self.target.std)
 
-    def attacked_by(self, settings: AttackSettings, target: Target | None = None) -> "Case":
-        """Return the case as other settings attack it, or with another target."""
-        target = self.target if target is None else target
+    def attacked_by(self, settings: AttackSettings, target: Target) -> "Case":
+        """Return the case as these settings attack it, with this target in the place of its own."""
         model = self.objective.model
         return make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
 
@@ -138,9 +134,9 @@ def make_case(
     model: nn.Module,
     target: Target,
     y: Tensor,
-    labels: LabelResult | None = None,
-    device: torch.device | None = None,
-    processes: Shard = ALONE,
+    labels: LabelResult | None,
+    device: torch.device,
+    processes: Shard,
 ) -> Case:
     """Put together what an attacker has, with the objective that the settings ask for.
 
@@ -157,7 +153,7 @@ def make_case(
         bn_grad=settings.bn_grad,
         batch_shard=processes if settings.shared == "batch" else ALONE,
     )
-    return Case(target, y, labels, objective, source, device or torch.device("cpu"), processes)
+    return Case(target, y, labels, objective, source, device, processes)
 
 
 def bn_source(settings: AttackSettings, target: Target) -> str | None:
@@ -350,14 +346,9 @@ def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
 
 def _refuse_unfit_network(case: Case, source: str) -> None:
     """Raise InputError, naming `source`, when the network cannot process the images."""
-    model, target = case.objective.model, case.target
-    x = case.start(0)[:PROBED_IMAGES].to(case.device)
-    try:
-        with gradient_mode(model, target.train_mode), torch.no_grad():
-            model(x)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
+    target = case.target
+    error = forward_failure(case.objective.model, case.start(0).to(case.device), target.train_mode)
+    if error is not None:
         raise InputError(
             f"{source}: {target.arch} cannot process its images {target.image_shape}: "
             f"{' '.join(str(error).split())[:160]}"

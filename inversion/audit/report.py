@@ -1,6 +1,7 @@
 """What a run leaves behind: its scores, result.json, losses.csv and pictures."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def label_lines(scoring: ScoringSettings, case: Case, sealed: Sealed | None) -> 
     found = case.labels
     if found is None:
         return []
-    true = sealed.truth.y if sealed is not None and scoring.metric else None
+    true = _true_labels(scoring, sealed)
     text = label_table(found.labels, found.lower_bounds, certain=found.certain, y_true=true)
     regime = f", {found.regime} regime" if found.regime else ""
     lines = [
@@ -70,12 +71,14 @@ def label_lines(scoring: ScoringSettings, case: Case, sealed: Sealed | None) -> 
     return lines
 
 
-def information_entry(case: Case, sealed: Sealed, clock: Callable[[], float]) -> tuple[dict, str]:
-    """Compute the gradient information ratio: the entry `information` of result.json, and a table.
+def _true_labels(scoring: ScoringSettings, sealed: Sealed | None) -> Tensor | None:
+    """Return the true labels, (B,), where they are scored."""
+    return sealed.truth.y if sealed is not None and scoring.metric else None
 
-    clock: returns seconds.
-    """
-    start = clock()
+
+def information_entry(case: Case, sealed: Sealed) -> tuple[dict, str]:
+    """Compute the gradient information ratio: its entry of result.json, and a table to print."""
+    start = time.perf_counter()
     truth, target = sealed.truth, case.target
     found = gradient_information_ratio(
         case.objective.model,
@@ -87,7 +90,7 @@ def information_entry(case: Case, sealed: Sealed, clock: Callable[[], float]) ->
     columns = {"label": truth.y.tolist()} | {
         name: value.tolist() for name, value in vars(found).items() if isinstance(value, Tensor)
     }
-    seconds = clock() - start
+    seconds = time.perf_counter() - start
     text = information_table(
         columns,
         found.batch_norm,
@@ -258,8 +261,7 @@ class Report:
     def _label_entry(self) -> dict:
         case, inputs = self.case, self.settings.inputs
         found = case.labels
-        scored = self.sealed is not None and self.settings.scoring.metric
-        true = self.sealed.truth.y if self.sealed is not None and scored else None
+        true = _true_labels(self.settings.scoring, self.sealed)
         record: dict[str, Any] = {
             "method": "known" if inputs.labels is None else "given",
             "reconstructed": case.y,

@@ -208,17 +208,11 @@ def _strategy_from(args) -> str:
 
 def _attack_from(args) -> AttackSettings:
     searched = {name: RANGES[name].low for name in tuned_names(args)}
-    strategy = _strategy_from(args)
-    priors = {
-        name: searched.get(name, prior_weight(args, name))
-        for name, prior in PRIORS.items()
-        if STRATEGIES[strategy].forms_consensus or not prior.needs_consensus
-    }
     epochs = args.HP_epochs if args.epochs is None else args.epochs  # --search-only needs none
     return AttackSettings(
         weights=Weights(
             searched.get("grads_weight", args.grads_weight),
-            {name: weight for name, weight in priors.items() if weight != 0},
+            _priors_from(args),
             {} if args.TV_end is None else {"tv": args.TV_end},
         ),
         loop=Loop(
@@ -232,7 +226,7 @@ def _attack_from(args) -> AttackSettings:
         boxed=args.input_boxed,
         first_seed=args.seed,
         num_seeds=args.n_seed,
-        strategy=strategy,
+        strategy=_strategy_from(args),
         schedule=_schedule_from(args),
         combine_memory=int(args.combine_memory * 2**20),
         offload_seeds=args.offload_seeds,
@@ -242,6 +236,18 @@ def _attack_from(args) -> AttackSettings:
         bn_grad=args.bn_grad,
         shared=args.shard,
     )
+
+
+def _priors_from(args) -> dict[str, float]:
+    """Return the weights of the priors in use; a searched one has the low end of its range."""
+    forms_consensus = STRATEGIES[_strategy_from(args)].forms_consensus
+    searched = tuned_names(args)
+    weights = {
+        name: RANGES[name].low if name in searched else prior_weight(args, name)
+        for name, prior in PRIORS.items()
+        if forms_consensus or not prior.needs_consensus
+    }
+    return {name: weight for name, weight in weights.items() if weight != 0}
 
 
 def _schedule_from(args) -> MLCOSchedule:
@@ -304,11 +310,7 @@ def _refuse_optimiser(args) -> None:
 
 def _refuse_strategy(args) -> None:
     used = STRATEGIES[_strategy_from(args)]
-    weighted = any(
-        prior_weight(args, name) != 0 and (used.forms_consensus or not prior.needs_consensus)
-        for name, prior in PRIORS.items()
-    )
-    if args.grads_weight == 0 and not (weighted or tuned_names(args)):
+    if args.grads_weight == 0 and not (_priors_from(args) or tuned_names(args)):
         raise InputError("--grads-weight 0: leaves no term in the objective; give a weight")
     if args.MinCombine and args.strategy not in ("best", "mlco"):
         raise InputError(f"--MinCombine: is --strategy mlco, not {args.strategy}; give one of them")
