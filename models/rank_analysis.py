@@ -7,16 +7,15 @@ constraints are what the layers before say about that input, since a layer with 
 than inputs can only reach some of them.
 """
 
-import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx, nn
 from torchvision.models import ResNet
 
 from models.choices import RANK_MODES
+from models.graph import module_path, operation, operation_name, place, traced_tensors
 
 # What a layer is called as a module, function or method, lower case without underscores.
 _WEIGHTED = {"conv2d": "convolution", "linear": "linear"}
@@ -100,7 +99,7 @@ def rank_analysis(
             "choose all"
         )
     layers, virtual, seen = [], 0, set()
-    for start, nodes in _stretches(_tensor_nodes(model, batch_size, image_shape)):
+    for start, nodes in _stretches(traced_tensors(model, batch_size, image_shape)):
         kind = _kind(nodes)
         if kind == "invertible":
             continue
@@ -126,58 +125,6 @@ def rank_analysis(
     return layers
 
 
-def _tensor_nodes(model, batch_size, image_shape) -> list[fx.Node]:
-    """Return the image and every tensor made from it, in order of execution.
-
-    Their values (meta tensors) stand in meta["value"], their tensor inputs in meta["inputs"] and
-    their modules, if any, in meta["module"]. Sizes and checks are left out; every tensor comes
-    from the image and leads to the output.
-    """
-    memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    memo |= {id(b): b.to("meta") for b in model.buffers()}
-    try:
-        twin = copy.deepcopy(model, memo).eval()  # eval: BatchNorm takes one number a channel
-        traced = fx.symbolic_trace(twin)
-    except Exception as error:
-        raise ValueError(f"torch.fx cannot trace the network: {_first_line(error)}") from error
-    dtype = next((p.dtype for p in twin.parameters()), None)
-    images = torch.empty(batch_size, *image_shape, dtype=dtype, device="meta")
-    with torch.no_grad():
-        _Values(traced).run(images)
-
-    *nodes, output = traced.graph.nodes
-    tensors = [node for node in nodes if _holds_tensor(node.meta["value"])]
-    known = set(tensors)
-    for node in tensors:
-        node.meta["inputs"] = [source for source in node.all_input_nodes if source in known]
-        if node.op == "call_module":
-            node.meta["module"] = twin.get_submodule(node.target)
-        if node.op == "get_attr":
-            raise ValueError(f"{node.target} is used outside of a convolution or linear layer")
-        if node.op != "placeholder" and not node.meta["inputs"]:
-            raise ValueError(f"{_place(node)} makes a tensor that does not come from the image")
-        if known.isdisjoint(node.users) and output not in node.users:
-            raise ValueError(f"{_place(node)} computes a value that the output does not use")
-    if not isinstance(output.meta["value"], Tensor):
-        raise ValueError("the network returns several values instead of one tensor")
-    return tensors
-
-
-class _Values(fx.Interpreter):
-    """Runs a traced network and leaves every node's value in its meta["value"]."""
-
-    def __init__(self, traced):
-        super().__init__(traced)
-        self.extra_traceback = False  # an error keeps its one line
-
-    def run_node(self, n):
-        try:
-            n.meta["value"] = super().run_node(n)
-        except Exception as error:
-            raise ValueError(f"{_place(n)} fails: {_first_line(error)}") from error
-        return n.meta["value"]
-
-
 def _stretches(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """Cut the network at the tensors that all paths lead through: (the tensor, what follows it).
 
@@ -197,12 +144,12 @@ def _kind(nodes: list[fx.Node]) -> str:
     refused = [node for node in nodes if _role(node) is None]
     merging = [node for node in refused if len(node.meta["inputs"]) > 1]
     if merging:
-        place = _common_path(nodes) or _place(merging[0])
+        where = _common_path(nodes) or place(merging[0])
         raise ValueError(
-            f"{place} merges paths by {_operation(merging[0])}; only additions can be counted"
+            f"{where} merges paths by {operation(merging[0])}; only additions can be counted"
         )
     if refused:
-        raise ValueError(f"{_place(refused[0])}: {_operation(refused[0])} cannot be counted")
+        raise ValueError(f"{place(refused[0])}: {operation(refused[0])} cannot be counted")
     if len(nodes) > 1:
         return "residual block"
     kind = _role(nodes[0])
@@ -212,22 +159,16 @@ def _kind(nodes: list[fx.Node]) -> str:
 
 def _role(node: fx.Node) -> str | None:
     """A kind of LayerRank, "addition" or "invertible"; None for what cannot be counted."""
-    operation = _operation(node).replace("_", "").lower()
+    name = operation_name(node)
     if not isinstance(node.meta["value"], Tensor):
         return None
     if len(node.meta["inputs"]) > 1:
-        return "addition" if operation in _ADDITION else None
-    if node.op == "call_module" and operation in _WEIGHTED:
-        return _WEIGHTED[operation]
-    if operation in _POOLING:
+        return "addition" if name in _ADDITION else None
+    if node.op == "call_module" and name in _WEIGHTED:
+        return _WEIGHTED[name]
+    if name in _POOLING:
         return "pooling"
-    return "invertible" if operation in _INVERTIBLE else None
-
-
-def _operation(node: fx.Node) -> str:
-    if node.op == "call_module":
-        return type(node.meta["module"]).__name__
-    return getattr(node.target, "__name__", str(node.target))
+    return "invertible" if name in _INVERTIBLE else None
 
 
 def _name(nodes, kind) -> str:
@@ -238,24 +179,4 @@ def _name(nodes, kind) -> str:
 
 
 def _common_path(nodes) -> str:
-    return ".".join(os.path.commonprefix([_path(node).split(".") for node in nodes]))
-
-
-def _path(node: fx.Node) -> str:
-    """Path of the module that a node is, or whose forward calls it; empty for the network."""
-    stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0] if stack else ""
-
-
-def _place(node: fx.Node) -> str:
-    return _path(node) or node.name
-
-
-def _holds_tensor(value) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, Tensor)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ".".join(os.path.commonprefix([module_path(node).split(".") for node in nodes]))
