@@ -1,0 +1,249 @@
+"""Solves the weight gradient of a convolution for the convolution's input.
+
+With the signal d = ∂L/∂z at the output z = w∗u known, the gradient of the weights is linear in the
+input u, and the matrix of that is the same for all input channels. R-GAP (Zhu & Blaschko, ICLR
+2021, arXiv 2010.07733) solves it for a single image, here it is solved for a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from inversion.layerwise.least_squares import Equations, relative
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Says how a convolution moves over its input."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def forward(self, u: Tensor, weight: Tensor) -> Tensor:
+        """Return w∗u, (B, O, h, w), of u (B, I, H, W) and w (O, I, k, k)."""
+        return F.conv2d(u, weight, stride=self.stride, padding=self.padding)
+
+    def backward(self, d: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return ∂L/∂u of this shape from d = ∂L/∂z (B, O, h, w)."""
+        return conv2d_input(shape, weight, d, stride=self.stride, padding=self.padding)
+
+    def weight_gradient(self, u: Tensor, d: Tensor) -> Tensor:
+        """Return ∂L/∂w (O, I, k, k) from u (B, I, H, W) and d (B, O, h, w)."""
+        shape = (d.shape[1], u.shape[1], *self.kernel)
+        return conv2d_weight(u, shape, d, stride=self.stride, padding=self.padding)
+
+
+def gradient_matrix(d: Tensor, height: int, width: int, geometry: Geometry) -> Tensor:
+    """Return the matrix M (O·k·k, B·H·W) with ∂L/∂w[:, i] = M u[:, i] for every input channel i.
+
+    d: (B, O, h, w) signal at the output; height, width: H and W of the input.
+    """
+    count, channels, rows, columns = d.shape
+    (k_y, k_x), (s_y, s_x), (p_y, p_x) = geometry.kernel, geometry.stride, geometry.padding
+    matrix = d.new_zeros(channels, k_y, k_x, count, height + 2 * p_y, width + 2 * p_x)
+    by_channel = d.transpose(0, 1)
+    for y in range(k_y):
+        for x in range(k_x):
+            y_end, x_end = y + s_y * (rows - 1) + 1, x + s_x * (columns - 1) + 1
+            matrix[:, y, x, :, y:y_end:s_y, x:x_end:s_x] = by_channel
+    inside = matrix[..., p_y : p_y + height, p_x : p_x + width]
+    return inside.reshape(channels * k_y * k_x, count * height * width)
+
+
+@dataclass(frozen=True)
+class Term:
+    """Holds one convolution's equations about its input."""
+
+    geometry: Geometry
+    #: (O, I, k, k).
+    weight: Tensor
+    #: (O, I, k, k), ∂L/∂w.
+    gradient: Tensor
+    #: (B, O, h, w), ∂L/∂z at the output z without bias.
+    signal: Tensor
+    #: (B, O, h, w) of 0 and 1: where z is known; None for nowhere.
+    known: Tensor | None = None
+    #: (B, O, h, w): z, without bias, where it is known, anything elsewhere.
+    output: Tensor | None = None
+
+    def residual(self, u: Tensor) -> float:
+        """Return the norm of what u leaves of the gradient, relative to the gradient's norm."""
+        left = self.gradient - self.geometry.weight_gradient(u, self.signal)
+        return (left.norm() / self.gradient.norm()).item()
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Holds the input that a system of equations has, and how well it is determined."""
+
+    #: (B, I, H, W).
+    u: Tensor
+    #: Numbers sought, and equations for them.
+    unknowns: int
+    equations: int
+    #: Numbers that the equations determine: directions whose singular value is large enough.
+    rank: int
+    #: Largest singular value over the smallest one that counts.
+    condition: float
+    #: Norm of what is left of the gradients, relative to theirs.
+    residual: float
+
+    @property
+    def determined(self) -> bool:
+        """Whether the equations determine every number."""
+        return self.rank == self.unknowns
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Holds the singular value decomposition of all terms' gradient matrices together."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    #: (rows, I) of the gradients.
+    rows: Tensor
+
+
+def _spectrum(terms: Sequence[Term], shape: Sequence[int]) -> _Spectrum:
+    """Stack the terms' matrices, each divided by its gradient's norm, and decompose them."""
+    matrices, rows = [], []
+    for term in terms:
+        scale = 1 / term.gradient.norm()
+        matrices.append(gradient_matrix(term.signal, shape[2], shape[3], term.geometry) * scale)
+        rows.append(term.gradient.permute(0, 2, 3, 1).reshape(-1, shape[1]) * scale)
+    left, values, right = torch.linalg.svd(torch.cat(matrices), full_matrices=False)
+    return _Spectrum(left, values, right, torch.cat(rows))
+
+
+def solve_gradients(
+    terms: Sequence[Term], shape: Sequence[int], cut: float, *, use_outputs: bool = True
+) -> Solution:
+    """Solve the weight gradients of all convolutions that take u (B, I, H, W) = shape for u.
+
+    Directions (B·H·W numbers, the same for all channels) whose singular value is at most `cut` of
+    the largest are not taken from the gradients; the known outputs of the terms say what they are
+    (`use_outputs`), as far as they do.
+    """
+    found = _spectrum(terms, shape)
+    count, channels, height, width = shape
+    kept = found.values > cut * found.values[0]
+    numbers = found.right[kept].T @ (
+        (found.left[:, kept].T @ found.rows) / found.values[kept, None]
+    )
+    u = numbers.T.reshape(channels, count, height, width).transpose(0, 1).contiguous()
+    places, rank = count * height * width, int(kept.sum()) * channels
+    equations = found.rows.numel()
+    condition = (found.values[0] / found.values[kept][-1]).item()
+    if int(kept.sum()) < places and use_outputs:
+        with_outputs = [term for term in terms if term.known is not None]
+        equations += sum(int(term.known.sum()) for term in with_outputs)  # type: ignore[union-attr]
+        null = _null_space(found, kept, places).reshape(-1, count, height, width)
+        if with_outputs and null.shape[0] * channels <= MOST_NULL:
+            u, more, worst = _from_outputs(with_outputs, u, null)
+            rank += more
+            condition = max(condition, worst)
+    residual = _joint_residual(terms, u)
+    return Solution(u, places * channels, equations, rank, condition, residual)
+
+
+#: Numbers that the gradients leave open which are still solved for densely.
+MOST_NULL = 12_000
+#: Share of the largest eigenvalue below which the known outputs leave a direction open.
+OPEN = 1e-10
+
+
+def _null_space(found: _Spectrum, kept: Tensor, places: int) -> Tensor:
+    """Return an orthonormal basis (n, places) of the directions that were not kept."""
+    if len(found.values) == places:
+        return found.right[~kept]
+    whole = torch.linalg.qr(found.right[kept].T, mode="complete")[0]
+    return whole[:, int(kept.sum()) :].T
+
+
+def _from_outputs(terms: Sequence[Term], u: Tensor, null: Tensor) -> tuple[Tensor, int, float]:
+    """Add to u the part along `null` (n, B, H, W), for every channel, that the outputs call for.
+
+    Returns u, how many of the n·I numbers are determined, and the condition of their system.
+    """
+    count, channels = u.shape[:2]
+    size = len(null) * channels
+    normal, right = u.new_zeros(size, size), u.new_zeros(size)
+    for term in terms:
+        known, output = term.known, term.output
+        assert known is not None and output is not None
+        left = (output - term.geometry.forward(u, term.weight)) * known
+        scale = 1 / (output * known).square().sum().clamp_min(1e-300)
+        outputs = term.weight.shape[0]
+        kernels = term.weight.transpose(0, 1).reshape(channels * outputs, 1, *term.geometry.kernel)
+        for image in range(count):
+            moved = term.geometry.forward(null[:, image : image + 1], kernels)
+            chosen = known[image].reshape(outputs, -1) > 0
+            rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen].reshape(size, -1)
+            normal.addmm_(rows, rows.T, alpha=scale.item())
+            right += scale * (rows @ left[image].reshape(outputs, -1)[chosen])
+    values, vectors = torch.linalg.eigh(normal)
+    kept = values > OPEN * values[-1]
+    steps = vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
+    added = torch.einsum("nbhw,ni->bihw", null, steps.reshape(len(null), channels))
+    worst = (values[-1] / values[kept][0]).sqrt().item() if bool(kept.any()) else 1.0
+    return u + added, int(kept.sum()), worst
+
+
+def _joint_residual(terms: Sequence[Term], u: Tensor) -> float:
+    """Return the root mean square of the terms' relative residuals."""
+    return (sum(term.residual(u) ** 2 for term in terms) / len(terms)) ** 0.5
+
+
+def term_equations(term: Term, shape: Sequence[int]) -> list[Equations]:
+    """Return the equations of one convolution about its input u of this shape (B, I, H, W).
+
+    The gradient's, ∂L/∂w(u) = G, and the forward pass's, w∗u = z where z is known, each divided by
+    the norm of its right side.
+    """
+    geometry, signal, weight, known = term.geometry, term.signal, term.weight, term.known
+    found = [
+        relative(
+            lambda u: geometry.weight_gradient(u, signal),
+            lambda g: geometry.backward(signal, g, shape),
+            term.gradient,
+        )
+    ]
+    if known is not None and term.output is not None and bool(known.any()):
+        found.append(
+            relative(
+                lambda u: geometry.forward(u, weight) * known,
+                lambda r: geometry.backward(r * known, weight, shape),
+                term.output * known,
+            )
+        )
+    return found
+
+
+def preconditioner(terms: Sequence[Term], shape: Sequence[int], damping: float = 1e-3):
+    """Return a map near the inverse of the gradients' normal equations, the same for all channels.
+
+    shape: (B, I, H, W) of what it maps. Directions whose eigenvalue is small are held back by
+    `damping`² of the largest one.
+    """
+    count, channels, height, width = shape
+    matrix = torch.cat(
+        [
+            gradient_matrix(term.signal, height, width, term.geometry) / term.gradient.norm()
+            for term in terms
+        ]
+    )
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    values = values.clamp_min(0) + damping**2 * values[-1]
+    inverse = (vectors / values) @ vectors.T
+
+    def apply(u: Tensor) -> Tensor:
+        flat = u.transpose(0, 1).reshape(channels, -1) @ inverse
+        return flat.reshape(channels, count, height, width).transpose(0, 1)
+
+    return apply

@@ -1,0 +1,250 @@
+"""Solves a network layer by layer, from the head to the image, as far as its gradient allows."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from inversion.layerwise.head import head_features
+from inversion.layerwise.network import (
+    AVERAGES,
+    COPIES,
+    MAXIMA,
+    RELUS,
+    WEIGHTED,
+    Network,
+    StoppedError,
+)
+from inversion.layerwise.masks import rectify
+from inversion.layerwise.solve import solve_tensor
+from models.graph import operation_name, place
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Holds the certificate of one tensor: how well the gradient determines it."""
+
+    #: The tensor's name in the traced network.
+    name: str
+    #: The module that makes it, for people.
+    place: str
+    #: What it was recovered from: "head", "masks", "convolution", "linear".
+    kind: str
+    unknowns: int
+    equations: int
+    rank: int
+    condition: float
+    #: Norm of what the recovered tensor leaves of the gradients, relative to theirs.
+    residual: float
+    #: Mask entries that were turned over on the way.
+    flips: int
+    certified: bool
+    seconds: float
+
+
+@dataclass
+class Peeled:
+    """Holds what was recovered, deepest last."""
+
+    network: Network
+    layers: list[Layer] = field(default_factory=list)
+    #: Why it ended where it did, in one line.
+    stopped: str = ""
+
+    @property
+    def certified(self) -> list[Layer]:
+        """The layers that are certified."""
+        return [layer for layer in self.layers if layer.certified]
+
+
+def peel(
+    network: Network,
+    y: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    on_layer: Callable[[Layer], bool] = lambda layer: False,
+) -> Peeled:
+    """Recover the network's tensors from the head to the image, until one is not certified.
+
+    y: (B,) labels. on_layer: called with every certificate; true ends the walk there. Nothing is
+    raised for what cannot be solved: `stopped` says it.
+    """
+    peeled = Peeled(network)
+    try:
+        for layer in _walk(network, y.to(next(network.twin.parameters()).device), label_smoothing):
+            peeled.layers.append(layer)
+            if on_layer(layer):
+                peeled.stopped = "interrupted"
+            elif not layer.certified:
+                peeled.stopped = _reason(layer)
+            if peeled.stopped:
+                return peeled
+    except StoppedError as reason:
+        peeled.stopped = str(reason)
+    return peeled
+
+
+def _walk(network: Network, y: Tensor, label_smoothing: float) -> Iterator[Layer]:
+    """Yield the certificate of every tensor that is solved for."""
+    output = network.nodes[-1]
+    if operation_name(output) != "linear":
+        raise StoppedError(f"{place(output)}: the walk starts at a linear head")
+    yield _solve_head(network, output, y, label_smoothing)
+    for node in reversed(network.nodes[:-1]):
+        if operation_name(node) in MAXIMA | AVERAGES and node.op != "placeholder":
+            layer = _route(network, node)
+            if layer is not None:
+                yield layer
+        if any(operation_name(user) in WEIGHTED for user in network.users(node)):
+            if network.value(node) is None:
+                yield _solve(network, node)
+            if node.op != "placeholder":
+                network.settle(node)
+        elif operation_name(node) in RELUS:
+            network.settle(node)
+
+
+def _solve_head(network: Network, output: fx.Node, y: Tensor, label_smoothing: float) -> Layer:
+    start = time.perf_counter()
+    module, name = network.module(output), str(output.target)
+    if f"{name}.weight" not in network.gradient:
+        raise StoppedError(f"{name}: the gradient of its weights was not sent")
+    head = head_features(
+        module.weight, module.bias, network.gradient[f"{name}.weight"], y, label_smoothing
+    )
+    (source,) = network.inputs(output)
+    features = head.features
+    if is_rectified(network, source):
+        features = rectify(features).value
+    network.values[source] = features
+    network.signals[output] = head.signal
+    _allow_for_noise(network, name, head)
+    allowed = network.accuracy[f"{name}.weight"].certified
+    return Layer(
+        source.name, name, "head", features.numel(), network.gradient[f"{name}.weight"].numel(),
+        head.rank * features.shape[1], head.condition, head.residual, 0,
+        head.rank == len(y) and head.residual <= allowed,
+        time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _allow_for_noise(network: Network, name: str, head: Head) -> None:
+    """Take what the head leaves for noise, where it is more than its gradient's error allows.
+
+    K classes are K equations per feature, of which B directions fit anything, noise too.
+    """
+    accuracy = network.accuracy[f"{name}.weight"]
+    if head.residual <= accuracy.certified or head.residual > LARGEST:
+        return
+    classes = head.probabilities.shape[1]
+    noise = head.residual * math.sqrt(classes / max(1, classes - head.rank))
+    for parameter, of in network.accuracy.items():
+        network.accuracy[parameter] = replace(of, noise=max(of.noise, noise))
+
+
+def is_rectified(network: Network, node: fx.Node) -> bool:
+    """Tell whether a tensor is a ReLU's output, or a pooling or copy of one."""
+    while operation_name(node) in COPIES | MAXIMA | AVERAGES and node.op != "placeholder":
+        node = network.inputs(node)[0]
+    return operation_name(node) in RELUS
+
+
+def _solve(network: Network, node: fx.Node) -> Layer:
+    """Solve for one tensor and take over what was found, masks behind it included."""
+    start = time.perf_counter()
+    uses = network.uses(node)
+    shape = [*network.shape(node), 1, 1][:4]
+    known, value = network.known(node)
+    near = {use.relu: network.raw[use.relu] for use in uses if use.relu and use.relu in network.raw}
+    solved = solve_tensor(
+        uses,
+        shape,
+        (known.reshape(shape), value.reshape(shape)),
+        rectified=is_rectified(network, node),
+        near=near,
+    )
+    network.take(node, solved.raw, solved.value, solved.threshold)
+    for relu, mask in solved.masks.items():
+        network.correct(relu, mask)
+    kind = "linear" if all(use.geometry.kernel == (1, 1) for use in uses) else "convolution"
+    return Layer(
+        node.name, place(node), kind, solved.unknowns, solved.equations, solved.rank,
+        solved.condition, solved.residual, solved.flips, solved.certified,
+        time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _reason(layer: Layer) -> str:
+    """Say why a layer is not certified."""
+    if layer.rank < layer.unknowns:
+        return (
+            f"{layer.name}: {layer.equations} equations determine {layer.rank} of its "
+            f"{layer.unknowns} numbers"
+        )
+    return f"{layer.name}: it leaves {layer.residual:.1e} of the gradient, more than its error"
+
+
+# Where a pooling's values come from ----------------------------------------------------------
+
+
+def _route(network: Network, node: fx.Node) -> Layer | None:
+    """Find which positions a pooling's signal goes to; None where that is known already.
+
+    The shift method finds them from the gradient of the 3×3 convolution before the ReLU before the
+    pooling: the signal at its output is known but for a factor 0 or 1.
+    """
+    (source,) = network.inputs(node)
+    if bool((network.known(source)[0] > 0).all()):
+        return None
+    start = time.perf_counter()
+    relu = source
+    while operation_name(relu) in COPIES and relu.op != "placeholder":
+        relu = network.inputs(relu)[0]
+    if operation_name(relu) not in RELUS:
+        raise StoppedError(f"{place(node)}: which of its inputs count is not known")
+    name, scale = _convolution_before(network, relu)
+    signal = network.signal(node)
+    routed = spread(network, node, source, signal) if is_maximum(node) else network.signal(source)
+    height, width = routed.shape[2:]
+    try:
+        found = routing_masks(
+            network.gradient[f"{name}.weight"], routed * per_channel(scale), height, width
+        )
+    except ValueError as error:
+        raise StoppedError(f"{place(node)}: its positions cannot be told apart: {error}") from error
+    masks = found.masks.to(routed)
+    network.masks[relu.name] = masks
+    if is_maximum(node):
+        network.routes[node] = masks
+    allowed = network.accuracy[f"{name}.weight"].certified
+    return Layer(
+        relu.name, name, "masks", masks.numel(), network.gradient[f"{name}.weight"].numel(),
+        masks.numel() - int(found.undecided.sum()), 1 / max(found.gap[0], 1e-300), found.residual,
+        0, found.residual <= allowed, time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _convolution_before(network: Network, relu: fx.Node) -> tuple[str, Tensor]:
+    """Return the 3×3 convolution whose outputs a ReLU takes, and by what they are multiplied."""
+    paths: list[tuple[fx.Node, Tensor | None]] = [(network.inputs(relu)[0], None)]
+    while paths:
+        node, scale = paths.pop()
+        name = operation_name(node)
+        if name in ADDITIONS:
+            paths += [(source, scale) for source in network.inputs(node)]
+        elif name in BATCHNORMS:
+            layer = network.batchnorm(node)
+            if layer.coupled:
+                raise StoppedError(
+                    f"{place(relu)}: in train mode the masks of maps with several positions "
+                    "are not found"
+                )
+            paths.append((network.inputs(node)[0], layer.scale))
+        elif name == "conv2d":
+            geometry = geometry_of(network.module(node), str(node.target))
+            if geometry == Geometry((3, 3), (1, 1), (1, 1)):
+                channels = network.module(node).weight.shape[0]
+                ones = network.module(node).weight.new_ones(channels)
+                return str(node.target), ones if scale is None else scale
+    raise StoppedError(f"{place(relu)}: no 3×3 convolution of stride 1 stands before it")

@@ -1,0 +1,345 @@
+"""Solves for one tensor of a network from all that the layers behind it say, and repairs masks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from inversion.layerwise.batchnorm import (
+    Use,
+    common_offset,
+    outputs_from_gradient,
+    per_channel,
+    refine_coupled,
+)
+from inversion.layerwise.convolution import Solution, solve_gradients, term_equations
+from inversion.layerwise.least_squares import conjugate_gradients, known_entries
+from inversion.layerwise.masks import (
+    Rectified,
+    doubted_channels,
+    fitted_signals,
+    flipped,
+    rectify,
+    rounded_mask,
+)
+
+#: Corrections of the masks per tensor at most.
+REPAIRS = 6
+#: Steps of conjugate gradients on all equations.
+STEPS = 80
+#: Floor of `rectify` where the images' common part was fixed afterwards, which has an error.
+OFFSET_FLOOR = 3e-6
+#: Mask entries near the threshold that are tried in train mode, and how near.
+NEAR, NEAREST = 14, (0.1, 8.0)
+
+#: (0/1 where the tensor is known already, its values there), (B, I, H, W) each.
+Entries = tuple[Tensor, Tensor]
+#: Name of a ReLU → its output (B, O, h, w) before small values were set to zero, and the threshold.
+Near = Mapping[str, tuple[Tensor, float]]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Holds a tensor that was solved for, and the masks behind it as they were repaired."""
+
+    #: (B, I, H, W) before small values were set to zero.
+    raw: Tensor
+    #: What is taken for its value.
+    value: Tensor
+    #: Below it an entry of a ReLU counts as off; 0 for other tensors.
+    threshold: float
+    #: Name of a ReLU behind it → the mask that fits best, (B, O, h, w).
+    masks: dict[str, Tensor]
+    unknowns: int
+    equations: int
+    rank: int
+    condition: float
+    #: Norm of what it leaves of a gradient, relative to the gradient's, the largest of all.
+    residual: float
+    #: Mask entries changed.
+    flips: int
+    #: Whether its residual is as small as the gradient's error allows, and its rank full.
+    certified: bool
+
+
+def solve_tensor(
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries, *, rectified: bool, near: Near
+) -> Solved:
+    """Solve for the tensor u of this shape (B, I, H, W) that the convolutions `uses` take.
+
+    rectified: u is 0 or positive, as behind a ReLU. near: for a search among the entries near the
+    threshold, in train mode.
+    """
+    if not any(use.coupled for use in uses):
+        found = _solve_plain(uses, shape, entries)
+    elif any(use.arriving.numel() > use.arriving.shape[1] ** 2 for use in uses):
+        found = _solve_by_refining(uses, shape, entries, rectified=rectified)
+    else:
+        found = _solve_by_outputs(uses, shape, rectified=rectified, near=near)
+    kept = Rectified(found.u, found.u, 0.0)
+    if rectified:
+        kept = rectify(found.u, OFFSET_FLOOR) if _has_offset(uses) else rectify(found.u)
+    solution = found.solution
+    return Solved(
+        found.u,
+        kept.value,
+        kept.threshold,
+        {use.relu: use.mask for use in found.uses if use.relu is not None},
+        solution.unknowns,
+        solution.equations,
+        solution.rank,
+        solution.condition,
+        found.residual,
+        found.flips,
+        solution.determined and found.certified,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Holds the input that solves the equations of some uses, with what it took."""
+
+    uses: Sequence[Use]
+    u: Tensor
+    solution: Solution
+    #: Mask entries changed.
+    flips: int = 0
+
+    @property
+    def residual(self) -> float:
+        """Return the largest relative residual of a gradient."""
+        return max(use.residual(self.u) for use in self.uses)
+
+    @property
+    def certified(self) -> bool:
+        """Whether every gradient is explained as well as its error allows."""
+        return all(use.residual(self.u) <= use.accuracy.certified for use in self.uses)
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether a gradient is explained so badly that a mask may be wrong."""
+        return any(use.residual(self.u) > use.accuracy.suspicious for use in self.uses)
+
+
+def _cut(uses: Sequence[Use]) -> float:
+    """Return the least singular value that is used, in shares of the largest."""
+    return max(use.accuracy.cut for use in uses)
+
+
+def _with_mask(use: Use, mask: Tensor) -> Use:
+    return replace(use, mask=mask, known=use.known * mask)
+
+
+def _repaired(
+    uses: Sequence[Use], solve: Callable[[Sequence[Use], Tensor | None], _Found]
+) -> _Found:
+    """Solve, and correct the masks behind as long as that lessens what is left.
+
+    solve(uses, start): with what was found last as a start, None at first.
+
+    A wrong mask entry spoils the equations of one output channel. So the channels that are
+    explained worst are left out, the rest is solved, and what that says about the signals of all
+    channels corrects the masks.
+    """
+    best = solve(uses, None)
+    doubted = [torch.zeros_like(use.trusted) for use in uses]
+    for _ in range(REPAIRS):
+        if not best.solution.determined or not best.suspicious:
+            break
+        doubted = [
+            torch.maximum(old, doubted_channels(use.left_over(best.u)))
+            for old, use in zip(doubted, best.uses, strict=True)
+        ]
+        trimmed = [
+            replace(use, trusted=1 - channels)
+            for use, channels in zip(best.uses, doubted, strict=True)
+        ]
+        u = solve(trimmed, best.u).u
+        corrected = _corrected(best.uses, u)
+        changed = sum(
+            int((new.mask != old.mask).sum()) for new, old in zip(corrected, best.uses, strict=True)
+        )
+        if not changed:
+            continue
+        found = solve(corrected, u)
+        if found.residual < best.residual:
+            best = replace(found, flips=best.flips + changed)
+            doubted = [torch.zeros_like(use.trusted) for use in uses]
+    return best
+
+
+def _corrected(uses: Sequence[Use], u: Tensor) -> list[Use]:
+    """Return the uses with the masks that their gradients call for at the input u."""
+    masks: dict[str, Tensor] = {}
+    for use in uses:
+        if use.relu is not None and use.relu not in masks:
+            masks[use.relu] = _mask_from_gradient(use, u)
+    return [use if use.relu is None else _with_mask(use, masks[use.relu]) for use in uses]
+
+
+def _mask_from_gradient(use: Use, u: Tensor) -> Tensor:
+    """Return the mask behind a use that its gradient calls for at the input u, (B, O, h, w)."""
+    signal = fitted_signals(use.gradient, u, use.geometry)
+    count, channels, height, width = use.arriving.shape
+    signal = signal.reshape(channels, count, height, width).transpose(0, 1)
+    bn = use.batchnorm
+    if bn is not None and bn.coupled:
+        constant, slope = bn.constants(torch.zeros_like(use.arriving))
+        z = use.geometry.forward(u, use.weight)
+        signal = signal - constant + per_channel(slope) * (z - per_channel(bn.mean))
+    if bn is not None:
+        signal = signal / per_channel(bn.scale)
+    arriving = torch.where(use.arriving == 0, torch.ones_like(signal), use.arriving)
+    return rounded_mask(signal / arriving, use.arriving, use.mask)
+
+
+# Signals that do not depend on what is sought -------------------------------------------------
+
+
+def _solve_plain(
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries
+) -> _Found:
+    """Solve the linear equations, correct masks, and polish the solution on all equations."""
+
+    def solve(changed: Sequence[Use], _: Tensor | None) -> _Found:
+        terms = [use.term(use.signal()) for use in changed]
+        solution = solve_gradients(terms, shape, _cut(uses))
+        return _Found(changed, solution.u, solution)
+
+    found = _repaired(uses, solve)
+    terms = [use.term(use.signal()) for use in found.uses]
+    equations = [e for term in terms for e in term_equations(term, shape)]
+    if bool(entries[0].any()):
+        equations.append(known_entries(*entries))
+    if len(equations) == len(terms):  # the solution is the best one already
+        return found
+    return replace(found, u=conjugate_gradients(equations, found.u, STEPS))
+
+
+# Signals that depend on it through BatchNorm in train mode -------------------------------------
+
+
+def _solve_by_outputs(
+    uses: Sequence[Use], shape: Sequence[int], *, rectified: bool, near: Near
+) -> _Found:
+    """Recover every convolution's outputs, hence its signal, and solve; then again with both.
+
+    For maps whose positions are fewer than the channels.
+    """
+    searched, flips = [], 0
+    for use in uses:
+        if use.coupled and use.relu is not None and use.relu in near:
+            mask, changed = search_mask(use, near[use.relu], 2 * use.accuracy.certified)
+            use, flips = _with_mask(use, mask), flips + changed
+        searched.append(use)
+
+    def solve(changed: Sequence[Use], _: Tensor | None) -> _Found:
+        return _from_outputs(changed, shape, rectified=rectified)
+
+    found = solve(searched, None) if _has_offset(uses) else _repaired(searched, solve)
+    return replace(found, flips=flips + found.flips)
+
+
+def _from_outputs(
+    uses: Sequence[Use], shape: Sequence[int], *, rectified: bool
+) -> _Found:
+    """Solve with the outputs that the gradients give, and twice more with those of the solution."""
+    outputs = [outputs_from_gradient(use) if use.coupled else None for use in uses]
+    terms = [
+        use.term(use.signal()) if o is None else use.term(o.signal, o.z)
+        for use, o in zip(uses, outputs, strict=True)
+    ]
+    if _has_offset(uses):
+        solution = solve_gradients(terms, shape, _cut(uses), use_outputs=False)
+        u = common_offset(solution.u, [use for use in uses if use.coupled])
+        # the means say what the gradients leave open
+        return _Found(uses, u, replace(solution, rank=solution.unknowns))
+    solution = solve_gradients(terms, shape, _cut(uses))
+    for _ in range(2):
+        u = rectify(solution.u).value if rectified else solution.u
+        z = [_output(use, u) for use in uses]
+        terms = [use.term(_signal(use, o), o) for use, o in zip(uses, z, strict=True)]
+        solution = solve_gradients(terms, shape, _cut(uses))
+    return _Found(uses, solution.u, solution)
+
+
+def _has_offset(uses: Sequence[Use]) -> bool:
+    """Tell whether Σ ∂L/∂z = 0 leaves the images' common part open: outputs of one position."""
+    coupled = [use for use in uses if use.coupled]
+    return bool(coupled) and all(use.arriving.shape[2:].numel() == 1 for use in coupled)
+
+
+def _output(use: Use, u: Tensor) -> Tensor:
+    """Return w∗u, with what is known of it put in."""
+    return torch.where(use.known > 0, use.output, use.geometry.forward(u, use.weight))
+
+
+def _signal(use: Use, z: Tensor) -> Tensor:
+    if use.batchnorm is None:
+        return use.signal()
+    return use.batchnorm.signal(use.arriving * use.mask, z)
+
+
+def search_mask(use: Use, near: tuple[Tensor, float], good: float) -> tuple[Tensor, int]:
+    """Search the mask behind a coupled use near its threshold for the one that leaves the least.
+
+    near: the ReLU's output before small values were set to zero, and the threshold. good: a
+    residual that needs no search. Other thresholds are tried first, then single entries, nearest
+    first. Returns the mask and how many entries changed.
+    """
+
+    def residual(mask: Tensor) -> float:
+        return outputs_from_gradient(use, mask).residual
+
+    mask, best = use.mask, residual(use.mask)
+    if best < good:
+        return mask, 0
+    raw, threshold = near
+    ratio = raw.flatten() / threshold
+    distance = ratio.clamp_min(1e-300).log().abs()
+    distance = distance.masked_fill((ratio < NEAREST[0]) | (ratio > NEAREST[1]), torch.inf)
+    order = distance.argsort()[:NEAR]
+    left = order[distance[order] < torch.inf].tolist()
+    for factor in (0.6, 0.35, 2.0, 4.0):
+        other = (raw > factor * threshold).to(mask).reshape(mask.shape)
+        found = residual(other)
+        if found < 0.5 * best:
+            mask, best = other, found
+    while best > good and left:
+        found, index = min((residual(flipped(mask, index)), index) for index in left)
+        if found > 0.9 * best:
+            break
+        mask, best = flipped(mask, index), found
+        left.remove(index)
+    return mask, int((mask != use.mask).sum())
+
+
+def _solve_by_refining(
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries, *, rectified: bool
+) -> _Found:
+    """Solve without the coupling, then refine with it by Gauss–Newton, and correct masks.
+
+    For maps whose positions are more than the channels, where a gradient's column space says
+    nothing about the signal.
+    """
+    terms = [use.term(_uncoupled(use) if use.coupled else use.signal()) for use in uses]
+    solution = solve_gradients(terms, shape, _cut(uses), use_outputs=False)
+    start = solution.u
+    if bool(entries[0].any()):
+        start = torch.where(entries[0] > 0, entries[1], torch.zeros_like(start))
+    if rectified:
+        start = start.clamp_min(0)
+    more = int(entries[0].sum()) + sum(int(use.known.sum()) for use in uses)
+    solution = replace(solution, equations=solution.equations + more)
+
+    def solve(changed: Sequence[Use], last: Tensor | None) -> _Found:
+        u = refine_coupled(changed, start if last is None else last, entries)
+        return _Found(changed, u, solution)
+
+    return _repaired(uses, solve)
+
+
+def _uncoupled(use: Use) -> Tensor:
+    assert use.batchnorm is not None
+    return use.batchnorm.constants(use.arriving * use.mask)[0]
