@@ -5,8 +5,11 @@ X (h·w, B, I), both up to one B×B matrix that all positions share: D W and W�
 matrix W here turns D into the true signals, column b into those of image b.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from inversion.layerwise.taps import least_squares
 
 #: The largest batch whose 2^B patterns of bits are all tried.
 MOST_ENUMERATED = 10
@@ -14,19 +17,8 @@ MOST_ENUMERATED = 10
 SAMPLE = 3000
 #: Rows on which every pattern of bits is scored, and how many of the best patterns are refined.
 SCORED, REFINED = 300, 8
-
-
-def least_squares(matrix: Tensor, target: Tensor) -> Tensor:
-    """Return the X (n, k) that minimises ‖matrix X − target‖, for (m, n) and (m, k).
-
-    By QR factors, with a ridge of 1e-13 of the largest column, so that a matrix of too small a
-    rank gives a finite answer on every device.
-    """
-    ridge = 1e-13 * torch.linalg.vector_norm(matrix, dim=0).max()
-    n = matrix.shape[1]
-    padded = torch.cat([matrix, ridge * torch.eye(n, dtype=matrix.dtype, device=matrix.device)])
-    q, r = torch.linalg.qr(padded)
-    return torch.linalg.solve_triangular(r, q[: len(matrix)].mT @ target, upper=True)
+#: An edge of the cone counts as one image's if it has more than this share of the most zeros.
+PURE = 0.75
 
 
 def bit_distance(numbers: Tensor) -> Tensor:
@@ -52,7 +44,7 @@ def gauge_by_signals(outputs: Tensor, routed: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(mixing, torch.stack(columns, 1), upper=True)
 
 
-def gauge_by_nonnegativity(inputs: Tensor, most_programmes: int = 200) -> Tensor:
+def gauge_by_nonnegativity(inputs: Tensor, most_programmes: int = 100) -> Tensor:
     """Return W (B, B) with which the inputs of every image are ≥ 0, in any order of the images.
 
     inputs: (h·w, B, I), outputs of a ReLU up to one B×B matrix: W⁻¹ inputs is each image's input
@@ -62,6 +54,8 @@ def gauge_by_nonnegativity(inputs: Tensor, most_programmes: int = 200) -> Tensor
     are found in `most_programmes`, directions orthogonal to them stand for the rest.
     """
     batch = inputs.shape[1]
+    if batch == 1:
+        return inputs.new_ones(1, 1) * inputs.sum().sign()
     white, mixing = _whitened(inputs.transpose(1, 2))
     norms = torch.linalg.vector_norm(white, dim=1, keepdim=True)
     keep = norms[:, 0] > 1e-2 * norms.max()
@@ -69,6 +63,7 @@ def gauge_by_nonnegativity(inputs: Tensor, most_programmes: int = 200) -> Tensor
     found = _independent(edges, white)
     if len(found) < batch:
         found = torch.cat([found, _complement(found)])
+    found = found * (white.sum(0) @ found.mT).sign()[:, None]
     functionals = torch.linalg.solve_triangular(mixing, found.mT, upper=True)
     return torch.linalg.inv(functionals).mT
 
@@ -93,9 +88,7 @@ def match_to_signals(outputs: Tensor, gauge: Tensor, routed: Tensor) -> Tensor:
         factors.append(factor)
     cost = torch.nan_to_num(torch.stack(costs), nan=1.0, posinf=1.0, neginf=1.0)
     _, order = linear_sum_assignment(cost.cpu().numpy())
-    columns = [
-        _refined(rows[b], mixed[:, k] / factors[b][k]) for b, k in enumerate(order.tolist())
-    ]
+    columns = [_refined(rows[b], mixed[:, k] / factors[b][k]) for b, k in enumerate(order.tolist())]
     return torch.linalg.solve_triangular(mixing, torch.stack(columns, 1), upper=True)
 
 
@@ -171,9 +164,7 @@ def _by_box(rows: Tensor) -> Tensor:
     sample = _sampled(rows, SAMPLE)
     best = (float("inf"), rows.new_zeros(rows.shape[1]))
     for slack in (1e-4, 1e-3, 1e-2, 1e-1):
-        solution = _linear_programme(
-            sample.mean(0), sample, -slack, 1 + slack
-        )
+        solution = _linear_programme(sample.mean(0), sample, -slack, 1 + slack)
         if solution is None:
             continue
         functional = _refined(sample, solution)
@@ -187,8 +178,7 @@ def _by_box(rows: Tensor) -> Tensor:
 def _linear_programme(
     objective: Tensor, rows: Tensor, lower: float, upper: float, unit: Tensor | None = None
 ) -> Tensor | None:
-    """Maximise objective · w where lower ≤ rows · w ≤ upper [and unit · w = 1]; None if it fails."""
-    import numpy as np
+    """Maximise objective · w for lower ≤ rows · w ≤ upper [and unit · w = 1]; None on failure."""
     from scipy.optimize import linprog  # a second, which most attacks do not need
 
     matrix = rows.cpu().numpy()
@@ -209,29 +199,35 @@ def _linear_programme(
 
 
 def _edges(rows: Tensor, most_programmes: int) -> list[tuple[float, Tensor]]:
-    """Find edges of the cone {w: rows · w ≥ 0} with many zeros: the share of zeros, unit w (B,)."""
+    """Find edges of the cone {w: rows · w ≥ 0} with many zeros: the share of zeros, unit w (B,).
+
+    Objectives are drawn orthogonal to the edges with nearly the most zeros. Other edges may mix
+    images: then only where all of these are 0 are they. With B edges but some of them mixed, B
+    more programmes are tried.
+    """
     batch = rows.shape[1]
     generator = torch.Generator().manual_seed(0)
     mean = rows.mean(0)
-    unit = mean / mean.square().sum()
     edges: list[tuple[float, Tensor]] = []
-    slack, spare = 1e-4, batch + 4
+    slack, spare = 1e-4, batch
     for _ in range(most_programmes):
-        sample = rows[torch.randperm(len(rows), generator=generator)[:SAMPLE].to(rows.device)]
-        found = _independent(edges, rows)
-        free = _complement(found) if len(found) < batch else torch.eye(batch).to(rows)
-        draw = torch.randn(len(free), generator=generator, dtype=torch.float64).to(rows)
-        solution = _linear_programme(draw @ free, sample, -slack, float("inf"), unit)
-        if solution is None:
+        most = max((share for share, _ in edges), default=0.0)
+        pure = _independent([edge for edge in edges if edge[0] > PURE * most], rows)
+        if len(pure) == batch or spare == 0:
+            break
+        spare -= len(_independent(edges, rows)) == batch
+        free = _complement(pure)
+        draw = torch.randn(len(free), generator=generator, dtype=rows.dtype).to(rows.device)
+        order = torch.randperm(len(rows), generator=generator)[:SAMPLE].to(rows.device)
+        solution = _linear_programme(
+            draw @ free, rows[order], -slack, float("inf"), mean / mean.square().sum()
+        )
+        if solution is None:  # noise above the slack
             slack *= 1.5
             continue
         share, edge = _on_zeros(rows, solution, max(1e-3, 3 * slack))
         if share > 0.02 and all((edge @ other).abs() < 1 - 1e-5 for _, other in edges):
             edges.append((share, edge))
-        if len(found) == batch:
-            spare -= 1
-            if spare == 0:
-                break
     return edges
 
 
@@ -245,9 +241,7 @@ def _on_zeros(rows: Tensor, functional: Tensor, tolerance: float) -> tuple[float
         zero = (rows @ functional).abs() < tolerance
         if zero.sum() < len(functional):
             return 0.0, functional
-        _, values, directions = torch.linalg.svd(
-            torch.linalg.qr(rows[zero]).R, full_matrices=False
-        )
+        _, values, directions = torch.linalg.svd(torch.linalg.qr(rows[zero]).R, full_matrices=False)
         if values[-2] < 1e-2 * values[0]:
             return 0.0, functional
         if last:

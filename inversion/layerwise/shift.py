@@ -1,9 +1,8 @@
 """Solves signals and inputs of a 3×3 convolution out of its weight gradient alone (shift method).
 
-With stride 1 and zero padding 1 the gradient's slice of tap k is G_k = D S_k X. D (O, N) holds the
-signals at the output and X (N, I) the inputs, N = B·h·w; (S_k X)[p] = X[p + δ_k], or 0 where
-p + δ_k, δ_k ∈ {−1, 0, 1}², lies outside the map. Zero padding makes positions differ: with
-Y = X⁻¹ on the row space, G_k Y[p] = D[p − δ_k], or 0 outside, so the corner is a common null space
+`inversion.layerwise.taps` writes the gradient as G_k = D S_k X, with the signals D (O, N) and the
+inputs X (N, I), N = B·h·w. Zero padding makes positions differ: with Y = X⁻¹ on the row space,
+G_k Y[p] is D[p − δ_k], or 0 where p − δ_k lies outside the map. So a null space gives the corner,
 and every other position follows. D and X then hold up to one B×B matrix, which
 `inversion.layerwise.gauge` finds. All numbers are float64, on the device of the gradient.
 """
@@ -14,14 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inversion.layerwise.gauge import bit_distance, gauge_by_signals, least_squares
+from inversion.layerwise.gauge import (
+    bit_distance,
+    gauge_by_nonnegativity,
+    gauge_by_signals,
+    match_to_signals,
+)
+from inversion.layerwise.taps import (
+    TAPS,
+    by_position,
+    inputs_for,
+    outputs_for,
+    relative_norm,
+    shifted_inputs,
+    tap_slices,
+)
 
-#: Offsets δ_k of the nine taps, in the order of a kernel's entries.
-TAPS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
 #: A mask is undecided where its signal is below this many deviations of the recovered signals.
 SURE = 6.0
-#: An image is trusted where its recovered numbers lie this close to 0 and 1.
-TRUSTED = 0.1
+#: Margins are taken where an image's signal is at least this share of its largest.
+CLEAR = 0.1
+#: An image is trusted whose recovered numbers lie this close to 0 and 1, where the masks of all
+#: images explain the gradient (True) or do not (False).
+TRUSTED = {True: 0.1, False: 0.01}
+#: Masks explain a gradient that leave at most this many times what the unrounded factors leave.
+EXPLAINED = 100.0
 
 
 @dataclass(frozen=True)
@@ -47,16 +63,16 @@ class Routing:
 
     #: (B, O, h, w) bool: where the signal arrives.
     masks: Tensor
-    #: (B, O, h, w) bool: where the signal is too small to tell; the mask is False there.
+    #: (B, O, h, w) bool: where the signal is too small to tell; the mask is no more than a guess.
     undecided: Tensor
     #: (B, I, h, w) inputs of the convolution, by least squares with the masks.
     inputs: Tensor
     #: ‖G − Σ (routed ∘ masks) ⊗ patches‖ / ‖G‖.
     residual: float
-    #: (B,) distance from 0 and 1, before rounding, that .999 of an image's numbers keep, where its
-    #: signal is above 1e-3 of its largest.
+    #: (B,) distance from 0 and 1, before rounding, that .999 of an image's numbers keep, taken
+    #: where its signal is at least CLEAR of its largest.
     margins: Tensor
-    #: (B,) bool: whether the margin is below TRUSTED.
+    #: (B,) bool: whether the margin is below TRUSTED. The residual certifies, not this alone.
     trusted: Tensor
     #: As in `Factors`.
     gap: tuple[float, float]
@@ -91,11 +107,11 @@ def shift_factors(
     other from the corner, and `polish` rounds of alternating least squares on Σ ‖G_k − D S_k X‖²
     even out what errors add up on the way.
 
-    Raises ValueError as `check_identified` does, torch.linalg.LinAlgError where the numbers are
-    not finite.
+    Raises ValueError as `check_identified` does, and torch.linalg.LinAlgError for numbers that are
+    not finite or a gradient of too small a rank.
     """
     check_identified(gradient, height, width, batch)
-    slices, shape = _slices(gradient), (height, width, batch)
+    slices, shape = tap_slices(gradient), (height, width, batch)
     needed = batch * height * width
     left, values = _leading(torch.einsum("koi,kpi->op", slices, slices), needed)
     right, _ = _leading(torch.einsum("koi,koj->ij", slices, slices), needed)
@@ -104,15 +120,17 @@ def shift_factors(
     small = small / scale
     outputs = _propagated(small, shape)
     for _ in range(polish):
-        inputs = _inputs_for(small, outputs, shape)
-        outputs = _outputs_for(small, inputs, shape)
-    inputs = _inputs_for(small, outputs, shape)
+        inputs = inputs_for(small, outputs, shape)
+        outputs = outputs_for(small, inputs, shape)
+    inputs = inputs_for(small, outputs, shape)
     outputs, inputs = scale * left @ outputs, inputs @ right.mT
-    fit = outputs @ _shifted_inputs(inputs, shape)
+    fit = outputs @ shifted_inputs(inputs, shape)
+    if not fit.isfinite().all():
+        raise torch.linalg.LinAlgError("the gradient has too small a rank to be split")
     return Factors(
         outputs.reshape(-1, height * width, batch),
         inputs.reshape(height * width, batch, -1),
-        _relative(slices - fit, slices),
+        relative_norm(slices - fit, slices),
         values,
     )
 
@@ -123,8 +141,10 @@ def routing_masks(gradient: Tensor, routed: Tensor, height: int, width: int) -> 
     gradient: (O, I, 3, 3), Σ (routed ∘ mask) ⊗ patches of the inputs. routed: (B, O, h, w), the
     signal at each position if the position is chosen: behind global average pooling and ReLU the
     same everywhere, behind max-pooling that of the position's window. The masks are the recovered
-    signals divided by `routed`, rounded, and repaired by `repair_masks`. Where nothing fits, the
-    residual is large; nothing is raised.
+    signals divided by `routed`, rounded, and repaired by `repair_masks`. Images are told apart by
+    `gauge_by_signals`. Where the result leaves more than EXPLAINED times what the unrounded factors
+    leave (two images have almost the same signals), by `gauge_by_nonnegativity` too, and the better
+    of both is returned. Where nothing fits, the residual is large; nothing is raised.
 
     Raises ValueError as `check_identified` does, and where the shapes do not agree.
     """
@@ -140,20 +160,22 @@ def routing_masks(gradient: Tensor, routed: Tensor, height: int, width: int) -> 
     try:
         factors = shift_factors(gradient, height, width, len(routed))
         gauge = gauge_by_signals(factors.outputs, routed)
+        found = [_routing(gradient, routed, factors, gauge)]
+        if found[0].residual > EXPLAINED * factors.residual and len(routed) > 1:
+            gauge = gauge_by_nonnegativity(factors.inputs)
+            gauge = match_to_signals(factors.outputs, gauge, routed)
+            found.append(_routing(gradient, routed, factors, gauge))
     except torch.linalg.LinAlgError:
         return _nothing(gradient, routed)
-    signals = (factors.outputs @ gauge).permute(2, 0, 1).reshape(routed.shape)
-    masks, undecided, margins = _rounded(signals, routed)
+    return min(found, key=lambda routing: routing.residual)
+
+
+def _routing(gradient: Tensor, routed: Tensor, factors: Factors, gauge: Tensor) -> Routing:
+    """Round the signals that `gauge` (B, B) makes of the factors, and repair the masks."""
+    masks, undecided, margins = _rounded(factors.outputs @ gauge, routed)
     masks, inputs, residual = repair_masks(gradient, routed, masks)
-    return Routing(
-        masks & ~undecided,
-        undecided,
-        inputs,
-        residual,
-        margins,
-        margins < TRUSTED,
-        factors.gap,
-    )
+    close = TRUSTED[residual <= EXPLAINED * factors.residual]
+    return Routing(masks, undecided, inputs, residual, margins, margins < close, factors.gap)
 
 
 def repair_masks(
@@ -167,10 +189,10 @@ def repair_masks(
     solves the inputs anew. It stops after `rounds`, or when a round no longer lowers the residual.
     Returns the masks, the inputs (B, I, h, w) and the residual ‖E‖ / ‖G‖.
     """
-    slices = _slices(gradient.double())
+    slices = tap_slices(gradient.double())
     batch, _, height, width = routed.shape
     shape = (height, width, batch)
-    signal, current = _by_position(routed.double()), _by_position(masks)
+    signal, current = by_position(routed.double()), by_position(masks)
     inputs, left = _solved(slices, signal * current, shape)
     for _ in range(rounds):
         taken = _flip_gains(left, inputs, signal, current, shape)
@@ -188,22 +210,7 @@ def repair_masks(
         current, inputs, left = trial, trial_inputs, trial_left
     images = inputs.reshape(height, width, batch, -1).permute(2, 3, 0, 1)
     repaired = current.reshape(-1, height, width, batch).permute(3, 0, 1, 2)
-    return repaired, images, _relative(left, slices)
-
-
-def _slices(gradient: Tensor) -> Tensor:
-    """Return the slices G_k (9, O, I) of a gradient (O, I, 3, 3) in float64."""
-    return gradient.double().permute(2, 3, 0, 1).reshape(9, *gradient.shape[:2])
-
-
-def _by_position(images: Tensor) -> Tensor:
-    """Put (B, C, h, w) into the order of the factors: (C, h·w·B)."""
-    return images.permute(1, 2, 3, 0).reshape(images.shape[1], -1)
-
-
-def _relative(left: Tensor, whole: Tensor) -> float:
-    tiny = torch.finfo(whole.dtype).tiny
-    return float(torch.linalg.vector_norm(left) / torch.linalg.vector_norm(whole).clamp_min(tiny))
+    return repaired, images, relative_norm(left, slices)
 
 
 def _leading(gram: Tensor, count: int) -> tuple[Tensor, tuple[float, float]]:
@@ -214,37 +221,12 @@ def _leading(gram: Tensor, count: int) -> tuple[Tensor, tuple[float, float]]:
     return vectors.flip(1)[:, :count], (float(singular[count - 1]), float(singular[count]))
 
 
-def _shifted_inputs(inputs: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return S_k X (9, N, I) for inputs X (N, I)."""
-    height, width, batch = shape
-    padded = F.pad(inputs.reshape(height, width, batch, -1), (0, 0, 0, 0, 1, 1, 1, 1))
-    parts = [padded[1 + r : 1 + r + height, 1 + c : 1 + c + width] for r, c in TAPS]
-    return torch.stack(parts).reshape(9, len(inputs.reshape(height * width * batch, -1)), -1)
-
-
-def _shifted_outputs(outputs: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return D S_k (9, O, N) for signals D (O, N)."""
-    moved = _shifted_inputs(outputs.mT, shape)  # the transpose of S_k is the shift by −δ_k
-    return moved.flip(0).mT
-
-
-def _inputs_for(slices: Tensor, outputs: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return the X (N, I) that minimises Σ_k ‖G_k − D S_k X‖² for signals D (O, N)."""
-    return least_squares(_shifted_outputs(outputs, shape).flatten(0, 1), slices.flatten(0, 1))
-
-
-def _outputs_for(slices: Tensor, inputs: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return the D (O, N) that minimises Σ_k ‖G_k − D S_k X‖² for inputs X (N, I)."""
-    patches = _shifted_inputs(inputs, shape).transpose(1, 2).flatten(0, 1)
-    return least_squares(patches, slices.transpose(1, 2).flatten(0, 1)).mT
-
-
 def _propagated(slices: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Solve the signals D (N, N) position by position, with slices (9, N, N) of full rank.
+    """Solve the signals D (N, N) of slices (9, N, N) position by position.
 
-    Position p has the unknown y = X⁻¹[p] (N, B), and G_k y is D[p − δ_k]: 0 where that lies outside,
-    known where an earlier position gave it. At the corner all that is known is 0; the null space
-    is the choice of the B×B matrix. Positions with the same known taps share one QR.
+    Position p has the unknown y = X⁻¹[p] (N, B), and G_k y is D[p − δ_k]: 0 where p − δ_k lies
+    outside, known where an earlier position gave it. At the corner all that is known is 0, and the
+    basis of the null space fixes the B×B matrix. Positions with the same known taps share one QR.
     """
     height, width, batch = shape
     known: dict[tuple[int, int], Tensor] = {}
@@ -268,43 +250,40 @@ def _propagated(slices: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return torch.cat([known[row, column] for row in range(height) for column in range(width)], 1)
 
 
-def _solved(
-    slices: Tensor, outputs: Tensor, shape: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
+def _solved(slices: Tensor, outputs: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Return the best inputs (N, I) for signals (O, N), and the rest of the gradient (9, O, I)."""
     q, r = torch.linalg.qr(outputs)
-    inputs = _inputs_for(q.mT @ slices, r, shape)
-    return inputs, slices - outputs @ _shifted_inputs(inputs, shape)
+    inputs = inputs_for(q.mT @ slices, r, shape)
+    return inputs, slices - outputs @ shifted_inputs(inputs, shape)
 
 
 def _flip_gains(
     left: Tensor, inputs: Tensor, signal: Tensor, masks: Tensor, shape: tuple[int, int, int]
 ) -> Tensor:
     """Return what a flip of each entry (O, N) takes off ‖left‖², with the inputs as they are."""
-    patches = _shifted_inputs(inputs, shape)
+    patches = shifted_inputs(inputs, shape)
     change = torch.where(masks, -signal, signal)
     along = torch.einsum("koi,kni->on", left, patches)
     return 2 * change * along - change.square() * patches.square().sum((0, 2))
 
 
 def _rounded(signals: Tensor, routed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return masks, where they are undecided (both (B, O, h, w)), and margins (B,).
+    """Round signals (O, h·w, B): masks, where they are undecided (both (B, O, h, w)), margins (B,).
 
-    The deviation of an image's recovered signals (its median, in the shares of a normal variable)
-    is taken where `routed` is above 1e-3 of its largest.
+    Margins are taken where `routed` is above CLEAR of an image's largest, and so is the deviation
+    of the recovered signals: 1.48 times the median error, as of a normal variable.
     """
+    signals = signals.permute(2, 0, 1).reshape(routed.shape)
     masks = signals.abs() > (signals - routed).abs()
     errors = (signals - masks * routed).abs()
-    undecided, margins = torch.ones_like(masks), []
+    undecided, margins = torch.ones_like(masks), routed.new_full((len(routed),), float("inf"))
     for b, size in enumerate(routed.abs()):
-        clear = size > 1e-3 * size.max()
-        if not clear.any():
-            margins.append(size.new_tensor(float("inf")))
-            continue
-        deviation = 1.4826 * errors[b][clear].median()
-        undecided[b] = size <= SURE * deviation
-        margins.append(torch.quantile(bit_distance(signals[b][clear] / routed[b][clear]), 0.999))
-    return masks, undecided, torch.stack(margins)
+        clear = (size >= CLEAR * size.max()) & (size > 0)
+        if clear.any():
+            undecided[b] = size <= SURE * 1.4826 * errors[b][clear].median()
+            numbers = signals[b][clear] / routed[b][clear]
+            margins[b] = torch.quantile(bit_distance(numbers), 0.999)
+    return masks, undecided, margins.nan_to_num(nan=float("inf"))
 
 
 def _nothing(gradient: Tensor, routed: Tensor) -> Routing:
