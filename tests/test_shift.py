@@ -11,7 +11,8 @@ from inversion.layerwise.gauge import (
     least_squares,
     match_to_signals,
 )
-from inversion.layerwise.shift import repair_masks, routing_masks, shift_factors
+from inversion.layerwise.repair import repair_masks
+from inversion.layerwise.shift import routing_masks, shift_factors
 from inversion.layerwise.taps import (
     inputs_for,
     outputs_for,
@@ -258,6 +259,19 @@ def test_where_nothing_fits_the_residual_says_so(kind):
     assert routing.residual > 0.1
     assert not routing.trusted.any()
     assert routing.inputs.isfinite().all()
+
+
+def test_signals_that_are_off_do_not_spoil_the_masks():
+    """Flips could make up for a wrong signal; they are taken back, and the image is not trusted."""
+    gradient, routed, masks, _ = layer(2, 2, 2)
+    generator = torch.Generator().manual_seed(4)
+    off = routed.clone()
+    off[1] += 0.03 * torch.randn(CHANNELS, 1, 1, generator=generator, dtype=torch.float64)
+    assert not torch.equal(repair_masks(gradient, off, masks)[0], masks)
+    routing = routing_masks(gradient, off, 2, 2)
+    assert (routing.masks != masks).sum() <= 8
+    assert 1e-3 < routing.residual < 0.1
+    assert routing.trusted.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("flips", [1, 4])
