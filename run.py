@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
 
 def work(argv: list[str], processes, local_rank: int) -> int:
     """Attack in one of the `processes` (a Shard); the first one reports and writes."""
-    from inversion.audit.attack import estimate, plan
     from inversion.audit.inputs import load_inputs
+    from inversion.audit.plan import estimate, plan
     from inversion.audit.report import label_lines, notes
     from utils.console import Reporter, Silent, setting_lines
 

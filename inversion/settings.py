@@ -120,6 +120,8 @@ STRATEGIES = {
     "mlco": Strategy(forms_consensus=True, noise=0.2),
 }
 
+#: `--attack`: match the gradient by optimising images, solve it layer by layer, or try that first.
+ATTACKS = ("matching", "layerwise", "auto")
 #: `--gradient-loss-fun`; functions in `inversion.distances.GRADIENT_DISTANCES`.
 GRADIENT_DISTANCES = ("sim", "L2")
 #: `--pixel-gradient`; functions in `inversion.pixel_gradient.PIXEL_GRADIENTS`.
@@ -272,6 +274,8 @@ class AttackSettings:
     weights: Weights
     #: Without box and noise, which `loop_in` adds.
     loop: Loop
+    #: A name in ATTACKS; all other settings concern the matching.
+    method: str = "matching"
     #: Langevin noise as in `Loop`; None for that of the strategy.
     noise: float | None = None
     #: Clamp the images to valid colours after every step.

@@ -3,6 +3,7 @@
 import argparse
 
 from inversion.settings import (
+    ATTACKS,
     AUTO,
     BN_GRADIENTS,
     GRADIENT_DISTANCES,
@@ -28,6 +29,7 @@ def parser() -> Parser:
     )
     _add_run(parser.add_argument_group("run").add_argument)
     _add_target(parser.add_argument_group("target").add_argument)
+    _add_attack(parser.add_argument_group("attack").add_argument)
     _add_labels(parser.add_argument_group("label reconstruction").add_argument)
     _add_objective(parser.add_argument_group("objective").add_argument)
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
@@ -99,6 +101,17 @@ def _add_target(add) -> None:
         default="true",
         help="shuffled: permute the entries of the gradient, to check that the verdict becomes "
         '"no leakage shown".',
+    )
+
+
+def _add_attack(add) -> None:
+    add(
+        "--attack",
+        choices=ATTACKS,
+        default="matching",
+        help="matching: optimise images until their gradient is the client's; layerwise: solve the "
+        "gradient for the network's tensors, from the head to the image, as far as it goes; auto: "
+        "layerwise where that determines the images, else matching.",
     )
 
 
@@ -325,6 +338,18 @@ def _add_search(add) -> None:
         default=3,
         help="How much Ray Tune prints, from 0 to 3.",
     )
+
+
+def matching_flags() -> dict[str, object]:
+    """Return the flags that concern the matching of gradients alone, with their defaults."""
+    found: dict[str, object] = {}
+
+    def note(flag: str, *_, default: object = None, action: str = "", **__) -> None:
+        found[flag] = False if action == "store_true" else default
+
+    for add_flags in (_add_objective, _add_optimisation, _add_seeds):
+        add_flags(note)
+    return found
 
 
 def prior_weight(args, name: str) -> float:

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inversion.audit.flags import attribute_of, prior_weight, tuned_flag, tuned_names
+from inversion.audit.flags import (
+    attribute_of,
+    matching_flags,
+    prior_weight,
+    tuned_flag,
+    tuned_names,
+)
 from inversion.settings import (
     AUTO,
     LABEL_METHODS,
@@ -147,7 +153,10 @@ def settings_from(args: argparse.Namespace) -> Settings:
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
     search = _search_from(args)
-    _refuse_attack(args)
+    if args.attack == "layerwise":
+        _refuse_matching(args)
+    else:
+        _refuse_attack(args)
     _refuse_inputs(args)
     _refuse_optimiser(args)
     _refuse_strategy(args)
@@ -190,6 +199,11 @@ def refuse_processes(settings: Settings, count: int) -> None:
     """Raise InputError for settings that `count` processes cannot share."""
     if count == 1:
         return
+    if settings.attack.method != "matching":
+        raise InputError(
+            f"--attack {settings.attack.method}: solves the gradient in one process, not {count}; "
+            "leave --nproc out"
+        )
     if settings.search is not None:
         raise InputError(
             f"--superparameters-search: Ray runs the trials, not {count} processes of a group; "
@@ -208,7 +222,9 @@ def _strategy_from(args) -> str:
 
 def _attack_from(args) -> AttackSettings:
     searched = {name: RANGES[name].low for name in tuned_names(args)}
-    epochs = args.HP_epochs if args.epochs is None else args.epochs  # --search-only needs none
+    # --search-only and --attack layerwise need neither
+    epochs = args.HP_epochs if args.epochs is None else args.epochs
+    lr = searched.get("lr", args.lr) or 1.0
     return AttackSettings(
         weights=Weights(
             searched.get("grads_weight", args.grads_weight),
@@ -217,11 +233,12 @@ def _attack_from(args) -> AttackSettings:
         ),
         loop=Loop(
             steps=int(searched.get("epochs", epochs)),
-            lr=searched.get("lr", args.lr),
+            lr=lr,
             optimiser=args.optim,
             signed=args.grad_sign,
             keep_best=args.min_grads_loss,
         ),
+        method=args.attack,
         noise=args.input_noise,
         boxed=args.input_boxed,
         first_seed=args.seed,
@@ -255,6 +272,19 @@ def _schedule_from(args) -> MLCOSchedule:
     if not STRATEGIES[_strategy_from(args)].forms_consensus:
         return MLCOSchedule()
     return MLCOSchedule(args.T_init_rate, args.total_T_in_rate, args.T_in, args.T_end_rate)
+
+
+def _refuse_matching(args) -> None:
+    """Refuse what concerns the matching of gradients where the gradient is solved instead."""
+    if args.superparameters_search:
+        raise InputError(
+            "--superparameters-search: looks for settings of --attack matching; leave one of both out"
+        )
+    for flag, default in matching_flags().items():
+        value = getattr(args, attribute_of(flag))
+        if value != default:
+            shown = flag if value is True else f"{flag} {value}"
+            raise InputError(f"{shown}: concerns --attack matching, not layerwise; leave it out")
 
 
 def _refuse_attack(args) -> None:

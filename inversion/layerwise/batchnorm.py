@@ -117,6 +117,13 @@ class Use:
         z = self.geometry.forward(u, self.weight) if self.coupled and u is not None else None
         return self.batchnorm.signal(dy, z)
 
+    @property
+    def per_flip(self) -> Tensor:
+        """Return what each entry of the mask adds to ∂L/∂z when it is on, (B, O, h, w)."""
+        if self.batchnorm is None:
+            return self.arriving
+        return self.arriving * per_channel(self.batchnorm.scale)
+
     def term(self, signal: Tensor, output: Tensor | None = None) -> Term:
         """Return its equations with this signal, and with z known where it is or as given."""
         known, value = self.known, self.output

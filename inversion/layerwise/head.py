@@ -10,6 +10,8 @@ from torch import Tensor
 ROUNDS, ARRIVED = 300, 1e-14
 #: Rounds after which a step goes only half way: the plain fixed point may swing to and fro.
 PLAIN_ROUNDS = 20
+#: The least factor of a clipped image's gradient.
+LEAST_SCALE = 1e-4
 #: Share of the largest singular value below which a direction of the labels is lost.
 LOST = 1e-9
 
@@ -38,6 +40,7 @@ def head_features(
     weight_gradient: Tensor,
     y: Tensor,
     label_smoothing: float = 0.0,
+    scaled_by: Tensor | None = None,
 ) -> Head:
     """Solve the head's gradient for the features of every image.
 
@@ -45,6 +48,10 @@ def head_features(
     y: (B,) labels; all float64. With P the probabilities and Y the (smoothed) labels as rows,
     ∂L/∂W = A F with A = (P − Y)ᵀ / B and P = softmax(F Wᵀ + b): A follows from F and F, by least
     squares, from A. The two are applied in turn until the probabilities stay.
+
+    A client that clips multiplies each image's part by an unknown factor s ≤ 1 (the same for all,
+    if it clips the batch). Given `scaled_by`, the gradient (K,) of the head's bias, they follow
+    from it, ∂L/∂b = A s, and A diag(s) takes the place of A.
 
     The features are unique where A has rank B, so for distinct labels and B ≤ K − 1 (the rows of
     P − Y sum to 0). Otherwise they are those of the least norm, with a rank below B.
@@ -56,6 +63,9 @@ def head_features(
     probabilities = torch.softmax(offset, 0).expand(count, classes)
     for step in range(ROUNDS):
         signal = (probabilities - labels) / count
+        if scaled_by is not None:
+            scales = torch.linalg.lstsq(signal.T, scaled_by[:, None], driver="gelsd").solution
+            signal = signal * scales.clamp(LEAST_SCALE, 1)
         left, values, right = torch.linalg.svd(signal.T, full_matrices=False)
         kept = values > LOST * values[0]
         features = right[kept].T @ ((left[:, kept].T @ weight_gradient) / values[kept, None])

@@ -44,6 +44,8 @@ def rectify(raw: Tensor, floor: float = FLOOR) -> Rectified:
 DOUBTED, MOST_DOUBTED = 4.0, 0.25
 #: Distance of an estimated mask entry from 0 and 1 up to which it is believed.
 CLEAR = 0.3
+#: Share of a channel's square that a flip must explain.
+WORTH = 0.1
 #: Share of the image's largest signal below which an entry's signal says nothing about its mask.
 FAINT = 1e-4
 
@@ -75,6 +77,37 @@ def fitted_signals(gradient: Tensor, u: Tensor, geometry: Geometry) -> Tensor:
     patches = F.unfold(u, geometry.kernel, padding=geometry.padding, stride=geometry.stride)
     matrix = patches.transpose(1, 2).reshape(-1, patches.shape[1]).T  # (I·k·k, N)
     return torch.linalg.lstsq(matrix, gradient.flatten(1).T, driver="gelsd").solution.T
+
+
+def pursued_flips(
+    left: Tensor, u: Tensor, change: Tensor, geometry: Geometry, most: int
+) -> list[int]:
+    """Find the mask entries whose flips explain what is left of a weight gradient, one by one.
+
+    left: (O, I, k, k), the gradient less that of u and the present signal. u: (B, I, H, W).
+    change: (B, O, h, w), what a flip of each entry alone adds to the signal; 0 where none is
+    wanted. Matching pursuit (Mallat & Zhang, 1993) over change × patch, which changes ∂L/∂w[o]
+    alone. It takes a flip as long as that takes off a share WORTH of its channel's square. Returns
+    flat indices, `most` at most.
+    """
+    size = change.square() * geometry.forward(
+        u.square().sum(1, keepdim=True), u.new_ones(1, 1, *geometry.kernel)
+    )
+    patches = F.unfold(u, geometry.kernel, padding=geometry.padding, stride=geometry.stride)
+    left, found = left.clone(), []
+    for _ in range(most):
+        gain = 2 * geometry.forward(u, left) * change - size
+        gain = gain / left.flatten(1).square().sum(1).clamp_min(1e-300).view(1, -1, 1, 1)
+        best = int(gain.argmax())
+        if not gain.view(-1)[best] > WORTH:
+            break
+        image, channel, row, column = torch.unravel_index(torch.tensor(best), change.shape)
+        patch = patches[image, :, row * change.shape[3] + column].view(left.shape[1:])
+        left[channel] -= change[image, channel, row, column] * patch
+        change = change.clone()
+        change.view(-1)[best] = 0
+        found.append(best)
+    return found
 
 
 def rounded_mask(estimate: Tensor, arriving: Tensor, mask: Tensor) -> Tensor:

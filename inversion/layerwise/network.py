@@ -155,7 +155,9 @@ class Network:
         if self.train_mode:
             gradients = tuple(self.gradient.get(f"{node.target}.{n}") for n in ("weight", "bias"))
             if None in gradients:
-                raise StoppedError(f"{place(node)}: the gradient of its scale and shift was not sent")
+                raise StoppedError(
+                    f"{place(node)}: the gradient of its scale and shift was not sent"
+                )
         return BatchNorm(weight, bias, layer.running_mean, layer.running_var, layer.eps, *gradients)
 
     def uses(self, node: fx.Node) -> list[Use]:
@@ -287,7 +289,9 @@ def geometry_of(module: nn.Module, name: str) -> Geometry:
     assert isinstance(module, nn.Conv2d)
     plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
     if not plain or isinstance(module.padding, str):
-        raise StoppedError(f"{name}: grouped, dilated and unusually padded convolutions are not solved")
+        raise StoppedError(
+            f"{name}: grouped, dilated and unusually padded convolutions are not solved"
+        )
     pair = lambda t: (int(t[0]), int(t[1]))  # noqa: E731
     return Geometry(pair(module.kernel_size), pair(module.stride), pair(module.padding))
 
@@ -362,7 +366,9 @@ def _smooth(derivative: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], 
     def backward(network: Network, node: fx.Node, source: fx.Node) -> Tensor:
         known, value = network.known(node)
         if not bool((known > 0).all()):
-            raise StoppedError(f"{place(node)}: its derivative needs its output, which is not known")
+            raise StoppedError(
+                f"{place(node)}: its derivative needs its output, which is not known"
+            )
         return network.signal(node) * derivative(value)
 
     def invert(network: Network, node: fx.Node, source: fx.Node) -> Known:
@@ -430,7 +436,9 @@ def spread(network: Network, node: fx.Node, source: fx.Node, t: Tensor) -> Tenso
         window = (height // rows, width // columns)
         whole = whole and module is not None and _pairs(module) == (window, window, (0, 0))
     if not whole:
-        raise StoppedError(f"{place(node)}: its windows overlap")
+        raise StoppedError(
+            f"{place(node)}: its windows overlap, so where its values come from is not known"
+        )
     return t.repeat_interleave(height // rows, 2).repeat_interleave(width // columns, 3)
 
 

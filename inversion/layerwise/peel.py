@@ -1,22 +1,32 @@
 """Solves a network layer by layer, from the head to the image, as far as its gradient allows."""
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
-from inversion.layerwise.head import head_features
+from inversion.layerwise.accuracy import LARGEST
+from inversion.layerwise.batchnorm import per_channel
+from inversion.layerwise.convolution import Geometry
+from inversion.layerwise.head import Head, head_features
+from inversion.layerwise.masks import rectify
 from inversion.layerwise.network import (
+    ADDITIONS,
     AVERAGES,
+    BATCHNORMS,
     COPIES,
     MAXIMA,
     RELUS,
     WEIGHTED,
     Network,
     StoppedError,
+    geometry_of,
+    is_maximum,
+    spread,
 )
-from inversion.layerwise.masks import rectify
+from inversion.layerwise.shift import routing_masks
 from inversion.layerwise.solve import solve_tensor
 from models.graph import operation_name, place
 
@@ -29,6 +39,8 @@ class Layer:
     name: str
     #: The module that makes it, for people.
     place: str
+    #: Convolutions and linear layers whose gradients were solved for it.
+    used_by: tuple[str, ...]
     #: What it was recovered from: "head", "masks", "convolution", "linear".
     kind: str
     unknowns: int
@@ -52,10 +64,29 @@ class Peeled:
     #: Why it ended where it did, in one line.
     stopped: str = ""
 
-    @property
-    def certified(self) -> list[Layer]:
-        """The layers that are certified."""
-        return [layer for layer in self.layers if layer.certified]
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what was recovered, by name: values only, in the order of `layers`."""
+        by_name = {node.name: node for node in self.network.nodes}
+        found = {}
+        for layer in self.layers:
+            if by_name[layer.name] in self.network.values:
+                found[layer.name] = self.network.values[by_name[layer.name]]
+        return found
+
+    def frontier(self) -> list[fx.Node]:
+        """Return the certified tensors that no deeper ones determine, the deepest first."""
+        certified = {layer.name for layer in self.layers if layer.certified}
+        known: set[fx.Node] = set()
+        found = []
+        for node in self.network.nodes:
+            inputs = self.network.inputs(node)
+            follows = bool(inputs) and all(source in known for source in inputs)
+            solved = node.name in certified and node in self.network.values
+            if solved and not follows:
+                found.append(node)
+            if solved or follows:
+                known.add(node)
+        return found
 
 
 def peel(
@@ -63,16 +94,18 @@ def peel(
     y: Tensor,
     *,
     label_smoothing: float = 0.0,
+    clipped: bool = False,
     on_layer: Callable[[Layer], bool] = lambda layer: False,
 ) -> Peeled:
     """Recover the network's tensors from the head to the image, until one is not certified.
 
-    y: (B,) labels. on_layer: called with every certificate; true ends the walk there. Nothing is
+    y: (B,) labels. clipped: the client scaled gradients down by unknown factors. on_layer: called with every certificate; true ends the walk there. Nothing is
     raised for what cannot be solved: `stopped` says it.
     """
     peeled = Peeled(network)
     try:
-        for layer in _walk(network, y.to(next(network.twin.parameters()).device), label_smoothing):
+        y = y.to(next(network.twin.parameters()).device)
+        for layer in _walk(network, y, label_smoothing, clipped=clipped):
             peeled.layers.append(layer)
             if on_layer(layer):
                 peeled.stopped = "interrupted"
@@ -85,17 +118,15 @@ def peel(
     return peeled
 
 
-def _walk(network: Network, y: Tensor, label_smoothing: float) -> Iterator[Layer]:
+def _walk(
+    network: Network, y: Tensor, label_smoothing: float, *, clipped: bool
+) -> Iterator[Layer]:
     """Yield the certificate of every tensor that is solved for."""
     output = network.nodes[-1]
     if operation_name(output) != "linear":
         raise StoppedError(f"{place(output)}: the walk starts at a linear head")
-    yield _solve_head(network, output, y, label_smoothing)
+    yield _solve_head(network, output, y, label_smoothing, clipped=clipped)
     for node in reversed(network.nodes[:-1]):
-        if operation_name(node) in MAXIMA | AVERAGES and node.op != "placeholder":
-            layer = _route(network, node)
-            if layer is not None:
-                yield layer
         if any(operation_name(user) in WEIGHTED for user in network.users(node)):
             if network.value(node) is None:
                 yield _solve(network, node)
@@ -103,16 +134,23 @@ def _walk(network: Network, y: Tensor, label_smoothing: float) -> Iterator[Layer
                 network.settle(node)
         elif operation_name(node) in RELUS:
             network.settle(node)
+        if operation_name(node) in MAXIMA | AVERAGES and node.op != "placeholder":
+            layer = _route(network, node)
+            if layer is not None:
+                yield layer
 
 
-def _solve_head(network: Network, output: fx.Node, y: Tensor, label_smoothing: float) -> Layer:
+def _solve_head(
+    network: Network, output: fx.Node, y: Tensor, label_smoothing: float, *, clipped: bool
+) -> Layer:
     start = time.perf_counter()
     module, name = network.module(output), str(output.target)
     if f"{name}.weight" not in network.gradient:
         raise StoppedError(f"{name}: the gradient of its weights was not sent")
     head = head_features(
-        module.weight, module.bias, network.gradient[f"{name}.weight"], y, label_smoothing
-    )
+        module.weight, module.bias, network.gradient[f"{name}.weight"], y, label_smoothing,
+        scaled_by=network.gradient.get(f"{name}.bias") if clipped else None,
+    )  # fmt: skip
     (source,) = network.inputs(output)
     features = head.features
     if is_rectified(network, source):
@@ -122,7 +160,7 @@ def _solve_head(network: Network, output: fx.Node, y: Tensor, label_smoothing: f
     _allow_for_noise(network, name, head)
     allowed = network.accuracy[f"{name}.weight"].certified
     return Layer(
-        source.name, name, "head", features.numel(), network.gradient[f"{name}.weight"].numel(),
+        source.name, name, (name,), "head", features.numel(), network.gradient[f"{name}.weight"].numel(),
         head.rank * features.shape[1], head.condition, head.residual, 0,
         head.rank == len(y) and head.residual <= allowed,
         time.perf_counter() - start,
@@ -169,7 +207,7 @@ def _solve(network: Network, node: fx.Node) -> Layer:
         network.correct(relu, mask)
     kind = "linear" if all(use.geometry.kernel == (1, 1) for use in uses) else "convolution"
     return Layer(
-        node.name, place(node), kind, solved.unknowns, solved.equations, solved.rank,
+        node.name, place(node), tuple(use.name for use in uses), kind, solved.unknowns, solved.equations, solved.rank,
         solved.condition, solved.residual, solved.flips, solved.certified,
         time.perf_counter() - start,
     )  # fmt: skip
@@ -203,9 +241,11 @@ def _route(network: Network, node: fx.Node) -> Layer | None:
         relu = network.inputs(relu)[0]
     if operation_name(relu) not in RELUS:
         raise StoppedError(f"{place(node)}: which of its inputs count is not known")
+    if is_maximum(node):
+        routed = spread(network, node, source, network.signal(node))
+    else:
+        routed = network.signal(source)
     name, scale = _convolution_before(network, relu)
-    signal = network.signal(node)
-    routed = spread(network, node, source, signal) if is_maximum(node) else network.signal(source)
     height, width = routed.shape[2:]
     try:
         found = routing_masks(
@@ -219,7 +259,7 @@ def _route(network: Network, node: fx.Node) -> Layer | None:
         network.routes[node] = masks
     allowed = network.accuracy[f"{name}.weight"].certified
     return Layer(
-        relu.name, name, "masks", masks.numel(), network.gradient[f"{name}.weight"].numel(),
+        relu.name, name, (name,), "masks", masks.numel(), network.gradient[f"{name}.weight"].numel(),
         masks.numel() - int(found.undecided.sum()), 1 / max(found.gap[0], 1e-300), found.residual,
         0, found.residual <= allowed, time.perf_counter() - start,
     )  # fmt: skip

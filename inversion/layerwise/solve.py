@@ -20,12 +20,15 @@ from inversion.layerwise.masks import (
     doubted_channels,
     fitted_signals,
     flipped,
+    pursued_flips,
     rectify,
     rounded_mask,
 )
 
 #: Corrections of the masks per tensor at most.
 REPAIRS = 6
+#: Flips that are pursued at once.
+PURSUED = 30
 #: Steps of conjugate gradients on all equations.
 STEPS = 80
 #: Floor of `rectify` where the images' common part was fixed afterwards, which has an error.
@@ -156,7 +159,7 @@ def _repaired(
             for use, channels in zip(best.uses, doubted, strict=True)
         ]
         u = solve(trimmed, best.u).u
-        corrected = _corrected(best.uses, u)
+        corrected = _corrected(best.uses, u, doubted)
         changed = sum(
             int((new.mask != old.mask).sum()) for new, old in zip(corrected, best.uses, strict=True)
         )
@@ -169,12 +172,25 @@ def _repaired(
     return best
 
 
-def _corrected(uses: Sequence[Use], u: Tensor) -> list[Use]:
-    """Return the uses with the masks that their gradients call for at the input u."""
+def _corrected(uses: Sequence[Use], u: Tensor, doubted: Sequence[Tensor]) -> list[Use]:
+    """Return the uses with the masks that their gradients call for at the input u.
+
+    doubted: (O,) of 0 and 1 per use: channels that may be wrong. A use whose positions are fewer
+    than its weights per channel gives its whole signal, others single flips in those channels.
+    """
     masks: dict[str, Tensor] = {}
-    for use in uses:
-        if use.relu is not None and use.relu not in masks:
+    for use, channels in zip(uses, doubted, strict=True):
+        if use.relu is None or use.relu in masks:
+            continue
+        positions = use.arriving[:, 0].numel()
+        if positions <= use.weight[0].numel():
             masks[use.relu] = _mask_from_gradient(use, u)
+        else:
+            change = use.per_flip * (1 - 2 * use.mask) * per_channel(channels)
+            mask = use.mask
+            for index in pursued_flips(use.left_over(u), u, change, use.geometry, PURSUED):
+                mask = flipped(mask, index)
+            masks[use.relu] = mask
     return [use if use.relu is None else _with_mask(use, masks[use.relu]) for use in uses]
 
 
@@ -197,9 +213,7 @@ def _mask_from_gradient(use: Use, u: Tensor) -> Tensor:
 # Signals that do not depend on what is sought -------------------------------------------------
 
 
-def _solve_plain(
-    uses: Sequence[Use], shape: Sequence[int], entries: Entries
-) -> _Found:
+def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries) -> _Found:
     """Solve the linear equations, correct masks, and polish the solution on all equations."""
 
     def solve(changed: Sequence[Use], _: Tensor | None) -> _Found:
@@ -241,9 +255,7 @@ def _solve_by_outputs(
     return replace(found, flips=flips + found.flips)
 
 
-def _from_outputs(
-    uses: Sequence[Use], shape: Sequence[int], *, rectified: bool
-) -> _Found:
+def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool) -> _Found:
     """Solve with the outputs that the gradients give, and twice more with those of the solution."""
     outputs = [outputs_from_gradient(use) if use.coupled else None for use in uses]
     terms = [

@@ -1,0 +1,104 @@
+"""Says what an attack will do, and what time and memory it will take."""
+
+import math
+import time
+from dataclasses import replace
+from functools import partial
+
+from inversion.audit.attack import own_seeds
+from inversion.audit.inputs import Case
+from inversion.audit.settings import Settings
+from inversion.combine import combination_method
+from inversion.optimise import reconstruct
+from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.restarts import noise_generator
+from inversion.settings import AttackSettings
+from models.gradient import trainable_parameters
+from utils.console import duration
+from utils.device import device_name, peak_memory_mib
+from utils.errors import FaultError
+
+
+def plan(settings: AttackSettings, case: Case, *, shuffled: bool) -> str:
+    """Describe what will be done."""
+    target, num_seeds = case.target, settings.num_seeds
+    parameters = sum(p.numel() for p in trainable_parameters(case.objective.model).values())
+    stages, lines = f"{num_seeds} seed(s) x {settings.loop.steps:,}", []
+    if settings.forms_consensus:
+        initial, rounds, final = settings.schedule.spans(settings.loop.steps)
+        lengths = " + ".join(f"{len(r):,}" for r in rounds) or "none"
+        method, why = combination_method(case.objective, num_seeds, settings.combine_memory)
+        stages = (
+            f"{num_seeds} seed(s) x ({len(initial):,} initial + "
+            f"{final.start - len(initial):,} in {len(rounds)} rounds) + {len(final):,} final"
+        )
+        lines += [f"rounds: {lengths}", f"combination: {method} ({why})"]
+    lines.insert(
+        0,
+        f"plan: {stages} = {settings.total_iterations(num_seeds):,} iterations, "
+        f"{target.batch_size} images {target.image_shape}, {target.network} with {parameters:,} "
+        f"parameters in {'train' if target.train_mode else 'eval'} mode, "
+        f"{device_name(case.device)}",
+    )
+    lines.append(
+        f"{settings.distance} gradient distance, priors: "
+        f"{', '.join(settings.prior_names) or 'none'}; BN statistics: "
+        f"{case.bn_source or 'not used'}"
+    )
+    lines += _protection_lines(case)
+    if shuffled:
+        lines.append("what was sent is shuffled: there is nothing to find in it")
+    if case.processes.size > 1:
+        lines.append(f"{case.processes.size} processes, each with a part of the {settings.shared}")
+    if num_seeds > 1:
+        numbers = num_seeds * target.batch_size * math.prod(target.image_shape)
+        size = numbers * target.gradient[0].element_size() / 2**20
+        home = "cpu, by --offload-seeds" if settings.offload_seeds else case.device.type
+        lines.append(f"images of all seeds: {size:,.1f} MiB, kept on {home}")
+    return "\n      ".join(lines)
+
+
+def _protection_lines(case: Case) -> list[str]:
+    protection = case.target.protection
+    if protection is None:
+        return []
+    clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
+    first, *rest = case.guarantee
+    return [
+        f"the client's protection: {protection.mode}, {clip}, noise with standard "
+        f"deviation {protection.sigma:g} per entry; {first}",
+        *rest,
+    ]
+
+
+def estimate(settings: Settings, case: Case) -> str:
+    """Measure two steps of the loop, and tell the time and memory that the plan will take."""
+    attack, scoring = settings.attack, settings.scoring
+    times = [time.perf_counter()]
+
+    def note_time(*_) -> bool:
+        times.append(time.perf_counter())
+        return False
+
+    loop = attack.loop_in(case.target.box)
+    reconstruct(
+        partial(PIXEL_GRADIENTS[attack.pixel_gradient], case.objective),
+        case.start(attack.first_seed).to(case.device),
+        replace(loop, steps=max(2, loop.steps)),
+        generator=noise_generator(attack.first_seed, case.device),
+        on_step=note_time,
+        span=range(2),
+        batch_shard=case.objective.batch_shard,
+    )
+    if len(times) < 3:
+        raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
+    seconds = times[2] - times[1]  # the first step warms up
+    total = seconds * attack.total_iterations(own_seeds(attack, case.processes))
+    left_out = ["combinations"] if attack.forms_consensus else []
+    left_out += ["controls"] if scoring.metric and scoring.controls is not False else []
+    left_out += ["--GInfoR"] if scoring.information else []
+    not_counted = f", {' and '.join(left_out)} not counted" if left_out else ""
+    return (
+        f"estimate: {seconds * 1e3:.1f} ms per iteration, {duration(total)} in all{not_counted}, "
+        f"peak memory {peak_memory_mib(case.device):.0f} MiB"
+    )
