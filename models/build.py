@@ -40,9 +40,22 @@ def convnet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32
     return nn.Sequential(*layers, *pool, nn.Linear(width, num_classes))
 
 
+def resnet18_cifar(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Build torchvision's ResNet-18 with the stem for small images (He et al., 2016, section 4.2).
+
+    The first convolution is 3×3 with stride 1 and initialised as torchvision's, and there is no
+    max-pooling, so that the first stage sees the image at its full size.
+    """
+    model = _torchvision().resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
 #: The project's own architectures, name → builder(num_classes, image_shape). A new
 #: architecture that torchvision lacks is one function and one line here.
-SMALL_NETWORKS = {"lenet": lenet, "convnet": convnet}
+SMALL_NETWORKS = {"lenet": lenet, "convnet": convnet, "resnet18_cifar": resnet18_cifar}
 
 
 #: What stands before every name of a network that is wrapped.

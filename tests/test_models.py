@@ -70,6 +70,22 @@ def test_networks_take_grey_and_colour(arch, channels):
     assert model.eval()(torch.rand(2, channels, *shape)).shape == (2, 5)
 
 
+def test_resnet18_cifar_is_resnet18_but_for_its_stem():
+    torch.manual_seed(0)
+    model = build_model("resnet18_cifar", 8, (3, 32, 32))
+    plain = torchvision.models.resnet18(num_classes=8).state_dict()
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    assert shapes.pop("conv1.weight") == (64, 3, 3, 3)
+    assert shapes == {name: v.shape for name, v in plain.items() if name != "conv1.weight"}
+    # fan-out 64·3·3: a variance of 2/576 (kaiming normal, as torchvision draws its convolutions)
+    assert model.conv1.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.05)
+    sizes = []
+    for name in ("layer1", "layer4"):
+        getattr(model, name).register_forward_hook(lambda *a: sizes.append(a[2].shape[-1]))
+    model.eval()(torch.rand(2, 3, 32, 32))
+    assert sizes == [32, 4]
+
+
 def test_unknown_architecture_lists_the_choices():
     with pytest.raises(InputError, match="^unknown; choose from lenet, convnet.*resnet50"):
         build_model("lenet5", 10, (3, 32, 32))

@@ -209,6 +209,13 @@ def test_resnet18():
     assert worst(layers).index == 8 * (3 * 224**2 - 64 * 56**2) == -401_408
 
 
+def test_original_counts_a_resnet_with_another_stem():
+    layers = rank_analysis(on_meta("resnet18_cifar", 32), 2, (3, 32, 32), "original")
+    assert [layer.name for layer in layers[:2]] == ["conv1", "layer1.0"]  # no pooling between
+    assert len(layers) == 1 + 8 + 1 + 1
+    assert layers[0].weights == 64 * 3 * 9
+
+
 def test_resnet50():
     layers = rank_analysis(on_meta("resnet50"), 8, (3, 224, 224))
     assert len(layers) == 1 + 1 + (3 + 4 + 6 + 3) + 1 + 1
@@ -235,7 +242,7 @@ def test_mobilenet_v2():
 
 SUPPORTED = (
     "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11 vgg11_bn alexnet mobilenet_v2 "
-    "mnasnet1_0 regnet_x_400mf lenet convnet"
+    "mnasnet1_0 regnet_x_400mf lenet convnet resnet18_cifar"
 )
 
 

@@ -81,7 +81,7 @@ def _add_model(add) -> None:
         "-a",
         "--arch",
         default="resnet50",
-        help="Network: lenet, convnet, or a classifier of torchvision by its name.",
+        help="Network: lenet, convnet, resnet18_cifar, or a classifier of torchvision by its name.",
     )
     add("--pretrained", help="File of weights: .pth, .tar or MoCo v2. Without it: random weights.")
     add(

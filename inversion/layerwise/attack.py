@@ -185,9 +185,7 @@ class _Maker:
     def _decoder(self, front: Front, name: str):
         low, high = self.target.box
         generator = Generator().manual_seed(self.seed)
-        return linear_decoder(
-            front, name, low, high, self.public, ridge=RIDGE, generator=generator
-        )
+        return linear_decoder(front, name, low, high, self.public, ridge=RIDGE, generator=generator)
 
     def _match(self, front: Front, nodes: Sequence[fx.Node], start: Tensor) -> Matched:
         low, high = self.target.box
@@ -216,7 +214,10 @@ class _Maker:
                 return None
             chain.append(sources[0])
         kinds = [operation_name(node) for node in chain[:-1]]
-        if kinds not in (["maxpool2d", "relu", "batchnorm2d", "conv2d"], ["maxpool2d", "relu", "conv2d"]):
+        if kinds not in (
+            ["maxpool2d", "relu", "batchnorm2d", "conv2d"],
+            ["maxpool2d", "relu", "conv2d"],
+        ):
             return None
         conv, norm = network.module(chain[kinds.index("conv2d")]), None
         if "batchnorm2d" in kinds:

@@ -5,7 +5,7 @@ input u, and the matrix of that is the same for all input channels. R-GAP (Zhu &
 2021, arXiv 2010.07733) solves it for a single image, here it is solved for a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,12 +187,40 @@ def _from_outputs(terms: Sequence[Term], u: Tensor, null: Tensor) -> tuple[Tenso
             rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen].reshape(size, -1)
             normal.addmm_(rows, rows.T, alpha=scale.item())
             right += scale * (rows @ left[image].reshape(outputs, -1)[chosen])
+    steps, determined, worst = _solve_symmetric(normal, right)
+    added = torch.einsum("nbhw,ni->bihw", null, steps.reshape(len(null), channels))
+    return u + added, determined, worst
+
+
+def _solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float]:
+    """Solve positive semi-definite equations: solution, rank, and the root of the condition.
+
+    By Cholesky's factors where the matrix has full rank, which its least eigenvalue tells (by
+    inverse iteration), else by the eigenvectors that count.
+    """
+    factor, failed = torch.linalg.cholesky_ex(normal)
+    if not bool(failed):
+        largest = _extreme(lambda v: normal @ v, right)
+        least = 1 / _extreme(lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0], right)
+        if least > OPEN * largest:
+            found = torch.cholesky_solve(right[:, None], factor)[:, 0]
+            return found, len(right), (largest / least) ** 0.5
     values, vectors = torch.linalg.eigh(normal)
     kept = values > OPEN * values[-1]
-    steps = vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
-    added = torch.einsum("nbhw,ni->bihw", null, steps.reshape(len(null), channels))
-    worst = (values[-1] / values[kept][0]).sqrt().item() if bool(kept.any()) else 1.0
-    return u + added, int(kept.sum()), worst
+    if not bool(kept.any()):
+        return torch.zeros_like(right), 0, 1.0
+    found = vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
+    return found, int(kept.sum()), (values[-1] / values[kept][0]).sqrt().item()
+
+
+def _extreme(apply: Callable[[Tensor], Tensor], like: Tensor, rounds: int = 20) -> float:
+    """Return the largest eigenvalue of a symmetric map, by power iteration from a fixed start."""
+    v = torch.linspace(0.5, 1.5, len(like), dtype=like.dtype, device=like.device)
+    size = 0.0
+    for _ in range(rounds):
+        v = apply(v / v.norm())
+        size = v.norm().item()
+    return max(size, 1e-300)
 
 
 def _joint_residual(terms: Sequence[Term], u: Tensor) -> float:

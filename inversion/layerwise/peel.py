@@ -118,9 +118,7 @@ def peel(
     return peeled
 
 
-def _walk(
-    network: Network, y: Tensor, label_smoothing: float, *, clipped: bool
-) -> Iterator[Layer]:
+def _walk(network: Network, y: Tensor, label_smoothing: float, *, clipped: bool) -> Iterator[Layer]:
     """Yield the certificate of every tensor that is solved for."""
     output = network.nodes[-1]
     if operation_name(output) != "linear":
