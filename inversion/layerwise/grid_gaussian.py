@@ -15,8 +15,11 @@ from torch import Tensor
 from inversion.layerwise import block_tridiagonal
 from inversion.layerwise.block_tridiagonal import BlockTridiagonal
 
-#: Rows down and columns right to a pixel's neighbours. Each pair of neighbours occurs once.
-NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
+#: Pixels that a difference combines: rows down (≥ 0), columns right, factor.
+Stencil = tuple[tuple[int, int, float], ...]
+
+#: The least rows of a block, which is also the farthest that a stencil may reach down.
+LEAST_BLOCK = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Grid:
 def grid_for(image_shape: tuple[int, int, int], kernel: int) -> Grid:
     """Divide images (C, H, W) for a convolution with the given kernel."""
     channels, rows, columns = image_shape
-    return Grid(rows, channels, columns, min(rows, max(kernel - 1, 1)))
+    return Grid(rows, channels, columns, min(rows, max(kernel - 1, LEAST_BLOCK)))
 
 
 def _row_range(grid: Grid, conv: Convolution, kernel: int, i: int) -> tuple[int, int, int]:
@@ -179,11 +182,11 @@ def pixel_variance(covariance: BlockTridiagonal, grid: Grid) -> Tensor:
 
 
 def _entry_views(matrix: BlockTridiagonal, grid: Grid, step: tuple[int, int]):
-    """Yield (first row, view) of a matrix' entries between pixels and their neighbours.
+    """Yield (first row, view) of a matrix' entries between pixels and others `step` from them.
 
-    A view is (B, C, C', rows, columns): the entries between channel C' of the pixels, from the
-    first row on, and channel C of the pixels `step` (rows down, columns right) from them. Pixels
-    without such a neighbour are left out.
+    step: rows down (0 to LEAST_BLOCK), columns right. A view is (B, C, C', rows, columns): the
+    entries between channel C' of the pixels, from the first row on, and channel C of the pixels
+    `step` from them. Pixels whose partner lies outside the image are left out.
     """
     down, right = step
     side = (grid.channels, grid.columns)
@@ -197,11 +200,11 @@ def _entry_views(matrix: BlockTridiagonal, grid: Grid, step: tuple[int, int]):
             yield j * grid.block, view(block, -down)
     if down:
         for j, block in enumerate(matrix.lower):
-            yield (j + 1) * grid.block - 1, view(block, grid.height(j) - 1)
+            yield (j + 1) * grid.block - down, view(block, grid.block - down)
 
 
 def _entries(matrix: BlockTridiagonal, grid: Grid, step: tuple[int, int]) -> Tensor:
-    """Return a matrix' entries between all pixels and their neighbours: (B, C, C', rows, columns)."""
+    """Return all entries of `_entry_views`: (B, C, C', rows, columns)."""
     down, right = step
     shape = (grid.channels, grid.channels, grid.rows - down, grid.columns - abs(right))
     found = matrix.diagonal[0].new_zeros(len(matrix.diagonal[0]), *shape)
@@ -210,51 +213,67 @@ def _entries(matrix: BlockTridiagonal, grid: Grid, step: tuple[int, int]) -> Ten
     return found
 
 
-def _ends(values: Tensor, step: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return (..., H, W) values at the neighbours and at the pixels of all pairs `step` apart."""
-    down, right = step
-    rows, columns = values.shape[-2:]
-    columns -= abs(right)
-    start, neighbour = max(-right, 0), max(right, 0)
-    return (
-        values[..., down:, neighbour : neighbour + columns],
-        values[..., : rows - down, start : start + columns],
-    )
+def stencil_shape(grid: Grid, stencil: Stencil) -> tuple[int, int]:
+    """Return in how many rows and columns of an image the stencil fits."""
+    right = [tap[1] for tap in stencil]
+    return grid.rows - max(tap[0] for tap in stencil), grid.columns - max(right) + min(right)
 
 
-def differences(images: Tensor, colours: Tensor, step: tuple[int, int]) -> Tensor:
-    """Return each neighbour minus its pixel, in other colours: (B, C, rows, columns).
+def differences(images: Tensor, grid: Grid, colours: Tensor, stencil: Stencil) -> Tensor:
+    """Return the stencil's combinations of pixels, in other colours: (B, C, rows, columns).
 
-    images: (B, C, H, W); colours: (C, C), whose rows are the colours; step: see NEIGHBOURS.
+    images: (B, C, H, W); colours: (C, C), whose rows are the colours.
     """
-    neighbour, pixel = _ends(torch.einsum("kc,bchw->bkhw", colours, images), step)
-    return neighbour - pixel
+    rows, columns = stencil_shape(grid, stencil)
+    leftmost = min(tap[1] for tap in stencil)
+    total = images.new_zeros(*images.shape[:2], rows, columns)
+    for down, right, factor in stencil:
+        start = right - leftmost
+        total += factor * images[:, :, down : down + rows, start : start + columns]
+    return torch.einsum("kc,bchw->bkhw", colours, total)
+
+
+def _pairs(grid: Grid, stencil: Stencil):
+    """Yield, per pair of a stencil's taps, their step, product and place among the entries.
+
+    The place is the rows and columns of `_entries` of that step. Of the two orders of different
+    taps only the one with a step down, or right in the same row, occurs.
+    """
+    rows, columns = stencil_shape(grid, stencil)
+    leftmost = min(tap[1] for tap in stencil)
+    for down, right, factor in stencil:
+        for other_down, other_right, other_factor in stencil:
+            step = (other_down - down, other_right - right)
+            if step >= (0, 0):
+                start = right - leftmost - max(-step[1], 0)
+                place = slice(down, down + rows), slice(start, start + columns)
+                yield step, factor * other_factor, place
 
 
 def difference_variance(
-    covariance: BlockTridiagonal, grid: Grid, colours: Tensor, step: tuple[int, int]
+    covariance: BlockTridiagonal, grid: Grid, colours: Tensor, stencil: Stencil
 ) -> Tensor:
     """Return the variances of `differences`: (B, C, rows, columns)."""
-    cross = _entries(covariance, grid, step)
-    neighbour, pixel = _ends(_entries(covariance, grid, (0, 0)), step)
-    total = neighbour + pixel - cross - cross.transpose(1, 2)
+    total: Tensor | float = 0.0
+    for step, factor, (rows, columns) in _pairs(grid, stencil):
+        entries = factor * _entries(covariance, grid, step)[..., rows, columns]
+        total = total + (entries if step == (0, 0) else entries + entries.transpose(1, 2))
     return torch.einsum("kc,bcdrw,kd->bkrw", colours, total, colours)
 
 
 def add_differences(
-    matrix: BlockTridiagonal, grid: Grid, colours: Tensor, step: tuple[int, int], precision: Tensor
+    matrix: BlockTridiagonal, grid: Grid, colours: Tensor, stencil: Stencil, precision: Tensor
 ) -> None:
     """Add the precisions (B, C, rows, columns) of `differences` to a precision matrix in place."""
     coupling = torch.einsum("kc,bkrw,kd->bcdrw", colours, precision, colours)
-    for first, view in _entry_views(matrix, grid, step):
-        part = coupling[:, :, :, first : first + view.shape[3]]
-        view -= part
+    sums: dict[tuple[int, int], Tensor] = {}
+    for step, factor, (rows, columns) in _pairs(grid, stencil):
+        shape = grid.rows - step[0], grid.columns - abs(step[1])
+        total = sums.setdefault(step, coupling.new_zeros(*coupling.shape[:3], *shape))
+        total[..., rows, columns] += factor * coupling
     transposed = BlockTridiagonal(tuple(block.mT for block in matrix.diagonal), ())
-    for first, view in _entry_views(transposed, grid, step):
-        part = coupling[:, :, :, first : first + view.shape[3]]
-        view -= part
-    own = coupling.new_zeros(*coupling.shape[:3], grid.rows, grid.columns)
-    for end in _ends(own, step):
-        end += coupling
-    for first, view in _entry_views(matrix, grid, (0, 0)):
-        view += own[:, :, :, first : first + view.shape[3]]
+    for step, total in sums.items():
+        # Blocks on the diagonal hold both orders of a pair, blocks below it only one.
+        for part in (matrix,) if step == (0, 0) else (matrix, transposed):
+            for first, view in _entry_views(part, grid, step):
+                view += total[:, :, :, first : first + view.shape[3]]

@@ -12,7 +12,6 @@ from torch.nn.grad import conv2d_input
 
 from inversion.layerwise import block_tridiagonal
 from inversion.layerwise.grid_gaussian import (
-    NEIGHBOURS,
     Convolution,
     Grid,
     add_convolution,
@@ -25,6 +24,7 @@ from inversion.layerwise.grid_gaussian import (
     grid_for,
     pixel_variance,
     unflatten,
+    stencil_shape,
 )
 from inversion.layerwise.moments import (
     Sites,
@@ -37,7 +37,9 @@ from inversion.layerwise.moments import (
 )
 from inversion.layerwise.windows import Pooling, Windows, read_windows
 
-OPT = dict(damp=0.6, width=0.01, alpha=0.7, s=(.011,.0045,.0045), rms=(.18,.06,.03), first=.35, sp=1, diag=.5, level=.2, cb=None)
+ST = (((0,0,-1.),(0,1,1.)),((0,0,-1.),(1,0,1.)),((0,0,-1.),(1,1,1.)),((0,0,-1.),(1,-1,1.)))
+ST2 = ST + (((0,0,1.),(0,1,-2.),(0,2,1.)),((0,0,1.),(1,0,-2.),(2,0,1.)))
+OPT = dict(st=ST, sw=(1.,1.,.5,.5,.3,.3), damp=0.6, width=0.01, alpha=0.7, s=(.011,.0045,.0045), rms=(.18,.06,.03), first=.35, sp=1, diag=.5, level=.2, cb=None)
 COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
 
 
@@ -70,11 +72,11 @@ def _one(pooled, weight, scale, shift, image_shape, conv, pool, low, high, error
     single = (win.group >= 0) & (cnt[win.group.clamp_min(0)] == 1)
     zs = Sites(torch.where(single, 1 / nv, 0), torch.where(single, bound / nv, 0))
     ps = no_sites(w.new_zeros(1, C, H, W))
-    prec = [OPT["first"] / r0.square() * (OPT["diag"] if all(st) else 1.0) * w.new_ones(1, C, H - st[0], W - abs(st[1])) for st in NEIGHBOURS]
+    prec = [OPT["first"] / r0.square() * swt * w.new_ones(1, C, *stencil_shape(grid, st)) for st, swt in zip(OPT['st'], OPT['sw'])]
     for it in range(rounds):
         M = block_tridiagonal.zeros(grid.sizes(), 1, w)
         add_convolution(M, grid, w, conv, zs.precision)
-        for st, q in zip(NEIGHBOURS, prec): add_differences(M, grid, K, st, q)
+        for st, q in zip(OPT['st'], prec): add_differences(M, grid, K, st, q)
         add_pixels(M, grid, ps.precision + OPT["level"])
         fac = block_tridiagonal.factorise(M)
         full = conv2d_input((1, C, H, W), w, zs.shift, stride=conv.stride, padding=conv.padding)
@@ -83,7 +85,7 @@ def _one(pooled, weight, scale, shift, image_shape, conv, pool, low, high, error
         S = block_tridiagonal.selected_inverse(fac)
         vz = convolution_variance(S, grid, w, conv, bound.shape[-2:]); vp = pixel_variance(S, grid)
         if it >= OPT["sp"]:
-            prec = [OPT["alpha"] * (OPT["diag"] if all(st) else 1.0) / (s.square() + differences(x, K, st).square() + difference_variance(S, grid, K, st).clamp_min(0)) for st in NEIGHBOURS]
+            prec = [OPT["alpha"] * swt / (s.square() + differences(x, grid, K, st).square() + difference_variance(S, grid, K, st).clamp_min(0)) for st, swt in zip(OPT['st'], OPT['sw'])]
         damp = OPT["damp"]
         mc, vc = cavity(x, vp, ps); m, v = between(mc, vc, 0., 1.)
         ps = damped(ps, matching_sites(m, v, mc, vc, w.new_tensor(1e6)), damp)
