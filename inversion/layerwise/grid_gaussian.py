@@ -1,9 +1,10 @@
 """Gaussians over images whose precision matrices couple only pixels of nearby rows.
 
 Three kinds of factors make the precision matrix: measurements of a convolution's outputs and of
-single pixels, here, and of differences of neighbouring pixels, in `stencils.py`. With blocks of at least
-k − 1 rows (k the convolution's kernel) it is block tridiagonal. Images are (B, H, C, W) here: the
-pixels of a block of rows are then contiguous, and so are those that a row of outputs depends on.
+single pixels, here, and of differences of neighbouring pixels, in `stencils.py`. With blocks of at
+least k − 1 rows (k the convolution's kernel) it is block tridiagonal. In the matrices a row's
+channels stand beside each other, (H, C, W): the pixels of a block of rows are then contiguous, and
+so are those that a row of outputs depends on.
 """
 
 from dataclasses import dataclass

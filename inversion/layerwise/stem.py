@@ -47,10 +47,11 @@ from inversion.layerwise.windows import Pooling, Windows, read_windows
 #: Least error of pooled values relative to the largest: that of the client's float32.
 FLOAT_ERROR = 1e-6
 #: Deviation of a site that holds an equality, in units of the filter's norm: as if every pixel,
-#: from 0 to 1, were that uncertain. Narrower ones let early mistakes persist.
+#: from 0 to 1, were that uncertain.
 SITE_WIDTH = 2e-3
-#: The sites begin wider by the first factor, which the second one multiplies in every round.
-WIDENING, NARROWING = 1.0, 0.7
+#: How many times wider the sites are in the first round. Narrow sites on positions that are not yet
+#: certain make early mistakes persist.
+WIDENING = 10.0
 #: Share of the way that sites move in one round.
 DAMPING = 0.6
 #: Upper limit of the precision that the box gives a pixel.
@@ -210,7 +211,7 @@ def _propagate(problem: _Problem, batch: int, rounds: int) -> tuple[Tensor, Tens
     state = _start(problem, batch)
     for number in range(rounds):
         posterior = _posterior(problem, state)
-        noise = problem.noise * max(1.0, WIDENING * NARROWING**number) ** 2
+        noise = problem.noise * WIDENING ** (2 - 2 * number / max(rounds - 1, 1))
         maps, probability = _update_maps(problem, noise, state, posterior)
         precisions = state.precisions
         if number > 0:
