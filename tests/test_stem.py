@@ -1,4 +1,4 @@
-"""The stem: photographs from max-pooled activations, and each piece of the method by a slow twin."""
+"""The stem: photographs from max-pooled activations; each piece of the method by a slow twin."""
 
 import dataclasses
 import itertools
@@ -115,7 +115,9 @@ def test_block_tridiagonal_algebra_is_that_of_the_dense_matrix(sizes):
     close(block_tridiagonal.solve(factor, right), (inverse @ right[..., None])[..., 0])
     found = block_tridiagonal.selected_inverse(factor)
     kept = dense(
-        BlockTridiagonal(*(tuple(torch.ones_like(b) for b in p) for p in (found.diagonal, found.lower)))
+        BlockTridiagonal(
+            *(tuple(torch.ones_like(b) for b in p) for p in (found.diagonal, found.lower))
+        )
     )
     close(dense(found), inverse * kept)
 
@@ -206,7 +208,10 @@ def test_the_prior_does_not_mind_a_flat_image_and_tightens_flat_places(channels)
 
 def test_truncated_moments_are_those_of_scipy():
     # Standard limits within scipy's own accuracy, then limits far in the tails.
-    means, deviations = torch.tensor([[-3.0], [0.2], [0.9], [4.0]]).double(), torch.tensor([0.1, 1, 7])
+    means, deviations = (
+        torch.tensor([[-3.0], [0.2], [0.9], [4.0]]).double(),
+        torch.tensor([0.1, 1, 7]),
+    )
     mean, variance = torch.broadcast_tensors(means, deviations.double().square())
     found_mean, found_variance = between(mean, variance, 0.0, 1.0)
     upper_mean, upper_variance, log_share = below(mean, variance, torch.full_like(mean, 0.5))
@@ -393,7 +398,9 @@ def test_positions_outside_every_window_have_no_bound():
     found = bounds(pooled, window_positions(pool, (5, 5)), (5, 5))
     assert torch.isinf(found[0, 0, 4]).all()
     assert torch.equal(F.max_pool2d(found, 2, 2), pooled)
-    assert (read_windows(pooled, pool, (5, 5), pooled.new_zeros(1, 1, 1, 1)).group[..., 4] < 0).all()
+    assert (
+        read_windows(pooled, pool, (5, 5), pooled.new_zeros(1, 1, 1, 1)).group[..., 4] < 0
+    ).all()
 
 
 # End to end ----------------------------------------------------------------------------------
@@ -415,6 +422,48 @@ def stem_of(images, filters, kernel, conv, pool, seed=0):
 
 def scored(stem, known, images):
     return psnr((stem.images - known["low"]) / (known["high"] - known["low"]), images.double())
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "geometry", "size", "margin"),
+    [(3, 7, RESNET, (12, 12), 10), (1, 5, RESNET, (14, 10), 10), (3, 3, VGG, (11, 12), 10)],
+)
+def test_images_come_back(channels, kernel, geometry, size, margin):
+    """Better than the image's own mean colour by a margin in dB, most of which is below."""
+    images = public_photographs(2, (channels, *size), seed=3)
+    given, known = stem_of(images, 64 if kernel > 3 else 16, kernel, *geometry)
+    stem = stem_posterior(*given, **known)
+    flat = images.mean((2, 3), keepdim=True).expand(images.shape)
+    gain = scored(stem, known, images) - psnr(flat, images)
+    print(gain, stem.certain, stem.deviation, stem.residual, scored(stem, known, images))
+    assert gain.mean() > margin
+
+
+def test_images_are_independent_and_alike_every_time(monkeypatch):
+    images = public_photographs(3, (3, 8, 8), seed=4)
+    given, known = stem_of(images, 8, 5, Convolution(2, 2), Pooling(3, 2, 1))
+    pooled, *rest = given
+    together = stem_posterior(*given, rounds=3, **known)
+    again = stem_posterior(*given, rounds=3, **known)
+    assert torch.equal(together.images, again.images)
+    alone = stem_posterior(pooled[1:2], *rest, rounds=3, **known)
+    close(alone.images[0], together.images[1], 1e-8)
+    monkeypatch.setattr("inversion.layerwise.stem.MEMORY", 0)
+    in_turn = stem_posterior(*given, rounds=3, **known)
+    for field in dataclasses.fields(together):
+        close(getattr(in_turn, field.name), getattr(together, field.name), 1e-8)
+
+
+def test_the_right_images_leave_no_residual_and_wrong_values_leave_one():
+    images = public_photographs(1, (3, 12, 12), seed=6)
+    given, known = stem_of(images, 64, 7, *RESNET)
+    pooled, *rest = given
+    right = stem_posterior(*given, **known)
+    wrong = stem_posterior(pooled.flip(1), *rest, **known)
+    print(right.residual, wrong.residual, right.certain)
+    assert right.residual < 0.02
+    assert wrong.residual > 10 * right.residual
+    assert right.certain > 0.5
 
 
 def test_no_harm_comes_from_odd_values():
