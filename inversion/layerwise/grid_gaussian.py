@@ -7,6 +7,7 @@ channels stand beside each other, (H, C, W): the pixels of a block of rows are t
 so are those that a row of outputs depends on.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,9 @@ def _row_range(grid: Grid, conv: Convolution, kernel: int, i: int) -> tuple[int,
     return max(top, 0), min(top + kernel, grid.rows), max(-top, 0)
 
 
-def _pieces(matrix: BlockTridiagonal, grid: Grid, first: int, end: int):
+def _pieces(
+    matrix: BlockTridiagonal, grid: Grid, first: int, end: int
+) -> Iterator[tuple[Tensor, slice, slice]]:
     """Split rows first to end (of two adjacent blocks at most) of a matrix into its blocks.
 
     Yields (view of a block, row slice, column slice) with slices of pixel values counted from the

@@ -53,7 +53,7 @@ SITE_WIDTH = 2e-3
 #: certain make early mistakes persist.
 WIDENING = 10.0
 #: Share of the way that sites move in one round.
-DAMPING = 0.6
+DAMPING = 0.7
 #: Upper limit of the precision that the box gives a pixel.
 BOX_PRECISION = 1e6
 #: The probability from which a maximum's position counts as certain.

@@ -4,6 +4,8 @@ A stencil combines a pixel with others near it. Its combinations are taken at al
 fits into the image, and in a basis of colours.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from inversion.layerwise.grid_gaussian import Grid
 Stencil = tuple[tuple[int, int, float], ...]
 
 
-def _entry_views(matrix: BlockTridiagonal, grid: Grid, step: tuple[int, int]):
+def _entry_views(
+    matrix: BlockTridiagonal, grid: Grid, step: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, view) of a matrix' entries between pixels and others `step` from them.
 
     step: rows down (0 to LEAST_BLOCK), columns right. A view is (B, C, C', rows, columns): the
@@ -66,7 +70,9 @@ def differences(images: Tensor, grid: Grid, colours: Tensor, stencil: Stencil) -
     return torch.einsum("kc,bchw->bkhw", colours, total)
 
 
-def _pairs(grid: Grid, stencil: Stencil):
+def _pairs(
+    grid: Grid, stencil: Stencil
+) -> Iterator[tuple[tuple[int, int], float, tuple[slice, slice]]]:
     """Yield, per pair of a stencil's taps, their step, product and place among the entries.
 
     The place is the rows and columns of `_entries` of that step. Of the two orders of different

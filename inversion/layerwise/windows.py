@@ -36,7 +36,9 @@ class Windows:
     num_groups: int
 
 
-def window_positions(pool: Pooling, map_shape: tuple[int, int], device=None) -> Tensor:
+def window_positions(
+    pool: Pooling, map_shape: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
     """Return each window's positions, flat indices into the map: (windows, kernel²), −1 outside."""
     rows, columns = map_shape
     indices = torch.arange(1, rows * columns + 1, dtype=torch.float64, device=device)
