@@ -66,6 +66,7 @@ def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, repo
     search: what a search found, None without one.
     """
     from inversion.audit.attack import attack, outcome_lines
+    from inversion.audit.certificate import certificate_of
     from inversion.audit.controls import NOT_RUN, controls_wanted, run_controls
     from inversion.audit.report import Report, finish_of, information_entry, say_end, score
     from utils.errors import FaultError
@@ -85,7 +86,10 @@ def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, repo
         settings.attack, case, interrupts, reporter, print_freq=settings.print_freq,
         save_consensus=None if report is None else report.save_consensus,
     )  # fmt: skip
-    for line in outcome_lines(settings.attack, attacked.outcome):
+    seen = sealed if settings.scoring.metric else None
+    certificate = certificate_of(case, attacked.recovered, seen)
+    outcome = outcome_lines(settings.attack, attacked.outcome)
+    for line in outcome if certificate is None else certificate.lines:
         reporter.say(line)
     scores, text, controls = None, "", NOT_RUN
     if settings.scoring.metric:
@@ -93,14 +97,15 @@ def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, repo
         if report is not None:
             scores, text = score(settings.scoring, case, sealed, attacked, finish)
     if report is not None:  # before anything more is done
-        report.write_attack(attacked, scores)
+        report.write_attack(attacked, scores, certificate)
     if finish is not None and controls_wanted(settings.scoring, case, attacked, reporter):
         controls = run_controls(
-            settings.attack, case, sealed, interrupts, reporter, print_freq=settings.print_freq
-        )
+            settings.attack, case, sealed, attacked, interrupts, reporter,
+            print_freq=settings.print_freq,
+        )  # fmt: skip
         if report is not None:
             scores, text = score(settings.scoring, case, sealed, attacked, finish, controls)
-            report.write_controls(attacked, scores, controls)
+            report.write_controls(attacked, scores, controls, certificate)
     if report is not None:
         say_end(reporter, attacked, finish, text, controls, folder)
     if attacked.failed:

@@ -55,16 +55,17 @@ def save_panels(
     path: str | Path,
     captions: Sequence[str] | None = None,
     marked: int | None = None,
+    per_row: int = IMAGES_PER_ROW,
 ) -> None:
     """Write one picture of several rows of images; image i of every row is in the same column.
 
     rows: pairs of a title and images (B, C, H, W) in [0, 1]. captions: B texts, below the last row.
-    marked: index of the column that gets a red frame. More than eight images continue in a further
-    group of rows below.
+    marked: index of the column that gets a red frame. More images than `per_row` continue in a
+    further group of rows below.
     """
     pyplot = _pyplot()
     count = len(rows[0][1])
-    columns = min(count, IMAGES_PER_ROW)
+    columns = min(count, per_row)
     groups = -(-count // columns)
     height, width = rows[0][1].shape[-2:]
     gap = max(1, round(0.06 * width))
@@ -140,6 +141,33 @@ def save_controls(
         for image in scores["images"]
     ]
     save_panels(rows, path, captions, marked=worst)
+
+
+def save_layers(
+    found: Tensor,
+    true: Tensor | None,
+    decoded: Mapping[str, Tensor],
+    scores: dict | None,
+    path: str | Path,
+) -> None:
+    """Write the images decoded from every recovered tensor, from the head down, then the result.
+
+    found: (B, C, H, W) in [0, 1], as is each of `decoded`, by the tensor's name; true: the truth,
+    if it is scored, whose pairing `scores` contains. One row per image, eight images at most.
+    """
+    order = list(range(len(found)))
+    if scores is not None:
+        order = [image["reconstruction"] for image in scores["images"]]
+    columns = [(name, images[order]) for name, images in decoded.items()]
+    columns.append(("result", found[order]))
+    if true is not None and scores is not None:
+        columns.append(("truth", true))
+    names = [name.replace("_", "\n", 1) for name, _ in columns]
+    rows = [
+        (f"image {i}", torch.stack([images[i] for _, images in columns]))
+        for i in range(min(len(found), IMAGES_PER_ROW))
+    ]
+    save_panels(rows, path, names, per_row=len(columns))
 
 
 def save_decoys(

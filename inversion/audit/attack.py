@@ -4,25 +4,27 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from inversion.audit.inputs import Case
-from inversion.audit.settings import Settings
-from inversion.combine import Combination, combination_method
+from inversion.combine import Combination
+from inversion.layerwise.attack import PUBLIC_IMAGES as LAYERWISE_PUBLIC_IMAGES
+from inversion.layerwise.attack import Recovered, layerwise_attack
+from inversion.layerwise.peel import Layer
 from inversion.objective import Losses
-from inversion.optimise import Outcome, lowest, reconstruct
+from inversion.optimise import Outcome, Reconstruction, lowest
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.restarts import Restarts, noise_generator
 from inversion.settings import AttackSettings
 from inversion.strategies import STRATEGIES
-from models.gradient import trainable_parameters
-from utils.console import Progress, Reporter, duration
-from utils.device import device_name, peak_memory_mib
-from utils.errors import FaultError
+from utils.console import Progress, Reporter
+from utils.device import peak_memory_mib
+from utils.errors import InputError
+from utils.image_files import public_photographs
+from utils.images import normalise
 from utils.script import Interrupts
 from utils.shard import ALONE, Shard
 
@@ -121,6 +123,8 @@ class Attacked:
     peak_memory_mib: float
     #: Whether any process was asked to stop.
     interrupted: bool
+    #: What a layerwise attack found; None for one that matched gradients.
+    recovered: Recovered | None = None
 
     @property
     def failed(self) -> bool:
@@ -154,9 +158,19 @@ def attack(
 ) -> Attacked:
     """Run an attack from its settings to its images, and report its progress.
 
+    By the method "auto" the gradient is solved first, and matched where that does not determine
+    the images.
+
     print_freq: iterations between two progress lines, each of which begins with `title`.
     save_consensus(iterations, x): called with every consensus.
     """
+    if settings.method != "matching":
+        attacked, why = _solve(case, interrupts, reporter, title)
+        if attacked is not None and (settings.method == "layerwise" or not why):
+            return attacked
+        if settings.method == "layerwise":
+            raise InputError(f"--attack layerwise: {why}; give --attack matching")
+        reporter.say(f"{title}matching, since solving layer by layer does not do: {why}")
     start = time.perf_counter()
     total = settings.total_iterations(own_seeds(settings, case.processes))
     progress = Progress(total, print_freq, reporter)
@@ -179,6 +193,41 @@ def attack(
         peak_memory_mib(case.device),
         interrupted=asked_to_stop(case, interrupts),
     )
+
+
+def _solve(
+    case: Case, interrupts: Interrupts, reporter: Reporter, title: str
+) -> tuple[Attacked | None, str]:
+    """Solve the gradient layer by layer; return what it gave, and why that is not enough, or "".
+
+    Nothing is returned where the network or what was sent does not allow it.
+    """
+    target, start = case.target, time.perf_counter()
+
+    def on_layer(layer: Layer) -> bool:
+        verdict = "certified" if layer.certified else "not certified"
+        reporter.say(
+            f"{title}{layer.name}: rank {layer.rank} of {layer.unknowns}, residual "
+            f"{layer.residual:.1e}, {verdict}, {layer.seconds:.1f} s"
+        )
+        return interrupts.signal is not None
+
+    photographs = public_photographs(LAYERWISE_PUBLIC_IMAGES, target.image_shape)
+    public = normalise(photographs, target.mean, target.std).to(case.device)
+    try:
+        found = layerwise_attack(case.objective.model, target, case.y, public, on_layer=on_layer)
+    except ValueError as error:
+        return None, str(error)
+    x = found.images.to(target.gradient[0].dtype)
+    losses = case.objective.value(x, 1.0).floats()
+    stopped = "interrupted" if interrupts.signal is not None else None
+    reconstruction = Reconstruction(x, losses, len(found.layers), stopped)
+    outcome = Outcome(reconstruction, (reconstruction,), 0, len(found.layers))
+    attacked = Attacked(
+        outcome, case.images(x), [], [], [], time.perf_counter() - start,
+        peak_memory_mib(case.device), interrupted=interrupts.signal is not None, recovered=found,
+    )  # fmt: skip
+    return attacked, "" if found.determined else found.shortfall
 
 
 def asked_to_stop(case: Case, interrupts: Interrupts) -> bool:

@@ -1,18 +1,22 @@
 """The certificate of a layerwise attack: which tensors the gradient determines, and how well."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from inversion.audit.inputs import Case
-from inversion.layerwise.attack import Recovered
+from inversion.audit.inputs import Case, Sealed
+from inversion.layerwise.attack import Recovered, decoded, statistics_of
 from inversion.layerwise.front import Front
 from inversion.layerwise.peel import Layer
 from models.rank_analysis import LayerRank, rank_analysis
 from utils.console import table
+from utils.image_files import public_photographs
+from utils.images import normalise
 
+#: Public photographs that the decoders of the picture of all layers learn from.
+DECODED_BY = 200
 #: How the images were made, in words.
 METHODS = {
     "solved": "the gradient determines the images: solved",
@@ -23,62 +27,77 @@ METHODS = {
 }
 
 
-def certificate_lines(
-    case: Case, recovered: Recovered, true_errors: Mapping[str, float] | None
-) -> list[str]:
-    """Return what to print of a layerwise attack.
+@dataclass(frozen=True)
+class Certificate:
+    """Holds what a layerwise attack recovered, with what was predicted and what is true of it."""
 
-    true_errors: name of a recovered tensor → its relative error, where scoring may see the truth.
-    """
-    header = [
-        "tensor", "from", "unknowns", "equations", "rank", "condition", "residual", "flips",
-        "certified", "seconds", "RA-i (--ra)",
-    ]  # fmt: skip
-    if true_errors is not None:
-        header.append("true error")
-    ranks = predictions(case, recovered.layers)
-    rows = []
-    for layer in recovered.layers:
-        index = ranks.get(layer.name)
-        row = [
-            layer.name, f"{layer.kind} {layer.place}", layer.unknowns, layer.equations, layer.rank,
-            layer.condition, layer.residual, layer.flips, "yes" if layer.certified else "no",
-            layer.seconds, "" if index is None else index,
+    recovered: Recovered
+    #: Name of a tensor → RA-i of the layer that takes it, where the network can be counted.
+    ranks: dict[str, int]
+    #: Name of a tensor → its relative error; None where scoring does not see the truth.
+    errors: dict[str, float] | None
+
+    @property
+    def lines(self) -> list[str]:
+        """What to print."""
+        found = self.recovered
+        header = [
+            "tensor", "from", "unknowns", "equations", "rank", "condition", "residual", "flips",
+            "certified", "seconds", "RA-i",
         ]  # fmt: skip
-        if true_errors is not None:
-            row.append(true_errors.get(layer.name, ""))
-        rows.append(row)
-    lines = ["certificate (made without the truth)", table(header, rows)] if rows else []
-    lines.append(f"the walk ended: {recovered.stopped or 'at the image'}")
-    source = f" ({', '.join(recovered.sources)})" if recovered.sources else ""
-    lines.append(f"images: {METHODS[recovered.method]}{source}")
-    if recovered.residual is not None:
-        shown = ", ".join(f"{value:.1e}" for value in recovered.residual.tolist())
-        lines.append(f"relative distance of each image's own activations from those: {shown}")
-    return lines
+        header += [] if self.errors is None else ["true error"]
+        rows = []
+        for layer in found.layers:
+            row = [
+                layer.name, f"{layer.kind} {layer.place}", layer.unknowns, layer.equations,
+                layer.rank, layer.condition, layer.residual, layer.flips,
+                "yes" if layer.certified else "no", layer.seconds, self.ranks.get(layer.name, ""),
+            ]  # fmt: skip
+            row += [] if self.errors is None else [self.errors.get(layer.name, "")]
+            rows.append(row)
+        lines = []
+        if rows:
+            lines = ["certificate, made without the truth (RA-i: as --ra counts)"]
+            lines.append(table(header, rows))
+        lines.append(f"the walk ended: {found.stopped or 'at the image'}")
+        source = f" ({', '.join(found.sources)})" if found.sources else ""
+        lines.append(f"images: {METHODS[found.method]}{source}")
+        if found.residual is not None:
+            shown = ", ".join(f"{value:.1e}" for value in found.residual.tolist())
+            lines.append(f"relative distance of each image's own activations from those: {shown}")
+        return lines
+
+    @property
+    def entry(self) -> dict:
+        """The entry `layerwise` of result.json."""
+        found, layers = self.recovered, []
+        for layer in found.layers:
+            entry = asdict(layer) | {"ra": self.ranks.get(layer.name)}
+            if self.errors is not None:
+                entry["true_error"] = self.errors.get(layer.name)
+            layers.append(entry)
+        return {
+            "stopped": found.stopped,
+            "method": found.method,
+            "sources": found.sources,
+            "certified": len(found.certified),
+            "image_residuals": None if found.residual is None else found.residual.tolist(),
+            "layers": layers,
+            "seconds": found.seconds,
+        }
 
 
-def certificate_entry(
-    case: Case, recovered: Recovered, true_errors: Mapping[str, float] | None
-) -> dict:
-    """Return the entry `layerwise` of result.json."""
-    ranks = predictions(case, recovered.layers)
-    layers = []
-    for layer in recovered.layers:
-        entry = asdict(layer) | {"ra": ranks.get(layer.name)}
-        if true_errors is not None:
-            entry["true_error"] = true_errors.get(layer.name)
-        layers.append(entry)
-    residual = recovered.residual
-    return {
-        "stopped": recovered.stopped,
-        "method": recovered.method,
-        "sources": recovered.sources,
-        "certified": len(recovered.certified),
-        "image_residuals": None if residual is None else residual.tolist(),
-        "layers": layers,
-        "seconds": recovered.seconds,
-    }
+def certificate_of(
+    case: Case, recovered: Recovered | None, sealed: Sealed | None
+) -> Certificate | None:
+    """Compare a layerwise attack with the count of its equations and, if `sealed`, with the truth.
+
+    None for an attack that matched gradients.
+    """
+    if recovered is None:
+        return None
+    errors = None if sealed is None else true_errors(case, recovered, sealed)
+    return Certificate(recovered, predictions(case, recovered.layers), errors)
 
 
 def predictions(case: Case, layers: Sequence[Layer]) -> dict[str, int]:
@@ -111,18 +130,38 @@ def _layer_of(path: str, ranks: Sequence[LayerRank]) -> LayerRank | None:
     return None
 
 
-def true_errors(
-    model: nn.Module, recovered: Recovered, front: Front, x: Tensor
-) -> dict[str, float]:
-    """Return the relative error of every recovered tensor; for scoring only.
+def true_errors(case: Case, recovered: Recovered, sealed: Sealed) -> dict[str, float]:
+    """Return the relative error of every recovered tensor, by name; for scoring only.
 
-    front: of the recovered tensors' names. x: (B, C, H, W) true images, normalised, in the order
-    of the labels that the attack went by.
+    The images are taken in an order whose labels are those that the attack went by. Empty where
+    there is none.
     """
+    attacked, true = case.y.cpu(), sealed.truth.y.cpu()
+    if not torch.equal(attacked.sort().values, true.sort().values):
+        return {}
+    order = torch.empty_like(true)
+    order[attacked.argsort(stable=True)] = true.argsort(stable=True)
+    x = sealed.images_for(case)[order].double()
+    front = Front(
+        case.objective.model,
+        list(recovered.tensors),
+        statistics_of(case.target, case.objective.model),
+    )
     with torch.no_grad():
-        true = front(x.double())
-    errors = {}
-    for name, value in recovered.tensors.items():
-        expected = true[name].reshape(value.shape)
-        errors[name] = ((value - expected).norm() / expected.norm()).item()
-    return errors
+        values = front(x)
+    return {
+        name: ((found - values[name]).norm() / values[name].norm()).item()
+        for name, found in recovered.tensors.items()
+    }
+
+
+def decoded_layers(case: Case, recovered: Recovered) -> dict[str, Tensor]:
+    """Return the images (B, C, H, W) in [0, 1] that a decoder makes of every certified tensor."""
+    target = case.target
+    photographs = public_photographs(DECODED_BY, target.image_shape)
+    public = normalise(photographs, target.mean, target.std).to(case.device)
+    names = [layer.name for layer in recovered.certified if layer.name in recovered.tensors]
+    images = {}
+    for name in names:
+        images[name] = case.images(decoded(case.objective.model, target, recovered, name, public))
+    return images

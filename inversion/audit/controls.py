@@ -69,23 +69,31 @@ def run_controls(
     settings: AttackSettings,
     case: Case,
     sealed: Sealed,
+    attacked: Attacked,
     interrupts: Interrupts,
     reporter: Reporter,
     *,
     print_freq: int,
 ) -> Controls:
-    """Run the same attack without the client's gradient, in three ways.
+    """Run the same attack as `attacked` without the client's gradient, in three ways.
 
     "prior only": no gradient, the priors alone, BN to running statistics, since those of the batch
-    are the client's too. "other gradient": everything as in the attack, on the gradient (and BN
-    statistics) of other images with the same labels. "mean image": of the public photographs. The
-    labels are those of the attack. A control that cannot be run or is interrupted is left out with
-    a printed note, and is missing in the result.
+    are the client's too. After a layerwise attack "decoder only" stands in its place: what its
+    decoder makes of the mean activation of public photographs. "other gradient": everything as in
+    the attack, on the gradient (and BN statistics) of other images with the same labels. "mean
+    image": of the public photographs. The labels are those of the attack. A control that cannot be
+    run or is interrupted is left out with a printed note, and is missing in the result.
     """
     target = case.target
     mean = public_photographs(PUBLIC_IMAGES, target.image_shape).mean(0)
     controls = Controls({"mean image": Control(mean.expand(target.batch_size, -1, -1, -1))})
-    plans = [("prior only", settings.without_gradient(), target)]
+    plans = []
+    if attacked.recovered is None:
+        settings = replace(settings, method="matching")
+        plans = [("prior only", settings.without_gradient(), target)]
+    elif attacked.recovered.decoder_only is not None:
+        settings = replace(settings, method="layerwise")
+        controls.found["decoder only"] = Control(case.images(attacked.recovered.decoder_only))
     if sealed.truth.control is not None:
         plans.append((OTHER_GRADIENT, settings, _with_update(target, sealed.truth.control)))
     else:
@@ -99,21 +107,20 @@ def run_controls(
             continue
         start = time.perf_counter()
         try:
-            without = case.attacked_by(changed, theirs)
+            found = attack(
+                changed, case.attacked_by(changed, theirs), interrupts, reporter,
+                print_freq=print_freq, title=f"control, {name}: ",
+            )  # fmt: skip
         except InputError as error:
             reporter.say(f"control, {name}: left out: {error}")
             controls.missing.append(f"control {name} could not be run")
             continue
-        attacked = attack(
-            changed, without, interrupts, reporter, print_freq=print_freq,
-            title=f"control, {name}: ",
-        )  # fmt: skip
-        if attacked.interrupted:
+        if found.interrupted:
             reporter.say(f"control, {name}: interrupted, left out")
             controls.missing.append(f"control {name} was interrupted")
             continue
-        outcome, seconds = attacked.outcome, time.perf_counter() - start
-        controls.found[name] = Control(attacked.images, outcome.iterations, seconds)
+        outcome, seconds = found.outcome, time.perf_counter() - start
+        controls.found[name] = Control(found.images, outcome.iterations, seconds)
         stopped = ", ended by a loss that was not finite" if outcome.final.stopped else ""
         reporter.say(
             f"control, {name}: {outcome.iterations} iterations in {duration(seconds)}{stopped}"

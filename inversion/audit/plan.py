@@ -9,6 +9,7 @@ from inversion.audit.attack import own_seeds
 from inversion.audit.inputs import Case
 from inversion.audit.settings import Settings
 from inversion.combine import combination_method
+from inversion.layerwise.network import largest_system
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.restarts import noise_generator
@@ -16,13 +17,36 @@ from inversion.settings import AttackSettings
 from models.gradient import trainable_parameters
 from utils.console import duration
 from utils.device import device_name, peak_memory_mib
-from utils.errors import FaultError
+from utils.errors import FaultError, InputError
 
 
 def plan(settings: AttackSettings, case: Case, *, shuffled: bool) -> str:
     """Describe what will be done."""
-    target, num_seeds = case.target, settings.num_seeds
+    lines = []
+    if settings.method != "matching":
+        lines.append(f"plan: solve the gradient layer by layer, {_setting(case)}")
+    if settings.method != "layerwise":
+        lines += _matching_lines(settings, case)
+    lines += _protection_lines(case)
+    if shuffled:
+        lines.append("what was sent is shuffled: there is nothing to find in it")
+    return "\n      ".join(lines)
+
+
+def _setting(case: Case) -> str:
+    """Describe the batch and the network."""
+    target = case.target
     parameters = sum(p.numel() for p in trainable_parameters(case.objective.model).values())
+    return (
+        f"{target.batch_size} images {target.image_shape}, {target.network} with {parameters:,} "
+        f"parameters in {'train' if target.train_mode else 'eval'} mode, "
+        f"{device_name(case.device)}"
+    )
+
+
+def _matching_lines(settings: AttackSettings, case: Case) -> list[str]:
+    """Describe the iterations, the objective, and what they are shared out over."""
+    target, num_seeds = case.target, settings.num_seeds
     stages, lines = f"{num_seeds} seed(s) x {settings.loop.steps:,}", []
     if settings.forms_consensus:
         initial, rounds, final = settings.schedule.spans(settings.loop.steps)
@@ -35,19 +59,13 @@ def plan(settings: AttackSettings, case: Case, *, shuffled: bool) -> str:
         lines += [f"rounds: {lengths}", f"combination: {method} ({why})"]
     lines.insert(
         0,
-        f"plan: {stages} = {settings.total_iterations(num_seeds):,} iterations, "
-        f"{target.batch_size} images {target.image_shape}, {target.network} with {parameters:,} "
-        f"parameters in {'train' if target.train_mode else 'eval'} mode, "
-        f"{device_name(case.device)}",
+        f"plan: {stages} = {settings.total_iterations(num_seeds):,} iterations, {_setting(case)}",
     )
     lines.append(
         f"{settings.distance} gradient distance, priors: "
         f"{', '.join(settings.prior_names) or 'none'}; BN statistics: "
         f"{case.bn_source or 'not used'}"
     )
-    lines += _protection_lines(case)
-    if shuffled:
-        lines.append("what was sent is shuffled: there is nothing to find in it")
     if case.processes.size > 1:
         lines.append(f"{case.processes.size} processes, each with a part of the {settings.shared}")
     if num_seeds > 1:
@@ -55,7 +73,7 @@ def plan(settings: AttackSettings, case: Case, *, shuffled: bool) -> str:
         size = numbers * target.gradient[0].element_size() / 2**20
         home = "cpu, by --offload-seeds" if settings.offload_seeds else case.device.type
         lines.append(f"images of all seeds: {size:,.1f} MiB, kept on {home}")
-    return "\n      ".join(lines)
+    return lines
 
 
 def _protection_lines(case: Case) -> list[str]:
@@ -71,9 +89,25 @@ def _protection_lines(case: Case) -> list[str]:
     ]
 
 
+def layerwise_estimate(case: Case) -> str:
+    """Tell the size of the largest dense system that solving layer by layer may meet."""
+    try:
+        rows, columns, name = largest_system(
+            case.objective.model, case.target.batch_size, case.target.image_shape
+        )
+    except ValueError as error:
+        raise InputError(f"--attack layerwise: {error}; give --attack matching") from error
+    return (
+        f"estimate: the largest dense system has {rows:,} equations for {columns:,} unknowns per "
+        f"channel ({name}), {8 * rows * columns / 2**20:,.0f} MiB; the walk may end before it"
+    )
+
+
 def estimate(settings: Settings, case: Case) -> str:
     """Measure two steps of the loop, and tell the time and memory that the plan will take."""
     attack, scoring = settings.attack, settings.scoring
+    if attack.method == "layerwise":
+        return layerwise_estimate(case)
     times = [time.perf_counter()]
 
     def note_time(*_) -> bool:

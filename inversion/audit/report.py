@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from inversion.audit.attack import Attacked
+from inversion.audit.certificate import Certificate, decoded_layers
 from inversion.audit.controls import NOT_RUN, Controls
 from inversion.audit.information import gradient_information_ratio
 from inversion.audit.inputs import LPIPS_HINT, Case, Sealed
@@ -26,6 +27,7 @@ from utils.pictures import (
     save_choices,
     save_controls,
     save_decoys,
+    save_layers,
     save_losses,
     save_pairs,
     save_panels,
@@ -110,7 +112,8 @@ def finish_of(settings: AttackSettings, case: Case, sealed: Sealed, attacked: At
     fall = max((fall for fall in falls if fall is not None), default=None)
     final = attacked.outcome.final
     at = arrival(case.objective, final.x.to(case.device), sealed.images_for(case), sealed.truth.y)
-    return Finish(fall, at, final.stopped)
+    found = attacked.recovered
+    return Finish(fall, at, final.stopped, None if found is None else found.stopped)
 
 
 def score(
@@ -141,7 +144,7 @@ def score(
         decoys=truth.decoys,
         doubts=Doubts(controls.missing, doubt, finish.arrival.arrived),
     )  # fmt: skip
-    reason = finish.arrival.reason
+    reason = finish.reason
     figures = {
         "loss_fall": finish.fall,
         "arrived": finish.arrival.arrived,
@@ -183,13 +186,15 @@ class Report:
         path = self.folder / "consensus" / f"{done:06d}.png"
         save_panels([(f"iteration {done}", self.case.images(x))], path)
 
-    def write_attack(self, attacked: Attacked, scores: dict | None) -> None:
+    def write_attack(
+        self, attacked: Attacked, scores: dict | None, certificate: Certificate | None
+    ) -> None:
         """Write the reconstruction, losses.csv, result.json and the pictures of the attack."""
         folder, sealed = self.folder, self.sealed
         save(attacked.outcome.final.x.cpu(), str(folder / "x_recon.pth"))
         save(self.case.y, str(folder / "y_recon.pth"))
         write_csv(attacked.header, attacked.rows, folder / "losses.csv")
-        self._write_result(attacked, scores, None)
+        self._write_result(attacked, scores, None, certificate)
         self._save_decoys(attacked, scores)
         true = None if sealed is None or scores is None else self.case.images(sealed.truth.x)
         save_pairs(attacked.images, true, scores, folder)
@@ -197,11 +202,20 @@ class Report:
             save_losses(attacked.header, attacked.rows, attacked.rounds, folder / "losses.png")
         if attacked.rounds:
             save_choices(attacked.rounds, folder / "choices.png")
+        if attacked.recovered is not None:
+            decoded = decoded_layers(self.case, attacked.recovered)
+            save_layers(attacked.images, true, decoded, scores, folder / "layers.png")
 
-    def write_controls(self, attacked: Attacked, scores: dict, controls: Controls) -> None:
+    def write_controls(
+        self,
+        attacked: Attacked,
+        scores: dict,
+        controls: Controls,
+        certificate: Certificate | None,
+    ) -> None:
         """Rewrite result.json with the scores of the controls, and add their picture."""
         assert self.sealed is not None  # controls are scored
-        self._write_result(attacked, scores, controls)
+        self._write_result(attacked, scores, controls, certificate)
         self._save_decoys(attacked, scores)
         true = self.case.images(self.sealed.truth.x)
         path = self.folder / "controls.png"
@@ -215,7 +229,11 @@ class Report:
         save_decoys(attacked.images, self.case.images(truth.x), truth.decoys, scores, path)
 
     def _write_result(
-        self, attacked: Attacked, scores: dict | None, controls: Controls | None
+        self,
+        attacked: Attacked,
+        scores: dict | None,
+        controls: Controls | None,
+        certificate: Certificate | None,
     ) -> None:
         outcome, case = attacked.outcome, self.case
         losses = outcome.final.losses
@@ -255,6 +273,7 @@ class Report:
             "stopped": attacked.stopped,
             "information": null_unless_finite(self.information),
             "rounds": null_unless_finite(attacked.rounds),
+            "layerwise": None if certificate is None else null_unless_finite(certificate.entry),
         }
         write_json(result, self.folder / "result.json")
 
@@ -306,8 +325,9 @@ def say_end(
     """Print the verdict with what stands behind it, and what the run took."""
     if finish is not None:
         reporter.say("\n".join([*finish.lines, text]))
-    iterations, seconds = attacked.outcome.iterations, attacked.seconds
-    reporter.say(f"{iterations} iterations in {duration(seconds)}; written to {folder}")
+    done = "iterations" if attacked.recovered is None else "tensors"
+    amount, seconds = attacked.outcome.iterations, attacked.seconds
+    reporter.say(f"{amount} {done} in {duration(seconds)}; written to {folder}")
     if controls.found:
         extra = sum(control.seconds for control in controls.found.values())
         reporter.say(f"controls: {duration(extra)} beside that; --no-controls leaves them out")

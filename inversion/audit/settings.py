@@ -278,7 +278,8 @@ def _refuse_matching(args) -> None:
     """Refuse what concerns the matching of gradients where the gradient is solved instead."""
     if args.superparameters_search:
         raise InputError(
-            "--superparameters-search: looks for settings of --attack matching; leave one of both out"
+            "--superparameters-search: looks for settings of --attack matching; leave one of "
+            "both out"
         )
     for flag, default in matching_flags().items():
         value = getattr(args, attribute_of(flag))

@@ -182,6 +182,15 @@ class Finish:
     arrival: Arrival
     #: Why it ended early ("interrupted", "not finite"), None where all iterations ran.
     stopped: str | None = None
+    #: Why a layerwise attack went no further; None for one that matched gradients.
+    walk: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why an attack that found nothing did not, in plain words."""
+        if self.walk is not None:
+            return f"the gradient was solved layer by layer as far as it goes: {self.walk}"
+        return self.arrival.reason
 
     @property
     def doubt(self) -> str | None:
@@ -190,6 +199,8 @@ class Finish:
             return None
         if self.stopped is not None:
             return f"the attack ended early ({self.stopped})"
+        if self.walk is not None:
+            return None
         if self.fall is None:
             return "the attack had one iteration; give more --epochs"
         if self.fall >= STILL_FALLING:

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, fx, nn
 
 from inversion.layerwise.accuracy import Accuracy
-from inversion.layerwise.decoder import decode, linear_decoder, mean_decoding
+from inversion.layerwise.decoder import Decoder, decode, linear_decoder, mean_decoding
 from inversion.layerwise.front import Front, Matched, Statistics, match_activations
 from inversion.layerwise.grid_gaussian import Convolution
 from inversion.layerwise.network import Network, network_of
@@ -58,6 +58,27 @@ class Recovered:
     def certified(self) -> list[Layer]:
         """The layers that are certified."""
         return [layer for layer in self.layers if layer.certified]
+
+    @property
+    def determined(self) -> bool:
+        """Whether what was recovered has at least as many numbers as the images have."""
+        if self.method in ("solved", "stem"):
+            return True
+        return self.method == "activations" and self._numbers >= self.images[0].numel()
+
+    @property
+    def shortfall(self) -> str:
+        """Say why the images are not determined."""
+        return (
+            f"what is certified has {self._numbers} numbers per image, the images "
+            f"{self.images[0].numel()}; {self.stopped}"
+        )
+
+    @property
+    def _numbers(self) -> int:
+        if self.method != "activations":
+            return 0
+        return sum(self.tensors[name][0].numel() for name in self.sources)
 
 
 def layerwise_attack(
@@ -124,6 +145,32 @@ def accuracies(model: nn.Module, target: Target) -> dict[str, Accuracy]:
     return found
 
 
+def statistics_of(target: Target, model: nn.Module) -> Statistics | None:
+    """Return the batch statistics of a client in train mode by module path, None otherwise."""
+    pairs = _pairs(target)
+    if not target.train_mode or pairs is None:
+        return None
+    paths = [path for path, m in model.named_modules() if isinstance(m, BATCHNORM_TYPES)]
+    return dict(zip(paths, pairs, strict=True))
+
+
+def decoded(
+    model: nn.Module, target: Target, recovered: Recovered, name: str, public: Tensor, seed: int = 0
+) -> Tensor:
+    """Return the images (B, C, H, W), normalised, that a decoder makes of one recovered tensor.
+
+    public: (M, C, H, W) normalised photographs that it learns from.
+    """
+    front = Front(model, [name], statistics_of(target, model))
+    return decode(_decoder(front, name, target, public, seed), recovered.tensors[name])
+
+
+def _decoder(front: Front, name: str, target: Target, public: Tensor, seed: int) -> Decoder:
+    low, high = target.box
+    generator = Generator().manual_seed(seed)
+    return linear_decoder(front, name, low, high, public, ridge=RIDGE, generator=generator)
+
+
 @dataclass(frozen=True)
 class _Maker:
     """Makes images of what the walk recovered, by the best means that it allows."""
@@ -156,12 +203,6 @@ class _Maker:
         matched = self._match(front, deepest, start)
         return matched.images, "activations", names, matched.residual, alone
 
-    def decoded(self, name: str) -> Tensor:
-        """Return the images that a linear decoder makes of one recovered tensor."""
-        front = self._front([name])
-        value = self.peeled.tensors()[name]
-        return decode(self._decoder(front, name), value)
-
     def _nothing(self) -> tuple[Tensor, str, tuple[str, ...], Tensor | None, Tensor | None]:
         """Return the public mean, or what the uncertified features of the head decode to."""
         mean = self.public.double().mean(0).expand(self.target.batch_size, -1, -1, -1)
@@ -173,19 +214,10 @@ class _Maker:
         return decode(decoder, self.peeled.tensors()[name]), "decoder", (name,), None, alone
 
     def _front(self, names: Sequence[str]) -> Front:
-        statistics: Statistics | None = None
-        if self.network.train_mode:
-            statistics = {
-                path: (layer.running_mean, layer.running_var)
-                for path, layer in self.network.twin.named_modules()
-                if isinstance(layer, BATCHNORM_TYPES)
-            }
-        return Front(self.model, names, statistics)
+        return Front(self.model, names, statistics_of(self.target, self.model))
 
-    def _decoder(self, front: Front, name: str):
-        low, high = self.target.box
-        generator = Generator().manual_seed(self.seed)
-        return linear_decoder(front, name, low, high, self.public, ridge=RIDGE, generator=generator)
+    def _decoder(self, front: Front, name: str) -> Decoder:
+        return _decoder(front, name, self.target, self.public, self.seed)
 
     def _match(self, front: Front, nodes: Sequence[fx.Node], start: Tensor) -> Matched:
         low, high = self.target.box

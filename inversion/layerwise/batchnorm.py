@@ -62,7 +62,8 @@ class BatchNorm:
 
     def constants(self, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return K (B, C, h, w) and κ (C,) of ∂L/∂z = K − κ (z − μ) from ∂L/∂y (B, C, h, w)."""
-        assert self.weight_gradient is not None and self.bias_gradient is not None
+        assert self.weight_gradient is not None
+        assert self.bias_gradient is not None
         count = dy.numel() // dy.shape[1]
         constant = per_channel(self.scale) * (dy - per_channel(self.bias_gradient / count))
         slope = self.scale * (self.var + self.eps).rsqrt() * self.weight_gradient / count
@@ -134,7 +135,7 @@ class Use:
         return Term(self.geometry, self.weight, gradient, signal, known, value)
 
     def left_over(self, u: Tensor) -> Tensor:
-        """Return what u leaves of the weight gradient, (O, I, k, k), zero where it is not trusted."""
+        """Return what u leaves of the weight gradient, (O, I, k, k), 0 where it is not trusted."""
         left = self.gradient - self.geometry.weight_gradient(u, self.signal(u))
         return left * self.trusted.view(-1, 1, 1, 1)
 
@@ -173,7 +174,8 @@ def outputs_from_gradient(use: Use, mask: Tensor | None = None) -> Outputs:
     place of the present one.
     """
     bn = use.batchnorm
-    assert bn is not None and bn.weight_gradient is not None
+    assert bn is not None
+    assert bn.weight_gradient is not None
     dy = use.arriving * (use.mask if mask is None else mask)
     count, channels, height, width = dy.shape
     positions = count * height * width

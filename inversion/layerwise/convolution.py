@@ -142,7 +142,7 @@ def solve_gradients(
     condition = (found.values[0] / found.values[kept][-1]).item()
     if int(kept.sum()) < places and use_outputs:
         with_outputs = [term for term in terms if term.known is not None]
-        equations += sum(int(term.known.sum()) for term in with_outputs)  # type: ignore[union-attr]
+        equations += sum(int(term.known.sum()) for term in with_outputs if term.known is not None)
         null = _null_space(found, kept, places).reshape(-1, count, height, width)
         if with_outputs and null.shape[0] * channels <= MOST_NULL:
             u, more, worst = _from_outputs(with_outputs, u, null)
@@ -176,7 +176,8 @@ def _from_outputs(terms: Sequence[Term], u: Tensor, null: Tensor) -> tuple[Tenso
     normal, right = u.new_zeros(size, size), u.new_zeros(size)
     for term in terms:
         known, output = term.known, term.output
-        assert known is not None and output is not None
+        assert known is not None
+        assert output is not None
         left = (output - term.geometry.forward(u, term.weight)) * known
         scale = 1 / (output * known).square().sum().clamp_min(1e-300)
         outputs = term.weight.shape[0]

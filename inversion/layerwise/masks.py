@@ -113,7 +113,7 @@ def pursued_flips(
 def rounded_mask(estimate: Tensor, arriving: Tensor, mask: Tensor) -> Tensor:
     """Round estimated mask entries to 0 or 1 where they are near and their signal is not faint.
 
-    estimate, arriving (the signals that the mask lets through), mask (the present one): (B, O, h, w).
+    estimate, arriving (signals that the mask lets through), mask (the present one): (B, O, h, w).
     """
     strongest = arriving.abs().amax((1, 2, 3), keepdim=True)
     nearest = (estimate > 0.5).to(mask)

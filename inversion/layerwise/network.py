@@ -146,19 +146,22 @@ class Network:
         return self.signals[node]
 
     def batchnorm(self, node: fx.Node) -> BatchNorm:
-        """Return the BatchNorm layer of a node; raise StoppedError for one that cannot be inverted."""
+        """Return the BatchNorm layer of a node; raise StoppedError where it cannot be inverted."""
         layer = self.module(node)
         ones = torch.ones_like(layer.running_mean)
         weight = ones if layer.weight is None else layer.weight.detach()
         bias = 0 * ones if layer.bias is None else layer.bias.detach()
-        gradients: tuple[Tensor | None, Tensor | None] = (None, None)
+        of_weight = of_bias = None
         if self.train_mode:
-            gradients = tuple(self.gradient.get(f"{node.target}.{n}") for n in ("weight", "bias"))
-            if None in gradients:
+            of_weight = self.gradient.get(f"{node.target}.weight")
+            of_bias = self.gradient.get(f"{node.target}.bias")
+            if of_weight is None or of_bias is None:
                 raise StoppedError(
                     f"{place(node)}: the gradient of its scale and shift was not sent"
                 )
-        return BatchNorm(weight, bias, layer.running_mean, layer.running_var, layer.eps, *gradients)
+        return BatchNorm(
+            weight, bias, layer.running_mean, layer.running_var, layer.eps, of_weight, of_bias
+        )
 
     def uses(self, node: fx.Node) -> list[Use]:
         """Return what the convolutions and linear layers that take a tensor say about it."""
@@ -255,8 +258,8 @@ def network_of(
 ) -> Network:
     """Trace a network for an attack on its gradient.
 
-    gradient, accuracy: by the parameters' names. statistics: (mean, biased variance) of the batch at
-    every BatchNorm layer, in the model's order; needed in train mode.
+    gradient, accuracy: by the parameters' names. statistics: (mean, biased variance) of the batch
+    at every BatchNorm layer, in the model's order; needed in train mode.
 
     Raises ValueError, in one line, where torch.fx cannot trace the network or where the attack
     lacks the batch statistics.
@@ -282,8 +285,24 @@ def network_of(
     return Network(nodes, twin, in_double, train_mode and bool(layers), dict(accuracy))
 
 
+def largest_system(
+    model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]
+) -> tuple[int, int, str]:
+    """Return the equations, unknowns (per channel) and name of the largest convolution's system.
+
+    Raises ValueError, in one line, where torch.fx cannot trace the network.
+    """
+    found = []
+    for node in traced_tensors(model, batch_size, image_shape):
+        if operation_name(node) == "conv2d":
+            kernel = node.meta["module"].weight[:, 0].numel()
+            source = node.meta["inputs"][0].meta["value"]
+            found.append((kernel, source[:, 0].numel(), str(node.target)))
+    return max(found, key=lambda system: system[0] * system[1], default=(0, 0, "none"))
+
+
 def geometry_of(module: nn.Module, name: str) -> Geometry:
-    """Return how a convolution or linear layer moves; raise StoppedError for one that is not plain."""
+    """Return how a layer moves over its input; raise StoppedError for one that is not plain."""
     if isinstance(module, nn.Linear):
         return Geometry((1, 1))
     assert isinstance(module, nn.Conv2d)

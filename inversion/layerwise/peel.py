@@ -99,8 +99,9 @@ def peel(
 ) -> Peeled:
     """Recover the network's tensors from the head to the image, until one is not certified.
 
-    y: (B,) labels. clipped: the client scaled gradients down by unknown factors. on_layer: called with every certificate; true ends the walk there. Nothing is
-    raised for what cannot be solved: `stopped` says it.
+    y: (B,) labels. clipped: the client scaled gradients down by unknown factors. on_layer: called
+    with every certificate; true ends the walk there. Nothing is raised for what cannot be solved:
+    `stopped` says it.
     """
     peeled = Peeled(network)
     try:
@@ -158,9 +159,9 @@ def _solve_head(
     _allow_for_noise(network, name, head)
     allowed = network.accuracy[f"{name}.weight"].certified
     return Layer(
-        source.name, name, (name,), "head", features.numel(), network.gradient[f"{name}.weight"].numel(),
-        head.rank * features.shape[1], head.condition, head.residual, 0,
-        head.rank == len(y) and head.residual <= allowed,
+        source.name, name, (name,), "head", features.numel(),
+        network.gradient[f"{name}.weight"].numel(), head.rank * features.shape[1], head.condition,
+        head.residual, 0, head.rank == len(y) and head.residual <= allowed,
         time.perf_counter() - start,
     )  # fmt: skip
 
@@ -205,9 +206,9 @@ def _solve(network: Network, node: fx.Node) -> Layer:
         network.correct(relu, mask)
     kind = "linear" if all(use.geometry.kernel == (1, 1) for use in uses) else "convolution"
     return Layer(
-        node.name, place(node), tuple(use.name for use in uses), kind, solved.unknowns, solved.equations, solved.rank,
-        solved.condition, solved.residual, solved.flips, solved.certified,
-        time.perf_counter() - start,
+        node.name, place(node), tuple(use.name for use in uses), kind, solved.unknowns,
+        solved.equations, solved.rank, solved.condition, solved.residual, solved.flips,
+        solved.certified, time.perf_counter() - start,
     )  # fmt: skip
 
 
@@ -257,7 +258,8 @@ def _route(network: Network, node: fx.Node) -> Layer | None:
         network.routes[node] = masks
     allowed = network.accuracy[f"{name}.weight"].certified
     return Layer(
-        relu.name, name, (name,), "masks", masks.numel(), network.gradient[f"{name}.weight"].numel(),
+        relu.name, name, (name,), "masks", masks.numel(),
+        network.gradient[f"{name}.weight"].numel(),
         masks.numel() - int(found.undecided.sum()), 1 / max(found.gap[0], 1e-300), found.residual,
         0, found.residual <= allowed, time.perf_counter() - start,
     )  # fmt: skip

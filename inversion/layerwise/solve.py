@@ -27,6 +27,8 @@ from inversion.layerwise.masks import (
 
 #: Corrections of the masks per tensor at most.
 REPAIRS = 6
+#: Times that channels are left out for each.
+LEFT_OUT = 10
 #: Flips that are pursued at once.
 PURSUED = 30
 #: Steps of conjugate gradients on all equations.
@@ -139,58 +141,64 @@ def _repaired(
 ) -> _Found:
     """Solve, and correct the masks behind as long as that lessens what is left.
 
-    solve(uses, start): with what was found last as a start, None at first.
-
     A wrong mask entry spoils the equations of one output channel. So the channels that are
-    explained worst are left out, the rest is solved, and what that says about the signals of all
-    channels corrects the masks.
+    explained worst are left out until the rest agrees; what that says about the signals of the
+    channels left out corrects their masks. solve(uses, start): with what was found last as a start,
+    None at first.
     """
     best = solve(uses, None)
-    doubted = [torch.zeros_like(use.trusted) for use in uses]
     for _ in range(REPAIRS):
         if not best.solution.determined or not best.suspicious:
             break
-        doubted = [
-            torch.maximum(old, doubted_channels(use.left_over(best.u)))
-            for old, use in zip(doubted, best.uses, strict=True)
-        ]
-        trimmed = [
-            replace(use, trusted=1 - channels)
-            for use, channels in zip(best.uses, doubted, strict=True)
-        ]
-        u = solve(trimmed, best.u).u
-        corrected = _corrected(best.uses, u, doubted)
+        agreeing = _agreeing(best, solve)
+        corrected = _corrected(best.uses, agreeing)
         changed = sum(
             int((new.mask != old.mask).sum()) for new, old in zip(corrected, best.uses, strict=True)
         )
         if not changed:
-            continue
-        found = solve(corrected, u)
-        if found.residual < best.residual:
-            best = replace(found, flips=best.flips + changed)
-            doubted = [torch.zeros_like(use.trusted) for use in uses]
+            break
+        found = solve(corrected, agreeing.u)
+        if not found.residual < best.residual:
+            break
+        best = replace(found, flips=best.flips + changed)
     return best
 
 
-def _corrected(uses: Sequence[Use], u: Tensor, doubted: Sequence[Tensor]) -> list[Use]:
-    """Return the uses with the masks that their gradients call for at the input u.
+def _agreeing(found: _Found, solve: Callable[[Sequence[Use], Tensor | None], _Found]) -> _Found:
+    """Leave out the channels that are explained worst, bit by bit, until the rest agrees."""
+    for _ in range(LEFT_OUT):
+        uses = [
+            replace(use, trusted=use.trusted * (1 - doubted_channels(use.left_over(found.u))))
+            if use.residual(found.u) > use.accuracy.suspicious
+            else use
+            for use in found.uses
+        ]
+        found = solve(uses, found.u)
+        if not found.solution.determined or not found.suspicious:
+            break
+    return found
 
-    doubted: (O,) of 0 and 1 per use: channels that may be wrong. A use whose positions are fewer
-    than its weights per channel gives its whole signal, others single flips in those channels.
+
+def _corrected(uses: Sequence[Use], agreeing: _Found) -> list[Use]:
+    """Return the uses with the masks that the gradients of the channels left out call for.
+
+    A use whose positions are no more than its weights per channel gives its whole signal, others
+    single flips.
     """
     masks: dict[str, Tensor] = {}
-    for use, channels in zip(uses, doubted, strict=True):
+    for use, trimmed in zip(uses, agreeing.uses, strict=True):
         if use.relu is None or use.relu in masks:
             continue
-        positions = use.arriving[:, 0].numel()
-        if positions <= use.weight[0].numel():
-            masks[use.relu] = _mask_from_gradient(use, u)
+        doubted = per_channel(1 - trimmed.trusted)
+        mask = use.mask
+        if use.arriving[:, 0].numel() <= use.weight[0].numel():
+            mask = torch.where(doubted > 0, _mask_from_gradient(use, agreeing.u), mask)
         else:
-            change = use.per_flip * (1 - 2 * use.mask) * per_channel(channels)
-            mask = use.mask
-            for index in pursued_flips(use.left_over(u), u, change, use.geometry, PURSUED):
+            change = use.per_flip * (1 - 2 * mask) * doubted
+            left = use.left_over(agreeing.u)
+            for index in pursued_flips(left, agreeing.u, change, use.geometry, PURSUED):
                 mask = flipped(mask, index)
-            masks[use.relu] = mask
+        masks[use.relu] = mask
     return [use if use.relu is None else _with_mask(use, masks[use.relu]) for use in uses]
 
 
