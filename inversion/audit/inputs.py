@@ -347,8 +347,8 @@ def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
         )
     if settings.bn_coupling == "forced" and target.protection is not None:
         notes.append(
-            "warning: --bn-coupling forced takes entries of the gradient for exact, and the client "
-            "changed them: even the true images have a gradient distance above 0"
+            "warning: --bn-coupling forced takes the gradients of BatchNorm's scale and shift for "
+            "exact, but the client clipped them or added noise"
         )
     return notes
 
