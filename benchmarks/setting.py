@@ -1,10 +1,13 @@
 """Builds the attack that the benchmarks measure: photographs, random weights, train mode."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from inversion.objective import Objective
 from inversion.settings import Weights
-from models.build import build_model, init_head
+from models.build import build_model, find_head, init_head, load_weights
 from models.checkpoint import Task, make_checkpoint
 from models.gradient import ClientLoss, whole_batch_gradient
 from models.reading import target_from_checkpoint
@@ -22,6 +25,8 @@ def photo_objective(
     weights: Weights | None = None,
     train_mode: bool = True,
     bn_grad: str = "exact",
+    bn_coupling: str = "exact",
+    body: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
     shard: Shard = ALONE,
 ) -> Objective:
@@ -29,12 +34,22 @@ def photo_objective(
 
     arch: the network's name. size: the images' side in pixels. weights: those of the objective;
     without them it has the gradient distance, TV and, if the network has BatchNorm, the exact BN
-    prior. train_mode, bn_grad, shard: as in `Objective`.
+    prior. body: weights by name for all but the classifier head; random ones without it.
+    train_mode, bn_grad, bn_coupling, shard: as in `Objective`.
     """
     torch.manual_seed(seed)
     spec = DATASETS["photos"]
     shape = (3, size, size)
     model = build_model(arch, spec.class_count, shape)
+    if body is not None:
+        head, _ = find_head(model)
+        load_weights(
+            model,
+            {
+                name: w if name.startswith(head) else body[name]
+                for name, w in model.state_dict().items()
+            },
+        )
     init_head(model, "normal")
     x, y = photo_batch(batch_size, 1, size, seed=seed)
     loss = ClientLoss(train_mode)
@@ -50,5 +65,6 @@ def photo_objective(
         weights,
         bn_source="batch",
         bn_grad=bn_grad,
+        bn_coupling=bn_coupling,
         batch_shard=shard,
     )

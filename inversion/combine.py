@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inversion.objective import Objective
 from inversion.optimise import lowest
-from models.gradient import couples_samples, trainable_parameters
+from models.gradient import trainable_parameters
 from utils.shard import Shard
 
 #: Up to this many combinations all are compared, where inner products give their losses.
@@ -49,7 +49,7 @@ def combination_method(objective: Objective, num_seeds: int, memory: int) -> tup
     size = (
         count * sum(p.numel() * p.element_size() for p in parameters) // objective.batch_shard.size
     )
-    if couples_samples(objective.model, objective.loss.train_mode):
+    if objective.couples_images:
         return "greedy", "BatchNorm couples the images of a batch"
     if objective.distance_from_products is None:
         return "greedy", "this gradient distance is no function of inner products"
@@ -73,15 +73,15 @@ def combine(
 ) -> Combination:
     """Combine the seeds' images `x_seeds`, S tensors (B, C, H, W), into one batch.
 
-    Where no layer uses batch statistics the batch gradient is the mean of the images' gradients.
-    The Gram matrix of all S·B of them and their products with the target then give the loss of
-    every combination without further gradients. Up to EXHAUSTIVE combinations all are compared; of
-    more, a descent over changes of one image and of two, from every seed, finds a local optimum
-    that need not be the best. Elsewhere, or when the gradients do not fit into `memory` bytes,
-    combinations are evaluated one by one: a greedy search with repeated sweeps, until no single
-    change improves. Either way the result is never worse than the best seed. Seeds may lie on
-    another device than the model; only what is evaluated is moved. Seeds with images that are
-    not finite take no part.
+    Where no layer uses the statistics of the batch at hand, the batch gradient is the mean of the
+    images' gradients. The Gram matrix of all S·B of them and their products with the target then
+    give the loss of every combination without further gradients. Up to EXHAUSTIVE combinations all
+    are compared; of more, a descent over changes of one image and of two, from every seed, finds a
+    local optimum that need not be the best. Elsewhere, or when the gradients do not fit into
+    `memory` bytes, combinations are evaluated one by one: a greedy search with repeated sweeps,
+    until no single change improves. Either way the result is never worse than the best seed. Seeds
+    may lie on another device than the model; only what is evaluated is moved. Seeds with images
+    that are not finite take no part.
 
     Raises InterruptedSearchError soon after `should_stop()` is true: with many images a greedy
     search takes long.

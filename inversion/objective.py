@@ -3,17 +3,19 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from inversion.distances import GRADIENT_DISTANCES, joint_norm
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
-from inversion.settings import PRIORS, Weights
-from models.batchnorm import batch_statistics, running_moments
-from models.gradient import batch_gradient, gradient_mode
+from inversion.settings import BN_COUPLINGS, BN_GRADIENTS, PRIORS, Weights
+from models.batchnorm import batch_statistics, recorded_moments, running_moments
+from models.forced import forced_normalisation, forced_statistics
+from models.gradient import batch_gradient, couples_samples, gradient_mode
 from models.target import Target, check_gradient_fits
 from utils.errors import InputError
 from utils.shard import ALONE, Shard, differentiable_sum, sum_tensors
@@ -74,6 +76,7 @@ class Objective:
         distance_name: str = "sim",
         bn_source: str = "running",
         bn_grad: str = "exact",
+        bn_coupling: str = "exact",
         batch_shard: Shard = ALONE,
     ):
         """Prepare the target's gradient and moments on the model's device.
@@ -82,16 +85,24 @@ class Objective:
         was. y: (B,) labels. distance_name: a name in GRADIENT_DISTANCES. bn_source: where the BN
         prior pulls to, the "running" statistics of the model or those of the "batch", which the
         client sent. bn_grad: "exact", or "detached" for the original's truncated second derivative
-        of BatchNorm in train mode. batch_shard: this process's part of the batch.
+        of BatchNorm in train mode. bn_coupling: "exact", or "forced" for the client's statistics in
+        place of the candidate's own (models/forced.py). batch_shard: this process's part of the
+        batch.
 
-        Raises InputError when the gradient is zero or does not fit the model, and ValueError for
-        other than B labels, an unknown bn_grad, or a BN prior that has nothing to pull to.
+        Raises InputError when the gradient is zero or does not fit the model, or when the client
+        sent too little to force its statistics; and ValueError for other than B labels, an unknown
+        bn_grad or bn_coupling, the two of them together, or a BN prior that has nothing to pull to.
         """
         check_gradient_fits(model, target)
         if len(y) != target.batch_size:
             raise ValueError(f"{len(y)} labels for a batch of {target.batch_size}")
-        if bn_grad not in ("exact", "detached"):
-            raise ValueError(f"bn_grad {bn_grad}: choose exact or detached")
+        if bn_grad not in BN_GRADIENTS or bn_coupling not in BN_COUPLINGS:
+            raise ValueError(
+                f"bn_grad {bn_grad}, bn_coupling {bn_coupling}: choose of "
+                f"{', '.join(BN_GRADIENTS)} and of {', '.join(BN_COUPLINGS)}"
+            )
+        if (bn_grad, bn_coupling) == ("detached", "forced"):
+            raise ValueError("bn_grad detached has no meaning where statistics are forced")
         like = next(model.parameters())
         self.model = model
         self.weights = weights
@@ -104,6 +115,7 @@ class Objective:
         self.target_gradient = [g.to(like) for g in target.gradient]
         if not joint_norm(self.target_gradient) > 0:
             raise InputError("the target's gradient is zero: it says nothing about the images")
+        self._forced = forced_statistics(model, target) if bn_coupling == "forced" else None
         self._distance = GRADIENT_DISTANCES[distance_name]
         #: The distance from inner products; None where it is no function of them.
         self.distance_from_products = self._distance.from_products
@@ -125,17 +137,40 @@ class Objective:
         """Return this process's part of a whole batch `x` (B, ...)."""
         return self.batch_shard.split(x)
 
+    @property
+    def couples_images(self) -> bool:
+        """Whether the gradient of the batch is other than the mean of its images' gradients.
+
+        So it is where BatchNorm uses the candidate's own batch statistics.
+        """
+        return self._forced is None and couples_samples(self.model, self.loss.train_mode)
+
     def image_gradient(self, x: Tensor, index: int) -> tuple[Tensor, ...]:
         """Return the gradient of one image `x` (1, C, H, W) with label number `index`.
 
-        It is a summand of the batch's only where no layer uses batch statistics.
+        It is B times what the image adds to the batch's gradient where no images are coupled
+        (`couples_images`).
         """
         return self._batch_gradient(x, self.y[index : index + 1])
 
-    def _batch_gradient(self, x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        return batch_gradient(self.model, x, y, self.loss, **options)
+    def _batch_gradient(
+        self, x: Tensor, y: Tensor, *, total: int | None = None, create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        with self._normalisation(len(x) if total is None else total) as added:
+            return batch_gradient(
+                self.model, x, y, self.loss, create_graph=create_graph, total=total, added=added
+            )
+
+    def _normalisation(self, images: int):
+        """Make the context for a forward pass of images, of `images` in all, or a part of them."""
+        if self._forced is None:
+            return nullcontext()
+        return forced_normalisation(self.model, self._forced, images)
 
     def _statistics(self, *, needed: bool):
+        if self._forced is not None:  # a process needs to know no other one's images
+            moments = recorded_moments(self.model, self.batch_shard)
+            return moments if needed else nullcontext()
         return batch_statistics(
             self.model,
             self.batch_shard,
@@ -171,7 +206,7 @@ class Objective:
         """Return the priors of `gradient_and_priors` alone, without computing a gradient."""
         moments: list[tuple[Tensor, Tensor]] = []
         if self._needs_moments:
-            with self._statistics(needed=True) as recorded:
+            with self._statistics(needed=True) as recorded, self._normalisation(len(self.y)):
                 with gradient_mode(self.model, self.loss.train_mode), torch.enable_grad():
                     self.model(x)
                 moments = recorded()

@@ -132,6 +132,8 @@ PRIOR_ONLY = "prior only"
 OPTIMISERS = ("Adam", "LBFGS")
 #: `--bn-grad`: BatchNorm's whole second derivative, or the original's truncated one.
 BN_GRADIENTS = ("exact", "detached")
+#: `--bn-coupling`: BatchNorm by the candidate's own statistics, or by those that the client sent.
+BN_COUPLINGS = ("exact", "forced")
 #: `--shard`: what several processes share out, the images of a batch or whole seeds.
 SHARDS = ("batch", "seeds")
 #: `--verdict-metric`: metrics in which leakage is told.
@@ -297,6 +299,8 @@ class AttackSettings:
     exact_bn: bool = False
     #: A name in BN_GRADIENTS.
     bn_grad: str = "exact"
+    #: A name in BN_COUPLINGS.
+    bn_coupling: str = "exact"
     #: A name in SHARDS: what several processes share out.
     shared: str = "batch"
 
@@ -358,9 +362,11 @@ class AttackSettings:
 
         Nothing can be chosen by a gradient distance, so one seed serves most strategies, to the
         end without consensus and so without the strategy's own Langevin noise; one that averages
-        needs all seeds.
+        needs all seeds. BatchNorm's statistics are not the client's, neither as a goal nor forced.
         """
-        changes: dict[str, Any] = {"pixel_gradient": PRIOR_ONLY, "exact_bn": False}
+        changes: dict[str, Any] = {
+            "pixel_gradient": PRIOR_ONLY, "exact_bn": False, "bn_coupling": "exact",
+        }  # fmt: skip
         if STRATEGIES[self.strategy].averages:
             return replace(self, **changes)
         return self._without_consensus(**changes)

@@ -90,7 +90,7 @@ def batch_moments(x: Tensor, shard: Shard = ALONE) -> tuple[Tensor, Tensor]:
         return mean, var
     count = x.new_full((1,), x.numel() // x.shape[1])
     mean = x.sum(dims) / count.clamp(min=1)
-    squares = (x - _per_channel(mean, x)).square().sum(dims)
+    squares = (x - per_channel(mean, x)).square().sum(dims)
     own = torch.cat([mean, squares, count])
     others = torch.zeros_like(own)
     rows = torch.stack([own if rank == shard.rank else others for rank in range(shard.size)])
@@ -169,10 +169,10 @@ def whole_batch_normalisation(
             scale = (var + layer.eps).rsqrt()
             if layer.weight is not None:
                 scale = scale * layer.weight
-            centred, scale = x - _per_channel(mean, x), _per_channel(scale, x)
+            centred, scale = x - per_channel(mean, x), per_channel(scale, x)
             if layer.bias is None:
                 return centred * scale
-            return torch.addcmul(_per_channel(layer.bias, x), centred, scale)
+            return torch.addcmul(per_channel(layer.bias, x), centred, scale)
 
         return forward
 
@@ -245,12 +245,12 @@ class _TruncatedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, eps, shard):
         scale = (var + eps).rsqrt()
-        normed = (x - _per_channel(mean, x)) * _per_channel(scale, x)
+        normed = (x - per_channel(mean, x)) * per_channel(scale, x)
         ctx.save_for_backward(normed, scale, weight)
         ctx.shard, ctx.has_bias = shard, bias is not None
         # a copy: an in-place layer behind must not change what is saved
-        output = normed.clone() if weight is None else normed * _per_channel(weight, x)
-        return output if bias is None else output + _per_channel(bias, x)
+        output = normed.clone() if weight is None else normed * per_channel(weight, x)
+        return output if bias is None else output + per_channel(bias, x)
 
     @staticmethod
     def backward(ctx, cotangent):
@@ -262,15 +262,16 @@ class _TruncatedBatchNorm(torch.autograd.Function):
             d_bias = cotangent.sum(dims)
         if weight is not None:
             d_weight = (cotangent * normed).sum(dims)
-            d_normed = cotangent * _per_channel(weight, normed)
+            d_normed = cotangent * per_channel(weight, normed)
         sums = torch.stack([d_normed.sum(dims), (d_normed * normed).sum(dims)])
         count = ctx.shard.sum(normed.new_full((1,), normed.numel() // normed.shape[1]))
         means = differentiable_sum(sums, ctx.shard) / count
-        d_x = _per_channel(scale, normed) * (
-            d_normed - _per_channel(means[0], normed) - normed * _per_channel(means[1], normed)
+        d_x = per_channel(scale, normed) * (
+            d_normed - per_channel(means[0], normed) - normed * per_channel(means[1], normed)
         )
         return d_x, d_weight, d_bias, None, None, None, None
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Return `values` (C,) in a shape that multiplies a layer's input `x` (B, C, ...)."""
     return values.view(1, -1, *[1] * (x.dim() - 2))

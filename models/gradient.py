@@ -1,6 +1,6 @@
 """The one definition of "the gradient", used by the client and by the attacker."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -113,6 +113,7 @@ def batch_gradient(
     *,
     create_graph: bool = False,
     total: int | None = None,
+    added: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute the gradient of the batch's mean cross-entropy by the trainable parameters.
 
@@ -120,7 +121,8 @@ def batch_gradient(
     parameter, in the model's order, shaped like it; zeros where a parameter takes no part.
     create_graph: the result can be differentiated once more with respect to `x`. total: images of
     the whole batch where `x` is a part of it; the result is then this part's share, and the shares
-    of all parts sum to the gradient.
+    of all parts sum to the gradient. added: asked after the forward pass for what is added to the
+    loss, or to the part's share of it (models/forced.py).
     """
     parameters = list(trainable_parameters(model).values())
     with gradient_mode(model, loss.train_mode), torch.enable_grad():
@@ -129,6 +131,8 @@ def batch_gradient(
             value = F.cross_entropy(model(x), y, **options)
         else:
             value = F.cross_entropy(model(x), y, reduction="sum", **options) / total
+        if added is not None:
+            value = value + added()
         return torch.autograd.grad(
             value, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )

@@ -86,6 +86,8 @@ def derivatives(shard, device="cpu"):
         ("conv", 7, plain, {"distance_name": "L2"}),
     ]
     cases += [("residual", 6, exact, {"bn_grad": "detached"})]
+    forced = {"bn_coupling": "forced"}
+    cases += [("residual", 7, exact, forced), ("conv", 2, exact, forced)]
     cases += [("conv", size, prior_only, {}) for size in (7, 2)]
     cases += [
         ("untracked", 7, exact, {"train_mode": mode, "bn_grad": derivative})
@@ -157,6 +159,10 @@ def runs(shard):
         chosen = combine(objective, [start(seed, 7) for seed in range(3)])
         found[f"combine {mode}"] = torch.tensor(chosen.choice)
         found[f"combine {mode} loss"] = torch.tensor([chosen.loss, *chosen.seed_losses])
+    forced = objective_of(shard, "conv", 7, bn_coupling="forced")
+    chosen = combine(forced, [start(seed, 7) for seed in range(3)])
+    found["combine forced"] = torch.tensor(chosen.choice)
+    found["combine forced loss"] = torch.tensor([chosen.loss, *chosen.seed_losses])
     outcome = strategy(mlco, objective, schedule=MLCOSchedule(inner_steps=2))
     found["mlco"] = outcome.final.x
     return found

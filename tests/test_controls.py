@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from inversion.audit import controls
-from inversion.audit.inputs import shuffled
+from inversion.audit.inputs import make_case, shuffled
 from inversion.objective import Objective
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, prior_only
-from inversion.settings import PRIOR_ONLY, Loop, Weights
+from inversion.settings import PRIOR_ONLY, AttackSettings, Loop, Weights
 from models.binding import bind
 from models.build import build_model
 from models.checkpoint import load
+from models.gradient import whole_batch_gradient
 from models.reading import target_from_checkpoint
 from tests.support import attack, call, capture_photos, photos, smooth_network, target_of
+from utils.shard import ALONE
 from utils.tensor_files import save
 
 
@@ -179,6 +181,36 @@ def test_statistics_of_the_batch_are_leakage_and_no_prior(captured, tmp_path):
     running, _ = attack(tmp_path, path, *flags)
     assert (exact_bn["bn_source"], running["bn_source"]) == ("batch", "running")
     ours, theirs = (of["metrics"]["controls"] for of in (exact_bn, running))
+    assert ours["prior only"]["images"] == theirs["prior only"]["images"]
+    assert ours["other gradient"]["images"] != theirs["other gradient"]["images"]
+
+
+def test_controls_force_their_own_statistics_or_none():
+    torch.manual_seed(0)
+    model = smooth_network(8)
+    x, y = photos(4, 16)
+    target = target_of(model, x.double(), y)
+    settings = AttackSettings(Weights(), Loop(1, 0.1), bn_coupling="forced")
+    case = make_case(settings, model, target, y, None, torch.device("cpu"), ALONE)
+    x_other = torch.randn(x.shape, dtype=torch.float64)
+    sent = whole_batch_gradient(model, x_other, y, target.loss, moments=True)
+    other = case.attacked_by(settings, controls._with_update(target, sent)).objective
+    assert other.gradient_distance(x_other) < 1e-20 < 1e-3 < other.gradient_distance(x.double())
+    assert case.objective.gradient_distance(x.double()) < 1e-20
+    without = case.attacked_by(settings.without_gradient(), replace(target, bn_mean=None))
+    assert without.objective.couples_images
+
+
+def test_an_attack_with_forced_statistics_and_its_controls(captured, tmp_path):
+    path = captured("-a", "convnet", "-b", "3", "--upload-bn", "--with-control")
+    flags = ("--epochs", 4, "--BN", 0.01, "--exact-bn", "--metric", "--n-seed", 2, "--MinCombine")
+    flags += ("--T-in", 1)
+    forced, folder = attack(tmp_path, path, *flags, "--bn-coupling", "forced")
+    assert "combination: gram" in (folder / "log.txt").read_text()
+    exactly, folder = attack(tmp_path, path, *flags)
+    assert "combination: greedy" in (folder / "log.txt").read_text()
+    assert forced["settings"]["bn_coupling"] == "forced"
+    ours, theirs = (of["metrics"]["controls"] for of in (forced, exactly))
     assert ours["prior only"]["images"] == theirs["prior only"]["images"]
     assert ours["other gradient"]["images"] != theirs["other gradient"]["images"]
 

@@ -1,5 +1,7 @@
 """∂objective/∂x against central differences in float64, and the ways to it against each other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,17 @@ from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, plain
 from inversion.settings import Weights
 from models.batchnorm import batchnorm_layers, replace_batchnorm, truncated_derivative
 from models.build import build_model, init_head, load_weights
-from models.gradient import ClientLoss, batch_gradient, trainable_parameters
+from models.forced import forced_normalisation, forced_statistics
+from models.gradient import (
+    ClientLoss,
+    batch_gradient,
+    gradient_mode,
+    trainable_parameters,
+    whole_batch_gradient,
+)
+from tests.shared_work import network
 from tests.support import cosine, photos, smooth_network, target_of
+from utils.errors import InputError
 
 ALL_PRIORS = Weights(0.7, {"tv": 0.02, "bn": 0.05, "norm": -0.01}, {"tv": 0.001})
 
@@ -40,6 +51,140 @@ def test_derivative_equals_central_differences(method, distance, bn_source, trai
         along = (derivative * direction).sum()
         assert abs(difference - along) <= 1e-5 * derivative.norm() * direction.norm()
         assert abs(difference - along) <= 1e-5 * abs(difference) + 1e-9
+
+
+@pytest.mark.parametrize("bn_source", ["batch", "running"])
+@pytest.mark.parametrize("distance", ["sim", "L2"])
+@pytest.mark.parametrize("method", settings.PIXEL_GRADIENTS)
+def test_forced_derivative_equals_central_differences(method, distance, bn_source):
+    objective, x = smooth_case(distance_name=distance, bn_source=bn_source, bn_coupling="forced")
+    losses, derivative = PIXEL_GRADIENTS[method](objective, x, 0.5)
+    assert losses.total.item() == pytest.approx(objective.value(x, 0.5).total.item(), rel=1e-12)
+    step, generator = 1e-5, torch.Generator().manual_seed(2)
+    for _ in range(6):
+        direction = torch.randn(x.shape, dtype=x.dtype, generator=generator)
+        difference = objective(x + step * direction, 0.5).total
+        difference = (difference - objective(x - step * direction, 0.5).total) / (2 * step)
+        along = (derivative * direction).sum()
+        assert abs(difference - along) <= 1e-5 * derivative.norm() * direction.norm()
+    assert all(parameter.grad is None for parameter in objective.model.parameters())
+
+
+def forced_case(name):
+    """A network in float64, its client's batch, what that sent, and other images."""
+    torch.manual_seed(5)
+    model = network(name) if name == "residual" else build_model(name, 8, (3, 16, 16)).double()
+    for module in batchnorm_layers(model):
+        torch.nn.init.normal_(module.weight)
+        torch.nn.init.normal_(module.bias)
+    x, y = photos(5, 16, target_idx=11)
+    target = target_of(model, x.double(), y)
+    return model, target, x.double(), y, torch.randn(x.shape, dtype=torch.float64)
+
+
+def relative_error(found, true):
+    found, true = (torch.cat([g.flatten() for g in gradient]) for gradient in (found, true))
+    return ((found - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["residual", "convnet"])
+def test_the_forced_gradient_at_the_truth_is_the_clients(name):
+    model, target, x_true, y, x = forced_case(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    exactly, forced = (
+        Objective(model, target, y, Weights(), bn_coupling=kind) for kind in settings.BN_COUPLINGS
+    )
+    assert relative_error(forced.gradient(x_true), target.gradient) < 1e-10
+    assert relative_error(forced.gradient(x), exactly.gradient(x)) > 1e-2
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any("forward" in vars(layer) for layer in batchnorm_layers(model))
+
+
+@pytest.mark.parametrize("name", ["residual", "convnet"])
+def test_forced_images_do_not_interact(name):
+    model, target, _, y, x = forced_case(name)
+    objective = Objective(model, target, y, Weights(), bn_coupling="forced")
+    assert not objective.couples_images
+    assert Objective(model, target, y, Weights()).couples_images
+    whole = objective.gradient(x)
+    images = [objective.image_gradient(x[i : i + 1], i) for i in range(5)]
+    assert relative_error([sum(parts) / 5 for parts in zip(*images, strict=True)], whole) < 1e-10
+    with forced_normalisation(model, forced_statistics(model, target), 5) as added:
+        parts = [
+            batch_gradient(model, x[part], y[part], ClientLoss(True), total=5, added=added)
+            for part in (slice(0, 3), slice(3, 3), slice(3, 5))
+        ]
+    assert relative_error([sum(part) for part in zip(*parts, strict=True)], whole) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["residual", "convnet"])
+def test_the_forced_gradient_is_that_of_the_loss_that_it_is_said_to_have(name):
+    """CE + R, written out with hooks, of the eval-mode network with the client's statistics."""
+    model, target, _, y, x = forced_case(name)
+    forced = Objective(model, target, y, Weights(), bn_coupling="forced").gradient(x)
+    terms, layers = [], batchnorm_layers(model)
+    for layer, of in zip(layers, forced_statistics(model, target), strict=True):
+        layer.running_mean.copy_(of.mean)
+        layer.running_var.copy_(of.var)
+
+        def hook(layer, args, of=of):
+            for channel in range(layer.num_features):
+                z = args[0][:, channel]
+                normed = (z - of.mean[channel]) / (of.var[channel] + layer.eps).sqrt()
+                first = of.d_bias[channel] / z.numel() * normed
+                second = of.d_weight[channel] / z.numel() * normed.square() / 2
+                terms.append(-layer.weight[channel].item() * (first + second).sum())
+
+        layer.register_forward_pre_hook(hook)
+    with gradient_mode(model, False):
+        loss = torch.nn.functional.cross_entropy(model(x), y) + sum(terms)
+        true = torch.autograd.grad(loss, list(model.parameters()))
+    assert relative_error(forced, true) < 1e-10
+
+
+def test_forced_moments_are_those_of_the_batch_at_hand():
+    model, target, x_true, y, x = forced_case("residual")
+    weights = Weights(priors={"bn": 1.0})
+    exactly, forced = (
+        Objective(model, target, y, weights, bn_source="batch", bn_coupling=kind)
+        for kind in settings.BN_COUPLINGS
+    )
+    assert forced.value(x_true).terms["bn"] < 1e-12
+    assert forced.value(x).terms["bn"] > 1e-2
+    alone, _ = PIXEL_GRADIENTS[settings.PRIOR_ONLY](forced, x, 0.0)
+    torch.testing.assert_close(alone.terms["bn"], forced.value(x).terms["bn"])
+    (_, theirs), (_, ours) = (
+        each._local_gradient(x, create_graph=False, with_moments=True) for each in (exactly, forced)
+    )
+    torch.testing.assert_close(ours[0], theirs[0])  # in front of the first layer all is alike
+    torch.testing.assert_close(ours[0][0], model[0](x).mean((0, 2, 3)))
+    assert not torch.allclose(ours[1][0], theirs[1][0], rtol=1e-3)
+
+
+def test_statistics_that_were_not_sent_cannot_be_forced():
+    model, target, x, y, _ = forced_case("residual")
+    sent = whole_batch_gradient(model, x, y, ClientLoss(True))
+    assert sent.bn_mean is None
+    for refused, says in (
+        (replace(target, bn_mean=None, bn_var=None), "sent no statistics of its batch"),
+        (replace(target, train_mode=False), "in eval mode"),
+    ):
+        with pytest.raises(InputError, match=says):
+            forced_statistics(model, refused)
+    for place in ("weight", "bias"):
+        getattr(model[4].bn2, place).requires_grad_(False)
+        with pytest.raises(InputError, match=r"scale and shift of BatchNorm layer 4\.bn2"):
+            forced_statistics(model, target_of(model, x, y))
+        getattr(model[4].bn2, place).requires_grad_(True)
+    model[4].bn1 = torch.nn.BatchNorm2d(8, affine=False).double()
+    with pytest.raises(InputError, match=r"BatchNorm layer 4\.bn1"):
+        forced_statistics(model, target_of(model, x, y))
+    replace_batchnorm(model, "groupnorm")
+    with pytest.raises(InputError, match="has no BatchNorm layer"):
+        forced_statistics(model, target_of(model, x, y))
+    for options in ({"bn_coupling": "none"}, {"bn_coupling": "forced", "bn_grad": "detached"}):
+        with pytest.raises(ValueError, match="bn_"):
+            Objective(*forced_case("convnet")[:2], y, Weights(), **options)
 
 
 def resnet_objective(**options):

@@ -20,7 +20,9 @@ from tests.support import smooth_network, target_of
 SMALL = 1  # bytes of memory with which only the greedy search is possible
 
 
-def case(seed, batch_size=3, num_seeds=3, *, train_mode=False, distance="sim", model=None):
+def case(
+    seed, batch_size=3, num_seeds=3, *, train_mode=False, distance="sim", model=None, **options
+):
     """An objective on random images and seeds that are each right in some images, in float64."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -33,7 +35,7 @@ def case(seed, batch_size=3, num_seeds=3, *, train_mode=False, distance="sim", m
     amount = torch.rand(num_seeds, batch_size, 1, 1, 1, dtype=torch.float64, generator=generator)
     target = target_of(model, x, y, train_mode=train_mode, num_classes=4)
     return (
-        Objective(model, target, y, Weights(), distance_name=distance),
+        Objective(model, target, y, Weights(), distance_name=distance, **options),
         x,
         list(x + amount * noise),
     )
@@ -54,6 +56,18 @@ def test_eval_mode_equals_brute_force(distance):
         found = combine(objective, x_seeds)
         assert found.loss == pytest.approx(brute_force(objective, x_seeds), rel=1e-6)
         assert found.image_gradients <= 9 + 6
+
+
+@pytest.mark.parametrize("distance", ["sim", "L2"])
+def test_forced_statistics_allow_the_gram_search_in_train_mode(distance):
+    for seed in range(5):
+        objective, x, x_seeds = case(seed, train_mode=True, distance=distance, bn_coupling="forced")
+        assert combination_method(objective, 3, 2**30)[0] == "gram"
+        found = combine(objective, x_seeds)
+        assert found.loss == pytest.approx(brute_force(objective, x_seeds), rel=1e-6)
+        assert found.loss == pytest.approx(objective.gradient_distance(found.x), rel=1e-6)
+        assert found.image_gradients <= 9 + 6
+        assert combine(objective, [x_seeds[0], x]).loss < 1e-12
 
 
 def test_batch_statistics_in_eval_mode_are_searched_greedily():

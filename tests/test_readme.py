@@ -20,6 +20,7 @@ import training
 from docs.flags import page as flag_page
 from inversion.audit.flags import tuned_flag
 from inversion.settings import RANGES
+from models.binding import bind
 from models.build import build_model
 from models.checkpoint import FORMAT, load
 from tests.support import ROOT, Hostile, Outcome, attack, call, capture_photos
@@ -304,6 +305,19 @@ def mistakes(tmp_path_factory):
     torch.save(checkpoint | {"args": Hostile(folder / "ran")}, folder / "hostile.tar")
     gradient = [65536 * g for g in checkpoint["target_gradient"]]
     save(checkpoint | {"target_gradient": gradient}, str(folder / "scaled.tar"))
+    convnet = ("-a", "convnet", "-b", "2")
+    os.rename(capture_photos(folder, *convnet), folder / "convnet.tar")
+    os.rename(capture_photos(folder, *convnet, "--upload-bn"), folder / "uploaded.tar")
+    os.rename(capture_photos(folder, *convnet, *OTHER), folder / "simulated.tar")
+    in_eval_mode = (*convnet, "--upload-bn", "--model-eval")
+    os.rename(capture_photos(folder, *in_eval_mode), folder / "eval.tar")
+    uploaded = load(str(folder / "uploaded.tar"))
+    names, gradient = uploaded["trainable"], uploaded["target_gradient"]
+    kept = [i for i, name in enumerate(names) if name != names[1]]  # that of a BatchNorm's scale
+    changes = {k: [uploaded[k][i] for i in kept] for k in ("trainable", "target_gradient")}
+    frozen = uploaded | changes
+    bind(frozen)
+    save(frozen, str(folder / "frozen.tar"))
     (folder / "damaged.tar").write_bytes((folder / "lenet.tar").read_bytes()[:5000])
     torch.save(build_model("convnet", 8, (3, 32, 32)).state_dict(), folder / "convnet.pth")
     image_folder(folder / "pictures")

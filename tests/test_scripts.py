@@ -281,6 +281,16 @@ def test_both_pixel_gradients_run(captured, tmp_path, method):
     assert exact["losses"]["gradient"] != result["losses"]["gradient"]
 
 
+def test_forcing_statistics_beside_a_protected_gradient_warns(captured, tmp_path):
+    protection = ("--enable-dp", "-C", "1", "--sigma", "1e-4")
+    path = captured("-a", "convnet", "-b", "4", "--upload-bn", *protection)
+    flags = ("--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1)
+    warned = succeed("run.py", *flags, "--bn-coupling", "forced")
+    lines = [line for line in warned.out.splitlines() if line.startswith("warning: --bn-coup")]
+    assert len(lines) == 1
+    assert "the client clipped them or added noise" in lines[0]
+
+
 def test_exact_bn_without_statistics_warns_and_records(captured, tmp_path):
     path = captured("-a", "convnet", "-b", "4")
     flags = ("--root", tmp_path, "--checkpoint", path, "--lr", 0.1, "--epochs", 1, "--BN", 0.1)

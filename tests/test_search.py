@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,14 @@ def test_a_trial_goes_on_where_it_was():
     other = []
     run_trial({**settings, "lr": 0.3}, problem(), reports, lambda *report: other.append(report))
     assert not torch.equal(other[-1][1]["x"], whole[-1][1]["x"])
+
+
+def test_a_trial_forces_statistics_as_the_attack_does():
+    given = problem()
+    forced = given.objective(replace(given.settings, bn_coupling="forced"))
+    assert given.objective(given.settings).couples_images
+    assert forced.gradient_distance(given.truth.x) < 1e-9
+    assert not forced.couples_images
 
 
 def test_a_loss_that_is_not_finite_fails_the_trial():

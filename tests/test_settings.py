@@ -54,6 +54,8 @@ def test_the_control_without_gradient_has_priors_alone():
     assert control.prior_names == ["tv"]
     assert control.loop_in(None).noise == 0
     assert control.total_iterations(1) == 9
+    forced = settings_of("--epochs", "9", "--bn-coupling", "forced").attack
+    assert (forced.bn_coupling, forced.without_gradient().bn_coupling) == ("forced", "exact")
     mean = settings_of("--epochs", "9", "--strategy", "mean", "--n-seed", "3").attack
     assert mean.without_gradient().num_seeds == 3
 

@@ -5,6 +5,7 @@ import argparse
 from inversion.settings import (
     ATTACKS,
     AUTO,
+    BN_COUPLINGS,
     BN_GRADIENTS,
     GRADIENT_DISTANCES,
     LABEL_METHODS,
@@ -162,6 +163,12 @@ def _add_objective(add) -> None:
         choices=BN_GRADIENTS,
         default="exact",
         help="Second derivative of BatchNorm; detached is the original's truncated one.",
+    )
+    add(
+        "--bn-coupling",
+        choices=BN_COUPLINGS,
+        default="exact",
+        help="forced: BatchNorm by the uploaded statistics and their gradients, held constant.",
     )
     add(
         "--pixel-gradient",

@@ -18,6 +18,7 @@ from inversion.settings import AttackSettings
 from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
 from models.binding import check_bound
+from models.forced import forced_statistics
 from models.gradient import couples_samples, forward_failure
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Target, Update, check_fits, guarantee_lines, model_of
@@ -151,6 +152,7 @@ def make_case(
         distance_name=settings.distance,
         bn_source=source or "running",
         bn_grad=settings.bn_grad,
+        bn_coupling=settings.bn_coupling,
         batch_shard=processes if settings.shared == "batch" else ALONE,
     )
     return Case(target, y, labels, objective, source, device, processes)
@@ -320,28 +322,35 @@ def _labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Modul
 
 
 def _refuse_bn(settings: AttackSettings, target: Target, model: nn.Module) -> None:
-    """Raise InputError for what concerns BatchNorm where the network has none of it."""
+    """Raise InputError for what concerns BatchNorm where the target has too little of it."""
     if settings.bn_grad == "detached" and not couples_samples(model, target.train_mode):
         raise InputError(
             "--bn-grad detached: concerns BatchNorm by batch statistics, which this checkpoint's "
             "network does not use; leave it out"
         )
+    if settings.bn_coupling == "forced":
+        with naming("--bn-coupling forced"):
+            forced_statistics(model, target)
     weight = settings.weights.priors.get("bn", 0.0)
     if weight and not batchnorm_layers(model):
         raise InputError(f"--BN {weight:g}: {target.arch} has no BatchNorm layer; leave it out")
 
 
 def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
-    if not settings.exact_bn:
-        return []
-    if not settings.weights.priors.get("bn"):
-        return ["note: --exact-bn says where the BN prior pulls to; --BN is 0"]
-    if target.bn_mean is None:
-        return [
+    notes = []
+    if settings.exact_bn and not settings.weights.priors.get("bn"):
+        notes.append("note: --exact-bn says where the BN prior pulls to; --BN is 0")
+    elif settings.exact_bn and target.bn_mean is None:
+        notes.append(
             "warning: --exact-bn, but the checkpoint holds no batch statistics: running ones are "
             "used; capture with training.py --upload-bn to have them"
-        ]
-    return []
+        )
+    if settings.bn_coupling == "forced" and target.protection is not None:
+        notes.append(
+            "warning: --bn-coupling forced takes the gradients of BatchNorm's scale and shift for "
+            "exact, but the client clipped them or added noise"
+        )
+    return notes
 
 
 def _refuse_unfit_network(case: Case, source: str) -> None:

@@ -27,6 +27,7 @@ from inversion.search.tune import (
 from inversion.settings import AttackSettings
 from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
+from models.forced import forced_statistics
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Target, check_fits, model_of
 from utils.console import Reporter, Silent, table
@@ -169,6 +170,9 @@ def load_problem(settings: Settings, wanted: SearchSettings, device: str) -> Pro
     if "bn" in wanted.parameters and not batchnorm_layers(model):
         raise InputError(f"--BN-tune: {simulated.arch} has no BatchNorm layer; leave it out")
     trial = settings.attack.for_trials(wanted.steps)
+    if trial.bn_coupling == "forced":
+        with naming(f"{source}, under --bn-coupling forced"):
+            forced_statistics(model, simulated)
     return Problem(
         model=model,
         target=simulated,

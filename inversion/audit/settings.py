@@ -251,6 +251,7 @@ def _attack_from(args) -> AttackSettings:
         pixel_gradient=args.pixel_gradient,
         exact_bn=args.exact_bn,
         bn_grad=args.bn_grad,
+        bn_coupling=args.bn_coupling,
         shared=args.shard,
     )
 
@@ -296,6 +297,11 @@ def _refuse_attack(args) -> None:
         raise InputError(
             "--epochs: missing; give the number of iterations, such as 3000: a verdict is for a "
             "finished attack"
+        )
+    if args.bn_coupling == "forced" and args.bn_grad == "detached":
+        raise InputError(
+            "--bn-coupling forced: leaves no batch statistics whose derivative --bn-grad detached "
+            "would truncate; give one of them"
         )
 
 

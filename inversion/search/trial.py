@@ -59,6 +59,7 @@ class Problem:
             distance_name=settings.distance,
             bn_source=self.bn_source,
             bn_grad=settings.bn_grad,
+            bn_coupling=settings.bn_coupling,
         )
 
 
