@@ -379,8 +379,13 @@ def _relu_invert(network: Network, node: fx.Node, source: fx.Node) -> Known:
     return mask * (value > threshold), value
 
 
-def _smooth(derivative: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]):
-    """Make the operation of a smooth activation, both functions of its output."""
+def _monotone(
+    derivative: Callable[[Tensor, float], Tensor], inverse: Callable[[Tensor, float], Tensor]
+) -> "Operation":
+    """Make the operation of an activation that loses nothing.
+
+    Both are functions of its output and of the slope of its negative part, where it has one.
+    """
 
     def backward(network: Network, node: fx.Node, source: fx.Node) -> Tensor:
         known, value = network.known(node)
@@ -388,15 +393,22 @@ def _smooth(derivative: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], 
             raise StoppedError(
                 f"{place(node)}: its derivative needs its output, which is not known"
             )
-        return network.signal(node) * derivative(value)
+        return network.signal(node) * derivative(value, _slope(network, node))
 
     def invert(network: Network, node: fx.Node, source: fx.Node) -> Known:
         known, value = network.known(node)
-        found = inverse(value)
+        found = inverse(value, _slope(network, node))
         fine = torch.isfinite(found)
         return known * fine, torch.where(fine, found, torch.zeros_like(found))
 
     return Operation(backward, invert)
+
+
+def _slope(network: Network, node: fx.Node) -> float:
+    """Return the slope of a leaky ReLU's negative part, 0 for other activations."""
+    if node.op == "call_module":
+        return getattr(network.module(node), "negative_slope", 0.0)
+    return float(node.kwargs.get("negative_slope", [*node.args, 0.01][1]))  # type: ignore[arg-type]
 
 
 def _add_invert(network: Network, node: fx.Node, source: fx.Node) -> Known | None:
@@ -491,6 +503,10 @@ OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(ADDITIONS, Operation(_same, _add_invert)),
     **dict.fromkeys(MAXIMA | AVERAGES, Operation(_pool_backward, _pool_invert)),
     **dict.fromkeys(COPIES, Operation(_same, _same_known)),
-    "sigmoid": _smooth(lambda y: y * (1 - y), torch.logit),
-    "tanh": _smooth(lambda y: 1 - y.square(), torch.atanh),
+    "sigmoid": _monotone(lambda y, _: y * (1 - y), lambda y, _: torch.logit(y)),
+    "tanh": _monotone(lambda y, _: 1 - y.square(), lambda y, _: torch.atanh(y)),
+    "leakyrelu": _monotone(
+        lambda y, slope: torch.where(y > 0, 1.0, slope),
+        lambda y, slope: torch.where(y > 0, y, y / slope),
+    ),
 }

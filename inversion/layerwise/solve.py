@@ -13,7 +13,12 @@ from inversion.layerwise.batchnorm import (
     per_channel,
     refine_coupled,
 )
-from inversion.layerwise.convolution import Solution, solve_gradients, term_equations
+from inversion.layerwise.convolution import (
+    Solution,
+    preconditioner,
+    solve_gradients,
+    term_equations,
+)
 from inversion.layerwise.least_squares import conjugate_gradients, known_entries
 from inversion.layerwise.masks import (
     Rectified,
@@ -31,8 +36,8 @@ REPAIRS = 6
 LEFT_OUT = 10
 #: Flips that are pursued at once.
 PURSUED = 30
-#: Steps of conjugate gradients on all equations.
-STEPS = 80
+#: Steps of conjugate gradients on all equations, and where they end.
+STEPS, SETTLED = 40, 1e-3
 #: Floor of `rectify` where the images' common part was fixed afterwards, which has an error.
 OFFSET_FLOOR = 3e-6
 #: Mask entries near the threshold that are tried in train mode, and how near.
@@ -236,7 +241,8 @@ def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries) ->
         equations.append(known_entries(*entries))
     if len(equations) == len(terms):  # the solution is the best one already
         return found
-    return replace(found, u=conjugate_gradients(equations, found.u, STEPS))
+    better = preconditioner(terms, shape)
+    return replace(found, u=conjugate_gradients(equations, found.u, STEPS, SETTLED, better))
 
 
 # Signals that depend on it through BatchNorm in train mode -------------------------------------
