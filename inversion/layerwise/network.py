@@ -408,7 +408,7 @@ def _slope(network: Network, node: fx.Node) -> float:
     """Return the slope of a leaky ReLU's negative part, 0 for other activations."""
     if node.op == "call_module":
         return getattr(network.module(node), "negative_slope", 0.0)
-    return float(node.kwargs.get("negative_slope", [*node.args, 0.01][1]))  # type: ignore[arg-type]
+    return float(node.kwargs.get("negative_slope", [*node.args, 0.01][1]))
 
 
 def _add_invert(network: Network, node: fx.Node, source: fx.Node) -> Known | None:
