@@ -240,6 +240,25 @@ def test_total_variation_smooths():
     assert smooth < 0.5 * rough
 
 
+def test_with_a_total_variation_only_an_exact_match_replaces_the_smooth_image():
+    torch.manual_seed(0)
+    front = Front(nn.Sequential(nn.Conv2d(3, 24, 2, 2)), ["_0"])
+    x, start = images(2, 8).double(), torch.zeros(2, 3, 8, 8)
+    targets = front(x)["_0"]
+    targets[1] += 0.1 * torch.randn(24, 4, 4)  # of no image
+    options = {"adam_steps": 30, "rate": 0.1, "total_variation": 0.3}
+    adam, both = (
+        match_activations(front, {"_0": targets}, LOW, HIGH, start, lbfgs_steps=steps, **options)
+        for steps in (0, 100)
+    )
+    assert (both.images[0] - x[0]).abs().max() < 1e-7 < (adam.images[0] - x[0]).abs().max()
+    assert torch.equal(both.images[1], adam.images[1])
+    free = match_activations(
+        front, {"_0": targets}, LOW, HIGH, adam.images, adam_steps=0, lbfgs_steps=100, rate=0.1
+    )
+    assert adam.residual[1] / 30 < free.residual[1] < adam.residual[1]
+
+
 def test_a_target_that_the_front_lacks_is_refused():
     front = Front(wide(), ["_2"])
     options = {"adam_steps": 1, "lbfgs_steps": 0, "rate": 0.1}

@@ -21,6 +21,10 @@ Statistics = Mapping[str, tuple[Tensor, Tensor]]
 _CHUNK = 10
 #: A squared relative residual that float64 cannot improve.
 _EXACT = 1e-29
+#: Weight, beside the squared relative residual, of the mean square by which pixels leave the box.
+_OUTSIDE = 1.0
+#: Share of the squared residual that L-BFGS leaves at most where tensors determine the image.
+_DETERMINED = 1 / 30**2
 #: L-BFGS ends where that many steps lower the squared residual by a smaller share than this.
 _STALLED = 1e-3
 
@@ -130,15 +134,18 @@ def match_activations(
 
     Each image has its own loss, Σ over `targets` of ‖m ⊙ (front(x) − t)‖² / ‖m ⊙ t‖². First Adam
     in float32 with a cosine rate from `rate` to 0, clamped to the box of `low` and `high`
-    (C, 1, 1); then L-BFGS in float64 for each image by itself, without the box, which ends early
-    where ten steps no longer help. An image that L-BFGS does not improve stays as Adam left it.
-    Where the tensors determine the image, the second stage makes it exact.
+    (C, 1, 1); then L-BFGS in float64 for each image by itself, which ends early where ten steps no
+    longer help, with a penalty outside of the box instead of the clamp. Where the tensors
+    determine the image, the second stage makes it exact. An image whose residual it does not
+    lower stays as Adam left it; with a total variation, one whose residual it does not divide by
+    30, which is taken as a sign that the tensors alone do not determine the image.
 
     targets: name → (B, …), names of the front. total_variation: weight of the mean absolute
-    difference of neighbours, per image, which falls linearly to 0 over the Adam steps.
+    difference of neighbours, per image, which falls linearly to 0 over the Adam steps; 0.1 suits
+    photographs of which a pooling has lost pixels.
     masks: name → what counts of a target, 1 or 0, of its shape; all of it where a name is missing.
     on_step: called with the steps done and the residuals (B,) after every step of Adam and every
-    few of L-BFGS, there on the image at work alone (1,).
+    few of L-BFGS, there of the image at work alone (1,) with the penalty.
 
     Raises ValueError for a target that the front does not compute.
     """
@@ -157,13 +164,15 @@ def match_activations(
     if lbfgs_steps:
         images, steps = [], []
         for i in range(len(x)):
-            image, count = _lbfgs(problem.of(i), x[i : i + 1], lbfgs_steps, adam_steps, on_step)
+            image, count = _lbfgs(
+                problem.of(i), x[i : i + 1], box, lbfgs_steps, adam_steps, on_step
+            )
             images.append(image)
             steps.append(count)
         done, found = max(steps), torch.cat(images).clamp(*box)
         with torch.no_grad():
             losses = problem.losses(found)
-        better = losses < best
+        better = losses < best * (_DETERMINED if total_variation else 1.0)
         x = torch.where(better[:, None, None, None], found, x)
         best = torch.where(better, losses, best)
     return Matched(x, best.sqrt(), adam_steps + done)
@@ -222,11 +231,16 @@ def _adam(problem, x, box, steps, rate, total_variation, on_step) -> Tensor:
     return x.detach()
 
 
-def _lbfgs(problem, x, steps, before, on_step) -> tuple[Tensor, int]:
+def _lbfgs(problem, x, box, steps, before, on_step) -> tuple[Tensor, int]:
     """Improve one image (1, C, H, W) of float64; return it and the steps done."""
     x = x.detach().clone().requires_grad_()
+
+    def penalised() -> Tensor:
+        outside = (x - x.clamp(*box)).square().mean()
+        return problem.losses(x).sum() + _OUTSIDE * outside
+
     with torch.no_grad():
-        loss = problem.losses(x).sum()
+        loss = penalised()
     scale = 1 / loss.clamp_min(_EXACT)
     optimiser = torch.optim.LBFGS(
         [x],
@@ -238,7 +252,7 @@ def _lbfgs(problem, x, steps, before, on_step) -> tuple[Tensor, int]:
     )
 
     def closure():
-        loss = problem.losses(x).sum()
+        loss = penalised()
         (x.grad,) = torch.autograd.grad(loss * scale, x)
         return loss.detach() * scale
 
@@ -248,7 +262,7 @@ def _lbfgs(problem, x, steps, before, on_step) -> tuple[Tensor, int]:
         optimiser.step(closure)
         done += min(_CHUNK, steps - done)
         with torch.no_grad():
-            latest = problem.losses(x).sum()
+            latest = penalised()
         if on_step:
             on_step(before + done, latest.sqrt()[None])
         if not latest < loss * (1 - _STALLED):  # or not finite
