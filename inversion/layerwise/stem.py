@@ -130,7 +130,7 @@ def stem_posterior(
     low: Tensor,
     high: Tensor,
     error: float,
-    rounds: int = 8,
+    rounds: int = 10,
 ) -> Stem:
     """Recover images x from max_pool(ReLU(scale · conv(x) + shift)) by expectation propagation.
 
