@@ -425,17 +425,20 @@ def scored(stem, known, images):
 
 
 @pytest.mark.parametrize(
-    ("channels", "kernel", "geometry", "size", "margin"),
-    [(3, 7, RESNET, (12, 12), 10), (1, 5, RESNET, (14, 10), 10), (3, 3, VGG, (11, 12), 10)],
+    ("channels", "kernel", "geometry", "size", "filters", "margin"),
+    [
+        (3, 7, RESNET, (12, 12), 64, 15),  # measured: 22 dB
+        (1, 5, RESNET, (14, 10), 24, 15),
+        (3, 3, VGG, (11, 12), 16, 9),
+    ],
 )
-def test_images_come_back(channels, kernel, geometry, size, margin):
-    """Better than the image's own mean colour by a margin in dB, most of which is below."""
+def test_images_come_back(channels, kernel, geometry, size, filters, margin):
+    """They are better than the true images' own mean colours, by about a third less than measured."""
     images = public_photographs(2, (channels, *size), seed=3)
-    given, known = stem_of(images, 64 if kernel > 3 else 16, kernel, *geometry)
+    given, known = stem_of(images, filters, kernel, *geometry)
     stem = stem_posterior(*given, **known)
     flat = images.mean((2, 3), keepdim=True).expand(images.shape)
     gain = scored(stem, known, images) - psnr(flat, images)
-    print(gain, stem.certain, stem.deviation, stem.residual, scored(stem, known, images))
     assert gain.mean() > margin
 
 
@@ -460,7 +463,6 @@ def test_the_right_images_leave_no_residual_and_wrong_values_leave_one():
     pooled, *rest = given
     right = stem_posterior(*given, **known)
     wrong = stem_posterior(pooled.flip(1), *rest, **known)
-    print(right.residual, wrong.residual, right.certain)
     assert right.residual < 0.02
     assert wrong.residual > 10 * right.residual
     assert right.certain > 0.5

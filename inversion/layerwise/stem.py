@@ -52,8 +52,9 @@ SITE_WIDTH = 2e-3
 #: How many times wider the sites are in the first round. Narrow sites on positions that are not yet
 #: certain make early mistakes persist.
 WIDENING = 10.0
-#: Share of the way that sites move in one round.
-DAMPING = 0.7
+#: Share of the way that sites move in one round, and what multiplies it after a round that made the
+#: image's residual larger.
+DAMPING, CAUTION = 0.7, 0.5
 #: Upper limit of the precision that the box gives a pixel.
 BOX_PRECISION = 1e6
 #: The probability from which a maximum's position counts as certain.
@@ -75,7 +76,7 @@ class Stem:
     deviation: Tensor
     #: (B,): share of the maxima whose position is certain.
     certain: Tensor
-    #: (B,): relative error of the images' own pooled values.
+    #: (B,): relative error of the images' own pooled values. It tells right images from wrong ones.
     residual: Tensor
 
 
@@ -85,8 +86,13 @@ class _Problem:
 
     grid: Grid
     conv: Convolution
+    pool: Pooling
+    #: (B, O, h', w'): the pooled values.
+    pooled: Tensor
     #: (O, C, k, k): the convolution with BatchNorm's scale and the box's width.
     weight: Tensor
+    #: (1, O, h, w): what is added to that convolution's outputs.
+    offset: Tensor
     windows: Windows
     #: (B, O, h, w): bounds of the convolution's outputs.
     bound: Tensor
@@ -153,11 +159,7 @@ def stem_posterior(
     parts = []
     for part in pooled.clamp_min(0).split(at_once):
         problem = _problem(part, grid, conv, pool, scaled, offset, error)
-        images, deviation, certain = _propagate(problem, len(part), rounds)
-        own = F.max_pool2d(
-            (conv2d(images, scaled, conv) + offset).relu(), pool.kernel, pool.stride, pool.padding
-        )
-        residual = (own - part).flatten(1).norm(dim=1) / part.flatten(1).norm(dim=1).clamp_min(TINY)
+        images, deviation, certain, residual = _propagate(problem, rounds)
         parts.append((low + span * images, deviation, certain, residual))
     return Stem(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
@@ -203,26 +205,63 @@ def _problem(
     # A filter of zeros has no width of its own.
     noise = width.clamp_min(float(SITE_WIDTH * norm.max()) / 1000 + TINY).square()
     bound = windows.bound - offset
-    return _Problem(grid, conv, weight, windows, bound, noise.expand_as(bound))
+    noise = noise.expand_as(bound)
+    return _Problem(grid, conv, pool, pooled, weight, offset, windows, bound, noise)
 
 
-def _propagate(problem: _Problem, batch: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Run all rounds: the images (B, C, H, W) from 0 to 1, their deviations, shares of certain."""
-    state = _start(problem, batch)
+def _propagate(problem: _Problem, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run all rounds; per image return the one that explains the pooled values best.
+
+    Sites move together. Where filters outnumber the values in a window they overshoot, and the
+    residual rises: then the image's sites move less from there on.
+    Returns images (B, C, H, W) from 0 to 1, their deviations, shares of certain maxima, residuals.
+    """
+    state = _start(problem)
+    share = problem.bound.new_full((len(problem.bound), 1, 1, 1), DAMPING)
+    last = problem.bound.new_full((len(problem.bound),), torch.inf)
+    best: list[Tensor] = []
     for number in range(rounds):
         posterior = _posterior(problem, state)
         noise = problem.noise * WIDENING ** (2 - 2 * number / max(rounds - 1, 1))
         maps, probability = _update_maps(problem, noise, state, posterior)
+        images = posterior.mean.clamp(0, 1)
+        residual = _residual(problem, images)
+        deviation = posterior.variance.flatten(1).mean(1).sqrt()
+        found = [images, deviation, _certain_share(problem, probability), residual]
+        best = _better(best, found) if best else found
+        rose = (residual > last).view(-1, 1, 1, 1)
+        share, last = torch.where(rose, CAUTION * share, share), residual
         precisions = state.precisions
         if number > 0:
             # The first mean is so smooth that its differences would say "no edges".
             precisions = student_precisions(posterior.mean, posterior.covariance, problem.grid)
-        state = _State(maps, _update_pixels(state, posterior), precisions)
-    deviation = posterior.variance.flatten(1).mean(1).sqrt()
-    return posterior.mean.clamp(0, 1), deviation, _certain_share(problem, probability)
+        pixels = _update_pixels(state, posterior)
+        state = _State(
+            damped(state.maps, maps, share), damped(state.pixels, pixels, share), precisions
+        )
+    images, deviation, certain, residual = best
+    return images, deviation, certain, residual
 
 
-def _start(problem: _Problem, batch: int) -> _State:
+def _residual(problem: _Problem, images: Tensor) -> Tensor:
+    """Return the relative error of the images' own pooled values: (B,)."""
+    pool = problem.pool
+    outputs = conv2d(images, problem.weight, problem.conv) + problem.offset
+    own = F.max_pool2d(outputs.relu(), pool.kernel, pool.stride, pool.padding)
+    size = problem.pooled.flatten(1).norm(dim=1).clamp_min(TINY)
+    return (own - problem.pooled).flatten(1).norm(dim=1) / size
+
+
+def _better(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """Choose, per image, what has the lower residual, which is the last entry."""
+    improved = new[-1] < old[-1]
+    return [
+        torch.where(improved.view(-1, *[1] * (now.dim() - 1)), now, before)
+        for before, now in zip(old, new, strict=True)
+    ]
+
+
+def _start(problem: _Problem) -> _State:
     """Return the first sites: only maxima whose position is certain say something."""
     group, grid = problem.windows.group, problem.grid
     members = torch.bincount(group[group >= 0], minlength=problem.windows.num_groups)
@@ -231,8 +270,8 @@ def _start(problem: _Problem, batch: int) -> _State:
         torch.where(single, 1 / problem.noise, 0),
         torch.where(single, problem.bound / problem.noise, 0),
     )
-    blank = problem.bound.new_zeros(batch, grid.channels, grid.rows, grid.columns)
-    return _State(maps, no_sites(blank), gaussian_precisions(batch, grid, blank))
+    blank = problem.bound.new_zeros(len(group), grid.channels, grid.rows, grid.columns)
+    return _State(maps, no_sites(blank), gaussian_precisions(len(group), grid, blank))
 
 
 def _posterior(problem: _Problem, state: _State) -> _Posterior:
@@ -275,15 +314,14 @@ def _update_maps(
         mean, variance, problem.bound, windows.group, windows.num_groups, noise
     )
     new = matching_sites(tilted_mean, tilted_variance, mean, variance, 1 / noise)
-    return damped(state.maps, new, DAMPING), probability
+    return new, probability
 
 
 def _update_pixels(state: _State, posterior: _Posterior) -> Sites:
     """Return the next sites of the pixels' box."""
     mean, variance = cavity(posterior.mean, posterior.variance, state.pixels)
     inside = between(mean, variance, 0.0, 1.0)
-    new = matching_sites(*inside, mean, variance, mean.new_tensor(BOX_PRECISION))
-    return damped(state.pixels, new, DAMPING)
+    return matching_sites(*inside, mean, variance, mean.new_tensor(BOX_PRECISION))
 
 
 def _certain_share(problem: _Problem, probability: Tensor) -> Tensor:
