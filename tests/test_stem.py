@@ -30,6 +30,7 @@ from inversion.layerwise.moments import (
     matching_sites,
     maximum_moments,
 )
+from inversion.layerwise.propagation import conv2d
 from inversion.layerwise.smoothness import (
     STENCILS,
     add_smoothness,
@@ -37,7 +38,7 @@ from inversion.layerwise.smoothness import (
     gaussian_precisions,
     student_precisions,
 )
-from inversion.layerwise.stem import conv2d, stem_posterior
+from inversion.layerwise.stem import stem_posterior
 from inversion.layerwise.stencils import (
     add_differences,
     difference_variance,
@@ -427,13 +428,14 @@ def scored(stem, known, images):
 @pytest.mark.parametrize(
     ("channels", "kernel", "geometry", "size", "filters", "margin"),
     [
-        (3, 7, RESNET, (12, 12), 64, 15),  # measured: 22 dB
-        (1, 5, RESNET, (14, 10), 24, 15),
-        (3, 3, VGG, (11, 12), 16, 9),
+        (3, 7, RESNET, (12, 12), 64, 19),
+        (1, 5, RESNET, (14, 10), 24, 12),
+        (1, 5, RESNET, (14, 10), 64, 35),  # more filters than values in a window
+        (3, 3, VGG, (11, 12), 16, 11),
     ],
 )
 def test_images_come_back(channels, kernel, geometry, size, filters, margin):
-    """They are better than the true images' own mean colours, by about a third less than measured."""
+    """Better than the true mean colours by a margin: about a third under what was measured."""
     images = public_photographs(2, (channels, *size), seed=3)
     given, known = stem_of(images, filters, kernel, *geometry)
     stem = stem_posterior(*given, **known)
