@@ -50,8 +50,9 @@ def stem_posterior(
 
     pooled: (B, O, h, w) ≥ 0, float64; weight: (O, C, k, k); scale, shift: (O,), BatchNorm as an
     affine map; image_shape: (C, H, W); low, high: (C, 1, 1), the box of the normalised pixels;
-    error: of the pooled values, relative to an image's largest; rounds: at least 1. It uses no random numbers. Time
-    grows linearly with the height of the images and with the cube of k times their width.
+    error: of the pooled values, relative to an image's largest; rounds: at least 1. It uses no
+    random numbers. Time grows linearly with the height of the images, and with the cube of k times
+    their width.
 
     Raises ValueError if shapes do not fit or values are not finite.
     """
