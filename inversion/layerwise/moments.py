@@ -48,8 +48,8 @@ def matching_sites(
     return Sites(precision, torch.where(precision > 0, shift, 0))
 
 
-def damped(old: Sites, new: Sites, share: float) -> Sites:
-    """Move sites by `share` of the way from old to new."""
+def damped(old: Sites, new: Sites, share: Tensor) -> Sites:
+    """Move sites by `share`, (B, 1, 1, 1), of the way from old to new."""
     return Sites(
         torch.lerp(old.precision, new.precision, share), torch.lerp(old.shift, new.shift, share)
     )

@@ -34,6 +34,9 @@ DEVIATIONS = (0.18, 0.06, 0.03)
 SCALES = (0.011, 0.0045, 0.0045)
 #: Factors of the precisions. Differences of four directions overlap, so each counts in part.
 GAUSSIAN_FACTOR, STUDENT_FACTOR = 0.35, 0.7
+#: How far a colour's squared difference is replaced by the mean over all colours, each relative to
+#: its deviation: edges occur in all colours at the same places.
+SHARED = 0.3
 #: Mean and precision of single pixels, which hardly restrict them.
 LEVEL, LEVEL_PRECISION = 0.45, 0.2
 
@@ -68,14 +71,17 @@ def student_precisions(images: Tensor, covariance: BlockTridiagonal, grid: Grid)
     """Return precisions of differences d given their posterior: per stencil (B, C, rows, columns).
 
     They are factor / (scale² + E[d²]), which is the variational approximation of a Student t
-    distribution. images: (B, C, H, W), the posterior's mean; covariance: its covariance.
+    distribution, with E[d²] shared in part among the colours.
+    images: (B, C, H, W), the posterior's mean; covariance: its covariance.
     """
     mix = colours(grid.channels, images)
-    scale = _per_colour(SCALES, grid, images)
+    scale, typical = (_per_colour(values, grid, images) for values in (SCALES, DEVIATIONS))
     found = []
     for stencil, weight in STENCILS:
         variance = difference_variance(covariance, grid, mix, stencil).clamp_min(0)
         square = differences(images, grid, mix, stencil).square() + variance
+        common = (square / typical.square()).mean(1, keepdim=True) * typical.square()
+        square = torch.lerp(square, common, SHARED)
         found.append(weight * STUDENT_FACTOR / (scale.square() + square))
     return found
 

@@ -1,10 +1,6 @@
 """Recovers photographs from the output of a network's stem: convolution, BatchNorm, ReLU, max-pool.
 
-The method is expectation propagation (Minka, 2001) with one Gaussian per image over its pixels.
-Its factors say that every position of the map before pooling lies below the pooled values of its
-windows, that one position per window attains the pooled value, that pixels lie in a box, and that
-neighbouring pixels are alike. Which position attains the value is not known; its probability
-follows from the Gaussian, and sharpens from round to round.
+The rounds of the method, expectation propagation, are in `propagation.py`.
 """
 
 from dataclasses import dataclass
@@ -12,54 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
-from inversion.layerwise import block_tridiagonal
-from inversion.layerwise.grid_gaussian import (
-    Convolution,
-    Grid,
-    add_convolution,
-    add_pixels,
-    convolution_variance,
-    flatten,
-    grid_for,
-    pixel_variance,
-    unflatten,
-)
-from inversion.layerwise.moments import (
-    Sites,
-    between,
-    cavity,
-    damped,
-    matching_sites,
-    maximum_moments,
-    no_sites,
-)
-from inversion.layerwise.smoothness import (
-    LEVEL,
-    LEVEL_PRECISION,
-    add_smoothness,
-    gaussian_precisions,
-    student_precisions,
-)
-from inversion.layerwise.windows import Pooling, Windows, read_windows
+from inversion.layerwise.grid_gaussian import Convolution, grid_for
+from inversion.layerwise.propagation import conv2d, problem_for, propagate
+from inversion.layerwise.windows import Pooling
 
-#: Least error of pooled values relative to the largest: that of the client's float32.
-FLOAT_ERROR = 1e-6
-#: Deviation of a site that holds an equality, in units of the filter's norm: as if every pixel,
-#: from 0 to 1, were that uncertain.
-SITE_WIDTH = 2e-3
-#: How many times wider the sites are in the first round. Narrow sites on positions that are not yet
-#: certain make early mistakes persist.
-WIDENING = 10.0
-#: Share of the way that sites move in one round.
-DAMPING = 0.7
-#: Upper limit of the precision that the box gives a pixel.
-BOX_PRECISION = 1e6
-#: The probability from which a maximum's position counts as certain.
-CERTAIN = 0.99
-#: Keeps quotients finite where a network's filters or outputs are all zero.
-TINY = 1e-30
 #: Bytes of the matrices that are in memory at once; more images are processed in turn.
 MEMORY = 2**30
 
@@ -70,52 +23,13 @@ class Stem:
 
     #: (B, C, H, W): the posterior's mean, clamped to the box.
     images: Tensor
-    #: (B,): root mean square of the pixels' posterior deviations, as a share of the box. It is too
-    #: small where the factors disagree (a textured image).
+    #: (B,): root mean square of the pixels' posterior deviations, as a share of the box: the
+    #: error to expect, a little too small because the propagation is approximate.
     deviation: Tensor
     #: (B,): share of the maxima whose position is certain.
     certain: Tensor
-    #: (B,): relative error of the images' own pooled values.
+    #: (B,): relative error of the images' own pooled values. It tells right images from wrong ones.
     residual: Tensor
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Holds what stays the same in all rounds. Pixels run from 0 to 1 over the box."""
-
-    grid: Grid
-    conv: Convolution
-    #: (O, C, k, k): the convolution with BatchNorm's scale and the box's width.
-    weight: Tensor
-    windows: Windows
-    #: (B, O, h, w): bounds of the convolution's outputs.
-    bound: Tensor
-    #: (1, O, 1, 1): variance of an equality's site.
-    noise: Tensor
-
-
-@dataclass(frozen=True)
-class _State:
-    """Holds the factors' Gaussian approximations."""
-
-    #: Of the map before pooling, (B, O, h, w).
-    maps: Sites
-    #: Of the pixels' box, (B, C, H, W).
-    pixels: Sites
-    #: Per stencil of the prior, (B, C, rows, columns).
-    precisions: list[Tensor]
-
-
-@dataclass(frozen=True)
-class _Posterior:
-    """Holds the Gaussian that all factors make."""
-
-    #: (B, C, H, W): its mean.
-    mean: Tensor
-    #: Blocks of its covariance.
-    covariance: block_tridiagonal.BlockTridiagonal
-    #: (B, C, H, W): variances of the pixels.
-    variance: Tensor
 
 
 def stem_posterior(
@@ -130,14 +44,15 @@ def stem_posterior(
     low: Tensor,
     high: Tensor,
     error: float,
-    rounds: int = 8,
+    rounds: int = 10,
 ) -> Stem:
     """Recover images x from max_pool(ReLU(scale · conv(x) + shift)) by expectation propagation.
 
     pooled: (B, O, h, w) ≥ 0, float64; weight: (O, C, k, k); scale, shift: (O,), BatchNorm as an
     affine map; image_shape: (C, H, W); low, high: (C, 1, 1), the box of the normalised pixels;
-    error: of the pooled values, relative to an image's largest. It uses no random numbers. Time
-    grows linearly with the height of the images and with the cube of k times their width.
+    error: of the pooled values, relative to an image's largest; rounds: at least 1. It uses no
+    random numbers. Time grows linearly with the height of the images, and with the cube of k times
+    their width.
 
     Raises ValueError if shapes do not fit or values are not finite.
     """
@@ -152,19 +67,10 @@ def stem_posterior(
     at_once = max(1, MEMORY // (6 * 8 * sum(size * size for size in grid.sizes())))
     parts = []
     for part in pooled.clamp_min(0).split(at_once):
-        problem = _problem(part, grid, conv, pool, scaled, offset, error)
-        images, deviation, certain = _propagate(problem, len(part), rounds)
-        own = F.max_pool2d(
-            (conv2d(images, scaled, conv) + offset).relu(), pool.kernel, pool.stride, pool.padding
-        )
-        residual = (own - part).flatten(1).norm(dim=1) / part.flatten(1).norm(dim=1).clamp_min(TINY)
+        problem = problem_for(part, grid, conv, pool, scaled, offset, error)
+        images, deviation, certain, residual = propagate(problem, rounds)
         parts.append((low + span * images, deviation, certain, residual))
     return Stem(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-
-def conv2d(images: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
-    """Return the convolution of images (B, C, H, W) with weight (O, C, k, k)."""
-    return F.conv2d(images, weight, stride=conv.stride, padding=conv.padding)
 
 
 def _check(
@@ -183,113 +89,3 @@ def _check(
         )
     if not pooled.isfinite().all():
         raise ValueError("not all pooled values are finite")
-
-
-def _problem(
-    pooled: Tensor,
-    grid: Grid,
-    conv: Convolution,
-    pool: Pooling,
-    weight: Tensor,
-    offset: Tensor,
-    error: float,
-) -> _Problem:
-    """Gather bounds, groups and the width of the sites. weight, offset: of pixels from 0 to 1."""
-    largest = pooled.amax((1, 2, 3), keepdim=True)
-    error = max(error, FLOAT_ERROR)
-    windows = read_windows(pooled, pool, (offset.shape[-2], offset.shape[-1]), 2 * error * largest)
-    norm = weight.flatten(1).norm(dim=1).view(1, -1, 1, 1)
-    width = torch.maximum(SITE_WIDTH * norm, 3 * error * largest)
-    # A filter of zeros has no width of its own.
-    noise = width.clamp_min(float(SITE_WIDTH * norm.max()) / 1000 + TINY).square()
-    bound = windows.bound - offset
-    return _Problem(grid, conv, weight, windows, bound, noise.expand_as(bound))
-
-
-def _propagate(problem: _Problem, batch: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Run all rounds: the images (B, C, H, W) from 0 to 1, their deviations, shares of certain."""
-    state = _start(problem, batch)
-    for number in range(rounds):
-        posterior = _posterior(problem, state)
-        noise = problem.noise * WIDENING ** (2 - 2 * number / max(rounds - 1, 1))
-        maps, probability = _update_maps(problem, noise, state, posterior)
-        precisions = state.precisions
-        if number > 0:
-            # The first mean is so smooth that its differences would say "no edges".
-            precisions = student_precisions(posterior.mean, posterior.covariance, problem.grid)
-        state = _State(maps, _update_pixels(state, posterior), precisions)
-    deviation = posterior.variance.flatten(1).mean(1).sqrt()
-    return posterior.mean.clamp(0, 1), deviation, _certain_share(problem, probability)
-
-
-def _start(problem: _Problem, batch: int) -> _State:
-    """Return the first sites: only maxima whose position is certain say something."""
-    group, grid = problem.windows.group, problem.grid
-    members = torch.bincount(group[group >= 0], minlength=problem.windows.num_groups)
-    single = (group >= 0) & (members[group.clamp_min(0)] == 1)
-    maps = Sites(
-        torch.where(single, 1 / problem.noise, 0),
-        torch.where(single, problem.bound / problem.noise, 0),
-    )
-    blank = problem.bound.new_zeros(batch, grid.channels, grid.rows, grid.columns)
-    return _State(maps, no_sites(blank), gaussian_precisions(batch, grid, blank))
-
-
-def _posterior(problem: _Problem, state: _State) -> _Posterior:
-    """Multiply all factors: the Gaussian over the pixels."""
-    grid, conv, batch = problem.grid, problem.conv, len(problem.bound)
-    matrix = block_tridiagonal.zeros(grid.sizes(), batch, problem.bound)
-    add_convolution(matrix, grid, problem.weight, conv, state.maps.precision)
-    add_smoothness(matrix, grid, state.precisions)
-    add_pixels(matrix, grid, state.pixels.precision + LEVEL_PRECISION)
-    right = conv2d_input(
-        state.pixels.shift.shape,
-        problem.weight,
-        state.maps.shift,
-        stride=conv.stride,
-        padding=conv.padding,
-    )
-    right = right + state.pixels.shift + LEVEL_PRECISION * LEVEL
-    factor = block_tridiagonal.factorise(matrix)
-    mean = unflatten(block_tridiagonal.solve(factor, flatten(right)), grid)
-    covariance = block_tridiagonal.selected_inverse(factor)
-    return _Posterior(mean, covariance, pixel_variance(covariance, grid))
-
-
-def _update_maps(
-    problem: _Problem, noise: Tensor, state: _State, posterior: _Posterior
-) -> tuple[Sites, Tensor]:
-    """Return the next sites of the map before pooling, and every position's probability."""
-    mean = conv2d(posterior.mean, problem.weight, problem.conv)
-    variance = convolution_variance(
-        posterior.covariance,
-        problem.grid,
-        problem.weight,
-        problem.conv,
-        (mean.shape[-2], mean.shape[-1]),
-    )
-    # An output that sees only padding has no variance.
-    mean, variance = cavity(mean, variance.clamp_min(1e-6 * float(problem.noise.min())), state.maps)
-    windows = problem.windows
-    probability, tilted_mean, tilted_variance = maximum_moments(
-        mean, variance, problem.bound, windows.group, windows.num_groups, noise
-    )
-    new = matching_sites(tilted_mean, tilted_variance, mean, variance, 1 / noise)
-    return damped(state.maps, new, DAMPING), probability
-
-
-def _update_pixels(state: _State, posterior: _Posterior) -> Sites:
-    """Return the next sites of the pixels' box."""
-    mean, variance = cavity(posterior.mean, posterior.variance, state.pixels)
-    inside = between(mean, variance, 0.0, 1.0)
-    new = matching_sites(*inside, mean, variance, mean.new_tensor(BOX_PRECISION))
-    return damped(state.pixels, new, DAMPING)
-
-
-def _certain_share(problem: _Problem, probability: Tensor) -> Tensor:
-    """Return the share of maxima whose position is certain, per image: (B,)."""
-    used = problem.windows.group >= 0
-    group = problem.windows.group[used]
-    best = probability.new_zeros(problem.windows.num_groups)
-    best = best.scatter_reduce(0, group, probability[used], "amax").view(len(probability), -1)
-    return (best > CERTAIN).sum(1) / (best > 0).sum(1).clamp_min(1)

@@ -1,0 +1,257 @@
+"""Runs expectation propagation (Minka, 2001) for max-pooled outputs of a convolution.
+
+One Gaussian per image over its pixels stands for the posterior. Its factors say that every position
+of the map before pooling lies below the pooled values of its windows, that one position per window
+attains the pooled value, that pixels lie in a box, and that neighbouring pixels are alike. Which
+position attains the value is not known; its probability follows from the Gaussian, and sharpens
+from round to round.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from inversion.layerwise import block_tridiagonal
+from inversion.layerwise.grid_gaussian import (
+    Convolution,
+    Grid,
+    add_convolution,
+    add_pixels,
+    convolution_variance,
+    flatten,
+    pixel_variance,
+    unflatten,
+)
+from inversion.layerwise.moments import (
+    Sites,
+    between,
+    cavity,
+    damped,
+    matching_sites,
+    maximum_moments,
+    no_sites,
+)
+from inversion.layerwise.smoothness import (
+    LEVEL,
+    LEVEL_PRECISION,
+    add_smoothness,
+    gaussian_precisions,
+    student_precisions,
+)
+from inversion.layerwise.windows import Pooling, Windows, read_windows
+
+#: Least error of pooled values relative to the largest: that of the client's float32.
+FLOAT_ERROR = 1e-6
+#: Deviation of a site that holds an equality, in units of the filter's norm: as if every pixel,
+#: from 0 to 1, were that uncertain.
+SITE_WIDTH = 2e-3
+#: How many times wider the sites are in the first round. Narrow sites on positions that are not yet
+#: certain make early mistakes persist.
+WIDENING = 10.0
+#: Share of the way that sites move in one round, and what multiplies it after a round that made the
+#: image's residual larger.
+DAMPING, CAUTION = 0.7, 0.5
+#: Upper limit of the precision that the box gives a pixel.
+BOX_PRECISION = 1e6
+#: The probability from which a maximum's position counts as certain.
+CERTAIN = 0.99
+#: Keeps quotients finite where a network's filters or outputs are all zero.
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Holds what stays the same in all rounds. Pixels run from 0 to 1 over the box."""
+
+    grid: Grid
+    conv: Convolution
+    pool: Pooling
+    #: (B, O, h', w'): the pooled values.
+    pooled: Tensor
+    #: (O, C, k, k): the convolution with BatchNorm's scale and the box's width.
+    weight: Tensor
+    #: (1, O, h, w): what is added to that convolution's outputs.
+    offset: Tensor
+    windows: Windows
+    #: (B, O, h, w): bounds of the convolution's outputs.
+    bound: Tensor
+    #: (B, O, h, w): variance of an equality's site in the last round.
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class _State:
+    """Holds the factors' Gaussian approximations."""
+
+    #: Of the map before pooling, (B, O, h, w).
+    maps: Sites
+    #: Of the pixels' box, (B, C, H, W).
+    pixels: Sites
+    #: Per stencil of the prior, (B, C, rows, columns).
+    precisions: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Posterior:
+    """Holds the Gaussian that all factors make."""
+
+    #: (B, C, H, W): its mean.
+    mean: Tensor
+    #: Blocks of its covariance.
+    covariance: block_tridiagonal.BlockTridiagonal
+    #: (B, C, H, W): variances of the pixels.
+    variance: Tensor
+
+
+def conv2d(images: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
+    """Return the convolution of images (B, C, H, W) with weight (O, C, k, k)."""
+    return F.conv2d(images, weight, stride=conv.stride, padding=conv.padding)
+
+
+def problem_for(
+    pooled: Tensor,
+    grid: Grid,
+    conv: Convolution,
+    pool: Pooling,
+    weight: Tensor,
+    offset: Tensor,
+    error: float,
+) -> Problem:
+    """Gather bounds, groups and the width of the sites. weight, offset: of pixels from 0 to 1."""
+    largest = pooled.amax((1, 2, 3), keepdim=True)
+    error = max(error, FLOAT_ERROR)
+    windows = read_windows(pooled, pool, (offset.shape[-2], offset.shape[-1]), 2 * error * largest)
+    norm = weight.flatten(1).norm(dim=1).view(1, -1, 1, 1)
+    width = torch.maximum(SITE_WIDTH * norm, 3 * error * largest)
+    # A filter of zeros has no width of its own.
+    noise = width.clamp_min(float(SITE_WIDTH * norm.max()) / 1000 + TINY).square()
+    bound = windows.bound - offset
+    noise = noise.expand_as(bound)
+    return Problem(grid, conv, pool, pooled, weight, offset, windows, bound, noise)
+
+
+def propagate(problem: Problem, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run all rounds; per image return the one that explains the pooled values best.
+
+    Sites move together. Where filters outnumber the values in a window they overshoot, and the
+    residual rises: then the image's sites move less from there on.
+    Returns images (B, C, H, W) from 0 to 1, their deviations, shares of certain maxima, residuals.
+    """
+    state = _start(problem)
+    share = problem.bound.new_full((len(problem.bound), 1, 1, 1), DAMPING)
+    last = problem.bound.new_full((len(problem.bound),), torch.inf)
+    best: list[Tensor] = []
+    for number in range(rounds):
+        posterior = _posterior(problem, state)
+        noise = problem.noise * WIDENING ** (2 - 2 * number / max(rounds - 1, 1))
+        maps, probability = _update_maps(problem, noise, state, posterior)
+        images = posterior.mean.clamp(0, 1)
+        residual = _residual(problem, images)
+        deviation = posterior.variance.flatten(1).mean(1).sqrt()
+        found = [images, deviation, _certain_share(problem, probability), residual]
+        best = _better(best, found) if best else found
+        rose = (residual > last).view(-1, 1, 1, 1)
+        share, last = torch.where(rose, CAUTION * share, share), residual
+        precisions = state.precisions
+        if number > 0:
+            # The first mean is so smooth that its differences would say "no edges".
+            precisions = student_precisions(posterior.mean, posterior.covariance, problem.grid)
+        pixels = _update_pixels(state, posterior)
+        state = _State(
+            damped(state.maps, maps, share), damped(state.pixels, pixels, share), precisions
+        )
+    images, deviation, certain, residual = best
+    return images, deviation, certain, residual
+
+
+def _residual(problem: Problem, images: Tensor) -> Tensor:
+    """Return the relative error of the images' own pooled values: (B,)."""
+    pool = problem.pool
+    outputs = conv2d(images, problem.weight, problem.conv) + problem.offset
+    own = F.max_pool2d(outputs.relu(), pool.kernel, pool.stride, pool.padding)
+    size = problem.pooled.flatten(1).norm(dim=1).clamp_min(TINY)
+    return (own - problem.pooled).flatten(1).norm(dim=1) / size
+
+
+def _better(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """Choose, per image, what has the lower residual, which is the last entry."""
+    improved = new[-1] < old[-1]
+    return [
+        torch.where(improved.view(-1, *[1] * (now.dim() - 1)), now, before)
+        for before, now in zip(old, new, strict=True)
+    ]
+
+
+def _start(problem: Problem) -> _State:
+    """Return the first sites: only maxima whose position is certain say something."""
+    group, grid = problem.windows.group, problem.grid
+    members = torch.bincount(group[group >= 0], minlength=problem.windows.num_groups)
+    single = (group >= 0) & (members[group.clamp_min(0)] == 1)
+    maps = Sites(
+        torch.where(single, 1 / problem.noise, 0),
+        torch.where(single, problem.bound / problem.noise, 0),
+    )
+    blank = problem.bound.new_zeros(len(group), grid.channels, grid.rows, grid.columns)
+    return _State(maps, no_sites(blank), gaussian_precisions(len(group), grid, blank))
+
+
+def _posterior(problem: Problem, state: _State) -> _Posterior:
+    """Multiply all factors: the Gaussian over the pixels."""
+    grid, conv, batch = problem.grid, problem.conv, len(problem.bound)
+    matrix = block_tridiagonal.zeros(grid.sizes(), batch, problem.bound)
+    add_convolution(matrix, grid, problem.weight, conv, state.maps.precision)
+    add_smoothness(matrix, grid, state.precisions)
+    add_pixels(matrix, grid, state.pixels.precision + LEVEL_PRECISION)
+    right = conv2d_input(
+        state.pixels.shift.shape,
+        problem.weight,
+        state.maps.shift,
+        stride=conv.stride,
+        padding=conv.padding,
+    )
+    right = right + state.pixels.shift + LEVEL_PRECISION * LEVEL
+    factor = block_tridiagonal.factorise(matrix)
+    mean = unflatten(block_tridiagonal.solve(factor, flatten(right)), grid)
+    covariance = block_tridiagonal.selected_inverse(factor)
+    return _Posterior(mean, covariance, pixel_variance(covariance, grid))
+
+
+def _update_maps(
+    problem: Problem, noise: Tensor, state: _State, posterior: _Posterior
+) -> tuple[Sites, Tensor]:
+    """Return the next sites of the map before pooling, and every position's probability."""
+    mean = conv2d(posterior.mean, problem.weight, problem.conv)
+    variance = convolution_variance(
+        posterior.covariance,
+        problem.grid,
+        problem.weight,
+        problem.conv,
+        (mean.shape[-2], mean.shape[-1]),
+    )
+    # An output that sees only padding has no variance.
+    mean, variance = cavity(mean, variance.clamp_min(1e-6 * float(problem.noise.min())), state.maps)
+    windows = problem.windows
+    probability, tilted_mean, tilted_variance = maximum_moments(
+        mean, variance, problem.bound, windows.group, windows.num_groups, noise
+    )
+    new = matching_sites(tilted_mean, tilted_variance, mean, variance, 1 / noise)
+    return new, probability
+
+
+def _update_pixels(state: _State, posterior: _Posterior) -> Sites:
+    """Return the next sites of the pixels' box."""
+    mean, variance = cavity(posterior.mean, posterior.variance, state.pixels)
+    inside = between(mean, variance, 0.0, 1.0)
+    return matching_sites(*inside, mean, variance, mean.new_tensor(BOX_PRECISION))
+
+
+def _certain_share(problem: Problem, probability: Tensor) -> Tensor:
+    """Return the share of maxima whose position is certain, per image: (B,)."""
+    used = problem.windows.group >= 0
+    group = problem.windows.group[used]
+    best = probability.new_zeros(problem.windows.num_groups)
+    best = best.scatter_reduce(0, group, probability[used], "amax").view(len(probability), -1)
+    return (best > CERTAIN).sum(1) / (best > 0).sum(1).clamp_min(1)
