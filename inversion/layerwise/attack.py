@@ -25,7 +25,7 @@ RIDGE = 1e-4
 #: Public photographs that the decoder learns from.
 PUBLIC_IMAGES = 600
 #: Matching of activations: steps of Adam, its first rate, steps of L-BFGS, total variation.
-ADAM_STEPS, RATE, LBFGS_STEPS, SMOOTHNESS = 150, 0.05, 150, 1e-4
+ADAM_STEPS, RATE, LBFGS_STEPS, SMOOTHNESS = 150, 0.05, 150, 0.1
 #: Relative error that recovered pooled values have, when the stem is solved.
 POOLED_ERROR = 1e-6
 #: Rounding to a type spreads evenly over one unit: its standard deviation in units.
