@@ -342,7 +342,7 @@ def test_fewer_positions_where_the_work_is_bounded(monkeypatch):
     front = Front(network("convnet"), ["_2"])
     public, secret = images(60), images(2, seed=5)
     full, thinned = [], []
-    for work, errors in ((8e10, full), (288**2 * 900, thinned)):  # 15 of 256 positions
+    for work, errors in ((4e10, full), (288**2 * 900, thinned)):  # 15 of 256 positions
         monkeypatch.setattr("inversion.layerwise.decoder._WORK", work)
         decoder = linear_decoder(front, "_2", LOW, HIGH, public, ridge=1e-6, generator=seeded())
         errors.append((decode(decoder, front(secret)["_2"]) - secret).abs().mean().item())

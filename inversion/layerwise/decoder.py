@@ -13,7 +13,7 @@ from inversion.layerwise.front import Front
 #: The most public images, and features of theirs, that are computed at once.
 _IMAGES, _NUMBERS = 32, 2**24
 #: Multiplications that the normal equations may take, which bounds the rows of the regression.
-_WORK = 8e10
+_WORK = 4e10
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def linear_decoder(
 
     public: (M, C, H, W) normalised; one `augmented` version of each is seen. low, high: (C, 1, 1),
     the box. The front runs in the type of `public`, the rest is float64. Where the normal equations
-    would take more than 8e10 multiplications, fewer positions per image are used, drawn from
+    would take more than 4e10 multiplications, fewer positions per image are used, drawn from
     `generator`. With fewer rows than features the dual problem is solved. Memory: the square of
     the smaller of both numbers and features × patch, both twice (512 channels and a neighbourhood
     of 3 make a square of 170 MB), in the dual also all rows, and the activations of 32 images.
