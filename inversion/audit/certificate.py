@@ -16,7 +16,7 @@ from utils.image_files import public_photographs
 from utils.images import normalise
 
 #: Public photographs that the decoders of the picture of all layers learn from.
-DECODED_BY = 200
+DECODED_BY = 300
 #: How the images were made, in words.
 METHODS = {
     "solved": "the gradient determines the images: solved",

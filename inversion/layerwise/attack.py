@@ -21,7 +21,7 @@ from models.graph import operation_name
 from models.target import Target, rounding_error
 
 #: Penalty of the decoder, in shares of the mean square of its features.
-RIDGE = 1e-4
+RIDGE = 0.1
 #: Public photographs that the decoder learns from.
 PUBLIC_IMAGES = 600
 #: Matching of activations: steps of Adam, its first rate, steps of L-BFGS, total variation.
