@@ -245,17 +245,22 @@ def test_truncation_far_from_the_mean_stays_in_the_interval():
 
 def test_softmax_within_groups():
     logits, group = random(7), torch.tensor([2, 0, 2, -1, 0, 2, 5])
-    found = group_softmax(logits, group, 6)
+    found = group_softmax(logits, group, 6, 0.0)
     close(found[[0, 2, 5]], logits[[0, 2, 5]].softmax(0))
     close(found[[1, 4]], logits[[1, 4]].softmax(0))
     assert (found[3], found[6]) == (0, 1)
+    with_rest = group_softmax(logits, group, 6, math.exp(0.7))
+    expected = torch.cat([logits[[1, 4]], torch.tensor([0.7]).double()]).softmax(0)[:2]
+    close(with_rest[[1, 4]], expected, 1e-6)
+    hopeless = group_softmax(logits - 2000, group, 6, 1.0)
+    assert hopeless.max() < 1e-300
 
 
 def test_tilted_moments_are_those_of_numerical_integration():
     mean, variance = torch.tensor([0.1, 0.7, -0.4]).double(), torch.tensor([0.3, 0.1, 0.5]).double()
     bound, noise = torch.full_like(mean, 0.5), torch.full_like(mean, 0.02**2)
     group = torch.tensor([0, 0, -1])
-    p, tilted_mean, tilted_variance = maximum_moments(mean, variance, bound, group, 1, noise)
+    p, tilted_mean, tilted_variance = maximum_moments(mean, variance, bound, group, 1, noise, 0.0)
 
     def cavity_density(u, x):
         return stats.norm.pdf(x, mean[u], variance[u].sqrt())

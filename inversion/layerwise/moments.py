@@ -94,14 +94,18 @@ def between(mean: Tensor, variance: Tensor, low: float, high: float) -> tuple[Te
     return moved.clamp(low, high), variance * narrowing
 
 
-def group_softmax(logits: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Return the softmax of the logits within each group, elementwise; 0 where the group is −1."""
+def group_softmax(logits: Tensor, group: Tensor, num_groups: int, rest: float) -> Tensor:
+    """Return the softmax of the logits within each group, elementwise; 0 where the group is −1.
+
+    rest: weight of "none of them", beside the exponentials of the logits.
+    """
     chosen = group >= 0
     numbers, values = group[chosen], logits[chosen]
-    highest = values.new_full((num_groups,), -torch.inf)
-    highest = highest.scatter_reduce(0, numbers, values, "amax")
+    highest = values.new_zeros(num_groups).scatter_reduce(
+        0, numbers, values, "amax", include_self=False
+    )
     weights = (values - highest[numbers]).exp()
-    totals = values.new_zeros(num_groups).index_add(0, numbers, weights)
+    totals = (rest * (-highest).clamp_max(700).exp()).index_add(0, numbers, weights)
     result = torch.zeros_like(logits)
     result[chosen] = weights / totals[numbers]
     return result
@@ -114,6 +118,7 @@ def maximum_moments(
     group: Tensor,
     num_groups: int,
     noise_variance: Tensor,
+    rest: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tilted moments of variables of which one per group attains its bound.
 
@@ -121,15 +126,16 @@ def maximum_moments(
     so up to noise. That variable u attains it has the probability, within its group,
     p ∝ N(bound; m, v + noise) / Φ((bound − m) / √v), with m, v the cavity's moments. Its tilted
     distribution is the mixture p N(bound, noise) + (1 − p) N(m, v) below the bound. Variables of
-    group −1 attain nothing. All tensors but `num_groups` have one shape or broadcast to it.
+    group −1 attain nothing. That none of a group attains it, because values are wrong, has the
+    weight `rest`, relative to a variable whose density at the bound is 1 / √noise.
 
     Returns the probabilities, the means and the variances.
     """
     low_mean, low_variance, log_share = below(mean, variance, bound)
     spread = variance + noise_variance
     target = torch.where(group >= 0, bound, 0)
-    logits = -0.5 * ((target - mean).square() / spread + spread.log()) - log_share
-    p = group_softmax(logits, group, num_groups)
+    logits = -0.5 * ((target - mean).square() / spread + (spread / noise_variance).log())
+    p = group_softmax(logits - log_share, group, num_groups, rest)
     tilted_mean = p * target + (1 - p) * low_mean
     between_both = p * (1 - p) * (target - low_mean).square()
     return p, tilted_mean, p * noise_variance + (1 - p) * low_variance + between_both

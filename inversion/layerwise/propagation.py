@@ -45,6 +45,12 @@ from inversion.layerwise.windows import Pooling, Windows, read_windows
 
 #: Least error of pooled values relative to the largest: that of the client's float32.
 FLOAT_ERROR = 1e-6
+#: Values that differ by less count as equal, in units of the error: two errors may add up.
+EQUAL = 6
+#: Weight of "no candidate attains the value", for windows whose values were compared wrongly.
+#: Early the Gaussian itself may be wrong: then one of the candidates must attain it. LATE is the
+#: share of the rounds after which the weight applies.
+REST, LATE = 1e-6, 0.7
 #: Deviation of a site that holds an equality, in units of the filter's norm: as if every pixel,
 #: from 0 to 1, were that uncertain.
 SITE_WIDTH = 2e-3
@@ -123,7 +129,9 @@ def problem_for(
     """Gather bounds, groups and the width of the sites. weight, offset: of pixels from 0 to 1."""
     largest = pooled.amax((1, 2, 3), keepdim=True)
     error = max(error, FLOAT_ERROR)
-    windows = read_windows(pooled, pool, (offset.shape[-2], offset.shape[-1]), 2 * error * largest)
+    windows = read_windows(
+        pooled, pool, (offset.shape[-2], offset.shape[-1]), EQUAL * error * largest
+    )
     norm = weight.flatten(1).norm(dim=1).view(1, -1, 1, 1)
     width = torch.maximum(SITE_WIDTH * norm, 3 * error * largest)
     # A filter of zeros has no width of its own.
@@ -147,7 +155,8 @@ def propagate(problem: Problem, rounds: int) -> tuple[Tensor, Tensor, Tensor, Te
     for number in range(rounds):
         posterior = _posterior(problem, state)
         noise = problem.noise * WIDENING ** (2 - 2 * number / max(rounds - 1, 1))
-        maps, probability = _update_maps(problem, noise, state, posterior)
+        rest = REST if number >= LATE * rounds else 0.0
+        maps, probability = _update_maps(problem, noise, rest, state, posterior)
         images = posterior.mean.clamp(0, 1)
         residual = _residual(problem, images)
         deviation = posterior.variance.flatten(1).mean(1).sqrt()
@@ -220,7 +229,7 @@ def _posterior(problem: Problem, state: _State) -> _Posterior:
 
 
 def _update_maps(
-    problem: Problem, noise: Tensor, state: _State, posterior: _Posterior
+    problem: Problem, noise: Tensor, rest: float, state: _State, posterior: _Posterior
 ) -> tuple[Sites, Tensor]:
     """Return the next sites of the map before pooling, and every position's probability."""
     mean = conv2d(posterior.mean, problem.weight, problem.conv)
@@ -235,7 +244,7 @@ def _update_maps(
     mean, variance = cavity(mean, variance.clamp_min(1e-6 * float(problem.noise.min())), state.maps)
     windows = problem.windows
     probability, tilted_mean, tilted_variance = maximum_moments(
-        mean, variance, problem.bound, windows.group, windows.num_groups, noise
+        mean, variance, problem.bound, windows.group, windows.num_groups, noise, rest
     )
     new = matching_sites(tilted_mean, tilted_variance, mean, variance, 1 / noise)
     return new, probability
