@@ -278,8 +278,8 @@ def main() -> None:
         if args.images:
             args.images.mkdir(parents=True, exist_ok=True)
             torch.save(images, args.images / f"{args.part}-{number}.pt")
-        shown.append([row[name] for name in ("arch", "size", "batch", "seed", "train_mode",
-                      "deepest", "psnr", "ssim", "other_gradient_psnr", "cpu_seconds")])  # fmt: skip
+        names = ("arch", "size", "batch", "seed", "train_mode", "deepest", "psnr", "ssim")
+        shown.append([row[name] for name in (*names, "other_gradient_psnr", "cpu_seconds")])
         print(shown[-1], row["stopped"], flush=True)
     header = ["arch", "px", "B", "seed", "train mode", "deepest", "PSNR", "SSIM"]
     print(table([*header, "other gradient", "CPU s"], shown))

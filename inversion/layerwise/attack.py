@@ -11,7 +11,7 @@ from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.decoder import Decoder, decode, linear_decoder, mean_decoding
 from inversion.layerwise.front import Front, Matched, Statistics, match_activations
 from inversion.layerwise.grid_gaussian import Convolution
-from inversion.layerwise.network import Network, network_of
+from inversion.layerwise.network import AVERAGES, MAXIMA, Network, network_of
 from inversion.layerwise.peel import Layer, Peeled, peel
 from inversion.layerwise.stem import stem_posterior
 from inversion.layerwise.windows import Pooling
@@ -24,12 +24,25 @@ from models.target import Target, rounding_error
 RIDGE = 0.1
 #: Public photographs that the decoder learns from.
 PUBLIC_IMAGES = 600
-#: Matching of activations: steps of Adam, its first rate, steps of L-BFGS, total variation.
-ADAM_STEPS, RATE, LBFGS_STEPS, SMOOTHNESS = 150, 0.05, 150, 0.1
-#: Relative error that recovered pooled values have, when the stem is solved.
+#: The least relative error of recovered pooled values that the stem allows for.
 POOLED_ERROR = 1e-6
 #: Rounding to a type spreads evenly over one unit: its standard deviation in units.
 UNIFORM = 12**-0.5
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Says how images are matched to activations."""
+
+    adam_steps: int
+    #: First rate of Adam.
+    rate: float
+    lbfgs_steps: int
+    total_variation: float
+
+
+#: Where no pooling lies before the activations, and where one has lost pixels.
+WHOLE, POOLED = Matching(120, 0.1, 300, 0.0), Matching(800, 0.05, 0, 0.1)
 
 
 @dataclass(frozen=True)
@@ -222,10 +235,18 @@ class _Maker:
     def _match(self, front: Front, nodes: Sequence[fx.Node], start: Tensor) -> Matched:
         low, high = self.target.box
         targets = {node.name: self.network.values[node] for node in nodes}
+        how = POOLED if self._pools_before(nodes[0]) else WHOLE
         return match_activations(
-            front, targets, low, high, start, adam_steps=ADAM_STEPS, lbfgs_steps=LBFGS_STEPS,
-            rate=RATE, total_variation=SMOOTHNESS,
+            front, targets, low, high, start, adam_steps=how.adam_steps, rate=how.rate,
+            lbfgs_steps=how.lbfgs_steps, total_variation=how.total_variation,
         )  # fmt: skip
+
+    def _pools_before(self, node: fx.Node) -> bool:
+        """Tell whether a pooling lies between the image and a tensor, itself included."""
+        return any(
+            operation_name(before) in MAXIMA | AVERAGES
+            for before in self.network.nodes[: self.network.nodes.index(node) + 1]
+        )
 
     def _residual(self, front: Front, images: Tensor) -> Tensor:
         """Return how far the images' own activations are from the recovered ones, (B,)."""
@@ -236,6 +257,10 @@ class _Maker:
                 squares = squares + (value - target).flatten(1).square().sum(1)
                 sizes = sizes + target.flatten(1).square().sum(1)
         return (squares / sizes).sqrt()
+
+    def _error_of(self, node: fx.Node) -> float:
+        """Estimate the relative error of a recovered tensor by what it leaves of the gradient."""
+        return next(layer.residual for layer in self.peeled.layers if layer.name == node.name)
 
     def _stem(self, pool: fx.Node) -> Tensor | None:
         """Solve image → convolution → BatchNorm → ReLU → max-pooling for the image, if it is so."""
@@ -264,6 +289,6 @@ class _Maker:
             network.values[pool], conv.weight, scale, shift, self.target.image_shape,
             conv=Convolution(conv.stride[0], conv.padding[0]),
             pool=Pooling(*(int(v) for v in (pooling.kernel_size, pooling.stride, pooling.padding))),
-            low=low, high=high, error=POOLED_ERROR,
+            low=low, high=high, error=max(POOLED_ERROR, self._error_of(pool)),
         )  # fmt: skip
         return found.images

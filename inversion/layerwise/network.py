@@ -197,7 +197,7 @@ class Network:
             self.accuracy[f"{name}.weight"],
             four(known),
             four(output),
-            torch.ones_like(module.weight[:, 0].flatten(1)[:, 0]),
+            module.weight.new_ones(module.weight.shape[0]),
             None if relu is None else relu.name,
         )
 

@@ -69,7 +69,7 @@ class Peeled:
         by_name = {node.name: node for node in self.network.nodes}
         found = {}
         for layer in self.layers:
-            if by_name[layer.name] in self.network.values:
+            if layer.kind != "masks":
                 found[layer.name] = self.network.values[by_name[layer.name]]
         return found
 

@@ -239,8 +239,9 @@ def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries) ->
     equations = [e for term in terms for e in term_equations(term, shape)]
     if bool(entries[0].any()):
         equations.append(known_entries(*entries))
-    if len(equations) == len(terms):  # the solution is the best one already
-        return found
+    single = shape[2] * shape[3] == 1
+    if len(equations) == len(terms) or (single and found.solution.determined):
+        return found  # the solution is the best one already, or as good
     better = preconditioner(terms, shape)
     return replace(found, u=conjugate_gradients(equations, found.u, STEPS, SETTLED, better))
 
