@@ -7,12 +7,15 @@ FAST := tests/test_imports.py tests/test_values.py tests/test_loop.py
 DEMO := results/demo
 DEMO_FILE := $(DEMO)/iddemo_lenet_random_photos_b8_i0-checkpoint.pth.tar
 DEMO_PICTURES := $(DEMO)/results/exp/demo
+RESNET := results/demo-resnet
+RESNET_FILE := $(RESNET)/iddemo_resnet18_random_photos_b4_i0-checkpoint.pth.tar
+RESNET_PICTURES := $(RESNET)/results/exp/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test fast check format docs golden lowest clean
+.PHONY: help demo demo-resnet pictures test fast check format docs golden lowest clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 # uv where it can be had (on the PATH, or installed into the environment), else pip.
 $(READY): requirements.txt requirements-dev.txt
@@ -37,10 +40,19 @@ demo: $(READY) ## reconstruct eight photographs from one gradient, into results/
 		--TV 1e-4 --TV-end 1e-6 --grad-sign --input-boxed --min-grads-loss --metric
 	@echo "pictures: $(DEMO_PICTURES)/pairs.png, and losses, controls, decoys beside it"
 
-pictures: demo ## run the demo and copy its pictures to Demo_images, which the README shows
+demo-resnet: $(READY) ## solve one gradient of a ResNet-18 in train mode for four photographs (3 minutes)
+	rm -rf $(RESNET)
+	$(PY) training.py --id demo --data-name photos --image-size 32 --arch resnet18 --batch-size 4 \
+		--upload-bn --with-control --results $(RESNET)
+	$(PY) run.py --id demo --root $(RESNET) --checkpoint $(RESNET_FILE) --attack layerwise --metric
+	@echo "pictures: $(RESNET_PICTURES)/pairs.png, and layers, controls, decoys beside it"
+
+pictures: demo demo-resnet ## run both demos and copy their pictures to Demo_images
 	cp $(DEMO_PICTURES)/pairs.png Demo_images/photos_lenet.png
 	for name in losses controls decoys; do \
 		cp $(DEMO_PICTURES)/$$name.png Demo_images/photos_lenet_$$name.png || exit 1; done
+	cp $(RESNET_PICTURES)/pairs.png Demo_images/photos_resnet18.png
+	cp $(RESNET_PICTURES)/layers.png Demo_images/photos_resnet18_layers.png
 
 test: $(READY) ## run all tests (CPU; those that need a GPU are skipped without one)
 	$(PY) -m pytest -q -n 2 --dist loadfile
@@ -70,4 +82,4 @@ lowest: ## run the tests on Python 3.12 with the oldest allowed packages (needs 
 	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
 
 clean: ## remove the demo's results and all caches
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(DEMO) $(RESNET) .pytest_cache .ruff_cache .mypy_cache

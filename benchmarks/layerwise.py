@@ -107,7 +107,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "64": [Case(size=64, batch=count, seed=seed) for count in (1, 4) for seed in (0, 1)]
     + [Case(size=64, batch=8)],
-    "cifar": [Case("resnet18_cifar", batch=count) for count in (1, 2, 4, 8)]
+    "cifar": [Case("resnet18_cifar", batch=count) for count in (1, 2, 4, 7, 8)]
     + [Case("resnet18_cifar", batch=2, seed=1), Case("resnet18_cifar", batch=4, train_mode=True)],
     "networks": NETWORKS,
     "matching": [Case(matching=1.0), Case(train_mode=True, matching=1.0)],
