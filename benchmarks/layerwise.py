@@ -40,6 +40,7 @@ from utils.console import table
 from utils.device import device_name
 from utils.image_files import public_photographs
 from utils.matching import assign
+from utils.pictures import save_panels
 from utils.shard import ALONE
 from utils.tensor_files import load_plain
 
@@ -197,8 +198,8 @@ def audit_case(of: Client, settings: AttackSettings) -> AuditCase:
     return make_case(settings, of.model, of.target, of.y, None, torch.device("cpu"), ALONE)
 
 
-def run(case: Case, weights: dict[str, Tensor] | None) -> tuple[dict, list[dict], Tensor]:
-    """Attack one case; return its row, the rows of its tensors, and its images."""
+def run(case: Case, weights: dict[str, Tensor] | None) -> tuple[dict, list[dict], dict]:
+    """Attack one case; return its row, the rows of its tensors, and its images by name."""
     of = client(case, weights)
     public = normalise(public_photographs(PUBLIC_IMAGES, of.target.image_shape), SPEC)
     start = time.process_time()
@@ -225,11 +226,14 @@ def run(case: Case, weights: dict[str, Tensor] | None) -> tuple[dict, list[dict]
         figures = scores(control[name], of.true) if name in control else ("", "")
         row |= {f"{name}_psnr": figures[0], f"{name}_ssim": figures[1]}
     row |= {"matching_psnr": "", "matching_ssim": ""}
+    shown = {"truth": of.true, "layerwise": images[assign(images, of.true)]}
     if case.matching:
-        figures = scores(matched(of, case.matching * seconds, case.seed), of.true)
+        rival = matched(of, case.matching * seconds, case.seed)
+        shown["matching"] = rival[assign(rival, of.true)]
+        figures = scores(rival, of.true)
         row |= {"matching_psnr": figures[0], "matching_ssim": figures[1]}
     row |= {"cpu_seconds": seconds, "stopped": found.stopped, "device": device_name(audit.device)}
-    return row, tensor_rows(case, audit, found, of), images
+    return row, tensor_rows(case, audit, found, of), shown
 
 
 def tensor_rows(case: Case, audit: AuditCase, found: Recovered, of: Client) -> list[dict]:
@@ -264,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=CASES)
     parser.add_argument("--rows", type=Path, help="folder for the raw rows")
-    parser.add_argument("--images", type=Path, help="folder for the images, one tensor per case")
+    parser.add_argument("--images", type=Path, help="folder for a picture of every case")
     parser.add_argument("--weights", help="weights that benchmarks/train_network.py wrote")
     args = parser.parse_args()
     weights = None if args.weights is None else load_plain(args.weights)
@@ -276,8 +280,7 @@ def main() -> None:
             append([row], args.rows / "layerwise.csv")
             append(tensors, args.rows / "layerwise_tensors.csv")
         if args.images:
-            args.images.mkdir(parents=True, exist_ok=True)
-            torch.save(images, args.images / f"{args.part}-{number}.pt")
+            save_panels([*images.items()], args.images / f"{args.part}-{number}.png")
         names = ("arch", "size", "batch", "seed", "train_mode", "deepest", "psnr", "ssim")
         shown.append([row[name] for name in (*names, "other_gradient_psnr", "cpu_seconds")])
         print(shown[-1], row["stopped"], flush=True)

@@ -122,8 +122,9 @@ def run_controls(
         outcome, seconds = found.outcome, time.perf_counter() - start
         controls.found[name] = Control(found.images, outcome.iterations, seconds)
         stopped = ", ended by a loss that was not finite" if outcome.final.stopped else ""
+        done = "iterations" if found.recovered is None else "tensors"
         reporter.say(
-            f"control, {name}: {outcome.iterations} iterations in {duration(seconds)}{stopped}"
+            f"control, {name}: {outcome.iterations} {done} in {duration(seconds)}{stopped}"
         )
     return controls
 
