@@ -37,7 +37,7 @@ def groups(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
 
 
 def spread(rows: Sequence[dict], name: str, digits: int = 1) -> str:
-    """Write the mean of a figure over seeds, with the lowest and highest where there are several."""
+    """Write the mean of a figure over seeds, with the lowest and highest of several."""
     values = [float(row[name]) for row in rows if row[name] != ""]
     if not values:
         return "–"

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from scipy import integrate, stats
 
-from inversion.layerwise import block_tridiagonal
-from inversion.layerwise.block_tridiagonal import BlockTridiagonal
-from inversion.layerwise.grid_gaussian import (
+from inversion.layerwise.stem import block_tridiagonal
+from inversion.layerwise.stem.block_tridiagonal import BlockTridiagonal
+from inversion.layerwise.stem.grid_gaussian import (
     Convolution,
     add_convolution,
     add_pixels,
@@ -21,7 +21,7 @@ from inversion.layerwise.grid_gaussian import (
     pixel_variance,
     unflatten,
 )
-from inversion.layerwise.moments import (
+from inversion.layerwise.stem.moments import (
     Sites,
     below,
     between,
@@ -30,22 +30,22 @@ from inversion.layerwise.moments import (
     matching_sites,
     maximum_moments,
 )
-from inversion.layerwise.propagation import conv2d
-from inversion.layerwise.smoothness import (
+from inversion.layerwise.stem.posterior import stem_posterior
+from inversion.layerwise.stem.propagation import conv2d
+from inversion.layerwise.stem.smoothness import (
     STENCILS,
     add_smoothness,
     colours,
     gaussian_precisions,
     student_precisions,
 )
-from inversion.layerwise.stem import stem_posterior
-from inversion.layerwise.stencils import (
+from inversion.layerwise.stem.stencils import (
     add_differences,
     difference_variance,
     differences,
     stencil_shape,
 )
-from inversion.layerwise.windows import Pooling, bounds, read_windows, window_positions
+from inversion.layerwise.stem.windows import Pooling, bounds, read_windows, window_positions
 from utils.image_files import public_photographs
 from utils.metrics import psnr
 

@@ -10,11 +10,11 @@ from torch import Generator, Tensor, fx, nn
 from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.decoder import Decoder, decode, linear_decoder, mean_decoding
 from inversion.layerwise.front import Front, Matched, Statistics, match_activations
-from inversion.layerwise.grid_gaussian import Convolution
 from inversion.layerwise.network import AVERAGES, MAXIMA, Network, network_of
 from inversion.layerwise.peel import Layer, Peeled, peel
-from inversion.layerwise.stem import stem_posterior
-from inversion.layerwise.windows import Pooling
+from inversion.layerwise.stem.grid_gaussian import Convolution
+from inversion.layerwise.stem.posterior import stem_posterior
+from inversion.layerwise.stem.windows import Pooling
 from models.batchnorm import BATCHNORM_TYPES
 from models.gradient import trainable_parameters
 from models.graph import operation_name

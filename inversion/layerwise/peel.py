@@ -26,7 +26,7 @@ from inversion.layerwise.network import (
     is_maximum,
     spread,
 )
-from inversion.layerwise.shift import routing_masks
+from inversion.layerwise.shift.routing import routing_masks
 from inversion.layerwise.solve import solve_tensor
 from models.graph import operation_name, place
 

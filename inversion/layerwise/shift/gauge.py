@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inversion.layerwise.taps import least_squares
+from inversion.layerwise.shift.taps import least_squares
 
 #: The largest batch whose 2^B patterns of bits are all tried.
 MOST_ENUMERATED = 10

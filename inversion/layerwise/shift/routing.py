@@ -1,10 +1,10 @@
 """Solves signals and inputs of a 3×3 convolution out of its weight gradient alone (shift method).
 
-`inversion.layerwise.taps` writes the gradient as G_k = D S_k X, with the signals D (O, N) and the
-inputs X (N, I), N = B·h·w. Zero padding makes positions differ: with Y = X⁻¹ on the row space,
+`inversion.layerwise.shift.taps` writes the gradient as G_k = D S_k X, with the signals D (O, N) and
+the inputs X (N, I), N = B·h·w. Zero padding makes positions differ: with Y = X⁻¹ on the row space,
 G_k Y[p] is D[p − δ_k], or 0 where p − δ_k lies outside the map. So a null space gives the corner,
 and every other position follows. D and X then hold up to one B×B matrix, which
-`inversion.layerwise.gauge` finds. All numbers are float64, on the device of the gradient.
+`inversion.layerwise.shift.gauge` finds. All numbers are float64, on the device of the gradient.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inversion.layerwise.gauge import (
+from inversion.layerwise.shift.gauge import (
     bit_distance,
     gauge_by_nonnegativity,
     gauge_by_signals,
     match_to_signals,
 )
-from inversion.layerwise.repair import repair_masks
-from inversion.layerwise.taps import (
+from inversion.layerwise.shift.repair import repair_masks
+from inversion.layerwise.shift.taps import (
     TAPS,
     inputs_for,
     outputs_for,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inversion.layerwise.grid_gaussian import Convolution, grid_for
-from inversion.layerwise.propagation import conv2d, problem_for, propagate
-from inversion.layerwise.windows import Pooling
+from inversion.layerwise.stem.grid_gaussian import Convolution, grid_for
+from inversion.layerwise.stem.propagation import conv2d, problem_for, propagate
+from inversion.layerwise.stem.windows import Pooling
 
 #: Bytes of the matrices that are in memory at once; more images are processed in turn.
 MEMORY = 2**30

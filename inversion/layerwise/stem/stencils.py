@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from inversion.layerwise.block_tridiagonal import BlockTridiagonal
-from inversion.layerwise.grid_gaussian import Grid
+from inversion.layerwise.stem.block_tridiagonal import BlockTridiagonal
+from inversion.layerwise.stem.grid_gaussian import Grid
 
 #: The pixels that a difference combines: rows down (0 to LEAST_BLOCK), columns right, factor.
 Stencil = tuple[tuple[int, int, float], ...]

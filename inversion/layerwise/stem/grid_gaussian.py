@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inversion.layerwise.block_tridiagonal import BlockTridiagonal
+from inversion.layerwise.stem.block_tridiagonal import BlockTridiagonal
 
 #: The least rows of a block, and the farthest that a difference of pixels may reach down.
 LEAST_BLOCK = 2

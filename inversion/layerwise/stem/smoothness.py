@@ -9,9 +9,9 @@ difference's posterior in every round.
 import torch
 from torch import Tensor
 
-from inversion.layerwise.block_tridiagonal import BlockTridiagonal
-from inversion.layerwise.grid_gaussian import Grid
-from inversion.layerwise.stencils import (
+from inversion.layerwise.stem.block_tridiagonal import BlockTridiagonal
+from inversion.layerwise.stem.grid_gaussian import Grid
+from inversion.layerwise.stem.stencils import (
     Stencil,
     add_differences,
     difference_variance,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from inversion.layerwise import block_tridiagonal
-from inversion.layerwise.grid_gaussian import (
+from inversion.layerwise.stem import block_tridiagonal
+from inversion.layerwise.stem.grid_gaussian import (
     Convolution,
     Grid,
     add_convolution,
@@ -25,7 +25,7 @@ from inversion.layerwise.grid_gaussian import (
     pixel_variance,
     unflatten,
 )
-from inversion.layerwise.moments import (
+from inversion.layerwise.stem.moments import (
     Sites,
     between,
     cavity,
@@ -34,14 +34,14 @@ from inversion.layerwise.moments import (
     maximum_moments,
     no_sites,
 )
-from inversion.layerwise.smoothness import (
+from inversion.layerwise.stem.smoothness import (
     LEVEL,
     LEVEL_PRECISION,
     add_smoothness,
     gaussian_precisions,
     student_precisions,
 )
-from inversion.layerwise.windows import Pooling, Windows, read_windows
+from inversion.layerwise.stem.windows import Pooling, Windows, read_windows
 
 #: Least error of pooled values relative to the largest: that of the client's float32.
 FLOAT_ERROR = 1e-6

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from inversion.layerwise.taps import (
+from inversion.layerwise.shift.taps import (
     by_position,
     inputs_for,
     relative_norm,
