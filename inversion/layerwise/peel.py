@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, fx
 
 from inversion.layerwise.accuracy import LARGEST
@@ -167,15 +168,18 @@ def _solve_head(
 
 
 def _allow_for_noise(network: Network, name: str, head: Head) -> None:
-    """Take what the head leaves for noise, where it is more than its gradient's error allows.
+    """Take for noise what the head's gradient has beyond a rank of B, where that is more than said.
 
-    K classes are K equations per feature, of which B directions fit anything, noise too.
+    Without noise its rank is at most B, whatever the features, so a wrong fixed point leaves
+    nothing there. K classes are K equations per feature, of which B directions fit anything.
     """
-    accuracy = network.accuracy[f"{name}.weight"]
-    if head.residual <= accuracy.certified or head.residual > LARGEST:
+    accuracy, gradient = network.accuracy[f"{name}.weight"], network.gradient[f"{name}.weight"]
+    count, classes = head.probabilities.shape
+    values = torch.linalg.svdvals(gradient)
+    left = (values[count:].norm() / values.norm()).item()
+    if not accuracy.certified < left <= LARGEST:
         return
-    classes = head.probabilities.shape[1]
-    noise = head.residual * math.sqrt(classes / max(1, classes - head.rank))
+    noise = left * math.sqrt(classes / max(1, classes - count))
     for parameter, of in network.accuracy.items():
         network.accuracy[parameter] = replace(of, noise=max(of.noise, noise))
 
