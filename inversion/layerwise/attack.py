@@ -11,7 +11,13 @@ from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.decoder import Decoder, decode, linear_decoder, mean_decoding
 from inversion.layerwise.front import Front, Matched, Statistics, match_activations
 from inversion.layerwise.grid_gaussian import Convolution
-from inversion.layerwise.network import Network, network_of
+from inversion.layerwise.network import (
+    Network,
+    StoppedError,
+    geometry_of,
+    network_of,
+    pooling_sides,
+)
 from inversion.layerwise.peel import Layer, Peeled, peel
 from inversion.layerwise.stem import stem_posterior
 from inversion.layerwise.windows import Pooling
@@ -251,19 +257,27 @@ class _Maker:
             ["maxpool2d", "relu", "conv2d"],
         ):
             return None
-        conv, norm = network.module(chain[kinds.index("conv2d")]), None
-        if "batchnorm2d" in kinds:
-            norm = network.batchnorm(chain[2])
+        layer, norm = chain[kinds.index("conv2d")], None
+        conv = network.module(layer)
+        try:
+            geometry = geometry_of(conv, str(layer.target))
+            if "batchnorm2d" in kinds:
+                norm = network.batchnorm(chain[2])
+        except StoppedError:
+            return None
+        sides = pooling_sides(network, pool)
+        lengths = [geometry.kernel, geometry.stride, geometry.padding, *(sides or ())]
+        if sides is None or any(rows != columns for rows, columns in lengths):
+            return None
         scale = torch.ones_like(conv.weight[:, 0, 0, 0]) if norm is None else norm.scale
         shift = torch.zeros_like(scale) if norm is None else norm.shift
         if conv.bias is not None:
             shift = shift + scale * conv.bias
-        pooling = network.module(pool)
         low, high = (bound.double() for bound in self.target.box)
         found = stem_posterior(
             network.values[pool], conv.weight, scale, shift, self.target.image_shape,
-            conv=Convolution(conv.stride[0], conv.padding[0]),
-            pool=Pooling(*(int(v) for v in (pooling.kernel_size, pooling.stride, pooling.padding))),
+            conv=Convolution(geometry.stride[0], geometry.padding[0]),
+            pool=Pooling(*(side[0] for side in sides)),
             low=low, high=high, error=POOLED_ERROR,
         )  # fmt: skip
         return found.images

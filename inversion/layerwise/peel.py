@@ -70,13 +70,15 @@ class Peeled:
         by_name = {node.name: node for node in self.network.nodes}
         found = {}
         for layer in self.layers:
-            if by_name[layer.name] in self.network.values:
+            if layer.kind != "masks" and by_name[layer.name] in self.network.values:
                 found[layer.name] = self.network.values[by_name[layer.name]]
         return found
 
     def frontier(self) -> list[fx.Node]:
         """Return the certified tensors that no deeper ones determine, the deepest first."""
-        certified = {layer.name for layer in self.layers if layer.certified}
+        certified = {
+            layer.name for layer in self.layers if layer.certified and layer.kind != "masks"
+        }
         known: set[fx.Node] = set()
         found = []
         for node in self.network.nodes:
@@ -239,9 +241,7 @@ def _route(network: Network, node: fx.Node) -> Layer | None:
     if bool((network.known(source)[0] > 0).all()):
         return None
     start = time.perf_counter()
-    relu = source
-    while operation_name(relu) in COPIES and relu.op != "placeholder":
-        relu = network.inputs(relu)[0]
+    relu = network.original(source)
     if operation_name(relu) not in RELUS:
         raise StoppedError(f"{place(node)}: which of its inputs count is not known")
     if is_maximum(node):
