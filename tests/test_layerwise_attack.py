@@ -1,308 +1,390 @@
-"""The walk from the head to the image: what follows from what, end to end, and the audit of it."""
+"""The walk from the head to the image, the images that it makes, and the audit of both."""
 
-import copy
+import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
-from torchvision.models.resnet import BasicBlock
+from torch import nn
 
 from inversion.layerwise.accuracy import LARGEST, Accuracy
-from inversion.layerwise.network import StoppedError, network_of
-from models.batchnorm import BATCHNORM_TYPES
+from inversion.layerwise.attack import accuracies, layerwise_attack
+from inversion.layerwise.network import network_of
+from inversion.layerwise.peel import peel
 from models.build import build_model
-from models.graph import operation_name, traced_tensors
-from models.target import Protection
+from models.checkpoint import Task, make_checkpoint, seal
+from models.gradient import ClientLoss, whole_batch_gradient
+from models.reading import target_from_checkpoint
+from models.target import GroundTruth, Protection, model_of
+from tests.support import MEAN, STD, photos, target_of
+from tests.test_layerwise_network import (
+    CLASSES,
+    NETWORKS,
+    Branching,
+    Function,
+    behind,
+    deep,
+    smooth,
+    true_tensors,
+    vgg,
+)
+from utils.image_files import public_photographs
+from utils.images import normalise
 
-CLASSES = 8
-
-
-def residual(width=16):
-    """As resnet18_cifar, with two blocks."""
-    down = nn.Sequential(nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width))
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        BasicBlock(width, width), BasicBlock(width, 2 * width, 2, down),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, CLASSES),
-    )  # fmt: skip
-
-
-def vgg(width=16, size=8):
-    """Plain convolutions with biases, each followed by a max-pooling whose windows are apart."""
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(2 * width * (size // 4) ** 2, CLASSES),
-    )  # fmt: skip
+# The walk ----------------------------------------------------------------------------------------
 
 
-def smooth(size=8):
-    """Activations that lose nothing."""
-    return nn.Sequential(
-        nn.Conv2d(3, 12, 3, 2, 1), nn.LeakyReLU(0.1), nn.Conv2d(12, 16, 3, padding=1), nn.Tanh(),
-        nn.Dropout(), nn.Flatten(), nn.Linear(16 * (size // 2) ** 2, CLASSES),
-    )  # fmt: skip
+@functools.cache
+def public(size):
+    """Photographs that no batch here has."""
+    target = SimpleNamespace(mean=torch.tensor(MEAN), std=torch.tensor(STD))
+    shape = (-1, 1, 1)
+    images = public_photographs(60, (3, size, size))
+    return normalise(images, target.mean.view(shape), target.std.view(shape))
 
 
-def deep(width=24):
-    """Residual blocks down to maps of one position."""
-
-    def down(channels):
-        return nn.Sequential(
-            nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), nn.BatchNorm2d(2 * channels)
-        )
-
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        BasicBlock(width, 2 * width, 2, down(width)),
-        BasicBlock(2 * width, 4 * width, 2, down(2 * width)),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, CLASSES),
-    )  # fmt: skip
+def attacked(model, labels, size, *, train_mode=False, change=lambda target: target, **options):
+    """An attack on photographs with these labels: what it recovered, images, true tensors."""
+    x, _ = photos(len(labels), size, target_idx=10)
+    y = torch.tensor(labels)
+    target = target_of(model, x, y, train_mode=train_mode)
+    recovered = layerwise_attack(model, change(target), y, public(size), **options)
+    values, *_ = true_tensors(model.double(), x.double(), y, train_mode=train_mode)
+    model.float()
+    return recovered, x, values
 
 
-NETWORKS = {
-    "lenet": lambda: build_model("lenet", CLASSES, (3, 16, 16)),
-    "convnet": lambda: build_model("convnet", CLASSES, (3, 16, 16)),
-    "residual": residual,
-    "deep": deep,
-    "vgg": lambda: vgg(size=16),
-    "smooth": lambda: smooth(size=16),
-}
+def network(name, seed=0):
+    torch.manual_seed(seed)
+    return NETWORKS[name]()
 
 
-def made(name):
-    """A network in float64 whose BatchNorm layers have weights and statistics of their own."""
-    torch.manual_seed(0)
-    model = NETWORKS[name]().double()
-    for layer in model.modules():
-        if isinstance(layer, BATCHNORM_TYPES):
-            layer.weight.data.uniform_(0.5, 1.5)
-            layer.bias.data.normal_(0, 0.2)
-            layer.running_mean.normal_(0, 0.1)
-            layer.running_var.uniform_(0.5, 1.5)
-    return model
-
-
-class Values(fx.Interpreter):
-    """Runs a network and keeps every tensor."""
-
-    def run_node(self, n):
-        self.found = getattr(self, "found", {})
-        result = super().run_node(n)
-        if isinstance(result, torch.Tensor) and n.op != "output":
-            self.found[n.name] = result
-        return result
-
-
-def true_tensors(model, x, y, *, train_mode):
-    """Every tensor by name, ∂L/∂tensor, the gradient by name, and the batch's statistics."""
-    model = copy.deepcopy(model).train(train_mode)
-    for module in model.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    statistics = []
-    for layer in model.modules():
-        if isinstance(layer, BATCHNORM_TYPES):
-            layer.register_forward_pre_hook(
-                lambda _, args: statistics.append(
-                    torch.var_mean(args[0].detach(), (0, 2, 3), correction=0)[::-1]
-                )
-            )
-    graph = fx.symbolic_trace(model)
-    walk = Values(graph)
-    logits = walk.run(x.clone().requires_grad_())
-    loss = F.cross_entropy(logits, y)
-    parameters = dict(graph.named_parameters())
-    signals = torch.autograd.grad(loss, list(walk.found.values()), retain_graph=True)
-    gradient = torch.autograd.grad(loss, list(parameters.values()))
-    return (
-        {name: t.detach() for name, t in walk.found.items()},
-        dict(zip(walk.found, signals, strict=True)),
-        dict(zip(parameters, gradient, strict=True)),
-        statistics,
+def worst(recovered, values):
+    """The largest relative error of a certified tensor."""
+    names = [layer.name for layer in recovered.certified if layer.name in recovered.tensors]
+    assert names
+    errors = [recovered.tensors[name] - values[name] for name in names]
+    return max(
+        (e.norm() / values[name].norm()).item() for e, name in zip(errors, names, strict=True)
     )
 
 
-def batch(count=3, size=16, seed=0):
-    x = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).double()
-    return 2 * x - 1, torch.tensor([5, 1, 3, 0, 7][:count])
+def gap(recovered, x):
+    return ((recovered.images - x).norm() / x.norm()).item()
 
 
-def traced(name, *, train_mode=False, model=None, statistics=None):
-    """A network to walk through, and what is true of it."""
-    model = made(name) if model is None else model
-    x, y = batch()
-    values, signals, gradient, measured = true_tensors(model, x, y, train_mode=train_mode)
-    network = network_of(
-        model, 3, (3, 16, 16), gradient, train_mode=train_mode,
-        statistics=statistics or measured,
-        accuracy=dict.fromkeys(gradient, Accuracy(1e-10)),
-    )  # fmt: skip
-    return network, values, signals
-
-
-CASES = [(name, False) for name in NETWORKS] + [("convnet", True), ("residual", True)]
-
-
-@pytest.mark.parametrize(("name", "train_mode"), CASES)
-def test_signals_are_the_derivatives_that_autograd_gives(name, train_mode):
-    network, values, signals = traced(name, train_mode=train_mode)
-    network.values = {node: values[node.name] for node in network.nodes}
-    network.signals[network.nodes[-1]] = signals[network.nodes[-1].name]
-    for node in network.nodes:
-        torch.testing.assert_close(network.signal(node), signals[node.name], atol=1e-13, rtol=1e-8)
-
-
-@pytest.mark.parametrize(("name", "train_mode"), CASES)
-def test_what_follows_from_the_inputs_of_convolutions_is_true(name, train_mode):
-    """The values that a walk solves for say others: all of some tensors, parts of others."""
-    network, values, _ = traced(name, train_mode=train_mode)
-    weighted = {"conv2d", "linear"}
-    solved = [
-        node
-        for node in network.nodes[1:]
-        if any(operation_name(user) in weighted for user in network.users(node))
-    ]
-    for given in [solved[-1:], solved]:
-        network.values = {node: values[node.name] for node in given}
-        shares = []
-        for node in network.nodes:
-            known, value = network.known(node)
-            on = known > 0
-            torch.testing.assert_close(value[on], values[node.name][on], atol=1e-11, rtol=1e-9)
-            shares.append(on.double().mean().item())
-            whole = network.value(node)
-            assert whole is None or on.all()
-    partly = any(0 < share < 1 for share in shares)
-    assert partly == (name in ("convnet", "residual", "deep"))  # a ReLU hides what is negative
-
-
-class Function(nn.Module):
-    """A function of tensors as a layer."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-def behind(*layers, channels=8):
-    """A convolution, these layers, and a head."""
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *layers, *head).double()
-
-
-#: What cannot be walked through → layers, and what is said.
-STOPS = {
-    "unknown": ([nn.GELU()], "1: GELU cannot be inverted"),
-    "group normalisation": ([nn.GroupNorm(2, 8)], "1: GroupNorm cannot be inverted"),
-    "multiplied": ([Function(lambda x: x * 2)], "mul cannot be inverted"),
-    "added to itself": ([Function(lambda x: x + x)], "adds other than two tensors of one shape"),
-    "added with a factor": (
-        [Function(lambda x: torch.add(x, x.relu(), alpha=2))],
-        "adds other than two tensors of one shape",
-    ),
-    "broadcast": (
-        [Function(lambda x: x + F.adaptive_avg_pool2d(x, 1))],
-        "adds other than two tensors of one shape",
-    ),
-    "overlapping windows": ([nn.ReLU(), nn.MaxPool2d(3, 2, 1)], "where its maxima lie is not"),
-}
-
-
-@pytest.mark.parametrize("case", STOPS)
-def test_what_cannot_be_walked_through_is_named(case):
-    layers, says = STOPS[case]
-    network, values, signals = traced(None, model=behind(*layers))
-    *nodes, output = network.nodes
-    network.signals[output] = signals[output.name]
-    with pytest.raises(StoppedError, match=says):
-        for node in reversed(nodes):
-            network.signal(node)
+@pytest.mark.parametrize("count", [1, 2])
+def test_lenet_gives_its_images_away(count):
+    recovered, x, values = attacked(network("lenet"), [5, 1][:count], 16)
+    assert (recovered.method, recovered.sources, recovered.stopped) == ("solved", ("input_1",), "")
+    assert recovered.determined
+    assert [layer.kind for layer in recovered.layers] == ["head"] + 3 * ["convolution"]
+    assert len(recovered.certified) == 4
+    assert worst(recovered, values) < 1e-4
+    assert gap(recovered, x) < 1e-4
 
 
 @pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(8, 8, 3, groups=2),
-        nn.Conv2d(8, 8, 3, dilation=2),
-        nn.Conv2d(8, 8, 3, padding="same"),
-        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-    ],
+    ("name", "labels", "size"),
+    [("residual", [5, 1], 8), ("deep", [5, 1, 3], 8), ("smooth", [5, 1], 16)],
 )
-def test_other_convolutions_are_not_solved(layer):
-    network, values, signals = traced(None, model=behind(layer))
-    conv = network.nodes[2]
-    network.signals[conv] = signals[conv.name]
-    with pytest.raises(StoppedError, match="^1: grouped, dilated and unusually padded"):
-        network.uses(network.nodes[1])
-    with pytest.raises(StoppedError, match="^1: grouped, dilated and unusually padded"):
-        network.signal(network.nodes[1])
+def test_every_layer_is_certified_down_to_the_image(name, labels, size):
+    recovered, x, values = attacked(network(name), labels, size)
+    assert recovered.method == "solved"
+    assert all(layer.certified for layer in recovered.layers)
+    assert all(layer.rank == layer.unknowns for layer in recovered.layers)
+    assert worst(recovered, values) < 1e-4
+    assert gap(recovered, x) < 1e-4
 
 
-def test_layers_without_a_gradient_are_not_solved():
-    network, values, signals = traced("convnet", train_mode=True)
-    network.values = {node: values[node.name] for node in network.nodes}
-    network.signals[network.nodes[-1]] = signals[network.nodes[-1].name]
-    image = network.nodes[0]
-    zero = {name: 0 * g for name, g in network.gradient.items()}
-    for missing, says in (
-        ("0.weight", "^0: the gradient of its weights was not sent"),
-        ("1.weight", "^1: the gradient of its scale and shift was not sent"),
-    ):
-        kept = {name: g for name, g in network.gradient.items() if name != missing}
-        with pytest.raises(StoppedError, match=says):
-            replace(network, gradient=kept).uses(image)
-    with pytest.raises(StoppedError, match="^0: the gradient of its weights is zero"):
-        replace(network, gradient=network.gradient | {"0.weight": zero["0.weight"]}).uses(image)
+def test_windows_that_do_not_overlap_are_routed():
+    model = nn.Sequential(*vgg(32, 8))
+    recovered, x, values = attacked(model, [5, 1], 8)
+    assert [layer.kind for layer in recovered.layers] == ["head", "masks", "convolution"]
+    assert [layer.used_by for layer in recovered.layers] == [("7",), ("3",), ("3",)]
+    assert all(layer.certified for layer in recovered.layers)
+    assert "_4" not in recovered.tensors  # where its maxima lie is known, not its values
+    assert worst(recovered, values) < 1e-4
+    assert (recovered.method, recovered.sources) == ("stem", ("_2",))
+    assert recovered.stopped.startswith("2: its positions cannot be told apart: ")
+    assert gap(recovered, x) < 0.05
+    assert recovered.residual.max() < 0.05
 
 
-def test_a_plain_batchnorm_is_walked_through_in_eval_mode_alone():
-    model = behind(nn.BatchNorm2d(8, affine=False), nn.ReLU())
-    model[1].running_mean.normal_()
-    for train_mode in (False, True):
-        network, values, signals = traced(None, model=model, train_mode=train_mode)
-        network.values = {node: values[node.name] for node in network.nodes}
-        relu = network.nodes[3]
-        network.signals[relu] = signals[relu.name]
-        if train_mode:
-            with pytest.raises(StoppedError, match="^1: the gradient of its scale and shift"):
-                network.signal(network.nodes[1])
-        else:
-            torch.testing.assert_close(network.signal(network.nodes[1]), signals["_0"])
+def test_the_kind_of_pooling_is_said_or_refused():
+    """An adaptive pooling of even windows is the plain one; others end the walk with a reason."""
+    pools = {"plain": nn.MaxPool2d(2), "adaptive": nn.AdaptiveMaxPool2d(2)}
+    pools |= {"pairs": nn.MaxPool2d((2, 2)), "uneven": nn.AdaptiveMaxPool2d(3)}
+    pools |= {"overlapping": nn.MaxPool2d(2, 1), "function": Function(lambda x: F.max_pool2d(x, 2))}
+    kinds = {}
+    for kind, pool in pools.items():
+        layers = [*vgg(32, 8)]
+        layers[5] = pool
+        sides = {"uneven": 3, "overlapping": 3}.get(kind, 2)
+        torch.manual_seed(0)
+        layers[7] = nn.Linear(64 * sides**2, CLASSES)
+        recovered, *_ = attacked(nn.Sequential(*layers), [5, 1], 8)
+        kinds[kind] = [layer.kind for layer in recovered.layers], recovered.stopped
+    assert kinds["adaptive"] == kinds["pairs"] == kinds["plain"]
+    assert len(kinds["plain"][0]) == 3
+    for kind in ("uneven", "overlapping", "function"):
+        assert kinds[kind][0] == ["head"]
+        assert "its windows overlap" in kinds[kind][1]
 
 
-def test_a_channel_that_batchnorm_scales_by_zero_is_not_known():
-    model = behind(nn.BatchNorm2d(8), nn.ReLU())
-    model[1].weight.data[3] = 0
-    model[1].bias.data.fill_(0.5)
-    network, values, _ = traced(None, model=model)
-    network.values = {network.nodes[3]: values["_2"]}
-    known, value = network.known(network.nodes[1])
-    assert not known[:, 3].any()
-    assert torch.isfinite(value).all()
-    torch.testing.assert_close(value[known > 0], values["_0"][known > 0])
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d((2, 2)), nn.MaxPool2d((2, 1)), Function(lambda x: F.max_pool2d(x, 2))],
+    ids=["pairs", "asymmetric", "function"],
+)
+def test_an_unusual_first_pooling_is_no_stem_but_no_fault(pool):
+    layers = [*vgg(32, 8)]
+    layers[2] = pool
+    layers[3:6] = [nn.Conv2d(32, 64, 3, 2, 1), nn.Tanh(), nn.Identity()]
+    torch.manual_seed(0)
+    columns = 4 if pool is not None and getattr(pool, "kernel_size", 0) == (2, 1) else 2
+    layers[7] = nn.Linear(64 * 2 * columns, CLASSES)
+    recovered, _, values = attacked(nn.Sequential(*layers), [5], 8)
+    assert [layer.name for layer in recovered.certified][0] == "_6"
+    assert worst(recovered, values) < 1e-4
+    assert recovered.method == (
+        "stem" if getattr(pool, "kernel_size", 0) == (2, 2) else "activations"
+    )
 
 
-class Branching(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
+def test_train_mode_with_exact_statistics():
+    torch.manual_seed(0)
+    recovered, x, values = attacked(deep(48), [5, 1, 3, 0], 8, train_mode=True)
+    certified = ["_6", "_4_relu", "_3_relu_1", "_3_relu", "_2"]
+    assert [layer.name for layer in recovered.certified] == certified
+    assert worst(recovered, values) < 1e-4
+    assert recovered.determined
+    assert gap(recovered, x) < 1e-4
 
 
-def test_networks_that_cannot_be_attacked_are_refused():
-    def refused(model, says, **options):
-        names = [name for name, _ in model.named_parameters()]
-        options = {"train_mode": True, "statistics": None, "accuracy": {}} | options
-        with pytest.raises(ValueError, match=says):
-            network_of(model, 2, (3, 16, 16), dict.fromkeys(names, torch.ones(1)), **options)
+def test_resnet18_is_solved_from_the_head_to_its_pooling():
+    torch.manual_seed(0)
+    model = build_model("resnet18", CLASSES, (3, 32, 32))
+    x, y = photos(2, 32, target_idx=10)[0], torch.tensor([5, 1])
+    target = target_of(model, x, y, train_mode=False)
+    gradient = dict(zip(target.trainable, target.gradient, strict=True))
+    walked = network_of(
+        model, 2, (3, 32, 32), gradient, train_mode=False, statistics=None,
+        accuracy=accuracies(model, target),
+    )  # fmt: skip
+    peeled = peel(walked, y)
+    values, *_ = true_tensors(model.double(), x.double(), y, train_mode=False)
+    assert [layer.name for layer in peeled.layers][0::8] == [
+        "flatten",
+        "layer2_1_relu_1",
+        "maxpool",
+    ]
+    assert all(layer.certified for layer in peeled.layers)
+    for name, found in peeled.tensors().items():
+        assert ((found - values[name]).norm() / values[name].norm()).item() < 1e-4, name
+    assert [node.name for node in peeled.frontier()] == ["maxpool"]
+    assert peeled.stopped.startswith("maxpool: its windows overlap")
 
-    refused(behind(Branching()), "torch.fx cannot trace the network")
-    refused(made("convnet"), "needs the batch's BatchNorm statistics")
-    untracked = behind(nn.BatchNorm2d(8, track_running_stats=False))
-    refused(untracked, "keeps no running statistics", train_mode=False)
+
+def noisy(relative):
+    def change(target):
+        generator = torch.Generator().manual_seed(0)
+        sent = [
+            g + relative * g.square().mean().sqrt() * torch.randn(g.shape, generator=generator)
+            for g in target.gradient
+        ]
+        return replace(target, gradient=tuple(sent))
+
+    return change
+
+
+def with_zeros(target):
+    """A client one of whose convolutions has a gradient of zeros."""
+    names = target.trainable
+    gradient = [
+        0 * g if name == "4.conv1.weight" else g
+        for name, g in zip(names, target.gradient, strict=True)
+    ]
+    return replace(target, gradient=tuple(gradient))
+
+
+#: Case → labels, change of the target, tensors that are certified, why it ended.
+PARTIAL = {
+    "repeated labels": ([5, 1, 1], lambda t: t, 0, "_6: 256 equations determine 64 of its 96"),
+    "noise": ([5, 1], noisy(1e-3), 1, "_3_relu: 2304 equations determine"),
+    "other gradient": ([5, 1], lambda t: replace(t, gradient=t.gradient[:-2] + tuple(
+        torch.ones_like(g) for g in t.gradient[-2:])), 0, "_6: "),
+    "dead layer": ([5, 1], with_zeros, 3, "4.conv1: the gradient of its weights is zero"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTIAL)
+def test_what_cannot_be_solved_ends_the_walk_with_a_reason(case):
+    labels, change, certified, says = PARTIAL[case]
+    recovered, x, _ = attacked(network("residual"), labels, 8, change=change)
+    assert recovered.stopped.startswith(says)
+    assert len(recovered.certified) >= certified
+    assert recovered.method == ("activations" if certified else "decoder")
+    assert certified or not recovered.determined
+    assert recovered.shortfall.endswith(recovered.stopped)
+    assert torch.isfinite(recovered.images).all()
+    assert recovered.images.shape == recovered.decoder_only.shape == x.shape
+
+
+def test_a_gradient_in_half_precision_gives_what_it_allows():
+    def half(target):
+        return replace(target, gradient=tuple(g.half().float() for g in target.gradient))
+
+    recovered, x, values = attacked(network("residual"), [5, 1], 8, change=half)
+    head = recovered.layers[0]
+    assert head.certified
+    assert 1e-5 < head.residual < LARGEST
+    assert torch.isfinite(recovered.images).all()
+    error = recovered.tensors["_6"] - values["_6"]
+    assert error.norm() < 1e-2 * values["_6"].norm()
+
+
+def test_a_wrong_label_is_not_certified():
+    model = network("residual")
+    x, y = photos(2, 8, target_idx=10)[0], torch.tensor([5, 1])
+    target = target_of(model, x, y, train_mode=False)
+    wrong = layerwise_attack(model, target, torch.tensor([5, 2]), public(8))
+    assert not wrong.certified
+    assert wrong.layers[0].residual > LARGEST
+    assert wrong.method == "decoder"
+
+
+def test_the_walk_ends_where_it_is_told_to():
+    seen = []
+
+    def on_layer(layer):
+        seen.append(layer.name)
+        return len(seen) == 3
+
+    recovered, *_ = attacked(network("residual"), [5, 1], 8, on_layer=on_layer)
+    assert recovered.stopped == "interrupted"
+    assert [layer.name for layer in recovered.layers] == seen == ["_6", "_4_relu_1", "_4_relu"]
+
+
+def test_a_head_that_is_not_linear_gives_the_mean_of_public_photographs():
+    model = nn.Sequential(*smooth(8), nn.LogSoftmax(1))
+    recovered, *_ = attacked(model, [5, 1], 8)
+    assert (recovered.method, recovered.layers) == ("nothing", ())
+    assert recovered.stopped == "7: the walk starts at a linear head"
+    assert torch.equal(recovered.images[0], recovered.images[1])
+    assert "has 0 numbers per image" in recovered.shortfall
+
+
+def test_networks_that_the_attack_cannot_take_raise_value_error():
+    with pytest.raises(ValueError, match="torch.fx cannot trace"):
+        attacked(behind(Branching()).float(), [5, 1], 8)
+    model = deep()
+    with pytest.raises(ValueError, match="needs the batch's BatchNorm statistics"):
+        attacked(
+            model, [5, 1, 3, 0], 8, train_mode=True,
+            change=lambda target: replace(target, bn_mean=None, bn_var=None),
+        )  # fmt: skip
+
+
+def test_a_recovered_tensor_may_have_too_few_numbers():
+    recovered, *_ = attacked(network("convnet"), [5, 1], 16)
+    assert recovered.method == "activations"
+    assert not recovered.determined
+    assert recovered.shortfall == (
+        "what is certified has 32 numbers per image, the images 768; 11: no 3×3 convolution of "
+        "stride 1 stands before it"
+    )
+    more = replace(
+        recovered, sources=("_13", "big"), tensors=recovered.tensors | {"big": public(16)}
+    )
+    assert more.determined
+
+
+def test_a_client_that_clips_its_batch():
+    """The same factor for every image: it follows from the head's bias."""
+
+    def clip(target):
+        protection = Protection("batch", 0.0, 1.0)
+        gradient = tuple(0.3 * g for g in target.gradient)
+        return replace(target, gradient=gradient, protection=protection)
+
+    recovered, x, values = attacked(network("lenet"), [5, 1], 16, change=clip)
+    assert recovered.method == "solved"
+    assert gap(recovered, x) < 1e-4
+
+
+def test_thresholds_follow_the_recorded_noise_and_the_type():
+    model = network("residual")
+    target = target_of(model, photos(2, 8)[0], torch.tensor([5, 1]), train_mode=False)
+    eps = torch.finfo(torch.float32).eps
+    plain = accuracies(model, target)
+    assert set(plain) == set(target.trainable)
+    assert set(plain.values()) == {Accuracy(eps, 0.0)}
+    sigma = 1e-3
+    known = accuracies(model, replace(target, protection=Protection("batch", sigma, None)))
+    for name, g in zip(target.trainable, target.gradient, strict=True):
+        assert known[name].noise == pytest.approx(sigma * g.numel() ** 0.5 / g.norm().item())
+    half = replace(target, gradient=tuple(g.half().float() for g in target.gradient))
+    for accuracy in accuracies(model, half).values():
+        assert accuracy.rounding == eps
+        assert accuracy.noise == pytest.approx(torch.finfo(torch.float16).eps / 12**0.5)
+
+
+def test_noise_that_nobody_recorded_shows_in_the_heads_gradient():
+    model = network("residual")
+    walks = []
+    for relative in (0.0, 1e-3):
+        x, y = photos(2, 8, target_idx=10)[0], torch.tensor([5, 1])
+        target = noisy(relative)(target_of(model, x, y, train_mode=False))
+        gradient = dict(zip(target.trainable, target.gradient, strict=True))
+        walked = network_of(
+            model, 2, (3, 8, 8), gradient, train_mode=False, statistics=None,
+            accuracy=accuracies(model, target),
+        )  # fmt: skip
+        head = peel(walked, y, on_layer=lambda _: True).layers[0]
+        assert head.certified
+        (noise,) = {accuracy.noise for accuracy in walked.accuracy.values()}
+        walks.append(noise)
+    assert walks == [0.0, pytest.approx(1e-3, rel=0.2)]
+
+
+def test_a_wrong_fixed_point_of_the_head_is_no_noise():
+    """It leaves less than LARGEST of a gradient that has no noise."""
+    torch.manual_seed(0)
+    features = torch.randn(8, 512).double().relu()
+    y, weight = torch.randperm(10)[:8], 0.024 * torch.randn(10, 512).double()
+    weight[y] += 0.01 * (features - features.mean(0))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(512, 10, bias=False)).double()
+    model[1].weight.data = weight
+    loss = F.cross_entropy(model(features), y)
+    (gradient,) = torch.autograd.grad(loss, [model[1].weight])
+    walked = network_of(
+        model, 8, (512, 1, 1), {"1.weight": gradient}, train_mode=False, statistics=None,
+        accuracy={"1.weight": Accuracy(1e-7)},
+    )  # fmt: skip
+    (head,) = peel(walked, y).layers
+    assert 1e-4 < head.residual < LARGEST
+    assert not head.certified
+
+
+def test_nothing_is_drawn_and_no_truth_is_read():
+    """Bit-identical with the truth sealed away, and with other numbers in its place."""
+    model = network("lenet")
+    x, y = photos(2, 16, target_idx=10)[0], torch.tensor([5, 1])
+    loss = ClientLoss(True)
+    sent = whole_batch_gradient(model, x, y, loss)
+    task = Task("lenet", 2, (3, 16, 16), CLASSES, MEAN, STD, loss)
+    kept = make_checkpoint(model, sent, task, truth=GroundTruth(x, y))
+    false = make_checkpoint(model, sent, task, truth=GroundTruth(0 * x, y))
+    found = []
+    for checkpoint in (kept, kept, seal(kept)[0], false):
+        torch.manual_seed(len(found))
+        target = target_from_checkpoint(checkpoint)
+        found.append(layerwise_attack(model_of(target), target, y, public(16), seed=3))
+    for other in found[1:]:
+        assert torch.equal(other.images, found[0].images)
+        assert other.tensors.keys() == found[0].tensors.keys()
+        for name, tensor in other.tensors.items():
+            assert torch.equal(tensor, found[0].tensors[name])

@@ -106,15 +106,7 @@ def layerwise_attack(
     statistics are missing.
     """
     start = time.perf_counter()
-    network = network_of(
-        model,
-        target.batch_size,
-        target.image_shape,
-        dict(zip(trainable_parameters(model), target.gradient, strict=True)),
-        train_mode=target.train_mode,
-        statistics=_pairs(target),
-        accuracy=accuracies(model, target),
-    )
+    network = target_network(model, target)
     protected = target.protection is not None and target.protection.clip is not None
     peeled = peel(
         network, y, label_smoothing=target.label_smoothing, clipped=protected, on_layer=on_layer
@@ -126,6 +118,23 @@ def layerwise_attack(
         images.clamp(low, high), method, sources, residual, tuple(peeled.layers), peeled.stopped,
         decoder_only, peeled.tensors(), time.perf_counter() - start,
     )  # fmt: skip
+
+
+def target_network(model: nn.Module, target: Target) -> Network:
+    """Trace the attacked network, with what the client sent.
+
+    Raises ValueError, in one line, where the network cannot be walked through or the batch
+    statistics are missing.
+    """
+    return network_of(
+        model,
+        target.batch_size,
+        target.image_shape,
+        dict(zip(trainable_parameters(model), target.gradient, strict=True)),
+        train_mode=target.train_mode,
+        statistics=_pairs(target),
+        accuracy=accuracies(model, target),
+    )
 
 
 def _pairs(target: Target) -> list[tuple[Tensor, Tensor]] | None:
