@@ -135,7 +135,7 @@ def attack(folder, checkpoint, *flags):
     """Attack with run.py; return the parsed result.json and its folder."""
     flags = [str(flag) for flag in flags]
     for flag, value in (("--lr", "0.1"), ("--epochs", "1")):
-        if flag not in flags:
+        if flag not in flags and "layerwise" not in flags:
             flags += [flag, value]
     succeed("run.py", "--root", folder, "--checkpoint", checkpoint, *flags)
     results = Path(folder) / "results" / "exp"

@@ -11,6 +11,7 @@ from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.truth import TruthCheck, check_truth_gradient
 from inversion.labels.counts import ScaledGradientError
 from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_labels
+from inversion.layerwise.attack import target_network
 from inversion.objective import Objective
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.restarts import initial_images
@@ -122,12 +123,22 @@ def load_inputs(
         raise InputError(f"--verdict-metric lpips: {LPIPS_HINT}")
     _refuse_unfit_network(case, f"--checkpoint {inputs.checkpoint}")
     _evaluate_once(attack, case)
+    if attack.method == "layerwise":
+        _refuse_unsolvable(case)
     if truth is None:
         return case, None
     sealed = Sealed(truth, None, files.bound, lpips_score)
     if scoring.metric or not files.bound:
         sealed = replace(sealed, check=_check_truth(inputs, files, case, sealed))
     return case, sealed if scoring.needs_truth else None
+
+
+def _refuse_unsolvable(case: Case) -> None:
+    """Raise InputError where the gradient cannot be solved layer by layer at all."""
+    try:
+        target_network(case.objective.model, case.target)
+    except ValueError as error:
+        raise InputError(f"--attack layerwise: {error}; give --attack matching") from error
 
 
 def make_case(

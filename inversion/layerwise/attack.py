@@ -10,7 +10,15 @@ from torch import Generator, Tensor, fx, nn
 from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.decoder import Decoder, decode, linear_decoder, mean_decoding
 from inversion.layerwise.front import Front, Matched, Statistics, match_activations
-from inversion.layerwise.network import AVERAGES, MAXIMA, Network, network_of
+from inversion.layerwise.network import (
+    AVERAGES,
+    MAXIMA,
+    Network,
+    StoppedError,
+    geometry_of,
+    network_of,
+    pooling_sides,
+)
 from inversion.layerwise.peel import Layer, Peeled, peel
 from inversion.layerwise.stem.grid_gaussian import Convolution
 from inversion.layerwise.stem.posterior import stem_posterior
@@ -113,15 +121,7 @@ def layerwise_attack(
     statistics are missing.
     """
     start = time.perf_counter()
-    network = network_of(
-        model,
-        target.batch_size,
-        target.image_shape,
-        dict(zip(trainable_parameters(model), target.gradient, strict=True)),
-        train_mode=target.train_mode,
-        statistics=_pairs(target),
-        accuracy=accuracies(model, target),
-    )
+    network = target_network(model, target)
     protected = target.protection is not None and target.protection.clip is not None
     peeled = peel(
         network, y, label_smoothing=target.label_smoothing, clipped=protected, on_layer=on_layer
@@ -133,6 +133,23 @@ def layerwise_attack(
         images.clamp(low, high), method, sources, residual, tuple(peeled.layers), peeled.stopped,
         decoder_only, peeled.tensors(), time.perf_counter() - start,
     )  # fmt: skip
+
+
+def target_network(model: nn.Module, target: Target) -> Network:
+    """Trace the attacked network, with what the client sent.
+
+    Raises ValueError, in one line, where the network cannot be walked through or the batch
+    statistics are missing.
+    """
+    return network_of(
+        model,
+        target.batch_size,
+        target.image_shape,
+        dict(zip(trainable_parameters(model), target.gradient, strict=True)),
+        train_mode=target.train_mode,
+        statistics=_pairs(target),
+        accuracy=accuracies(model, target),
+    )
 
 
 def _pairs(target: Target) -> list[tuple[Tensor, Tensor]] | None:
@@ -276,19 +293,27 @@ class _Maker:
             ["maxpool2d", "relu", "conv2d"],
         ):
             return None
-        conv, norm = network.module(chain[kinds.index("conv2d")]), None
-        if "batchnorm2d" in kinds:
-            norm = network.batchnorm(chain[2])
+        layer, norm = chain[kinds.index("conv2d")], None
+        conv = network.module(layer)
+        try:
+            geometry = geometry_of(conv, str(layer.target))
+            if "batchnorm2d" in kinds:
+                norm = network.batchnorm(chain[2])
+        except StoppedError:
+            return None
+        sides = pooling_sides(network, pool)
+        lengths = [geometry.kernel, geometry.stride, geometry.padding, *(sides or ())]
+        if sides is None or any(rows != columns for rows, columns in lengths):
+            return None
         scale = torch.ones_like(conv.weight[:, 0, 0, 0]) if norm is None else norm.scale
         shift = torch.zeros_like(scale) if norm is None else norm.shift
         if conv.bias is not None:
             shift = shift + scale * conv.bias
-        pooling = network.module(pool)
         low, high = (bound.double() for bound in self.target.box)
         found = stem_posterior(
             network.values[pool], conv.weight, scale, shift, self.target.image_shape,
-            conv=Convolution(conv.stride[0], conv.padding[0]),
-            pool=Pooling(*(int(v) for v in (pooling.kernel_size, pooling.stride, pooling.padding))),
+            conv=Convolution(geometry.stride[0], geometry.padding[0]),
+            pool=Pooling(*(side[0] for side in sides)),
             low=low, high=high, error=max(POOLED_ERROR, self._error_of(pool)),
         )  # fmt: skip
         return found.images

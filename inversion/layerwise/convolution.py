@@ -68,7 +68,7 @@ class Term:
     signal: Tensor
     #: (B, O, h, w) of 0 and 1: where z is known; None for nowhere.
     known: Tensor | None = None
-    #: (B, O, h, w): z, without bias, where it is known, anything elsewhere.
+    #: (B, O, h, w): z, without bias, where it is known, any finite numbers elsewhere.
     output: Tensor | None = None
 
     def residual(self, u: Tensor) -> float:

@@ -171,6 +171,10 @@ class Network:
         module, name = self.module(node), str(node.target)
         if f"{name}.weight" not in self.gradient:
             raise StoppedError(f"{name}: the gradient of its weights was not sent")
+        if not self.gradient[f"{name}.weight"].any():
+            raise StoppedError(f"{name}: the gradient of its weights is zero")
+        if len(self.shape(node)) not in (2, 4):
+            raise StoppedError(f"{name}: takes tensors of {len(self.shape(node))} dimensions")
         geometry = geometry_of(module, name)
         four = lambda t: t if t.dim() == 4 else t[:, :, None, None]  # noqa: E731
         behind, batchnorm = node, None
@@ -201,11 +205,16 @@ class Network:
             None if relu is None else relu.name,
         )
 
+    def original(self, node: fx.Node) -> fx.Node:
+        """Return the tensor that a tensor is a copy of: itself where it is none."""
+        while operation_name(node) in COPIES and node.op != "placeholder":
+            node = self.inputs(node)[0]
+        return node
+
     def take(self, node: fx.Node, raw: Tensor, value: Tensor, threshold: float) -> None:
         """Take over what a tensor was solved for: (B, C, h, w) raw and rectified, and how."""
         self.values[node] = value.reshape(self.shape(node))
-        while operation_name(node) in COPIES and node.op != "placeholder":
-            node = self.inputs(node)[0]
+        node = self.original(node)
         if operation_name(node) in RELUS:
             self.raw[node.name] = (raw, threshold)
 
@@ -213,6 +222,10 @@ class Network:
         """Take over a repaired mask (B, C, h, w) of the ReLU of this name."""
         node = next(node for node in self.nodes if node.name == relu)
         self.masks[relu] = mask = mask.reshape(self.shape(node))
+        for pool in self.routes:  # there the mask says which entries are the largest, too
+            if self.original(self.inputs(pool)[0]) is node:
+                self.routes[pool] = mask.reshape(self.shape(self.inputs(pool)[0]))
+                return
         value = self.value(node)
         if value is None:
             known, value = self.known(node)
@@ -364,7 +377,9 @@ def _batchnorm_invert(network: Network, node: fx.Node, source: fx.Node) -> Known
     if layer.weight is not None:
         scale = scale * layer.weight
     centred = value if layer.bias is None else value - layer.bias.view(1, -1, 1, 1)
-    return mask, centred / scale.view(1, -1, 1, 1) + layer.running_mean.view(1, -1, 1, 1)
+    told = (scale != 0).to(mask).view(1, -1, 1, 1)  # a channel scaled by 0 says nothing
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale).view(1, -1, 1, 1)
+    return mask * told, centred / scale + layer.running_mean.view(1, -1, 1, 1)
 
 
 def _relu_backward(network: Network, node: fx.Node, source: fx.Node) -> Tensor:
@@ -409,6 +424,13 @@ def _slope(network: Network, node: fx.Node) -> float:
     if node.op == "call_module":
         return getattr(network.module(node), "negative_slope", 0.0)
     return float(node.kwargs.get("negative_slope", [*node.args, 0.01][1]))
+
+
+def _add_backward(network: Network, node: fx.Node, source: fx.Node) -> Tensor:
+    shapes = {network.shape(other) for other in [node, *network.inputs(node)]}
+    if len(shapes) > 1 or node.kwargs or list(node.args).count(source) > 1:
+        raise StoppedError(f"{place(node)}: adds other than two tensors of one shape")
+    return network.signal(node)
 
 
 def _add_invert(network: Network, node: fx.Node, source: fx.Node) -> Known | None:
@@ -462,10 +484,9 @@ def spread(network: Network, node: fx.Node, source: fx.Node, t: Tensor) -> Tenso
     height, width = network.shape(source)[2:]
     rows, columns = t.shape[2:]
     whole = height % rows == 0 and width % columns == 0
-    if is_maximum(node):
-        module = network.module(node) if node.op == "call_module" else None
+    if is_maximum(node) and operation_name(node) != "adaptivemaxpool2d":
         window = (height // rows, width // columns)
-        whole = whole and module is not None and _pairs(module) == (window, window, (0, 0))
+        whole = whole and pooling_sides(network, node) == (window, window, (0, 0))
     if not whole:
         raise StoppedError(
             f"{place(node)}: its windows overlap, so where its values come from is not known"
@@ -478,8 +499,11 @@ def is_maximum(node: fx.Node) -> bool:
     return operation_name(node) in MAXIMA
 
 
-def _pairs(pool: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
-    """Return kernel, stride and padding as pairs."""
+def pooling_sides(network: Network, node: fx.Node) -> tuple[tuple[int, int], ...] | None:
+    """Return kernel, stride and padding of a max-pooling; None for an unusual one."""
+    pool = network.module(node) if node.op == "call_module" else None
+    if not isinstance(pool, nn.MaxPool2d) or pool.ceil_mode or pool.dilation not in (1, (1, 1)):
+        return None
     return tuple(
         (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
         for value in (pool.kernel_size, pool.stride, pool.padding)
@@ -500,13 +524,13 @@ OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(WEIGHTED, Operation(_weighted_backward, _nothing)),
     **dict.fromkeys(BATCHNORMS, Operation(_batchnorm_backward, _batchnorm_invert)),
     **dict.fromkeys(RELUS, Operation(_relu_backward, _relu_invert)),
-    **dict.fromkeys(ADDITIONS, Operation(_same, _add_invert)),
+    **dict.fromkeys(ADDITIONS, Operation(_add_backward, _add_invert)),
     **dict.fromkeys(MAXIMA | AVERAGES, Operation(_pool_backward, _pool_invert)),
     **dict.fromkeys(COPIES, Operation(_same, _same_known)),
     "sigmoid": _monotone(lambda y, _: y * (1 - y), lambda y, _: torch.logit(y)),
     "tanh": _monotone(lambda y, _: 1 - y.square(), lambda y, _: torch.atanh(y)),
     "leakyrelu": _monotone(
-        lambda y, slope: torch.where(y > 0, 1.0, slope),
+        lambda y, slope: torch.where(y > 0, torch.ones_like(y), slope),
         lambda y, slope: torch.where(y > 0, y, y / slope),
     ),
 }

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, fx
 
 from inversion.layerwise.accuracy import LARGEST
@@ -69,13 +70,15 @@ class Peeled:
         by_name = {node.name: node for node in self.network.nodes}
         found = {}
         for layer in self.layers:
-            if layer.kind != "masks":
+            if layer.kind != "masks" and by_name[layer.name] in self.network.values:
                 found[layer.name] = self.network.values[by_name[layer.name]]
         return found
 
     def frontier(self) -> list[fx.Node]:
         """Return the certified tensors that no deeper ones determine, the deepest first."""
-        certified = {layer.name for layer in self.layers if layer.certified}
+        certified = {
+            layer.name for layer in self.layers if layer.certified and layer.kind != "masks"
+        }
         known: set[fx.Node] = set()
         found = []
         for node in self.network.nodes:
@@ -167,15 +170,18 @@ def _solve_head(
 
 
 def _allow_for_noise(network: Network, name: str, head: Head) -> None:
-    """Take what the head leaves for noise, where it is more than its gradient's error allows.
+    """Take for noise what the head's gradient has beyond a rank of B, where that is more than said.
 
-    K classes are K equations per feature, of which B directions fit anything, noise too.
+    Without noise its rank is at most B, whatever the features, so a wrong fixed point leaves
+    nothing there. K classes are K equations per feature, of which B directions fit anything.
     """
-    accuracy = network.accuracy[f"{name}.weight"]
-    if head.residual <= accuracy.certified or head.residual > LARGEST:
+    accuracy, gradient = network.accuracy[f"{name}.weight"], network.gradient[f"{name}.weight"]
+    count, classes = head.probabilities.shape
+    values = torch.linalg.svdvals(gradient)
+    left = (values[count:].norm() / values.norm()).item()
+    if not accuracy.certified < left <= LARGEST:
         return
-    classes = head.probabilities.shape[1]
-    noise = head.residual * math.sqrt(classes / max(1, classes - head.rank))
+    noise = left * math.sqrt(classes / max(1, classes - count))
     for parameter, of in network.accuracy.items():
         network.accuracy[parameter] = replace(of, noise=max(of.noise, noise))
 
@@ -235,9 +241,7 @@ def _route(network: Network, node: fx.Node) -> Layer | None:
     if bool((network.known(source)[0] > 0).all()):
         return None
     start = time.perf_counter()
-    relu = source
-    while operation_name(relu) in COPIES and relu.op != "placeholder":
-        relu = network.inputs(relu)[0]
+    relu = network.original(source)
     if operation_name(relu) not in RELUS:
         raise StoppedError(f"{place(node)}: which of its inputs count is not known")
     if is_maximum(node):
