@@ -22,6 +22,7 @@ METHODS = {
     "solved": "the gradient determines the images: solved",
     "stem": "from the output of the first pooling, by the network's first convolution",
     "activations": "images whose activations are the recovered ones",
+    "decoded": "a linear decoder on certified activations, too few numbers to match",
     "decoder": "a linear decoder on the features of the head, which are not certified",
     "nothing": "nothing was recovered: the mean of public photographs",
 }

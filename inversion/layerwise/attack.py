@@ -32,6 +32,8 @@ from models.target import Target, rounding_error
 RIDGE = 0.1
 #: Public photographs that the decoder learns from.
 PUBLIC_IMAGES = 600
+#: Numbers per pixel from which activations are matched; fewer say too little, and take long.
+WORTH_MATCHING = 0.25
 #: The least relative error of recovered pooled values that the stem allows for.
 POOLED_ERROR = 1e-6
 #: Rounding to a type spreads evenly over one unit: its standard deviation in units.
@@ -59,7 +61,8 @@ class Recovered:
 
     #: (B, C, H, W), normalised, inside the box.
     images: Tensor
-    #: "solved" (the image itself), "stem", "activations", "decoder" or "nothing".
+    #: "solved" (the image itself), "stem", "activations" (matched), "decoded" (from
+    #: certified activations), "decoder" (from uncertified ones) or "nothing".
     method: str
     #: Names of the recovered tensors that the images were made of.
     sources: tuple[str, ...]
@@ -97,7 +100,7 @@ class Recovered:
 
     @property
     def _numbers(self) -> int:
-        if self.method != "activations":
+        if self.method not in ("activations", "decoded"):
             return 0
         return sum(self.tensors[name][0].numel() for name in self.sources)
 
@@ -230,6 +233,9 @@ class _Maker:
             found = self._residual(front, stem)
             return stem, "stem", (source.name,), found, alone
         start = decode(decoder, self.network.values[source])
+        numbers = sum(self.network.values[node][0].numel() for node in deepest)
+        if numbers < WORTH_MATCHING * start[0].numel():
+            return start, "decoded", names, self._residual(front, start), alone
         matched = self._match(front, deepest, start)
         return matched.images, "activations", names, matched.residual, alone
 
