@@ -56,6 +56,13 @@ def attacked(model, labels, size, *, train_mode=False, change=lambda target: tar
     return recovered, x, values
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """Activations are matched for a few steps: the images are not judged."""
+    monkeypatch.setattr("inversion.layerwise.attack.ADAM_STEPS", 10)
+    monkeypatch.setattr("inversion.layerwise.attack.LBFGS_STEPS", 10)
+
+
 def network(name, seed=0):
     torch.manual_seed(seed)
     return NETWORKS[name]()
@@ -113,7 +120,7 @@ def test_windows_that_do_not_overlap_are_routed():
     assert recovered.residual.max() < 0.05
 
 
-def test_the_kind_of_pooling_is_said_or_refused():
+def test_the_kind_of_pooling_is_said_or_refused(brief):
     """An adaptive pooling of even windows is the plain one; others end the walk with a reason."""
     pools = {"plain": nn.MaxPool2d(2), "adaptive": nn.AdaptiveMaxPool2d(2)}
     pools |= {"pairs": nn.MaxPool2d((2, 2)), "uneven": nn.AdaptiveMaxPool2d(3)}
@@ -139,7 +146,7 @@ def test_the_kind_of_pooling_is_said_or_refused():
     [nn.MaxPool2d((2, 2)), nn.MaxPool2d((2, 1)), Function(lambda x: F.max_pool2d(x, 2))],
     ids=["pairs", "asymmetric", "function"],
 )
-def test_an_unusual_first_pooling_is_no_stem_but_no_fault(pool):
+def test_an_unusual_first_pooling_is_no_stem_but_no_fault(pool, brief):
     layers = [*vgg(32, 8)]
     layers[2] = pool
     layers[3:6] = [nn.Conv2d(32, 64, 3, 2, 1), nn.Tanh(), nn.Identity()]
@@ -221,7 +228,7 @@ PARTIAL = {
 
 
 @pytest.mark.parametrize("case", PARTIAL)
-def test_what_cannot_be_solved_ends_the_walk_with_a_reason(case):
+def test_what_cannot_be_solved_ends_the_walk_with_a_reason(case, brief):
     labels, change, certified, says = PARTIAL[case]
     recovered, x, _ = attacked(network("residual"), labels, 8, change=change)
     assert recovered.stopped.startswith(says)
@@ -256,7 +263,7 @@ def test_a_wrong_label_is_not_certified():
     assert wrong.method == "decoder"
 
 
-def test_the_walk_ends_where_it_is_told_to():
+def test_the_walk_ends_where_it_is_told_to(brief):
     seen = []
 
     def on_layer(layer):
@@ -288,7 +295,7 @@ def test_networks_that_the_attack_cannot_take_raise_value_error():
         )  # fmt: skip
 
 
-def test_a_recovered_tensor_may_have_too_few_numbers():
+def test_a_recovered_tensor_may_have_too_few_numbers(brief):
     recovered, *_ = attacked(network("convnet"), [5, 1], 16)
     assert recovered.method == "decoded"
     assert not recovered.determined

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch
 from torch import Tensor, fx
 
 from inversion.layerwise.accuracy import LARGEST
@@ -119,6 +120,8 @@ def peel(
                 return peeled
     except StoppedError as reason:
         peeled.stopped = str(reason)
+    except torch.linalg.LinAlgError as error:  # such as numbers that overflow
+        peeled.stopped = f"a system cannot be solved: {' '.join(str(error).split())[:160]}"
     return peeled
 
 
