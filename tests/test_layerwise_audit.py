@@ -72,10 +72,7 @@ def test_images_from_a_decoder_have_its_control(audited):
     assert result["layerwise"]["method"] == "decoded"
     assert result["layerwise"]["stopped"].startswith("11: no 3×3 convolution of stride 1")
     assert len(result["layerwise"]["image_residuals"]) == 2
-<<<<<<< HEAD
-=======
     assert max(result["layerwise"]["image_residuals"]) < 1
->>>>>>> tests
     assert result["controls"].keys() == {"mean image", "decoder only", "other gradient"}
     assert "decoder only" in result["metrics"]["controls"]
     assert "control, other gradient: 1 tensors" in log

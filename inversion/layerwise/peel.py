@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch
 from torch import Tensor, fx
 
 from inversion.layerwise.accuracy import LARGEST
