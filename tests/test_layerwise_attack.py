@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from inversion.layerwise.accuracy import LARGEST, Accuracy
-from inversion.layerwise.attack import accuracies, layerwise_attack
+from inversion.layerwise.attack import Matching, accuracies, layerwise_attack
 from inversion.layerwise.network import network_of
 from inversion.layerwise.peel import peel
 from models.build import build_model
@@ -59,8 +59,8 @@ def attacked(model, labels, size, *, train_mode=False, change=lambda target: tar
 @pytest.fixture
 def brief(monkeypatch):
     """Activations are matched for a few steps: the images are not judged."""
-    monkeypatch.setattr("inversion.layerwise.attack.ADAM_STEPS", 10)
-    monkeypatch.setattr("inversion.layerwise.attack.LBFGS_STEPS", 10)
+    for name in ("WHOLE", "POOLED"):
+        monkeypatch.setattr(f"inversion.layerwise.attack.{name}", Matching(10, 0.05, 10, 0.0))
 
 
 def network(name, seed=0):

@@ -29,7 +29,6 @@ def few_photographs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inversion.audit.attack.LAYERWISE_PUBLIC_IMAGES", 60)
         patch.setattr("inversion.audit.certificate.DECODED_BY", 30)
-        patch.setattr("inversion.layerwise.attack.LBFGS_STEPS", 30)
         yield
 
 
