@@ -206,8 +206,15 @@ class Network:
         )
 
     def original(self, node: fx.Node) -> fx.Node:
-        """Return the tensor that a tensor is a copy of: itself where it is none."""
-        while operation_name(node) in COPIES and node.op != "placeholder":
+        """Return the tensor that a tensor is a copy of: itself where it is none.
+
+        A pooling whose windows hold one number each copies, too.
+        """
+        while node.op != "placeholder":
+            name = operation_name(node)
+            same = self.shape(self.inputs(node)[0]).numel() == self.shape(node).numel()
+            if name not in COPIES and not (name in MAXIMA | AVERAGES and same):
+                break
             node = self.inputs(node)[0]
         return node
 

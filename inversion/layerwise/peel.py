@@ -156,10 +156,11 @@ def _solve_head(
         scaled_by=network.gradient.get(f"{name}.bias") if clipped else None,
     )  # fmt: skip
     (source,) = network.inputs(output)
-    features = head.features
+    features, threshold = head.features, 0.0
     if is_rectified(network, source):
-        features = rectify(features).value
-    network.values[source] = features
+        kept = rectify(features)
+        features, threshold = kept.value, kept.threshold
+    network.take(source, head.features[..., None, None], features, threshold)
     network.signals[output] = head.signal
     _allow_for_noise(network, name, head)
     allowed = network.accuracy[f"{name}.weight"].certified
