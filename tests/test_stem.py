@@ -458,7 +458,7 @@ def test_images_are_independent_and_alike_every_time(monkeypatch):
     assert torch.equal(together.images, again.images)
     alone = stem_posterior(pooled[1:2], *rest, rounds=3, **known)
     close(alone.images[0], together.images[1], 1e-8)
-    monkeypatch.setattr("inversion.layerwise.stem.MEMORY", 0)
+    monkeypatch.setattr("inversion.layerwise.stem.posterior.MEMORY", 0)
     in_turn = stem_posterior(*given, rounds=3, **known)
     for field in dataclasses.fields(together):
         close(getattr(in_turn, field.name), getattr(together, field.name), 1e-8)
