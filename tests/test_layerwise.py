@@ -387,7 +387,7 @@ def test_a_use_says_the_signal_and_leaves_nothing_at_the_truth(train):
     torch.testing.assert_close(use.signal(u), dz)
     assert use.residual(u) < 1e-12
     off = flipped(use.mask, 17)
-    change = use.signal(u, off) - use.signal(u)
+    change = replace(use, mask=off).signal(u) - use.signal(u)
     assert change.flatten()[17] == pytest.approx(
         (use.per_flip * (1 - 2 * use.mask)).flatten()[17].item()
     )

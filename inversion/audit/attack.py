@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inversion.audit.inputs import Case
+from inversion.audit.inputs import Case, public_images
 from inversion.combine import Combination
 from inversion.layerwise.attack import PUBLIC_IMAGES as LAYERWISE_PUBLIC_IMAGES
 from inversion.layerwise.attack import Recovered, layerwise_attack
@@ -23,8 +23,6 @@ from inversion.strategies import STRATEGIES
 from utils.console import Progress, Reporter
 from utils.device import peak_memory_mib
 from utils.errors import InputError
-from utils.image_files import public_photographs
-from utils.images import normalise
 from utils.script import Interrupts
 from utils.shard import ALONE, Shard
 
@@ -212,8 +210,7 @@ def _solve(
         )
         return interrupts.signal is not None
 
-    photographs = public_photographs(LAYERWISE_PUBLIC_IMAGES, target.image_shape)
-    public = normalise(photographs, target.mean, target.std).to(case.device)
+    public = public_images(LAYERWISE_PUBLIC_IMAGES, target).to(case.device)
     try:
         found = layerwise_attack(case.objective.model, target, case.y, public, on_layer=on_layer)
     except ValueError as error:

@@ -6,14 +6,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from inversion.audit.inputs import Case, Sealed
+from inversion.audit.inputs import Case, Sealed, public_images
 from inversion.layerwise.attack import Recovered, decoded, statistics_of
 from inversion.layerwise.front import Front
 from inversion.layerwise.peel import Layer
 from models.rank_analysis import LayerRank, rank_analysis
 from utils.console import table
-from utils.image_files import public_photographs
-from utils.images import normalise
 
 #: Public photographs that the decoders of the picture of all layers learn from.
 DECODED_BY = 300
@@ -158,11 +156,10 @@ def true_errors(case: Case, recovered: Recovered, sealed: Sealed) -> dict[str, f
 
 def decoded_layers(case: Case, recovered: Recovered) -> dict[str, Tensor]:
     """Return the images (B, C, H, W) in [0, 1] that a decoder makes of every certified tensor."""
-    target = case.target
-    photographs = public_photographs(DECODED_BY, target.image_shape)
-    public = normalise(photographs, target.mean, target.std).to(case.device)
-    names = [layer.name for layer in recovered.certified if layer.name in recovered.tensors]
-    images = {}
-    for name in names:
-        images[name] = case.images(decoded(case.objective.model, target, recovered, name, public))
-    return images
+    model, target = case.objective.model, case.target
+    public = public_images(DECODED_BY, target).to(case.device)
+    return {
+        layer.name: case.images(decoded(model, target, recovered, layer.name, public))
+        for layer in recovered.certified
+        if layer.name in recovered.tensors
+    }

@@ -141,6 +141,12 @@ def _refuse_unsolvable(case: Case) -> None:
         raise InputError(f"--attack layerwise: {error}; give --attack matching") from error
 
 
+def public_images(count: int, target: Target) -> Tensor:
+    """Return crops of public photographs as the network takes them, (count, C, H, W) normalised."""
+    photographs = public_photographs(count, target.image_shape)
+    return normalise(photographs, target.mean, target.std)
+
+
 def make_case(
     settings: AttackSettings,
     model: nn.Module,
@@ -309,7 +315,7 @@ def _given_labels(given: str, target: Target) -> Tensor:
 def _labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Module) -> LabelResult:
     """Reconstruct the labels from the gradient."""
     shape = target.image_shape
-    public = normalise(public_photographs(PUBLIC_IMAGES, shape), target.mean, target.std)
+    public = public_images(PUBLIC_IMAGES, target)
     auxiliary = None
     if inputs.label_images is not None:
         with naming(f"--label-aux {inputs.label_images}"):

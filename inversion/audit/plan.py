@@ -17,7 +17,7 @@ from inversion.settings import AttackSettings
 from models.gradient import trainable_parameters
 from utils.console import duration
 from utils.device import device_name, peak_memory_mib
-from utils.errors import FaultError, InputError
+from utils.errors import FaultError
 
 
 def plan(settings: AttackSettings, case: Case, *, shuffled: bool) -> str:
@@ -91,12 +91,9 @@ def _protection_lines(case: Case) -> list[str]:
 
 def layerwise_estimate(case: Case) -> str:
     """Tell the size of the largest dense system that solving layer by layer may meet."""
-    try:
-        rows, columns, name = largest_system(
-            case.objective.model, case.target.batch_size, case.target.image_shape
-        )
-    except ValueError as error:
-        raise InputError(f"--attack layerwise: {error}; give --attack matching") from error
+    rows, columns, name = largest_system(
+        case.objective.model, case.target.batch_size, case.target.image_shape
+    )
     return (
         f"estimate: the largest dense system has {rows:,} equations for {columns:,} unknowns per "
         f"channel ({name}), {8 * rows * columns / 2**20:,.0f} MiB; the walk may end before it"

@@ -57,8 +57,9 @@ class BatchNorm:
         return self.bias - self.mean * self.scale
 
     def input_of(self, y: Tensor) -> Tensor:
-        """Return z from y = scale·z + shift, (B, C, h, w)."""
-        return (y - per_channel(self.shift)) / per_channel(self.scale)
+        """Return z from y = scale·z + shift, (B, C, h, w); finite where the scale is 0, too."""
+        scale = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        return (y - per_channel(self.bias)) / per_channel(scale) + per_channel(self.mean)
 
     def constants(self, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return K (B, C, h, w) and κ (C,) of ∂L/∂z = K − κ (z − μ) from ∂L/∂y (B, C, h, w)."""
@@ -110,13 +111,16 @@ class Use:
         """Whether the signal at the convolution's output depends on that output."""
         return self.batchnorm is not None and self.batchnorm.coupled
 
-    def signal(self, u: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Return ∂L/∂z, (B, O, h, w); a coupled one needs the input u or its output."""
-        dy = self.arriving * (self.mask if mask is None else mask)
-        if self.batchnorm is None:
-            return dy
-        z = self.geometry.forward(u, self.weight) if self.coupled and u is not None else None
-        return self.batchnorm.signal(dy, z)
+    def signal(self, u: Tensor | None = None) -> Tensor:
+        """Return ∂L/∂z, (B, O, h, w); a coupled one needs the input u."""
+        return self.signal_at(
+            self.geometry.forward(u, self.weight) if self.coupled and u is not None else None
+        )
+
+    def signal_at(self, z: Tensor | None) -> Tensor:
+        """Return ∂L/∂z, (B, O, h, w), from the output z, which only a coupled one needs."""
+        dy = self.arriving * self.mask
+        return dy if self.batchnorm is None else self.batchnorm.signal(dy, z)
 
     @property
     def per_flip(self) -> Tensor:

@@ -112,13 +112,24 @@ class _Spectrum:
 
 def _spectrum(terms: Sequence[Term], shape: Sequence[int]) -> _Spectrum:
     """Stack the terms' matrices, each divided by its gradient's norm, and decompose them."""
-    matrices, rows = [], []
-    for term in terms:
-        scale = 1 / term.gradient.norm()
-        matrices.append(gradient_matrix(term.signal, shape[2], shape[3], term.geometry) * scale)
-        rows.append(term.gradient.permute(0, 2, 3, 1).reshape(-1, shape[1]) * scale)
-    left, values, right = torch.linalg.svd(torch.cat(matrices), full_matrices=False)
+    matrix = _stacked_matrices(terms, shape)
+    rows = [
+        term.gradient.permute(0, 2, 3, 1).reshape(-1, shape[1]) * (1 / term.gradient.norm())
+        for term in terms
+    ]
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return _Spectrum(left, values, right, torch.cat(rows))
+
+
+def _stacked_matrices(terms: Sequence[Term], shape: Sequence[int]) -> Tensor:
+    """Return the terms' matrices one above the other, each divided by its gradient's norm."""
+    return torch.cat(
+        [
+            gradient_matrix(term.signal, shape[2], shape[3], term.geometry)
+            * (1 / term.gradient.norm())
+            for term in terms
+        ]
+    )
 
 
 def solve_gradients(
@@ -261,12 +272,7 @@ def preconditioner(terms: Sequence[Term], shape: Sequence[int], damping: float =
     `damping`² of the largest one.
     """
     count, channels, height, width = shape
-    matrix = torch.cat(
-        [
-            gradient_matrix(term.signal, height, width, term.geometry) / term.gradient.norm()
-            for term in terms
-        ]
-    )
+    matrix = _stacked_matrices(terms, shape)
     values, vectors = torch.linalg.eigh(matrix.T @ matrix)
     values = values.clamp_min(0) + damping**2 * values[-1]
     inverse = (vectors / values) @ vectors.T

@@ -8,14 +8,14 @@ known output says about the input.
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from inversion.layerwise.accuracy import Accuracy
-from inversion.layerwise.batchnorm import BatchNorm, Use
+from inversion.layerwise.batchnorm import BatchNorm, Use, per_channel
 from inversion.layerwise.convolution import Geometry
 from models.batchnorm import BATCHNORM_TYPES
 from models.graph import operation, operation_name, place, traced_tensors
@@ -145,23 +145,24 @@ class Network:
         self.signals[node] = self.signal(node)
         return self.signals[node]
 
-    def batchnorm(self, node: fx.Node) -> BatchNorm:
-        """Return the BatchNorm layer of a node; raise StoppedError where it cannot be inverted."""
+    def affine(self, node: fx.Node) -> BatchNorm:
+        """Return the BatchNorm layer of a node as the affine map that it is going forward."""
         layer = self.module(node)
         ones = torch.ones_like(layer.running_mean)
         weight = ones if layer.weight is None else layer.weight.detach()
         bias = 0 * ones if layer.bias is None else layer.bias.detach()
-        of_weight = of_bias = None
-        if self.train_mode:
-            of_weight = self.gradient.get(f"{node.target}.weight")
-            of_bias = self.gradient.get(f"{node.target}.bias")
-            if of_weight is None or of_bias is None:
-                raise StoppedError(
-                    f"{place(node)}: the gradient of its scale and shift was not sent"
-                )
-        return BatchNorm(
-            weight, bias, layer.running_mean, layer.running_var, layer.eps, of_weight, of_bias
-        )
+        return BatchNorm(weight, bias, layer.running_mean, layer.running_var, layer.eps)
+
+    def batchnorm(self, node: fx.Node) -> BatchNorm:
+        """Return the BatchNorm layer of a node; raise StoppedError where it cannot be inverted."""
+        layer = self.affine(node)
+        if not self.train_mode:
+            return layer
+        of_weight = self.gradient.get(f"{node.target}.weight")
+        of_bias = self.gradient.get(f"{node.target}.bias")
+        if of_weight is None or of_bias is None:
+            raise StoppedError(f"{place(node)}: the gradient of its scale and shift was not sent")
+        return replace(layer, weight_gradient=of_weight, bias_gradient=of_bias)
 
     def uses(self, node: fx.Node) -> list[Use]:
         """Return what the convolutions and linear layers that take a tensor say about it."""
@@ -379,14 +380,8 @@ def _batchnorm_backward(network: Network, node: fx.Node, source: fx.Node) -> Ten
 
 def _batchnorm_invert(network: Network, node: fx.Node, source: fx.Node) -> Known:
     mask, value = network.known(node)
-    layer = network.module(node)
-    scale = (layer.running_var + layer.eps).rsqrt()
-    if layer.weight is not None:
-        scale = scale * layer.weight
-    centred = value if layer.bias is None else value - layer.bias.view(1, -1, 1, 1)
-    told = (scale != 0).to(mask).view(1, -1, 1, 1)  # a channel scaled by 0 says nothing
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale).view(1, -1, 1, 1)
-    return mask * told, centred / scale + layer.running_mean.view(1, -1, 1, 1)
+    layer = network.affine(node)  # a channel that it scales by 0 says nothing
+    return mask * per_channel(layer.scale != 0), layer.input_of(value)
 
 
 def _relu_backward(network: Network, node: fx.Node, source: fx.Node) -> Tensor:

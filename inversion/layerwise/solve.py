@@ -286,7 +286,7 @@ def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool)
     for _ in range(2):
         u = rectify(solution.u).value if rectified else solution.u
         z = [_output(use, u) for use in uses]
-        terms = [use.term(_signal(use, o), o) for use, o in zip(uses, z, strict=True)]
+        terms = [use.term(use.signal_at(o), o) for use, o in zip(uses, z, strict=True)]
         solution = solve_gradients(terms, shape, _cut(uses))
     return _Found(uses, solution.u, solution)
 
@@ -300,12 +300,6 @@ def _has_offset(uses: Sequence[Use]) -> bool:
 def _output(use: Use, u: Tensor) -> Tensor:
     """Return w∗u, with what is known of it put in."""
     return torch.where(use.known > 0, use.output, use.geometry.forward(u, use.weight))
-
-
-def _signal(use: Use, z: Tensor) -> Tensor:
-    if use.batchnorm is None:
-        return use.signal()
-    return use.batchnorm.signal(use.arriving * use.mask, z)
 
 
 def search_mask(use: Use, near: tuple[Tensor, float], good: float) -> tuple[Tensor, int]:
