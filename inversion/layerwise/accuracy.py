@@ -8,13 +8,13 @@ ARITHMETIC = 400.0
 #: Times that from which masks are looked at: a wrong entry leaves more.
 SUSPICIOUS = 0.1
 #: Share of the added noise that a right solution may leave, and from which masks are looked at.
-MOST_NOISE, SUSPICIOUS_NOISE = 3.0, 1.5
+MOST_NOISE, SUSPICIOUS_NOISE = 10.0, 1.5
 #: No layer is certified that leaves more than this share of its gradient, whatever the noise.
 LARGEST = 1e-2
 #: The least that float64 equations leave in practice.
 LEAST = 1e-11
 #: Least singular value that is used, in shares of the largest, and in units of the error.
-CUT, CUT_OF_ERROR = 1e-4, 100.0
+CUT, CUT_OF_ERROR = 1e-4, 10.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Accuracy:
     rounding: float
     #: Of noise and of rounding to a narrower type on top of that.
     noise: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Return the error as one number, in shares of the gradient's norm."""
+        return (self.rounding**2 + self.noise**2) ** 0.5
 
     @property
     def certified(self) -> float:

@@ -147,6 +147,11 @@ class Use:
         """Return the norm of what u leaves of the weight gradient, relative to its norm."""
         return (self.left_over(u).norm() / self.gradient.norm()).item()
 
+    def outputs_left(self, u: Tensor) -> float:
+        """Return the norm of what u leaves of the known outputs, relative to theirs."""
+        left = (self.output - self.geometry.forward(u, self.weight)) * self.known
+        return (left.norm() / (self.output * self.known).norm()).item()
+
 
 # Outputs from the two spaces of a gradient ---------------------------------------------------
 

@@ -78,6 +78,32 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Propagation:
+    """Says how errors of equations A x = b become errors of the x that solves them best.
+
+    With independent errors of variance v in b, E ‖δx‖² = v tr (AᵀA)⁻¹; an unbiased estimate of v
+    is what x leaves, ‖A x − b‖², divided by the number of equations less that of unknowns (the
+    theory of linear regression).
+    """
+
+    #: tr (AᵀA)⁻¹.
+    trace: float
+    equations: int
+    #: Unknowns that they determine.
+    rank: int
+
+    def squared_error(self, left: float, allowed: float) -> float:
+        """Return E ‖δx‖² from ‖A x − b‖² and from the square that errors of b alone would have.
+
+        The larger of the two estimates of v counts: as many unknowns as equations leave nothing,
+        whatever their errors.
+        """
+        spare = self.equations - self.rank
+        variance = max(left / spare if spare > 0 else 0.0, allowed / self.equations)
+        return variance * self.trace
+
+
+@dataclass(frozen=True)
 class Solution:
     """Holds the input that a system of equations has, and how well it is determined."""
 
@@ -90,8 +116,9 @@ class Solution:
     rank: int
     #: Largest singular value over the smallest one that counts.
     condition: float
-    #: Norm of what is left of the gradients, relative to theirs.
-    residual: float
+    #: Of the gradients' equations and of the known outputs'.
+    gradients: "Propagation"
+    outputs: "Propagation | None" = None
 
     @property
     def determined(self) -> bool:
@@ -151,16 +178,19 @@ def solve_gradients(
     places, rank = count * height * width, int(kept.sum()) * channels
     equations = found.rows.numel()
     condition = (found.values[0] / found.values[kept][-1]).item()
+    gradients = Propagation(
+        channels * found.values[kept].pow(-2).sum().item(), found.rows.numel(), rank
+    )
+    outputs = None
     if int(kept.sum()) < places and use_outputs:
         with_outputs = [term for term in terms if term.known is not None]
         equations += sum(int(term.known.sum()) for term in with_outputs if term.known is not None)
         null = _null_space(found, kept, places).reshape(-1, count, height, width)
         if with_outputs and null.shape[0] * channels <= MOST_NULL:
-            u, more, worst = _from_outputs(with_outputs, u, null)
-            rank += more
+            u, outputs, worst = _from_outputs(with_outputs, u, null)
+            rank += outputs.rank
             condition = max(condition, worst)
-    residual = _joint_residual(terms, u)
-    return Solution(u, places * channels, equations, rank, condition, residual)
+    return Solution(u, places * channels, equations, rank, condition, gradients, outputs)
 
 
 #: Numbers that the gradients leave open which are still solved for densely.
@@ -177,10 +207,12 @@ def _null_space(found: _Spectrum, kept: Tensor, places: int) -> Tensor:
     return whole[:, int(kept.sum()) :].T
 
 
-def _from_outputs(terms: Sequence[Term], u: Tensor, null: Tensor) -> tuple[Tensor, int, float]:
+def _from_outputs(
+    terms: Sequence[Term], u: Tensor, null: Tensor
+) -> tuple[Tensor, Propagation, float]:
     """Add to u the part along `null` (n, B, H, W), for every channel, that the outputs call for.
 
-    Returns u, how many of the n·I numbers are determined, and the condition of their system.
+    Returns u, how errors of the outputs become errors of the n·I numbers, and their condition.
     """
     count, channels = u.shape[:2]
     size = len(null) * channels
@@ -199,13 +231,14 @@ def _from_outputs(terms: Sequence[Term], u: Tensor, null: Tensor) -> tuple[Tenso
             rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen].reshape(size, -1)
             normal.addmm_(rows, rows.T, alpha=scale.item())
             right += scale * (rows @ left[image].reshape(outputs, -1)[chosen])
-    steps, determined, worst = _solve_symmetric(normal, right)
+    steps, determined, trace, worst = _solve_symmetric(normal, right)
     added = torch.einsum("nbhw,ni->bihw", null, steps.reshape(len(null), channels))
-    return u + added, determined, worst
+    equations = sum(int(term.known.sum()) for term in terms if term.known is not None)
+    return u + added, Propagation(trace, equations, determined), worst
 
 
-def _solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float]:
-    """Solve positive semi-definite equations: solution, rank, and the root of the condition.
+def _solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float, float]:
+    """Solve positive semi-definite equations; return also rank, trace of inverse, root of condition.
 
     By Cholesky's factors where the matrix has full rank, which its least eigenvalue tells (by
     inverse iteration), else by the eigenvectors that count.
@@ -216,13 +249,27 @@ def _solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float]
         least = 1 / _extreme(lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0], right)
         if least > OPEN * largest:
             found = torch.cholesky_solve(right[:, None], factor)[:, 0]
-            return found, len(right), (largest / least) ** 0.5
+            trace = _trace(lambda v: torch.cholesky_solve(v, factor), right)
+            return found, len(right), trace, (largest / least) ** 0.5
     values, vectors = torch.linalg.eigh(normal)
     kept = values > OPEN * values[-1]
     if not bool(kept.any()):
-        return torch.zeros_like(right), 0, 1.0
+        return torch.zeros_like(right), 0, 0.0, 1.0
     found = vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
-    return found, int(kept.sum()), (values[-1] / values[kept][0]).sqrt().item()
+    condition = (values[-1] / values[kept][0]).sqrt().item()
+    return found, int(kept.sum()), values[kept].reciprocal().sum().item(), condition
+
+
+#: Vectors by which a trace is estimated.
+PROBES = 8
+
+
+def _trace(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """Estimate the trace of a symmetric map by probing it with random signs (Hutchinson, 1989)."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (len(like), PROBES), generator=generator)
+    probes = (2 * signs - 1).to(like)
+    return (probes * apply(probes)).sum().item() / PROBES
 
 
 def _extreme(apply: Callable[[Tensor], Tensor], like: Tensor, rounds: int = 20) -> float:
@@ -233,11 +280,6 @@ def _extreme(apply: Callable[[Tensor], Tensor], like: Tensor, rounds: int = 20) 
         v = apply(v / v.norm())
         size = v.norm().item()
     return max(size, 1e-300)
-
-
-def _joint_residual(terms: Sequence[Term], u: Tensor) -> float:
-    """Return the root mean square of the terms' relative residuals."""
-    return (sum(term.residual(u) ** 2 for term in terms) / len(terms)) ** 0.5
 
 
 def term_equations(term: Term, shape: Sequence[int]) -> list[Equations]:

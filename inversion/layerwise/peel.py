@@ -50,6 +50,8 @@ class Layer:
     condition: float
     #: Norm of what the recovered tensor leaves of the gradients, relative to theirs.
     residual: float
+    #: Relative error of the tensor that follows from that on average, None where nobody knows.
+    expected_error: float | None
     #: Mask entries that were turned over on the way.
     flips: int
     certified: bool
@@ -167,7 +169,7 @@ def _solve_head(
     return Layer(
         source.name, name, (name,), "head", features.numel(),
         network.gradient[f"{name}.weight"].numel(), head.rank * features.shape[1], head.condition,
-        head.residual, 0, head.rank == len(y) and head.residual <= allowed,
+        head.residual, None, 0, head.rank == len(y) and head.residual <= allowed,
         time.perf_counter() - start,
     )  # fmt: skip
 
@@ -216,7 +218,8 @@ def _solve(network: Network, node: fx.Node) -> Layer:
     kind = "linear" if all(use.geometry.kernel == (1, 1) for use in uses) else "convolution"
     return Layer(
         node.name, place(node), tuple(use.name for use in uses), kind, solved.unknowns,
-        solved.equations, solved.rank, solved.condition, solved.residual, solved.flips,
+        solved.equations, solved.rank, solved.condition, solved.residual,
+        solved.expected_error, solved.flips,
         solved.certified, time.perf_counter() - start,
     )  # fmt: skip
 
@@ -268,7 +271,7 @@ def _route(network: Network, node: fx.Node) -> Layer | None:
         relu.name, name, (name,), "masks", masks.numel(),
         network.gradient[f"{name}.weight"].numel(),
         masks.numel() - int(found.undecided.sum()), 1 / max(found.gap[0], 1e-300), found.residual,
-        0, found.residual <= allowed, time.perf_counter() - start,
+        None, 0, found.residual <= allowed, time.perf_counter() - start,
     )  # fmt: skip
 
 

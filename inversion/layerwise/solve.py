@@ -40,6 +40,8 @@ PURSUED = 30
 STEPS, SETTLED = 40, 1e-3
 #: Floor of `rectify` where the images' common part was fixed afterwards, which has an error.
 OFFSET_FLOOR = 3e-6
+#: Times its threshold from which a ReLU's output is on beyond doubt.
+CLEAR = 8.0
 #: Mask entries near the threshold that are tried in train mode, and how near.
 NEAR, NEAREST = 14, (0.1, 8.0)
 
@@ -67,6 +69,8 @@ class Solved:
     condition: float
     #: Norm of what it leaves of a gradient, relative to the gradient's, the largest of all.
     residual: float
+    #: Relative error that follows from that residual, or from the gradient's own error.
+    expected_error: float
     #: Mask entries changed.
     flips: int
     #: Whether its residual is as small as the gradient's error allows, and its rank full.
@@ -82,9 +86,9 @@ def solve_tensor(
     threshold, in train mode.
     """
     if not any(use.coupled for use in uses):
-        found = _solve_plain(uses, shape, entries)
+        found = _solve_plain(uses, shape, entries, near)
     elif any(use.arriving.numel() > use.arriving.shape[1] ** 2 for use in uses):
-        found = _solve_by_refining(uses, shape, entries, rectified=rectified)
+        found = _solve_by_refining(uses, shape, entries, near, rectified=rectified)
     else:
         found = _solve_by_outputs(uses, shape, rectified=rectified, near=near)
     kept = Rectified(found.u, found.u, 0.0)
@@ -101,6 +105,7 @@ def solve_tensor(
         solution.rank,
         solution.condition,
         found.residual,
+        found.expected_error,
         found.flips,
         solution.determined and found.certified,
     )
@@ -120,6 +125,21 @@ class _Found:
     def residual(self) -> float:
         """Return the largest relative residual of a gradient."""
         return max(use.residual(self.u) for use in self.uses)
+
+    @property
+    def expected_error(self) -> float:
+        """Return the relative error of u that the equations' errors cause on average.
+
+        Estimated from what u leaves of them, and from the gradients' own errors.
+        """
+        left = sum(use.residual(self.u) ** 2 for use in self.uses)
+        allowed = sum(use.accuracy.error**2 for use in self.uses)
+        square = self.solution.gradients.squared_error(left, allowed)
+        if self.solution.outputs is not None:
+            known = [use for use in self.uses if bool(use.known.any())]
+            left = sum(use.outputs_left(self.u) ** 2 for use in known)
+            square += self.solution.outputs.squared_error(left, allowed)
+        return square**0.5 / self.u.norm().item()
 
     @property
     def certified(self) -> bool:
@@ -142,7 +162,7 @@ def _with_mask(use: Use, mask: Tensor) -> Use:
 
 
 def _repaired(
-    uses: Sequence[Use], solve: Callable[[Sequence[Use], Tensor | None], _Found]
+    uses: Sequence[Use], solve: Callable[[Sequence[Use], Tensor | None], _Found], near: Near
 ) -> _Found:
     """Solve, and correct the masks behind as long as that lessens what is left.
 
@@ -156,7 +176,7 @@ def _repaired(
         if not best.solution.determined or not best.suspicious:
             break
         agreeing = _agreeing(best, solve)
-        corrected = _corrected(best.uses, agreeing)
+        corrected = _corrected(best.uses, agreeing, near)
         changed = sum(
             int((new.mask != old.mask).sum()) for new, old in zip(corrected, best.uses, strict=True)
         )
@@ -184,8 +204,10 @@ def _agreeing(found: _Found, solve: Callable[[Sequence[Use], Tensor | None], _Fo
     return found
 
 
-def _corrected(uses: Sequence[Use], agreeing: _Found) -> list[Use]:
+def _corrected(uses: Sequence[Use], agreeing: _Found, near: Near) -> list[Use]:
     """Return the uses with the masks that the gradients of the channels left out call for.
+
+    An entry whose value stands clear of the threshold stays on.
 
     A use whose positions are no more than its weights per channel gives its whole signal, others
     single flips.
@@ -195,6 +217,9 @@ def _corrected(uses: Sequence[Use], agreeing: _Found) -> list[Use]:
         if use.relu is None or use.relu in masks:
             continue
         doubted = per_channel(1 - trimmed.trusted)
+        if use.relu in near:
+            raw, threshold = near[use.relu]
+            doubted = doubted * (raw < CLEAR * threshold)
         mask = use.mask
         if use.arriving[:, 0].numel() <= use.weight[0].numel():
             mask = torch.where(doubted > 0, _mask_from_gradient(use, agreeing.u), mask)
@@ -226,7 +251,9 @@ def _mask_from_gradient(use: Use, u: Tensor) -> Tensor:
 # Signals that do not depend on what is sought -------------------------------------------------
 
 
-def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries) -> _Found:
+def _solve_plain(
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near
+) -> _Found:
     """Solve the linear equations, correct masks, and polish the solution on all equations."""
 
     def solve(changed: Sequence[Use], _: Tensor | None) -> _Found:
@@ -234,7 +261,7 @@ def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries) ->
         solution = solve_gradients(terms, shape, _cut(uses))
         return _Found(changed, solution.u, solution)
 
-    found = _repaired(uses, solve)
+    found = _repaired(uses, solve, near)
     terms = [use.term(use.signal()) for use in found.uses]
     equations = [e for term in terms for e in term_equations(term, shape)]
     if bool(entries[0].any()):
@@ -266,7 +293,7 @@ def _solve_by_outputs(
     def solve(changed: Sequence[Use], _: Tensor | None) -> _Found:
         return _from_outputs(changed, shape, rectified=rectified)
 
-    found = solve(searched, None) if _has_offset(uses) else _repaired(searched, solve)
+    found = solve(searched, None) if _has_offset(uses) else _repaired(searched, solve, near)
     return replace(found, flips=flips + found.flips)
 
 
@@ -337,7 +364,7 @@ def search_mask(use: Use, near: tuple[Tensor, float], good: float) -> tuple[Tens
 
 
 def _solve_by_refining(
-    uses: Sequence[Use], shape: Sequence[int], entries: Entries, *, rectified: bool
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near, *, rectified: bool
 ) -> _Found:
     """Solve without the coupling, then refine with it by Gauss–Newton, and correct masks.
 
@@ -358,7 +385,7 @@ def _solve_by_refining(
         u = refine_coupled(changed, start if last is None else last, entries)
         return _Found(changed, u, solution)
 
-    return _repaired(uses, solve)
+    return _repaired(uses, solve, near)
 
 
 def _uncoupled(use: Use) -> Tensor:
