@@ -43,6 +43,15 @@ def uses_learned_statistics(model: nn.Module, train_mode: bool) -> bool:
     )
 
 
+def set_statistics(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
+    """Let a BatchNorm layer normalise by copies of this mean and variance, (C,), in eval mode.
+
+    It is changed in place, also where it kept no running statistics.
+    """
+    layer.register_buffer("running_mean", mean.detach().clone())
+    layer.register_buffer("running_var", var.detach().clone())
+
+
 def _group_norm(layer: nn.Module) -> nn.GroupNorm:
     """Make the GroupNorm (Wu & He, 2018) for a BatchNorm layer: 32 groups of two channels or more.
 

@@ -9,7 +9,12 @@ from inversion import settings
 from inversion.objective import Objective
 from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, plain
 from inversion.settings import Weights
-from models.batchnorm import batchnorm_layers, replace_batchnorm, truncated_derivative
+from models.batchnorm import (
+    batchnorm_layers,
+    replace_batchnorm,
+    set_statistics,
+    truncated_derivative,
+)
 from models.build import build_model, init_head, load_weights
 from models.forced import forced_normalisation, forced_statistics
 from models.gradient import (
@@ -236,6 +241,17 @@ def test_truncated_batchnorm_has_the_same_gradient(lacks):
         for a, b in zip(native, truncated, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
     assert "forward" not in vars(batchnorm_layers(model)[0])
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_statistics_that_are_set_are_what_a_layer_normalises_by(tracked):
+    layer = torch.nn.BatchNorm2d(2, affine=False, track_running_stats=tracked).double().eval()
+    mean, var = torch.tensor([1.0, -2.0]).double(), torch.tensor([4.0, 0.25]).double()
+    set_statistics(layer, mean, var)
+    mean.zero_()  # the layer has copies
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    by_hand = [(x[:, 0] - 1) / (4 + layer.eps) ** 0.5, (x[:, 1] + 2) / (0.25 + layer.eps) ** 0.5]
+    torch.testing.assert_close(layer(x), torch.stack(by_hand, 1))
 
 
 def test_batchnorm_without_shift_works_as_one_of_shift_zero():

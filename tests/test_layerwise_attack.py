@@ -11,8 +11,8 @@ from torch import nn
 
 from inversion.layerwise.accuracy import LARGEST, Accuracy
 from inversion.layerwise.attack import Matching, accuracies, layerwise_attack
-from inversion.layerwise.network import network_of
 from inversion.layerwise.peel import peel
+from inversion.layerwise.trace import network_of
 from models.build import build_model
 from models.checkpoint import Task, make_checkpoint, seal
 from models.gradient import ClientLoss, whole_batch_gradient

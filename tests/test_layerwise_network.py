@@ -10,7 +10,8 @@ from torch import fx, nn
 from torchvision.models.resnet import BasicBlock
 
 from inversion.layerwise.accuracy import Accuracy
-from inversion.layerwise.network import StoppedError, network_of
+from inversion.layerwise.kinds import StoppedError
+from inversion.layerwise.trace import network_of
 from models.batchnorm import BATCHNORM_TYPES
 from models.build import build_model
 from models.graph import operation_name

@@ -9,7 +9,7 @@ from inversion.audit.attack import own_seeds
 from inversion.audit.inputs import Case
 from inversion.audit.settings import Settings
 from inversion.combine import combination_method
-from inversion.layerwise.network import largest_system
+from inversion.layerwise.trace import largest_system
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.restarts import noise_generator

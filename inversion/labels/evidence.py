@@ -8,7 +8,12 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor, nn
 
-from models.batchnorm import batchnorm_layers, normalises_by_batch, uses_batch_statistics
+from models.batchnorm import (
+    batchnorm_layers,
+    normalises_by_batch,
+    set_statistics,
+    uses_batch_statistics,
+)
 from models.build import find_head
 from models.gradient import gradient_mode, trainable_parameters
 from models.target import Target, rounding_error
@@ -249,11 +254,11 @@ def _auxiliary(
     if uses_batch_statistics(model, target.train_mode):
         model = copy.deepcopy(model)
         layers = batchnorm_layers(model)
+        like = next(model.parameters())
         for layer, mean, var in zip(layers, target.bn_mean, target.bn_var, strict=True):
             if normalises_by_batch(layer, target.train_mode):
                 # the client's statistics in place of the auxiliary batch's
-                layer.register_buffer("running_mean", mean.to(next(model.parameters())))
-                layer.register_buffer("running_var", var.to(next(model.parameters())))
+                set_statistics(layer, mean.to(like), var.to(like))
     features, bn_inputs = features_of(model, images, train_mode=False)
     return Auxiliary(features, labels.long(), bn_inputs, _double(target.bn_mean[-1]))
 

@@ -10,19 +10,14 @@ from torch import Generator, Tensor, fx, nn
 from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.decoder import Decoder, decode, linear_decoder, mean_decoding
 from inversion.layerwise.front import Front, Matched, Statistics, match_activations
-from inversion.layerwise.network import (
-    AVERAGES,
-    MAXIMA,
-    Network,
-    StoppedError,
-    geometry_of,
-    network_of,
-    pooling_sides,
-)
+from inversion.layerwise.kinds import AVERAGES, MAXIMA, StoppedError, geometry_of
+from inversion.layerwise.network import Network
+from inversion.layerwise.operations import pooling_sides
 from inversion.layerwise.peel import Layer, Peeled, peel
 from inversion.layerwise.stem.grid_gaussian import Convolution
 from inversion.layerwise.stem.posterior import stem_posterior
 from inversion.layerwise.stem.windows import Pooling
+from inversion.layerwise.trace import network_of
 from models.batchnorm import BATCHNORM_TYPES
 from models.gradient import trainable_parameters
 from models.graph import operation_name

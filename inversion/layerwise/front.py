@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from models.batchnorm import BATCHNORM_TYPES
+from models.batchnorm import BATCHNORM_TYPES, set_statistics
 
 #: Mean and biased variance per channel at a BatchNorm layer's input, by the layer's module path.
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
@@ -97,9 +97,7 @@ def _fix_statistics(path: str, layer: nn.Module, statistics: Statistics | None) 
     if statistics is not None:
         if path not in statistics:
             raise ValueError(f"the statistics of {path} are missing")
-        mean, variance = (value.detach().clone() for value in statistics[path])
-        layer.register_buffer("running_mean", mean)
-        layer.register_buffer("running_var", variance)
+        set_statistics(layer, *statistics[path])
     elif layer.running_mean is None:
         raise ValueError(f"{path} keeps no running statistics; give those of the batch")
 

@@ -12,8 +12,7 @@ from inversion.layerwise.accuracy import LARGEST
 from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.head import Head, head_features
-from inversion.layerwise.masks import rectify
-from inversion.layerwise.network import (
+from inversion.layerwise.kinds import (
     ADDITIONS,
     AVERAGES,
     BATCHNORMS,
@@ -21,12 +20,13 @@ from inversion.layerwise.network import (
     MAXIMA,
     RELUS,
     WEIGHTED,
-    Network,
     StoppedError,
     geometry_of,
     is_maximum,
-    spread,
 )
+from inversion.layerwise.masks import rectify
+from inversion.layerwise.network import Network
+from inversion.layerwise.operations import spread
 from inversion.layerwise.shift.routing import routing_masks
 from inversion.layerwise.solve import solve_tensor
 from models.graph import operation_name, place
