@@ -10,7 +10,11 @@ SUSPICIOUS = 0.1
 #: Share of the added noise that a right solution may leave, and from which masks are looked at.
 MOST_NOISE, SUSPICIOUS_NOISE = 10.0, 1.5
 #: No layer is certified that leaves more than this share of its gradient, whatever the noise.
-LARGEST = 1e-2
+LARGEST = 0.1
+#: Nor one whose relative error is expected to be larger than this.
+MOST_ERROR = 1e-2
+#: Noise that the client did not record is told from rounding from this many times that on.
+CLEAR_NOISE = 4.0
 #: The least that float64 equations leave in practice.
 LEAST = 1e-11
 #: Least singular value that is used, in shares of the largest, and in units of the error.

@@ -170,23 +170,24 @@ def solve_gradients(
     """
     found = _spectrum(terms, shape)
     count, channels, height, width = shape
-    kept = found.values > cut * found.values[0]
+    kept = (found.values > cut * found.values[0]) & (found.values > 0)
     numbers = found.right[kept].T @ (
         (found.left[:, kept].T @ found.rows) / found.values[kept, None]
     )
     u = numbers.T.reshape(channels, count, height, width).transpose(0, 1).contiguous()
     places, rank = count * height * width, int(kept.sum()) * channels
     equations = found.rows.numel()
-    condition = (found.values[0] / found.values[kept][-1]).item()
+    condition = (found.values[0] / found.values[kept][-1]).item() if bool(kept.any()) else 1.0
     gradients = Propagation(
         channels * found.values[kept].pow(-2).sum().item(), found.rows.numel(), rank
     )
     outputs = None
-    if int(kept.sum()) < places and use_outputs:
-        with_outputs = [term for term in terms if term.known is not None]
+    left_open = (places - int(kept.sum())) * channels
+    with_outputs = [term for term in terms if term.known is not None and bool(term.known.any())]
+    if left_open and use_outputs and with_outputs:
         equations += sum(int(term.known.sum()) for term in with_outputs if term.known is not None)
-        null = _null_space(found, kept, places).reshape(-1, count, height, width)
-        if with_outputs and null.shape[0] * channels <= MOST_NULL:
+        if left_open <= MOST_NULL:
+            null = _null_space(found, kept, places).reshape(-1, count, height, width)
             u, outputs, worst = _from_outputs(with_outputs, u, null)
             rank += outputs.rank
             condition = max(condition, worst)

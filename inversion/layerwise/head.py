@@ -1,10 +1,14 @@
 """Recovers every image's features from the gradient of the classifier head."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from inversion.layerwise.head_search import HeadGradient, search
+from inversion.layerwise.least_squares import least_norm
 
 #: Rounds of the fixed point, and the change of a probability at which it has arrived.
 ROUNDS, ARRIVED = 300, 1e-14
@@ -14,6 +18,10 @@ PLAIN_ROUNDS = 20
 LEAST_SCALE = 1e-4
 #: Share of the largest singular value below which a direction of the labels is lost.
 LOST = 1e-9
+#: Probabilities of the labels from which the search starts.
+STARTS = (0.5, 0.9, 0.7, 0.97)
+#: Squared batch size up to which it is tried: that many numbers are sought.
+MOST_SEARCHED = 256
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,11 @@ class Head:
     rank: int
     #: Largest singular value of the signal over its smallest.
     condition: float
-    #: Norm of what the features leave unexplained of the gradient, relative to the gradient's.
+    #: Norm of what the features leave unexplained of the weights' gradient, or of the bias's,
+    #: relative to that gradient: the larger of the two.
     residual: float
+    #: Relative error of the features that the gradient's error causes; 0 where that is not asked.
+    expected_error: float = 0.0
 
 
 def head_features(
@@ -40,41 +51,107 @@ def head_features(
     weight_gradient: Tensor,
     y: Tensor,
     label_smoothing: float = 0.0,
-    scaled_by: Tensor | None = None,
+    *,
+    bias_gradient: Tensor | None = None,
+    clipped: bool = False,
+    tolerance: float = 0.0,
+    error: float = 0.0,
 ) -> Head:
     """Solve the head's gradient for the features of every image.
 
-    weight: (K, d), bias: (K,) or None, weight_gradient: (K, d), of the batch's mean cross-entropy;
-    y: (B,) labels; all float64. With P the probabilities and Y the (smoothed) labels as rows,
-    ∂L/∂W = A F with A = (P − Y)ᵀ / B and P = softmax(F Wᵀ + b): A follows from F and F, by least
-    squares, from A. The two are applied in turn until the probabilities stay.
+    weight: (K, d), bias: (K,) or None, weight_gradient: (K, d) and bias_gradient: (K,) or None, of
+    the batch's mean cross-entropy; y: (B,) labels; all float64. With P the probabilities and Y the
+    (smoothed) labels as rows, ∂L/∂W = A F with A = (P − Y)ᵀ / B and P = softmax(F Wᵀ + b): A
+    follows from F and F, by least squares, from A. The two are applied in turn until the
+    probabilities stay. Where that leaves more than `tolerance` of the gradient, as where the
+    network is sure of its labels, `search` looks for the solution instead.
 
     A client that clips multiplies each image's part by an unknown factor s ≤ 1 (the same for all,
-    if it clips the batch). Given `scaled_by`, the gradient (K,) of the head's bias, they follow
-    from it, ∂L/∂b = A s, and A diag(s) takes the place of A.
+    if it clips the batch). Where `clipped`, they follow from the bias's gradient, ∂L/∂b = A s, and
+    A diag(s) takes the place of A. Elsewhere ∂L/∂b = A 1 tells a right solution from wrong ones.
 
-    The features are unique where A has rank B, so for distinct labels and B ≤ K − 1 (the rows of
-    P − Y sum to 0). Otherwise they are those of the least norm, with a rank below B.
+    A has rank B for distinct labels and B ≤ K − 1 (the rows of P − Y sum to 0). Otherwise the
+    features are those of the least norm, with a rank below B. A has B² unknowns, P (K − 1) B
+    equations: without the bias's gradient there is one solution, as a rule, for B ≤ K − 2 alone.
+
+    error: the norm of the gradient's error, relative to the gradient's. What it makes of the
+    features is found by solving once more, with random numbers of that norm added to the gradient
+    (a parametric bootstrap; Efron & Tibshirani, 1993).
     """
     classes, count = len(weight), len(y)
     labels = F.one_hot(y, classes).to(weight)
-    labels = (1 - label_smoothing) * labels + label_smoothing / classes
+    smooth = (1 - label_smoothing) * labels + label_smoothing / classes
     offset = weight.new_zeros(classes) if bias is None else bias
-    probabilities = torch.softmax(offset, 0).expand(count, classes)
+    given = HeadGradient(weight, offset, weight_gradient, bias_gradient, smooth)
+    clipped = clipped and bias_gradient is not None
+    uniform = torch.softmax(offset, 0).expand(count, classes)
+    found = _solve(given, [uniform, *_starts(labels)], clipped=clipped, tolerance=tolerance)
+    if error == 0:
+        return found
+    other = _solve(_disturbed(given, error), [found.probabilities], clipped=clipped)
+    change = (other.features - found.features).norm() / found.features.norm()
+    return replace(found, expected_error=change.item())
+
+
+def _solve(
+    given: HeadGradient, starts: Sequence[Tensor], *, clipped: bool, tolerance: float = 0.0
+) -> Head:
+    """Apply the fixed point from the first start, then search from all; return the best."""
+    found = _fixed_point(given, starts[0], clipped=clipped)
+    if clipped or len(given.labels) ** 2 > MOST_SEARCHED:
+        return found
+    for start in starts:
+        if found.residual <= tolerance:
+            break
+        other = _head(given, given.signal(search(given, start)))
+        if other.residual < found.residual:
+            found = other
+    return found
+
+
+def _starts(labels: Tensor) -> list[Tensor]:
+    """Return probabilities (B, K) of networks that are more or less sure of these labels."""
+    others = (1 - labels) / max(1, labels.shape[1] - 1)
+    return [certainty * labels + (1 - certainty) * others for certainty in STARTS]
+
+
+def _fixed_point(given: HeadGradient, start: Tensor, *, clipped: bool) -> Head:
+    """Compute features from probabilities and these from the features, until neither changes."""
+    probabilities = start
     for step in range(ROUNDS):
-        signal = (probabilities - labels) / count
-        if scaled_by is not None:
-            scales = torch.linalg.lstsq(signal.T, scaled_by[:, None], driver="gelsd").solution
+        signal = given.signal(probabilities)
+        if clipped:
+            assert given.of_bias is not None
+            scales = least_norm(signal.T, given.of_bias[:, None])
             signal = signal * scales.clamp(LEAST_SCALE, 1)
-        left, values, right = torch.linalg.svd(signal.T, full_matrices=False)
-        kept = values > LOST * values[0]
-        features = right[kept].T @ ((left[:, kept].T @ weight_gradient) / values[kept, None])
-        found = torch.softmax(features @ weight.T + offset, 1)
-        change = (found - probabilities).abs().max()
+        head = _head(given, signal)
+        change = (head.probabilities - probabilities).abs().max()
         if change < ARRIVED:
             break
-        probabilities = found if step < PLAIN_ROUNDS else (probabilities + found) / 2
-    rank = int(kept.sum())
-    residual = (signal.T @ features - weight_gradient).norm() / weight_gradient.norm()
+        half = (probabilities + head.probabilities) / 2
+        probabilities = head.probabilities if step < PLAIN_ROUNDS else half
+    return head
+
+
+def _head(given: HeadGradient, signal: Tensor) -> Head:
+    """Solve ∂L/∂W = signalᵀ F for the features F of the least norm."""
+    left, values, right = torch.linalg.svd(signal.T, full_matrices=False)
+    kept = values > LOST * values[0]
+    features = right[kept].T @ ((left[:, kept].T @ given.of_weight) / values[kept, None])
     condition = (values[0] / values[kept][-1]).item()
-    return Head(features, probabilities, signal, rank, condition, residual.item())
+    return Head(
+        features, given.probabilities(features), signal, int(kept.sum()), condition,
+        given.residual(signal, features),
+    )  # fmt: skip
+
+
+def _disturbed(given: HeadGradient, error: float) -> HeadGradient:
+    """Add random numbers of this norm, relative to the gradient's, to the gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturbed(g: Tensor) -> Tensor:
+        noise = torch.randn(g.shape, generator=generator, dtype=g.dtype).to(g)
+        return g + error * g.norm() / noise.norm() * noise
+
+    of_bias = None if given.of_bias is None else disturbed(given.of_bias)
+    return replace(given, of_weight=disturbed(given.of_weight), of_bias=of_bias)

@@ -1,10 +1,20 @@
-"""Linear least squares over equations that are given as functions."""
+"""Linear least squares: of a matrix, and over equations that are given as functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def least_norm(matrix: Tensor, target: Tensor) -> Tensor:
+    """Return the x (n, c) of the least norm that lessens ‖matrix x − target‖ most.
+
+    matrix: (m, n), of any rank; target: (m, c). On the CPU wherever they lie: torch has no method
+    for matrices of less than full rank elsewhere.
+    """
+    found = torch.linalg.lstsq(matrix.cpu(), target.cpu(), driver="gelsd").solution
+    return found.to(matrix)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inversion.layerwise.convolution import Geometry
+from inversion.layerwise.least_squares import least_norm
 
 #: An entry is off below this multiple of the deepest negative value, and below this share of the
 #: largest one: the true values are 0 there, and what is negative shows how far they scatter.
 DEPTH, FLOOR = 1.6, 3e-8
+#: Times its threshold from which a ReLU's output is beyond doubt.
+CLEAR = 8.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def rectify(raw: Tensor, floor: float = FLOOR) -> Rectified:
 #: A channel is doubted if it leaves this many times the median; at most this share of them is.
 DOUBTED, MOST_DOUBTED = 4.0, 0.25
 #: Distance of an estimated mask entry from 0 and 1 up to which it is believed.
-CLEAR = 0.3
+BELIEVED = 0.3
 #: Share of a channel's square that a flip must explain.
 WORTH = 0.1
 #: Share of the image's largest signal below which an entry's signal says nothing about its mask.
@@ -76,7 +79,7 @@ def fitted_signals(gradient: Tensor, u: Tensor, geometry: Geometry) -> Tensor:
     """
     patches = F.unfold(u, geometry.kernel, padding=geometry.padding, stride=geometry.stride)
     matrix = patches.transpose(1, 2).reshape(-1, patches.shape[1]).T  # (I·k·k, N)
-    return torch.linalg.lstsq(matrix, gradient.flatten(1).T, driver="gelsd").solution.T
+    return least_norm(matrix, gradient.flatten(1).T).T
 
 
 def pursued_flips(
@@ -117,7 +120,7 @@ def rounded_mask(estimate: Tensor, arriving: Tensor, mask: Tensor) -> Tensor:
     """
     strongest = arriving.abs().amax((1, 2, 3), keepdim=True)
     nearest = (estimate > 0.5).to(mask)
-    clear = ((estimate - nearest).abs() < CLEAR) & (arriving.abs() > FAINT * strongest)
+    clear = ((estimate - nearest).abs() < BELIEVED) & (arriving.abs() > FAINT * strongest)
     return torch.where(clear, nearest, mask)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from inversion.layerwise.accuracy import Accuracy
-from inversion.layerwise.batchnorm import BatchNorm, Use, per_channel
+from inversion.layerwise.batchnorm import BatchNorm, per_channel
 from inversion.layerwise.kinds import (
     ADDITIONS,
     AVERAGES,
@@ -24,6 +24,7 @@ from inversion.layerwise.kinds import (
     StoppedError,
     geometry_of,
 )
+from inversion.layerwise.use import Use
 from models.graph import operation, operation_name, place
 
 #: What a ReLU's output is where its mask was repaired to "on" and its value had been taken for 0.

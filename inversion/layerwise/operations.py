@@ -23,11 +23,9 @@ from inversion.layerwise.kinds import (
     is_maximum,
     pair,
 )
+from inversion.layerwise.masks import CLEAR
 from inversion.layerwise.network import Known, Network, Operation
 from models.graph import operation_name, place
-
-#: Times a ReLU's threshold from which its output counts as known.
-CLEAR = 8.0
 
 
 def _same(network: Network, node: fx.Node, source: fx.Node) -> Tensor:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from inversion.layerwise.accuracy import LARGEST
+from inversion.layerwise.accuracy import CLEAR_NOISE, LARGEST, MOST_ERROR
 from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import Geometry
-from inversion.layerwise.head import Head, head_features
+from inversion.layerwise.head import head_features
 from inversion.layerwise.kinds import (
     ADDITIONS,
     AVERAGES,
@@ -153,9 +153,18 @@ def _solve_head(
     module, name = network.module(output), str(output.target)
     if f"{name}.weight" not in network.gradient:
         raise StoppedError(f"{name}: the gradient of its weights was not sent")
+    of_weight, of_bias = (network.gradient.get(f"{name}.{part}") for part in ("weight", "bias"))
+    assert of_weight is not None
+    count, classes = len(y), len(of_weight)
+    if of_bias is None and count > classes - 2:
+        raise StoppedError(
+            f"{name}: without a bias, {count} images of {classes} classes leave several solutions"
+        )
+    _allow_for_noise(network, of_weight, count)
+    accuracy = network.accuracy[f"{name}.weight"]
     head = head_features(
-        module.weight, module.bias, network.gradient[f"{name}.weight"], y, label_smoothing,
-        scaled_by=network.gradient.get(f"{name}.bias") if clipped else None,
+        module.weight, module.bias, of_weight, y, label_smoothing, bias_gradient=of_bias,
+        clipped=clipped, tolerance=accuracy.certified, error=accuracy.error,
     )  # fmt: skip
     (source,) = network.inputs(output)
     features, threshold = head.features, 0.0
@@ -164,31 +173,31 @@ def _solve_head(
         features, threshold = kept.value, kept.threshold
     network.take(source, head.features[..., None, None], features, threshold)
     network.signals[output] = head.signal
-    _allow_for_noise(network, name, head)
-    allowed = network.accuracy[f"{name}.weight"].certified
+    certified = head.rank == count and head.residual <= accuracy.certified
     return Layer(
-        source.name, name, (name,), "head", features.numel(),
-        network.gradient[f"{name}.weight"].numel(), head.rank * features.shape[1], head.condition,
-        head.residual, None, 0, head.rank == len(y) and head.residual <= allowed,
-        time.perf_counter() - start,
+        name=source.name, place=name, used_by=(name,), kind="head", unknowns=features.numel(),
+        equations=of_weight.numel(), rank=head.rank * features.shape[1], condition=head.condition,
+        residual=head.residual, expected_error=head.expected_error, flips=0,
+        certified=certified and head.expected_error <= MOST_ERROR,
+        seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
-def _allow_for_noise(network: Network, name: str, head: Head) -> None:
-    """Take for noise what the head's gradient has beyond a rank of B, where that is more than said.
+def _allow_for_noise(network: Network, gradient: Tensor, count: int) -> None:
+    """Take for noise what the head's gradient (K, d) has beyond a rank of B = count.
 
     Without noise its rank is at most B, whatever the features, so a wrong fixed point leaves
     nothing there. K classes are K equations per feature, of which B directions fit anything.
     """
-    accuracy, gradient = network.accuracy[f"{name}.weight"], network.gradient[f"{name}.weight"]
-    count, classes = head.probabilities.shape
+    classes = len(gradient)
     values = torch.linalg.svdvals(gradient)
     left = (values[count:].norm() / values.norm()).item()
-    if not accuracy.certified < left <= LARGEST:
-        return
     noise = left * math.sqrt(classes / max(1, classes - count))
+    if noise > LARGEST:
+        return
     for parameter, of in network.accuracy.items():
-        network.accuracy[parameter] = replace(of, noise=max(of.noise, noise))
+        if noise > CLEAR_NOISE * of.rounding:
+            network.accuracy[parameter] = replace(of, noise=max(of.noise, noise))
 
 
 def is_rectified(network: Network, node: fx.Node) -> bool:
@@ -217,10 +226,11 @@ def _solve(network: Network, node: fx.Node) -> Layer:
         network.correct(relu, mask)
     kind = "linear" if all(use.geometry.kernel == (1, 1) for use in uses) else "convolution"
     return Layer(
-        node.name, place(node), tuple(use.name for use in uses), kind, solved.unknowns,
-        solved.equations, solved.rank, solved.condition, solved.residual,
-        solved.expected_error, solved.flips,
-        solved.certified, time.perf_counter() - start,
+        name=node.name, place=place(node), used_by=tuple(use.name for use in uses), kind=kind,
+        unknowns=solved.unknowns, equations=solved.equations, rank=solved.rank,
+        condition=solved.condition, residual=solved.residual,
+        expected_error=solved.expected_error, flips=solved.flips, certified=solved.certified,
+        seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
@@ -231,7 +241,12 @@ def _reason(layer: Layer) -> str:
             f"{layer.name}: {layer.equations} equations determine {layer.rank} of its "
             f"{layer.unknowns} numbers"
         )
-    return f"{layer.name}: it leaves {layer.residual:.1e} of the gradient, more than its error"
+    if layer.expected_error is not None and layer.expected_error > MOST_ERROR:
+        return f"{layer.name}: an error of {layer.expected_error:.0%} is to be expected"
+    return (
+        f"{layer.name}: it leaves {layer.residual:.1e} of the gradient, more than rounding and "
+        "noise can"
+    )
 
 
 # Where a pooling's values come from ----------------------------------------------------------
@@ -267,11 +282,13 @@ def _route(network: Network, node: fx.Node) -> Layer | None:
     if is_maximum(node):
         network.routes[node] = masks
     allowed = network.accuracy[f"{name}.weight"].certified
+    rank = masks.numel() - int(found.undecided.sum())
     return Layer(
-        relu.name, name, (name,), "masks", masks.numel(),
-        network.gradient[f"{name}.weight"].numel(),
-        masks.numel() - int(found.undecided.sum()), 1 / max(found.gap[0], 1e-300), found.residual,
-        None, 0, found.residual <= allowed, time.perf_counter() - start,
+        name=relu.name, place=name, used_by=(name,), kind="masks", unknowns=masks.numel(),
+        equations=network.gradient[f"{name}.weight"].numel(), rank=rank,
+        condition=1 / max(found.gap[0], 1e-300), residual=found.residual, expected_error=None,
+        flips=0, certified=rank == masks.numel() and found.residual <= allowed,
+        seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 

@@ -6,13 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from inversion.layerwise.batchnorm import (
-    Use,
-    common_offset,
-    outputs_from_gradient,
-    per_channel,
-    refine_coupled,
-)
+from inversion.layerwise.accuracy import MOST_ERROR
+from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import (
     Solution,
     preconditioner,
@@ -21,6 +16,7 @@ from inversion.layerwise.convolution import (
 )
 from inversion.layerwise.least_squares import conjugate_gradients, known_entries
 from inversion.layerwise.masks import (
+    CLEAR,
     Rectified,
     doubted_channels,
     fitted_signals,
@@ -29,6 +25,10 @@ from inversion.layerwise.masks import (
     rectify,
     rounded_mask,
 )
+from inversion.layerwise.offset import common_offset
+from inversion.layerwise.outputs import outputs_from_gradient
+from inversion.layerwise.refine import refine_coupled
+from inversion.layerwise.use import Use
 
 #: Corrections of the masks per tensor at most.
 REPAIRS = 6
@@ -40,8 +40,6 @@ PURSUED = 30
 STEPS, SETTLED = 40, 1e-3
 #: Floor of `rectify` where the images' common part was fixed afterwards, which has an error.
 OFFSET_FLOOR = 3e-6
-#: Times its threshold from which a ReLU's output is on beyond doubt.
-CLEAR = 8.0
 #: Mask entries near the threshold that are tried in train mode, and how near.
 NEAR, NEAREST = 14, (0.1, 8.0)
 
@@ -73,7 +71,8 @@ class Solved:
     expected_error: float
     #: Mask entries changed.
     flips: int
-    #: Whether its residual is as small as the gradient's error allows, and its rank full.
+    #: Whether its rank is full, its residual as small as the gradient's error allows, and the
+    #: expected error small.
     certified: bool
 
 
@@ -107,7 +106,7 @@ def solve_tensor(
         found.residual,
         found.expected_error,
         found.flips,
-        solution.determined and found.certified,
+        found.certified,
     )
 
 
@@ -120,6 +119,8 @@ class _Found:
     solution: Solution
     #: Mask entries changed.
     flips: int = 0
+    #: Norm of the error of the part that all images share, where that was found by itself.
+    offset_error: float = 0.0
 
     @property
     def residual(self) -> float:
@@ -139,12 +140,13 @@ class _Found:
             known = [use for use in self.uses if bool(use.known.any())]
             left = sum(use.outputs_left(self.u) ** 2 for use in known)
             square += self.solution.outputs.squared_error(left, allowed)
-        return square**0.5 / self.u.norm().item()
+        return (square + self.offset_error**2) ** 0.5 / max(self.u.norm().item(), 1e-300)
 
     @property
     def certified(self) -> bool:
-        """Whether every gradient is explained as well as its error allows."""
-        return all(use.residual(self.u) <= use.accuracy.certified for use in self.uses)
+        """Whether every number is determined, and the gradients explained, as well as need be."""
+        explained = all(use.residual(self.u) <= use.accuracy.certified for use in self.uses)
+        return self.solution.determined and explained and self.expected_error <= MOST_ERROR
 
     @property
     def suspicious(self) -> bool:
@@ -251,9 +253,7 @@ def _mask_from_gradient(use: Use, u: Tensor) -> Tensor:
 # Signals that do not depend on what is sought -------------------------------------------------
 
 
-def _solve_plain(
-    uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near
-) -> _Found:
+def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near) -> _Found:
     """Solve the linear equations, correct masks, and polish the solution on all equations."""
 
     def solve(changed: Sequence[Use], _: Tensor | None) -> _Found:
@@ -262,6 +262,8 @@ def _solve_plain(
         return _Found(changed, solution.u, solution)
 
     found = _repaired(uses, solve, near)
+    if found.solution.rank == 0:
+        return found
     terms = [use.term(use.signal()) for use in found.uses]
     equations = [e for term in terms for e in term_equations(term, shape)]
     if bool(entries[0].any()):
@@ -304,11 +306,12 @@ def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool)
         use.term(use.signal()) if o is None else use.term(o.signal, o.z)
         for use, o in zip(uses, outputs, strict=True)
     ]
-    if _has_offset(uses):
+    if _has_offset(uses) and rectified:
         solution = solve_gradients(terms, shape, _cut(uses), use_outputs=False)
-        u = common_offset(solution.u, [use for use in uses if use.coupled])
-        # the means say what the gradients leave open
-        return _Found(uses, u, replace(solution, rank=solution.unknowns))
+        offset = common_offset(solution.u, [use for use in uses if use.coupled])
+        if offset.unique:  # the means say what the gradients leave open
+            solution = replace(solution, rank=solution.unknowns)
+        return _Found(uses, offset.u, solution, offset_error=offset.error)
     solution = solve_gradients(terms, shape, _cut(uses))
     for _ in range(2):
         u = rectify(solution.u).value if rectified else solution.u

@@ -1,0 +1,108 @@
+"""Searches for the probabilities of a confident network that its head's gradient calls for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import least_squares
+from torch import Tensor
+from torch.func import jacfwd
+
+#: Probability below which its logarithm is continued as a straight line.
+LEAST_PROBABILITY = 1e-4
+#: Evaluations of the logarithms' differences, and of the probabilities' afterwards, at most.
+EVALUATIONS, POLISHING = 80, 30
+#: Relative changes at which the search ends: those of float64.
+ARRIVED = 1e-15
+
+
+@dataclass(frozen=True)
+class HeadGradient:
+    """Holds a linear head, its gradient and the labels of the batch; float64."""
+
+    #: (K, d).
+    weight: Tensor
+    #: (K,), zeros without a bias.
+    bias: Tensor
+    #: (K, d), ∂L/∂W.
+    of_weight: Tensor
+    #: (K,), ∂L/∂b; None without a bias.
+    of_bias: Tensor | None
+    #: (B, K) labels, smoothed where the client smooths them.
+    labels: Tensor
+
+    def signal(self, probabilities: Tensor) -> Tensor:
+        """Return the derivative of the loss by the logits, (B, K)."""
+        return (probabilities - self.labels) / len(self.labels)
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Return the classes' probabilities (B, K) at these features (B, d)."""
+        return torch.softmax(features @ self.weight.T + self.bias, 1)
+
+    def residual(self, signal: Tensor, features: Tensor) -> float:
+        """Return what is left of either gradient, relative to it, the larger one."""
+        left = [(signal.T @ features - self.of_weight).norm() / self.of_weight.norm()]
+        if self.of_bias is not None and bool(self.of_bias.any()):
+            left.append((signal.sum(0) - self.of_bias).norm() / self.of_bias.norm())
+        return max(part.item() for part in left)
+
+
+def search(given: HeadGradient, start: Tensor) -> Tensor:
+    """Search for the probabilities (B, K) that the gradient calls for, from `start` on.
+
+    The columns of A = (P − Y)ᵀ / B lie in the column space of ∂L/∂W = A F. With L (K × B) a basis
+    of it, A = L R for a matrix R of B² numbers, P = Y + B Aᵀ, and F = R⁻¹ Lᵀ ∂L/∂W. So R solves
+    softmax(F Wᵀ + b) = P and L R 1 = ∂L/∂b: nonlinear least squares, first between the logarithms
+    of both sides, which fall less steeply where a network is sure, then between the sides
+    themselves. Where the fixed point A → F → A runs away from its solution, this still arrives.
+    """
+    count, classes = given.labels.shape
+    basis = torch.linalg.svd(given.of_weight, full_matrices=False)[0][:, :count]
+    logits = basis.T @ given.of_weight @ given.weight.T
+
+    def sides(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log softmax(F Wᵀ + b), P, and what is left of the bias's gradient."""
+        mixing = numbers.reshape(-1, count)
+        found = torch.log_softmax(torch.linalg.solve(mixing, logits) + given.bias, 1)
+        wanted = given.labels + count * (basis @ mixing).T
+        if given.of_bias is None:
+            return found, wanted, numbers[:0]
+        left = basis @ mixing.sum(1) - given.of_bias
+        return found, wanted, classes * left / given.of_bias.norm().clamp_min(1e-300)
+
+    def by_logarithms(numbers: Tensor) -> Tensor:
+        found, wanted, bias = sides(numbers)
+        return torch.cat([(found - _logarithm(wanted)).flatten(), bias])
+
+    def by_probabilities(numbers: Tensor) -> Tensor:
+        found, wanted, bias = sides(numbers)
+        return torch.cat([(found.exp() - wanted).flatten(), bias])
+
+    numbers = (basis.T @ given.signal(start).T).flatten()
+    numbers = _least_squares(by_logarithms, numbers, EVALUATIONS)
+    numbers = _least_squares(by_probabilities, numbers, POLISHING)
+    return sides(numbers)[0].exp()
+
+
+def _logarithm(p: Tensor) -> Tensor:
+    """Return log p, continued by its tangent below LEAST_PROBABILITY."""
+    least = torch.full_like(p, LEAST_PROBABILITY)
+    tangent = least.log() + (p - least) / least
+    return torch.where(p > least, torch.maximum(p, least).log(), tangent)
+
+
+def _least_squares(left: Callable[[Tensor], Tensor], start: Tensor, evaluations: int) -> Tensor:
+    """Lessen ‖left(x)‖² from `start` on; return the start where that meets infinite numbers."""
+    slopes = jacfwd(left)
+
+    def on_cpu(function: Callable[[Tensor], Tensor]):
+        return lambda x: function(torch.from_numpy(x).to(start)).cpu().numpy()
+
+    try:
+        found = least_squares(
+            on_cpu(left), start.cpu().numpy(), on_cpu(slopes), x_scale="jac",
+            ftol=ARRIVED, xtol=ARRIVED, gtol=ARRIVED, max_nfev=evaluations,
+        )  # fmt: skip
+    except (ValueError, torch.linalg.LinAlgError):  # not finite, or a singular R
+        return start
+    return torch.from_numpy(found.x).to(start)

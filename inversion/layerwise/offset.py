@@ -1,0 +1,81 @@
+"""Finds the part that all images share where a gradient leaves it open: outputs of one position."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from inversion.layerwise.use import Use
+
+#: Share of the largest number below which an offset counts as zero.
+ZERO = 1e-6
+#: `Offset.distance` below which there are several solutions.
+SEVERAL = 1e-7
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Holds a tensor with the part that all its images share, and how far that is determined."""
+
+    #: (B, I, H, W).
+    u: Tensor
+    #: Whether no other part meets the means.
+    unique: bool
+    #: Bound of the norm of its error, from what it leaves of the means.
+    error: float
+
+
+def common_offset(u: Tensor, uses: Sequence[Use]) -> Offset:
+    """Fix what Σ ∂L/∂z = 0 leaves open where outputs have one position: the images' common part.
+
+    u: (B, I, H, W), right up to a number per channel and position. With ReLU, u = u − min + e with
+    e ≥ 0; the batch's mean at the convolutions behind says W∗(mean(u) + e) = μ: non-negative least
+    squares M e = t (Lawson & Hanson, 1974).
+
+    Where M has fewer rows than columns, e is unique if no v ≠ 0 with M v = 0 is non-negative where
+    e is 0. The least ‖M v‖ over such v of Σ v = 1 there, v free elsewhere, tells that, and by how
+    much an error of t can move e: ‖δe‖₁ ≤ ‖δt‖ / that distance on the zeros.
+    """
+    u = u - u.amin(0, keepdim=True)
+    shape, mean = u.shape[1:], u.mean(0, keepdim=True)
+    unit = torch.eye(shape.numel(), dtype=u.dtype, device=u.device).reshape(-1, *shape)
+    matrices, targets = [], []
+    for use in uses:
+        assert use.batchnorm is not None
+        matrices.append(use.geometry.forward(unit, use.weight).mean((2, 3)).T)
+        present = use.geometry.forward(mean, use.weight).mean((2, 3))[0]
+        targets.append(use.batchnorm.mean - present)
+    matrix, target = torch.cat(matrices).cpu().numpy(), torch.cat(targets).cpu().numpy()
+    found, left = nnls(matrix, target, maxiter=20 * shape.numel())
+    zero = found <= ZERO * max(found.max(), u.max().item())
+    distance = _distance(matrix[:, zero], matrix[:, ~zero])
+    size = float(np.linalg.norm(matrix, axis=0).mean())
+    u = u + torch.from_numpy(found).to(u).reshape(1, *shape)
+    error = len(u) ** 0.5 * float(left) / (size * max(distance, 1e-300))
+    return Offset(u, distance > SEVERAL, error)
+
+
+def _distance(zero: np.ndarray, free: np.ndarray) -> float:
+    """Return the least ‖Z v + F w‖ over v ≥ 0 with Σ v = 1 and any w, in units of a column's norm.
+
+    0 where the columns F are dependent, since then w alone can move. By non-negative least squares
+    on what is left of Z outside the column space of F, with a row of ones for the sum.
+    """
+    size = float(np.linalg.norm(np.hstack([zero, free]), axis=0).mean())
+    if free.shape[1]:
+        basis, triangle = np.linalg.qr(free)
+        least = float(np.linalg.svd(triangle, compute_uv=False)[-1]) / size
+        if free.shape[1] > free.shape[0] or least < SEVERAL:
+            return 0.0
+        zero = zero - basis @ (basis.T @ zero)
+    else:
+        least = np.inf
+    if not zero.shape[1]:
+        return least
+    rows = np.vstack([zero / size, np.ones(zero.shape[1])])
+    shares, _ = nnls(rows, np.append(np.zeros(len(zero)), 1.0), maxiter=20 * zero.shape[1])
+    moved = zero @ shares / max(float(shares.sum()), 1e-300)
+    return min(least, float(np.linalg.norm(moved)) / size)

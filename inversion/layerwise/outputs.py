@@ -1,0 +1,131 @@
+"""Recovers a convolution's outputs from its gradient where BatchNorm couples the batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inversion.layerwise.least_squares import least_norm
+from inversion.layerwise.use import Use
+
+#: Share of the largest singular value that a direction of a gradient must have.
+DIRECTION = 3e-6
+#: Numbers up to which the equations of all positions are solved together.
+TOGETHER = 400
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Holds a convolution's outputs and the signal there, recovered from its gradient."""
+
+    #: (B, O, h, w), z without bias.
+    z: Tensor
+    #: (B, O, h, w), ∂L/∂z.
+    signal: Tensor
+    #: Norm of what the equations leave over, relative to their right sides.
+    residual: float
+
+
+def outputs_from_gradient(use: Use, mask: Tensor | None = None) -> Outputs:
+    """Recover z and ∂L/∂z behind a coupled convolution whose channels are more than its positions.
+
+    With G (O × I·k·k) the weight gradient, the columns of z − μ lie in W times the row space of G
+    and those of ∂L/∂z = K − κ (z − μ) in the column space of G: as many linear equations per
+    position as G has directions too few. Known outputs add theirs; where there are few numbers,
+    Σ ∂L/∂z̃ z̃ = ∂L/∂γ and a zero sum of z − μ are added for all positions together. mask: in the
+    place of the present one.
+    """
+    bn = use.batchnorm
+    assert bn is not None
+    assert bn.weight_gradient is not None
+    dy = use.arriving * (use.mask if mask is None else mask)
+    count, channels, height, width = dy.shape
+    positions = count * height * width
+
+    def flat(t: Tensor) -> Tensor:
+        return t.permute(1, 0, 2, 3).reshape(channels, positions)
+
+    constant, slope = bn.constants(dy)
+    columns, rows = _spaces(use.gradient.reshape(channels, -1), min(positions - 1, channels))
+    basis = use.weight.reshape(channels, -1) @ rows.T  # z − μ = basis @ coefficients
+    outside = _without(columns, slope[:, None] * basis)
+    target = _without(columns, flat(constant))
+    size = outside.square().mean().sqrt().clamp_min(1e-300)
+    span = basis.square().mean().sqrt().clamp_min(1e-300)
+    known = flat(use.known if mask is None else use.known * mask)
+    centred = flat(use.output) - bn.mean[:, None]
+    if basis.shape[1] * positions <= TOGETHER:
+        inverse_std = (bn.var + bn.eps).rsqrt()
+        whole = _Together(outside / size, target / size, basis, span, known, centred)
+        moment = (flat(dy)[:, :, None] * basis[:, None, :]).reshape(channels, -1)
+        coefficients, residual = whole.solve(moment * inverse_std[:, None], bn.weight_gradient)
+    else:
+        coefficients, residual = _one_by_one(
+            outside / size, target / size, basis / span, known, centred / span
+        )
+    centred = basis @ coefficients
+
+    def back(t: Tensor) -> Tensor:
+        return t.reshape(channels, count, height, width).permute(1, 0, 2, 3).contiguous()
+
+    signal = flat(constant) - slope[:, None] * centred
+    return Outputs(back(centred + bn.mean[:, None]), back(signal), residual)
+
+
+def _spaces(matrix: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return bases of the column space (O, r) and the row space (r, n), r ≤ most."""
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    values, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    rank = min(most, int((values > DIRECTION * values[0]).sum()))
+    columns = vectors[:, :rank]
+    rows, _ = torch.linalg.qr(((columns.T @ matrix) / values[:rank, None]).T)
+    return columns, rows.T
+
+
+def _without(columns: Tensor, t: Tensor) -> Tensor:
+    return t - columns @ (columns.T @ t)
+
+
+def _least_squares(matrix: Tensor, target: Tensor) -> tuple[Tensor, float]:
+    found = least_norm(matrix, target[:, None])[:, 0]
+    return found, ((matrix @ found - target).norm() / target.norm()).item()
+
+
+def _one_by_one(
+    outside: Tensor, target: Tensor, basis: Tensor, known: Tensor, centred: Tensor
+) -> tuple[Tensor, float]:
+    """Solve every position's equations; return coefficients (r, N) and the mean residual."""
+    columns, residuals = [], []
+    for n in range(target.shape[1]):
+        on = known[:, n] > 0
+        matrix = torch.cat([outside, basis[on]])
+        found, residual = _least_squares(matrix, torch.cat([target[:, n], centred[on, n]]))
+        columns.append(found)
+        residuals.append(residual)
+    return torch.stack(columns, 1), sum(residuals) / len(residuals)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Holds the equations of all positions, to be solved with those that join them."""
+
+    outside: Tensor
+    target: Tensor
+    basis: Tensor
+    span: Tensor
+    known: Tensor
+    centred: Tensor
+
+    def solve(self, moment: Tensor, moment_target: Tensor) -> tuple[Tensor, float]:
+        """Return coefficients (r, N) and the residual; moment (O, N·r) has a target of its own."""
+        positions, rank = self.target.shape[1], self.basis.shape[1]
+        size = moment.square().mean().sqrt().clamp_min(1e-300)
+        zero_sum = torch.eye(rank, dtype=moment.dtype, device=moment.device).repeat(1, positions)
+        rows = [torch.block_diag(*[self.outside] * positions), zero_sum, moment / size]
+        right = [self.target.T.reshape(-1), moment.new_zeros(rank), moment_target / size]
+        if bool(self.known.any()):
+            of_positions = [self.known[:, n, None] * self.basis for n in range(positions)]
+            rows.append(torch.block_diag(*of_positions) / self.span)
+            right.append((self.known * self.centred).T.reshape(-1) / self.span)
+        found, residual = _least_squares(torch.cat(rows), torch.cat(right))
+        return found.reshape(positions, rank).T, residual
