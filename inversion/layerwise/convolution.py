@@ -239,7 +239,9 @@ def _from_outputs(
 
 
 def _solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float, float]:
-    """Solve positive semi-definite equations; return also rank, trace of inverse, root of condition.
+    """Solve positive semi-definite equations: solution, rank, trace of the inverse, condition.
+
+    The condition is that of the equations whose normal equations these are: its root.
 
     By Cholesky's factors where the matrix has full rank, which its least eigenvalue tells (by
     inverse iteration), else by the eigenvectors that count.

@@ -228,11 +228,18 @@ class Network:
         """
         while node.op != "placeholder":
             name = operation_name(node)
-            same = self.shape(self.inputs(node)[0]).numel() == self.shape(node).numel()
-            if name not in COPIES and not (name in MAXIMA | AVERAGES and same):
+            if name not in COPIES and not (name in MAXIMA | AVERAGES and self.copies(node)):
                 break
             node = self.inputs(node)[0]
         return node
+
+    def copies(self, pool: fx.Node) -> bool:
+        """Tell whether a pooling returns what it takes, by trying it on distinct numbers."""
+        (source,) = self.inputs(pool)
+        numbers = self.empty(source)
+        numbers = torch.linspace(1, 2, numbers.numel()).to(numbers).reshape(numbers.shape)
+        found = self.evaluate(pool, [numbers]).flatten()
+        return len(found) == numbers.numel() and bool((found == numbers.flatten()).all())
 
     def take(self, node: fx.Node, raw: Tensor, value: Tensor, threshold: float) -> None:
         """Take over what a tensor was solved for: (B, C, h, w) raw and rectified, and how."""
@@ -254,6 +261,9 @@ class Network:
             return
         raised = torch.where(value > 0, value, torch.full_like(value, TINY))
         self.values[node] = raised * mask
+        for copied in list(self.values):
+            if copied is not node and self.original(copied) is node:
+                self.values[copied] = self.values[node].reshape(self.shape(copied))
 
     def relu_behind(self, node: fx.Node) -> fx.Node | None:
         """Return the ReLU that a tensor goes to, through additions alone, or None."""

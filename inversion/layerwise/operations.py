@@ -147,12 +147,12 @@ def _pool_invert(network: Network, node: fx.Node, source: fx.Node) -> Known | No
         after = torch.Size([*after, *[1] * (4 - len(after))])
     mask, value = network.known(node)
     mask, value = mask.reshape(after), value.reshape(after)
-    if after == before:
+    if network.copies(node):
         return mask, value
     if node in network.routes:
         routes = network.routes[node]
         return routes, spread(network, node, source, value) * routes
-    if math.prod(before[2:]) == 1:
+    if math.prod(before[2:]) == 1 and operation_name(node).startswith("adaptive"):
         return mask.amin((2, 3), keepdim=True), value.mean((2, 3), keepdim=True)
     return None
 

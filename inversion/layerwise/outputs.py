@@ -10,6 +10,10 @@ from inversion.layerwise.use import Use
 
 #: Share of the largest singular value that a direction of a gradient must have.
 DIRECTION = 3e-6
+#: The same in shares of the noise, whose own singular values are smaller than itself.
+DIRECTION_OF_NOISE = 0.3
+#: Rounds of the search for wrong mask entries, and the share of what is left that one must explain.
+SEARCHES, WORTH = 20, 1e-3
 #: Numbers up to which the equations of all positions are solved together.
 TOGETHER = 400
 
@@ -24,6 +28,9 @@ class Outputs:
     signal: Tensor
     #: Norm of what the equations leave over, relative to their right sides.
     residual: float
+    #: (B, O, h, w), what is left of the signal that does not depend on z, outside the gradient's
+    #: column space: where a mask entry is wrong, its part of that signal.
+    left: Tensor
 
 
 def outputs_from_gradient(use: Use, mask: Tensor | None = None) -> Outputs:
@@ -46,7 +53,11 @@ def outputs_from_gradient(use: Use, mask: Tensor | None = None) -> Outputs:
         return t.permute(1, 0, 2, 3).reshape(channels, positions)
 
     constant, slope = bn.constants(dy)
-    columns, rows = _spaces(use.gradient.reshape(channels, -1), min(positions - 1, channels))
+    columns, rows = _spaces(
+        use.gradient.reshape(channels, -1),
+        min(positions - 1, channels),
+        max(DIRECTION, DIRECTION_OF_NOISE * use.accuracy.noise),
+    )
     basis = use.weight.reshape(channels, -1) @ rows.T  # z − μ = basis @ coefficients
     outside = _without(columns, slope[:, None] * basis)
     target = _without(columns, flat(constant))
@@ -63,20 +74,48 @@ def outputs_from_gradient(use: Use, mask: Tensor | None = None) -> Outputs:
         coefficients, residual = _one_by_one(
             outside / size, target / size, basis / span, known, centred / span
         )
+    left = target - outside @ coefficients
     centred = basis @ coefficients
 
     def back(t: Tensor) -> Tensor:
         return t.reshape(channels, count, height, width).permute(1, 0, 2, 3).contiguous()
 
     signal = flat(constant) - slope[:, None] * centred
-    return Outputs(back(centred + bn.mean[:, None]), back(signal), residual)
+    signal = signal - signal.mean(1, keepdim=True)  # as BatchNorm's own are, but for noise
+    return Outputs(back(centred + bn.mean[:, None]), back(signal), residual, back(left))
 
 
-def _spaces(matrix: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return bases of the column space (O, r) and the row space (r, n), r ≤ most."""
+def search_mask(use: Use, good: float) -> tuple[Tensor, int]:
+    """Correct the mask behind a coupled use by what it leaves of the signal.
+
+    What is left, outside the column space of the gradient, is small where all entries are right. A
+    wrong one leaves its own part of the signal, at its own place, nearly untouched, since the
+    column space has few directions. good: a residual that needs no search. Returns the mask and how
+    many entries changed.
+    """
+    mask, best = use.mask, outputs_from_gradient(use)
+    for _ in range(SEARCHES):
+        if best.residual < good:
+            break
+        change = use.per_flip * (1 - 2 * mask)
+        gain = -2 * best.left * change - change.square()
+        wrong = gain > WORTH * best.left.square().sum()
+        other = torch.where(wrong, 1 - mask, mask)
+        found = outputs_from_gradient(use, other)
+        if not found.residual < best.residual:
+            break
+        mask, best = other, found
+    return mask, int((mask != use.mask).sum())
+
+
+def _spaces(matrix: Tensor, most: int, least: float) -> tuple[Tensor, Tensor]:
+    """Return bases of the column space (O, r) and the row space (r, n), r ≤ most.
+
+    least: share of the largest singular value from which a direction counts.
+    """
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     values, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-    rank = min(most, int((values > DIRECTION * values[0]).sum()))
+    rank = min(most, int((values > least * values[0]).sum()))
     columns = vectors[:, :rank]
     rows, _ = torch.linalg.qr(((columns.T @ matrix) / values[:rank, None]).T)
     return columns, rows.T

@@ -26,7 +26,7 @@ from inversion.layerwise.masks import (
     rounded_mask,
 )
 from inversion.layerwise.offset import common_offset
-from inversion.layerwise.outputs import outputs_from_gradient
+from inversion.layerwise.outputs import outputs_from_gradient, search_mask
 from inversion.layerwise.refine import refine_coupled
 from inversion.layerwise.use import Use
 
@@ -40,8 +40,8 @@ PURSUED = 30
 STEPS, SETTLED = 40, 1e-3
 #: Floor of `rectify` where the images' common part was fixed afterwards, which has an error.
 OFFSET_FLOOR = 3e-6
-#: Mask entries near the threshold that are tried in train mode, and how near.
-NEAR, NEAREST = 14, (0.1, 8.0)
+#: The same in units of an entry's expected error.
+OFFSET_DEPTH = 4.0
 
 #: (0/1 where the tensor is known already, its values there), (B, I, H, W) each.
 Entries = tuple[Tensor, Tensor]
@@ -91,8 +91,11 @@ def solve_tensor(
     else:
         found = _solve_by_outputs(uses, shape, rectified=rectified, near=near)
     kept = Rectified(found.u, found.u, 0.0)
-    if rectified:
-        kept = rectify(found.u, OFFSET_FLOOR) if _has_offset(uses) else rectify(found.u)
+    if rectified and _has_offset(uses):  # nothing is negative then: the error is known otherwise
+        scatter = OFFSET_DEPTH * found.squared_error**0.5 / found.u.numel() ** 0.5
+        kept = rectify(found.u, max(OFFSET_FLOOR, scatter / found.u.max().item()))
+    elif rectified:
+        kept = rectify(found.u)
     solution = found.solution
     return Solved(
         found.u,
@@ -129,7 +132,13 @@ class _Found:
 
     @property
     def expected_error(self) -> float:
-        """Return the relative error of u that the equations' errors cause on average.
+        """Return the relative error of u, the images' common part included."""
+        error = (self.squared_error + self.offset_error**2) ** 0.5
+        return error / max(self.u.norm().item(), 1e-300)
+
+    @property
+    def squared_error(self) -> float:
+        """Return the squared norm of u's error that the equations' errors cause on average.
 
         Estimated from what u leaves of them, and from the gradients' own errors.
         """
@@ -140,7 +149,7 @@ class _Found:
             known = [use for use in self.uses if bool(use.known.any())]
             left = sum(use.outputs_left(self.u) ** 2 for use in known)
             square += self.solution.outputs.squared_error(left, allowed)
-        return (square + self.offset_error**2) ** 0.5 / max(self.u.norm().item(), 1e-300)
+        return square
 
     @property
     def certified(self) -> bool:
@@ -287,8 +296,8 @@ def _solve_by_outputs(
     """
     searched, flips = [], 0
     for use in uses:
-        if use.coupled and use.relu is not None and use.relu in near:
-            mask, changed = search_mask(use, near[use.relu], 2 * use.accuracy.certified)
+        if use.coupled and use.relu is not None:
+            mask, changed = search_mask(use, 2 * use.accuracy.certified)
             use, flips = _with_mask(use, mask), flips + changed
         searched.append(use)
 
@@ -330,40 +339,6 @@ def _has_offset(uses: Sequence[Use]) -> bool:
 def _output(use: Use, u: Tensor) -> Tensor:
     """Return w∗u, with what is known of it put in."""
     return torch.where(use.known > 0, use.output, use.geometry.forward(u, use.weight))
-
-
-def search_mask(use: Use, near: tuple[Tensor, float], good: float) -> tuple[Tensor, int]:
-    """Search the mask behind a coupled use near its threshold for the one that leaves the least.
-
-    near: the ReLU's output before small values were set to zero, and the threshold. good: a
-    residual that needs no search. Other thresholds are tried first, then single entries, nearest
-    first. Returns the mask and how many entries changed.
-    """
-
-    def residual(mask: Tensor) -> float:
-        return outputs_from_gradient(use, mask).residual
-
-    mask, best = use.mask, residual(use.mask)
-    if best < good:
-        return mask, 0
-    raw, threshold = near
-    ratio = raw.flatten() / threshold
-    distance = ratio.clamp_min(1e-300).log().abs()
-    distance = distance.masked_fill((ratio < NEAREST[0]) | (ratio > NEAREST[1]), torch.inf)
-    order = distance.argsort()[:NEAR]
-    left = order[distance[order] < torch.inf].tolist()
-    for factor in (0.6, 0.35, 2.0, 4.0):
-        other = (raw > factor * threshold).to(mask).reshape(mask.shape)
-        found = residual(other)
-        if found < 0.5 * best:
-            mask, best = other, found
-    while best > good and left:
-        found, index = min((residual(flipped(mask, index)), index) for index in left)
-        if found > 0.9 * best:
-            break
-        mask, best = flipped(mask, index), found
-        left.remove(index)
-    return mask, int((mask != use.mask).sum())
 
 
 def _solve_by_refining(

@@ -60,7 +60,10 @@ def network_of(
 def largest_system(
     model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]
 ) -> tuple[int, int, str]:
-    """Return the equations, unknowns (per channel) and name of the largest convolution's system.
+    """Return rows, columns and layer of the largest matrix that the walk decomposes.
+
+    Of a convolution with B·H·W numbers per input channel and O·k² equations for them: the matrix of
+    its equations, or that of the products of its columns where it has more columns than rows.
 
     Raises ValueError, in one line, where torch.fx cannot trace the network.
     """
@@ -68,6 +71,6 @@ def largest_system(
     for node in traced_tensors(model, batch_size, image_shape):
         if operation_name(node) == "conv2d":
             kernel = node.meta["module"].weight[:, 0].numel()
-            source = node.meta["inputs"][0].meta["value"]
-            found.append((kernel, source[:, 0].numel(), str(node.target)))
+            columns = node.meta["inputs"][0].meta["value"][:, 0].numel()
+            found.append((max(kernel, columns), columns, str(node.target)))
     return max(found, key=lambda system: system[0] * system[1], default=(0, 0, "none"))
