@@ -67,3 +67,21 @@ def captured(tmp_path_factory):
         return made[flags]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Two processes, started once a session, which do one work after the other."""
+    from tests.pair import Pair
+
+    two = Pair()
+    yield two
+    two.close()
+
+
+@pytest.fixture
+def in_two_processes(pair, monkeypatch):
+    """The scripts of this process leave the work of --nproc 2 to the `pair`."""
+    from utils import launch
+
+    monkeypatch.setattr(launch, "launch", pair.launch)

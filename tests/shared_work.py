@@ -1,8 +1,4 @@
-"""What several processes and one compute alike; started by tests/test_distributed.py."""
-
-import os
-import sys
-import time
+"""What several processes and one compute alike; tests/test_distributed.py compares it."""
 
 import torch
 from torch import nn
@@ -21,8 +17,6 @@ from models.build import build_model
 from models.gradient import ClientLoss, couples_samples, whole_batch_gradient
 from tests.support import photos, smooth_network, target_of
 from train.privacy import Mechanism, protect_per_sample
-from utils.errors import InputError
-from utils.launch import Group, launch
 from utils.shard import ALONE
 
 SIZE = 16
@@ -230,24 +224,3 @@ def on_the_gpu(argv, shard, local_rank):
     """The derivatives on CUDA tensors, left in argv[0].rank."""
     torch.save(derivatives(shard, "cuda"), f"{argv[0]}.{shard.rank}")
     return 0
-
-
-def one_fails(argv, shard, local_rank):
-    """Process 1 fails while the others wait for it."""
-    if shard.rank == 1:
-        raise InputError("--flag: only process 1 objects")
-    shard.sum(torch.ones(1))
-    return 0
-
-
-def wait_forever(argv, shard, local_rank):
-    """Leave this process's number in argv[0].rank and go on until ended."""
-    with open(f"{argv[0]}.{shard.rank}", "w") as file:
-        file.write(str(os.getpid()))
-    while True:
-        shard.sum(torch.ones(1))
-        time.sleep(0.05)
-
-
-if __name__ == "__main__":  # python -m tests.shared_work FILE URL: two processes that wait
-    sys.exit(launch(wait_forever, sys.argv[1:], Group(2, 2, 0, sys.argv[2], "gloo")))

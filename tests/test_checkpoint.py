@@ -1,14 +1,13 @@
 """Checkpoints: what they hold, what is refused, and that a failed write harms nothing."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import pickle
 import re
 import resource
 import signal
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 
@@ -21,7 +20,7 @@ from models.checkpoint import FORMAT, Task, load, load_truth, make_checkpoint, s
 from models.gradient import ClientLoss, Update, batch_gradient
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Protection, check_gradient_fits, model_of, outline_of
-from tests.support import ROOT, Hostile, attack, call, smooth_network, succeed
+from tests.support import Hostile, attack, call, smooth_network, succeed
 from utils.errors import FaultError, InputError, naming
 from utils.files import free_stem
 from utils.tensor_files import save
@@ -590,6 +589,19 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["c.pth.tar"]
 
 
+@contextlib.contextmanager
+def no_file_above(limit):
+    """Let this process write no file of more than `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 @pytest.mark.parametrize(("script", "limit"), [("training.py", 100_000), ("run.py", 20_000)])
 def test_a_full_disk_is_a_fault(captured, tmp_path, script, limit):
     """A limit on file sizes acts as a full disk: exit code 1, no half-written files."""
@@ -597,16 +609,10 @@ def test_a_full_disk_is_a_fault(captured, tmp_path, script, limit):
     if script == "run.py":
         path = captured("-a", "lenet", "-b", "3")
         flags = ["--checkpoint", str(path), "--lr", "0.1", "--epochs", "1", "--root", str(tmp_path)]
-    outcome = subprocess.run(
-        [sys.executable, script, *flags],
-        cwd=ROOT, capture_output=True, text=True,
-        preexec_fn=lambda: (
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        ),
-    )  # fmt: skip
-    assert outcome.returncode == 1, outcome.stderr
-    assert re.search(r"\S+ could not be written: File too large", outcome.stderr)
-    assert outcome.stderr.count("\n") == 1
+    with no_file_above(limit):
+        outcome = call(script, *flags)
+    assert outcome.code == 1, outcome.err
+    assert re.search(r"\S+ could not be written: File too large", outcome.err)
+    assert outcome.err.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tar", ".pth", ".png")]
     assert not list(tmp_path.rglob(".writing-*"))

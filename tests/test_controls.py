@@ -126,7 +126,7 @@ def test_controls_do_not_know_the_clients_gradient(demo_runs):
     assert true["controls"].keys() == true["metrics"]["controls"].keys() == names
 
 
-def test_time_of_controls_stands_apart(demo_runs, captured, tmp_path):
+def test_time_of_controls_stands_apart(demo_runs):
     result, log, _ = demo_runs["true"]
     assert result["iterations"] == 300
     seconds = {name: of["seconds"] for name, of in result["controls"].items()}
@@ -134,7 +134,13 @@ def test_time_of_controls_stands_apart(demo_runs, captured, tmp_path):
     assert seconds["mean image"] == 0 < min(seconds["prior only"], seconds["other gradient"])
     assert result["iterations_per_second"] == pytest.approx(300 / result["seconds"])
     assert re.search(r"controls: \d+:\d\d beside that", log)
-    alone, folder = attack(tmp_path, captured(*DEMO), *SHORT, "--no-controls")
+
+
+def test_an_attack_is_the_same_without_controls(captured, tmp_path):
+    flags = ("--epochs", 20, *SHORT[2:])
+    result, _ = attack(tmp_path / "with", captured(*DEMO), *flags)
+    alone, folder = attack(tmp_path / "without", captured(*DEMO), *flags, "--no-controls")
+    assert result["controls"] is not None
     assert alone["controls"] is alone["metrics"]["controls"] is alone["metrics"]["leakage"] is None
     assert alone["metrics"]["mean"] == result["metrics"]["mean"]
     assert "control, " not in (folder / "log.txt").read_text()
@@ -215,6 +221,7 @@ def test_an_attack_with_forced_statistics_and_its_controls(captured, tmp_path):
     assert ours["other gradient"]["images"] != theirs["other gradient"]["images"]
 
 
+@pytest.mark.usefixtures("in_two_processes")
 def test_controls_in_two_processes(captured, tmp_path):
     path = captured("-a", "convnet", "-b", "5", "--upload-bn", "--with-control")
     flags = (

@@ -20,7 +20,7 @@ from inversion.settings import Loop
 from inversion.strategies import mean
 from models.batchnorm import whole_batch_normalisation
 from models.checkpoint import load
-from tests import shared_work
+from tests import endings, shared_work
 from tests.support import HANG, ROOT, attack, call, no_hang, wait_until
 from utils import launch as launching
 from utils.errors import FaultError, InputError
@@ -34,16 +34,16 @@ def group(size):
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
+def figures(tmp_path_factory, pair):
     """Number of processes → what each of them computed."""
     folder = tmp_path_factory.mktemp("figures")
     iterates, signs = shared_work.sign_descent()
     torch.save(iterates, folder / "iterates")
     found = {1: [shared_work.everything(ALONE) | {"signs": signs}]}
-    for size in (2, 3):
+    for size, start in ((2, pair.launch), (3, launch)):
         path = folder / f"of_{size}"
         argv = [str(path), str(folder / "iterates")][: 2 if size == 2 else 1]
-        assert launch(shared_work.work, argv, group(size)) == 0
+        assert start(shared_work.work, argv, group(size)) == 0
         found[size] = [torch.load(f"{path}.{rank}") for rank in range(size)]
     return found
 
@@ -92,13 +92,14 @@ def test_blocks_cover_the_batch(count):
 def test_an_error_of_one_process_ends_all(capfd):
     """The other one waits for it in a collective, and would for a day."""
     with no_hang():
-        assert launch(shared_work.one_fails, [], group(2)) == 2
+        assert launch(endings.one_fails, [], group(2)) == 2
     assert "error: --flag: only process 1 objects (process 1)" in capfd.readouterr().err
 
 
 # The scripts --------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("in_two_processes")
 def test_training_in_two_processes(captured):
     """With shares of different sizes, 4 and 3 images."""
     flags = ("-a", "convnet", "-b", "7", "--target-idx", "1", "--upload-bn")
@@ -109,6 +110,7 @@ def test_training_in_two_processes(captured):
     assert torch.equal(alone["x_true"], shared["x_true"])
 
 
+@pytest.mark.usefixtures("in_two_processes")
 def test_attack_in_two_processes(tmp_path, captured):
     path = captured("-a", "convnet", "-b", "5", "--upload-bn")
     flags = (
@@ -150,20 +152,6 @@ def script():
     for process in started:
         process.kill()
         process.communicate()
-
-
-def test_torchrun(tmp_path, captured, script):
-    path = captured("-a", "lenet", "-b", "5")
-    process = script(
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
-        group(1).url.rpartition(":")[2], ROOT / "run.py", "--root", tmp_path, "--checkpoint", path,
-        "--epochs", 3, "--lr", 0.1, "--metric",
-    )  # fmt: skip
-    out, err = process.communicate(timeout=HANG)
-    assert process.returncode == 0, err
-    assert out.count("plan: ") == 1
-    assert "2 processes, each with a part of the batch" in out
-    assert (tmp_path / "results" / "exp" / "test" / "result.json").exists()
 
 
 def children_of(pid):
@@ -211,7 +199,7 @@ def test_killing_one_process_ends_the_other(tmp_path, captured, script):
 
 def test_nothing_outlives_a_killed_launcher(tmp_path, script):
     path = tmp_path / "pid"
-    process = script(sys.executable, "-m", "tests.shared_work", path, group(2).url)
+    process = script(sys.executable, "-m", "tests.endings", path, group(2).url)
     children = [Path(f"{path}.{rank}") for rank in range(2)]
     wait_until(lambda: all(child.exists() and child.read_text() for child in children), process)
     children = [int(child.read_text()) for child in children]

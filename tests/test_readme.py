@@ -85,17 +85,23 @@ def workplace(tmp_path_factory):
     return folder
 
 
-SMALL_SEARCH = " --num-samples 2 --HP-epochs 4 --min-t 2 --max-t 4 --max-concurrent 2 --verbose 0"
-#: ResNet-50 at 224 pixels is slow here: one iteration.
-TINY = {c: 1 for c, _ in commands() if "--n-seed 1 " in c and "--superp" not in c}
+SMALL_SEARCH = " --num-samples 1 --HP-epochs 4 --min-t 2 --max-t 4 --verbose 0"
+#: Captures of ResNet-50, which is slow at its 224 pixels: those are for test_datasets.
+SMALL_IMAGES = {
+    command
+    for command, _ in commands()
+    if "training.py" in command and "--data imagenet" in command and not command.endswith("--ra")
+}
 
 
 @pytest.mark.parametrize(("command", "prints"), commands())
 def test_commands_run_and_print_what_is_said(command, prints, workplace, monkeypatch):
-    """As written, but with two iterations, and on the first device there is."""
+    """As written, but with two iterations and small images, and on the first device there is."""
     monkeypatch.chdir(workplace)
+    if command in SMALL_IMAGES:
+        command += " --image-size 32"
     if "--dry-run" not in command:
-        command = re.sub(r"--epochs \d+", f"--epochs {TINY.get(command, 2)}", command)
+        command = re.sub(r"--epochs \d+", "--epochs 2", command)
         if "--superparameters-search" in command:
             command += SMALL_SEARCH
             simulation = f"--simulation-checkpoint {workplace}/simulation.tar"
@@ -130,11 +136,19 @@ def in_several_processes(command, workplace):
     if program == "torchrun":
         port = free_address().rpartition(":")[2]
         words = ["-m", "torch.distributed.run", "--master-port", port, *words]
+    before = result_files(workplace)
     done = subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, cwd=workplace,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    if words[script].endswith("run.py"):
+        assert done.stdout.count("plan: ") == 1, done.stderr
+        assert result_files(workplace) - before
     return Outcome(done.returncode, done.stdout.replace("_b3_", "_b256_"), done.stderr)
+
+
+def result_files(folder):
+    return set((folder / "results").rglob("result.json"))
 
 
 def test_the_simulation_shares_no_image_with_the_target():
@@ -151,7 +165,7 @@ def test_the_simulation_shares_no_image_with_the_target():
 
 def test_there_are_commands():
     assert len(commands()) >= 25
-    assert len(TINY) == 1
+    assert len(SMALL_IMAGES) == 4
     assert sum("--MinCombine --checkpoint" in command for command, _ in commands()) == 1
 
 

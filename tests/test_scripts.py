@@ -366,12 +366,22 @@ def test_what_has_no_value_is_null_in_the_result(captured, tmp_path):
     assert result["seeds"][0]["gradient_loss"] is None
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_saves_what_there_is(captured, tmp_path, number, code):
+LONG = ("--epochs", "1000000", "--lr", "0.1", "-p", "20", "--n-seed", "3")
+
+
+def check_what_an_interruption_saved(root):
+    folder = root / "results" / "exp" / "test"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["stopped"] == "interrupted"
+    assert len(result["seeds"]) == 1
+    assert images_of(folder).shape == (3, 3, 32, 32)
+    assert (folder / "pairs.png").exists()
+
+
+def test_an_interrupted_run_saves_what_there_is(captured, tmp_path):
     path = captured("-a", "lenet", "-b", "3")
     process = subprocess.Popen(
-        [sys.executable, "run.py", "--root", str(tmp_path), "--checkpoint", str(path),
-         "--epochs", "1000000", "--lr", "0.1", "-p", "20", "--n-seed", "3"],
+        [sys.executable, "run.py", "--root", str(tmp_path), "--checkpoint", str(path), *LONG],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     seen = ""
@@ -379,16 +389,28 @@ def test_an_interrupted_run_saves_what_there_is(captured, tmp_path, number, code
         line = process.stdout.readline()
         assert line, process.stderr.read()
         seen += line
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=HANG)
-    assert process.returncode == code, errors
+    assert process.returncode == 130, errors
     assert "interrupted after" in rest
-    folder = tmp_path / "results" / "exp" / "test"
-    result = json.loads((folder / "result.json").read_text())
-    assert result["stopped"] == "interrupted"
-    assert len(result["seeds"]) == 1
-    assert images_of(folder).shape == (3, 3, 32, 32)
-    assert (folder / "pairs.png").exists()
+    check_what_an_interruption_saved(tmp_path)
+
+
+def test_a_terminated_run_saves_what_there_is(captured, tmp_path, monkeypatch):
+    """In this process, which would end if the script did not handle the signal."""
+    say = Reporter.say
+
+    def say_and_terminate(self, text):
+        say(self, text)
+        if "iteration 40/" in text:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Reporter, "say", say_and_terminate)
+    path = captured("-a", "lenet", "-b", "3")
+    outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, *LONG)
+    assert outcome.code == 143, outcome.err
+    assert "interrupted after" in outcome.out
+    check_what_an_interruption_saved(tmp_path)
 
 
 def test_lines_from_before_the_folder_reach_the_log(tmp_path, capsys):

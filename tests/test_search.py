@@ -156,13 +156,13 @@ def resumed(captured, tmp_path_factory):
         "--input-boxed", "--min-grads-loss", "--epochs", 30, "--metric",
         "--superparameters-search", "--lr-tune", "--TV-tune", "--BN-tune",
         "--simulation-checkpoint", captured(*SIMULATION), "--search-alg", "optuna",
-        "--num-samples", 4, "--max-t", 600, "--min-t", 60, "--HP-epochs", 600,
+        "--num-samples", 3, "--max-t", 400, "--min-t", 30, "--HP-epochs", 400,
         "--max-concurrent", 2, "--verbose", 0,
     ]  # fmt: skip
     with started(words) as process:
         wait_until(lambda: saved_iterations(folder), process)
     saved = saved_iterations(folder)
-    refused = call(*words, "--search-resume", "--max-t", "500")
+    refused = call(*words, "--search-resume", "--max-t", "300")
     outcome = succeed(*words, "--search-resume")
     return SimpleNamespace(
         folder=folder, saved=saved, refused=refused, out=outcome.out,
@@ -174,8 +174,8 @@ def resumed(captured, tmp_path_factory):
 def test_a_killed_search_goes_on(resumed):
     """All trials are accounted for, and none that was saved starts from 0."""
     trials = resumed.found["trials"]
-    assert 1 <= len(resumed.saved) < 4
-    assert len(trials) == 4
+    assert 1 <= len(resumed.saved) < 3
+    assert len(trials) == 3
     assert {trial["status"] for trial in trials} == {"done"}
     went_on = [trial for trial in trials if trial["trial"] in resumed.saved]
     assert went_on
@@ -187,7 +187,7 @@ def test_a_killed_search_goes_on(resumed):
 
 def test_a_search_is_resumed_with_its_own_flags_only(resumed):
     assert resumed.refused.code == 2
-    assert "was begun with max_t 600, not 500" in resumed.refused.err
+    assert "was begun with max_t 400, not 300" in resumed.refused.err
 
 
 def test_the_search_finds_the_settings_of_least_error(resumed):
@@ -198,7 +198,7 @@ def test_the_search_finds_the_settings_of_least_error(resumed):
     assert found["best"] == {name: first[name] for name in ("lr", "tv", "bn")}
     for name, value in found["best"].items():
         assert RANGES[name].low <= value <= RANGES[name].high
-    assert {trial["iterations"] for trial in found["trials"]} <= set(Budget(4, 60, 600).reports())
+    assert {trial["iterations"] for trial in found["trials"]} <= set(Budget(3, 30, 400).reports())
     assert "best settings: --lr" in resumed.out
 
 
@@ -210,7 +210,7 @@ def test_the_attack_uses_the_settings_found(resumed):
 
 def test_the_search_leaves_its_trials_as_a_table_and_a_picture(resumed):
     with open(resumed.folder / "trials.csv") as file:
-        assert len(list(csv.DictReader(file))) == 4
+        assert len(list(csv.DictReader(file))) == 3
     assert (resumed.folder / "trials.png").stat().st_size > 5000
 
 
@@ -234,8 +234,8 @@ def test_an_interrupted_search_is_no_finished_one(captured, tmp_path):
     words = [
         "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET),
         "--superparameters-search", "--lr-tune", "--simulation-checkpoint",
-        captured(*SIMULATION), "--search-alg", "random", "--num-samples", 2, "--max-t", 3000,
-        "--min-t", 20, "--HP-epochs", 3000, "--max-concurrent", 2, "--verbose", 0, "--epochs", 5,
+        captured(*SIMULATION), "--search-alg", "random", "--num-samples", 1, "--max-t", 3000,
+        "--min-t", 20, "--HP-epochs", 3000, "--max-concurrent", 1, "--verbose", 0, "--epochs", 5,
     ]  # fmt: skip
     folder = tmp_path / "results" / "search" / "test"
     with started(words) as process:
