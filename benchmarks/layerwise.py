@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from inversion.audit.certificate import predictions, true_errors
 from inversion.audit.inputs import Case as AuditCase
 from inversion.audit.inputs import Sealed, make_case
-from inversion.layerwise.attack import PUBLIC_IMAGES, Recovered, layerwise_attack
+from inversion.layerwise.attack import Recovered, layerwise_attack
+from inversion.layerwise.images import PUBLIC_IMAGES
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import exact
 from inversion.settings import AttackSettings, Loop, Weights
