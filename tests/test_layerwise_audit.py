@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import layerwise as benchmark
+from benchmarks.layerwise_tables import KINDS, draw_noise
 from inversion.audit import attack as attacking
 from inversion.audit.certificate import METHODS, certificate_of, predictions, true_errors
 from inversion.audit.flags import matching_flags, parser
@@ -390,3 +392,46 @@ def test_a_target_that_cannot_be_walked_through_is_refused_before_anything_is_wr
     assert outcome.code == 2
     assert outcome.err.startswith("error: --attack layerwise: in train mode the walk needs the")
     assert list(tmp_path.iterdir()) == []
+
+
+# The benchmark -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("noise", "clip"), [("per-sample", 1.0), ("relative", None)])
+def test_the_benchmarks_client_says_what_it_did_to_its_gradient(noise, clip):
+    case = benchmark.Case("lenet", 16, 2, head="keep", noise=noise, level=1e-6)
+    of = benchmark.client(case, None)
+    for target in (of.target, of.other):
+        protection = target.protection
+        assert (protection and protection.clip) == clip
+        assert (protection and protection.sigma) == (clip and 1e-6)
+    assert sum(g.square().sum() for g in of.target.gradient).sqrt() > (clip or 0) / 2
+
+
+def test_rows_are_not_appended_below_other_columns(tmp_path):
+    path = tmp_path / "rows.csv"
+    for _ in range(2):
+        benchmark.append([{"a": 1, "b": 0.123456789}], path)
+    assert path.read_text() == "a,b\n1,0.123457\n1,0.123457\n"
+    for row, apart in (({"a": 1, "c": 2}, "b, c"), ({"b": 1, "a": 2}, "their order")):
+        with pytest.raises(SystemExit, match=f"rows.csv: has other columns .*{apart}.*move it"):
+            benchmark.append([row], path)
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_the_picture_of_the_noise_needs_rows_of_it(tmp_path, capsys):
+    row = {"part": "eval", "train_mode": "False", "noise": "none", "level": "0", "certified": "1"}
+    row |= {"psnr": "40", "matching_psnr": "", "mean_colour_psnr": "15"}
+    path = tmp_path / "noise.png"
+    draw_noise([row, row | {"part": "noise", "train_mode": "True"}], path)
+    assert capsys.readouterr().out == (
+        "no picture: there are no rows of the parts noise and matching in eval mode\n"
+    )
+    assert not path.exists()
+    sizes = []
+    for kinds in (["none"], [*KINDS]):
+        rows = [row | {"part": "noise", "noise": k, "level": 1e-3 * (k != "none")} for k in kinds]
+        draw_noise(rows, path)
+        assert Image.open(path).width == 900
+        sizes.append(path.stat().st_size)
+    assert sizes[0] < sizes[1]
