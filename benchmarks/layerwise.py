@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from inversion.audit.certificate import predictions, true_errors
 from inversion.audit.inputs import Case as AuditCase
 from inversion.audit.inputs import Sealed, make_case
-from inversion.layerwise.attack import PUBLIC_IMAGES, Recovered, layerwise_attack
+from inversion.layerwise.attack import Recovered, layerwise_attack
+from inversion.layerwise.images import PUBLIC_IMAGES
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import exact
 from inversion.settings import AttackSettings, Loop, Weights
@@ -31,7 +32,7 @@ from models.build import build_model, init_head, load_weights
 from models.checkpoint import Task, make_checkpoint
 from models.gradient import ClientLoss, Update, whole_batch_gradient
 from models.reading import target_from_checkpoint
-from models.target import GroundTruth, Target
+from models.target import GroundTruth, Protection, Target
 from train.datasets import DATASETS, normalise
 from train.photos import photo_batch
 from train.privacy import Mechanism, protect_per_sample
@@ -67,8 +68,9 @@ class Case:
     #: A name in HEAD_INITS.
     head: str = "normal"
     #: "none", "relative" (to each tensor's root mean square), "float16", "bfloat16", "per-sample"
-    #: (clipping to CLIP, then noise).
+    #: (clipping to CLIP, then noise, which the client reports).
     noise: str = "none"
+    #: Standard deviation of the noise, for "per-sample" per entry of the gradient.
     level: float = 0.0
     #: Match gradients too, for this many times the time that the layerwise attack took; 0 for not.
     matching: float = 0.0
@@ -155,7 +157,7 @@ def _target(case: Case, model: nn.Module, images: Tensor, y: Tensor) -> Target:
     x, loss = normalise(images, SPEC), ClientLoss(case.train_mode)
     sent = whole_batch_gradient(model, x, y, loss, moments=True)
     generator = torch.Generator().manual_seed(5)
-    gradient = sent.gradient
+    gradient, protection = sent.gradient, None
     if case.noise == "relative":
         gradient = tuple(
             g + case.level * g.square().mean().sqrt() * torch.randn(g.shape, generator=generator)
@@ -164,13 +166,15 @@ def _target(case: Case, model: nn.Module, images: Tensor, y: Tensor) -> Target:
     elif case.noise == "per-sample":
         how = Mechanism(case.level, CLIP, generator)
         gradient = protect_per_sample(gradient, how, model, x, y, loss).gradient
+        multiplier = case.level * case.batch / CLIP
+        protection = Protection("per-sample", case.level, CLIP, noise_multiplier=multiplier)
     elif case.noise != "none":
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[case.noise]
         gradient = tuple(g.to(dtype) for g in gradient)
     shape = (3, case.size, case.size)
     task = Task(case.arch, case.batch, shape, SPEC.class_count, SPEC.mean, SPEC.std, loss)
-    checkpoint = make_checkpoint(model, Update(gradient, sent.bn_mean, sent.bn_var), task)
-    return target_from_checkpoint(checkpoint)
+    update = Update(gradient, sent.bn_mean, sent.bn_var)
+    return target_from_checkpoint(make_checkpoint(model, update, task, protection=protection))
 
 
 def scores(images: Tensor, true: Tensor) -> tuple[float, float, float]:
@@ -252,10 +256,20 @@ def tensor_rows(case: Case, audit: AuditCase, found: Recovered, of: Client) -> l
 
 
 def append(rows: Sequence[dict], path: Path) -> None:
-    """Append rows to a CSV, with a header where the file is new."""
+    """Append rows to a CSV, with a header where the file is new.
+
+    Raises SystemExit, and writes nothing, where the file has other columns.
+    """
+    header = list(rows[0])
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            there = next(csv.reader(file), [])
+        if there != header:
+            apart = ", ".join(sorted(set(there) ^ set(header))) or "their order"
+            raise SystemExit(f"{path}: has other columns than these rows ({apart}); move it away")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, header, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(

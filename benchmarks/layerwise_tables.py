@@ -8,6 +8,7 @@ import csv
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from utils.pictures import save_figure
 
@@ -24,8 +25,23 @@ SETTING = (
     "noise",
     "level",
 )
-#: Kinds of noise that are drawn at a level of their own: float16 and bfloat16 round by that much.
+#: Kinds of noise that are drawn at a level of their own: the type rounds by that much.
 ROUNDING = {"none": 6e-8, "float16": 2.8e-4, "bfloat16": 2.3e-3}
+#: Markers and names of all kinds in the picture.
+KINDS = {
+    "relative": ("o-", "noise"),
+    "none": ("s", "float32, no noise"),
+    "float16": ("^", "float16"),
+    "bfloat16": ("v", "bfloat16"),
+    "per-sample": ("o-", "noise after clipping"),
+}
+#: Panels of the picture, side by side: share of the width, kinds, and what the axis shows.
+PANELS = (
+    (2, ("relative", "none", "float16", "bfloat16"), "standard deviation / tensor's rms"),
+    (1, ("per-sample",), "standard deviation per entry,\nevery image's gradient clipped to norm 1"),
+)
+#: Column → what it is called in the picture, and its colour.
+CURVES = {"psnr": ("layerwise", "C0"), "matching_psnr": ("matching, equal time", "C1")}
 
 
 def groups(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
@@ -75,33 +91,64 @@ def main() -> None:
         ]  # fmt: skip
         print("| " + " | ".join(map(str, cells)) + " |")
     if args.picture:
-        draw_noise([row for row in rows if row["part"] in ("noise", "matching")], args.picture)
+        draw_noise(rows, args.picture)
 
 
 def draw_noise(rows: Sequence[dict], path: Path) -> None:
-    """Draw PSNR and the share of certified tensors against the noise, eval mode."""
+    """Draw PSNR and the share of certified tensors against the noise, in eval mode.
+
+    Noise relative to each tensor's root mean square, with the rounding of types at its size, and
+    noise after per-sample clipping have a panel each. Of all rows those of the parts "noise" and
+    "matching" count; without any, a line says so and nothing is drawn.
+    """
+    drawn = [
+        row for row in rows if row["part"] in ("noise", "matching") and row["train_mode"] == "False"
+    ]
+    if not drawn:
+        print("no picture: there are no rows of the parts noise and matching in eval mode")
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(6, 6), sharex=True)
-    most = max(float(row["certified"]) for row in rows)
-    for kind, marker in (("relative", "o-"), ("none", "s"), ("float16", "^"), ("bfloat16", "v")):
-        chosen = [r for r in rows if r["noise"] == kind and r["train_mode"] == "False"]
-        x = [float(r["level"]) or ROUNDING.get(kind, 0.0) for r in chosen]
-        for name, colour in (("psnr", "C0"), ("matching_psnr", "C1")):
-            label = {"psnr": "layerwise", "matching_psnr": "matching, equal time"}[name]
-            above.plot(x, [float(r[name]) for r in chosen], marker, color=colour,
-                       label=label if kind == "relative" else None)  # fmt: skip
-        share = [100 * float(r["certified"]) / most for r in chosen]
-        below.plot(x, share, marker, color="C0", label=None if kind == "relative" else kind)
-    above.axhline(float(rows[0]["mean_colour_psnr"]), color="grey", ls=":", label="mean colour")
-    above.set(ylabel="PSNR dB", xscale="log")
-    below.set(ylabel="certified tensors %", xlabel="noise, relative to each tensor's rms")
-    above.legend()
-    below.legend()
+    found = {row["noise"] for row in drawn}
+    panels = [panel for panel in PANELS if found & {*panel[1]}]
+    figure, axes = pyplot.subplots(
+        2, len(panels), figsize=(9, 6), sharex="col", sharey="row", squeeze=False,
+        width_ratios=[width for width, *_ in panels], layout="constrained",
+    )  # fmt: skip
+    most = max(1.0, *(float(row["certified"]) for row in drawn))
+    colour = statistics.mean(float(row["mean_colour_psnr"]) for row in drawn)
+    for (above, below), (_, kinds, unit) in zip(axes.T, panels, strict=True):
+        for kind in kinds:
+            _draw_kind(above, below, kind, [row for row in drawn if row["noise"] == kind], most)
+        above.axhline(colour, color="grey", ls=":", label="mean colours")
+        below.set(xlabel=f"noise: {unit}", xscale="log", ylim=(-5, 105))
+    axes[0, 0].set(ylabel="mean PSNR in dB")
+    axes[1, 0].set(ylabel=f"certified tensors in % of {most:.0f}")
+    axes[0, 0].legend()
+    axes[1, 0].legend()
     save_figure(figure, path)
+
+
+def _draw_kind(above: Any, below: Any, kind: str, rows: Sequence[dict], most: float) -> None:
+    """Draw the rows of one kind of noise: PSNR above, share of certified tensors below."""
+    if not rows:
+        return
+    rows = sorted(rows, key=lambda row: float(row["level"]))
+    marker, name = KINDS[kind]
+    levels = [float(row["level"]) or ROUNDING[kind] for row in rows]
+    for column, (curve, colour) in CURVES.items():
+        shown = [(x, row[column]) for x, row in zip(levels, rows, strict=True) if row[column] != ""]
+        above.plot(
+            [x for x, _ in shown], [float(value) for _, value in shown], marker, color=colour,
+            label=curve if marker == "o-" and shown else None,
+        )  # fmt: skip
+    below.plot(
+        levels, [100 * float(row["certified"]) / most for row in rows], marker, color="C0",
+        label=name,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

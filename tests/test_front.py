@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from inversion.layerwise.decoder import augmented, decode, linear_decoder, mean_decoding
-from inversion.layerwise.front import Front, match_activations
+from inversion.layerwise.front import Front, Matching, match_activations
 from models.batchnorm import BATCHNORM_TYPES
 from models.build import build_model
 from models.graph import traced_tensors
@@ -160,81 +160,106 @@ def wide():
     return nn.Sequential(*layers, nn.Conv2d(24, 12, 3, padding=1), nn.Sigmoid())
 
 
+def matched(front, targets, start, *, adam=0, lbfgs=0, rate=0.1, variation=0.0, **options):
+    how = Matching(adam, rate, lbfgs, variation)
+    return match_activations(front, targets, LOW, HIGH, start, how, **options)
+
+
+class Counting(Front):
+    """A front that counts its evaluations, in float32 and in float64."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.calls = {torch.float32: 0, torch.float64: 0}
+
+    def __call__(self, x):
+        self.calls[x.dtype] += 1
+        return super().__call__(x)
+
+
 def test_matching_makes_exact_images_of_exact_activations():
     model, x = wide(), images(2, 8).double()
-    front = Front(model, ["_2", "_4"])
-    seen = []
-    found = match_activations(
-        front, {"_2": front(x)["_2"]}, LOW, HIGH, torch.zeros(2, 3, 8, 8),
-        adam_steps=30, lbfgs_steps=300, rate=0.1, on_step=lambda step, r: seen.append((step, r)),
-    )  # fmt: skip
+    front = Counting(model, ["_2", "_4"])
+    targets = {"_2": front(x)["_2"]}
+    found = matched(front, targets, torch.zeros(2, 3, 8, 8), adam=30, lbfgs=3000)
     assert (found.images - x).abs().max() < 1e-7
     assert found.images.dtype == torch.float64
     assert (found.residual < 1e-8).all()
-    assert [step for step, _ in seen[:30]] == list(range(1, 31))
-    assert seen[0][1].shape == (2,)
-    assert 30 < found.steps < 330  # ends early
-    assert max(step for step, _ in seen) == found.steps
+    assert front.calls[torch.float32] == 30
+    assert 30 < front.calls[torch.float64] < 1000  # L-BFGS ends early
 
 
 def test_the_residual_is_that_of_each_image():
     front, x = Front(wide(), ["_2", "_4"]), images(3, 8).double()
     targets, start = front(x), images(3, 8, seed=2)
-    masks = {"_2": (targets["_2"] > 0.1).double()}
-    options = {"adam_steps": 3, "lbfgs_steps": 0, "rate": 0.1, "masks": masks}
-    found = match_activations(front, targets, LOW, HIGH, start, **options)
+    found = matched(front, targets, start, adam=3)
     for i in range(3):
         values = front(found.images[i : i + 1])
         squares = 0.0
         for name, target in targets.items():
-            mask = masks.get(name, torch.ones_like(target))[i]
-            gap = (values[name][0] - target[i]) * mask
-            squares += gap.square().sum() / (target[i] * mask).square().sum()
+            gap = values[name][0] - target[i]
+            squares += gap.square().sum() / target[i].square().sum()
         assert found.residual[i].item() == pytest.approx(squares.item() ** 0.5, rel=1e-9)
 
 
 def test_images_are_independent():
     front, x = Front(wide(), ["_4"]), images(3, 8).double()
     targets, start = front(x), images(3, 8, seed=2)
-    options = {"adam_steps": 5, "lbfgs_steps": 10, "rate": 0.1, "total_variation": 0.1}
-    together = match_activations(front, targets, LOW, HIGH, start, **options)
-    alone = match_activations(front, {"_4": targets["_4"][1:2]}, LOW, HIGH, start[1:2], **options)
+    options = {"adam": 5, "lbfgs": 10, "variation": 0.1}
+    together = matched(front, targets, start, **options)
+    alone = matched(front, {"_4": targets["_4"][1:2]}, start[1:2], **options)
     assert torch.allclose(together.images[1:2], alone.images, atol=1e-4)
-
-
-def test_what_a_mask_leaves_out_does_not_count():
-    front, x = Front(wide(), ["_4"]), images(1, 8).double()
-    target = front(x)["_4"]
-    mask = (torch.arange(8) < 4).double().view(1, 1, 1, 8).expand_as(target)
-    wrong = torch.where(mask > 0, target, 0.5)
-    options = {"adam_steps": 5, "lbfgs_steps": 5, "rate": 0.1, "masks": {"_4": mask}}
-    start = torch.zeros(1, 3, 8, 8)
-    one, other = (match_activations(front, {"_4": t}, LOW, HIGH, start, **options)
-                  for t in (target, wrong))  # fmt: skip
-    assert torch.allclose(one.images, other.images, atol=1e-6)
-    assert (one.images[..., 6:] == 0).all()  # no kept position sees these columns
 
 
 def test_the_images_stay_in_the_box_and_never_get_worse():
     front = Front(wide(), ["_2"])
     target = front(5 * images(1, 8).double())  # of an image outside of the box
     start = images(1, 8, seed=2)
-    none = match_activations(front, target, LOW, HIGH, start, adam_steps=0, lbfgs_steps=0, rate=0.1)
+    none = matched(front, target, start)
     assert torch.equal(none.images, start.double())
-    found = match_activations(
-        front, target, LOW, HIGH, start, adam_steps=0, lbfgs_steps=20, rate=0.1
-    )
+    found = matched(front, target, start, lbfgs=20)
     assert found.images.abs().max() <= 1
     assert found.residual < none.residual
+
+
+def test_an_interruption_ends_matching_with_the_best_so_far():
+    front, x = Counting(wide(), ["_2"]), images(2, 8).double()
+    targets, start = front(x), 0.9 * x.float()
+    options = {"adam": 20, "lbfgs": 100}
+    begun = matched(front, targets, start)
+    whole = matched(front, targets, start, **options)
+    front.calls[torch.float32] = 0
+    at_once = matched(front, targets, start, should_stop=lambda: True, **options)
+    assert torch.equal(at_once.images, begun.images)
+    assert front.calls[torch.float32] == 0
+    # in Adam, whose first steps of this size lead away from so good a start
+    after_five = matched(
+        front, targets, start, rate=0.5, **options,
+        should_stop=lambda: front.calls[torch.float32] >= 5,
+    )  # fmt: skip
+    assert front.calls[torch.float32] == 5
+    astray = matched(front, targets, start, adam=5, rate=0.5)
+    assert (astray.residual > begun.residual).all()
+    assert torch.equal(after_five.images, begun.images)
+    # in L-BFGS, at work on the first image
+    before, done = front.calls[torch.float64], []
+
+    def in_the_second_stage():
+        done.append(front.calls[torch.float64] > before + 8)
+        return done[-1]
+
+    half = matched(front, targets, start, lbfgs=100, should_stop=in_the_second_stage)
+    assert half.residual[0] < 0.1 * begun.residual[0]
+    assert torch.equal(half.images[1], begun.images[1])
+    assert done.count(True) < 4
+    assert (whole.residual < 1e-8).all()
 
 
 def test_total_variation_smooths():
     front, x = Front(wide(), ["_4"]), images(1, 8).double()
     rough, smooth = (
-        match_activations(
-            front, front(x), LOW, HIGH, images(1, 8, seed=2),
-            adam_steps=20, lbfgs_steps=0, rate=0.1, total_variation=weight,
-        ).images.diff().abs().mean()
+        matched(front, front(x), images(1, 8, seed=2), adam=20, variation=weight)
+        .images.diff().abs().mean()
         for weight in (0.0, 10.0)
     )  # fmt: skip
     assert smooth < 0.5 * rough
@@ -244,27 +269,22 @@ def test_with_a_total_variation_only_an_exact_match_replaces_the_smooth_image():
     torch.manual_seed(0)
     front = Front(nn.Sequential(nn.Conv2d(3, 24, 2, 2)), ["_0"])
     x, start = images(2, 8).double(), torch.zeros(2, 3, 8, 8)
-    targets = front(x)["_0"]
-    targets[1] += 0.1 * torch.randn(24, 4, 4)  # of no image
-    options = {"adam_steps": 30, "rate": 0.1, "total_variation": 0.3}
+    targets = front(x)
+    targets["_0"][1] += 0.1 * torch.randn(24, 4, 4)  # of no image
     adam, both = (
-        match_activations(front, {"_0": targets}, LOW, HIGH, start, lbfgs_steps=steps, **options)
-        for steps in (0, 100)
+        matched(front, targets, start, adam=30, lbfgs=steps, variation=0.3) for steps in (0, 100)
     )
     assert (both.images[0] - x[0]).abs().max() < 1e-7 < (adam.images[0] - x[0]).abs().max()
     assert torch.equal(both.images[1], adam.images[1])
-    free = match_activations(
-        front, {"_0": targets}, LOW, HIGH, adam.images, adam_steps=0, lbfgs_steps=100, rate=0.1
-    )
+    free = matched(front, targets, adam.images, lbfgs=100)
     assert adam.residual[1] / 30 < free.residual[1] < adam.residual[1]
 
 
 def test_a_target_that_the_front_lacks_is_refused():
     front = Front(wide(), ["_2"])
-    options = {"adam_steps": 1, "lbfgs_steps": 0, "rate": 0.1}
     for targets in ({"_4": torch.zeros(1, 12, 8, 8)}, {}):
         with pytest.raises(ValueError, match="does not compute"):
-            match_activations(front, targets, LOW, HIGH, images(1, 8), **options)
+            matched(front, targets, images(1, 8), adam=1)
 
 
 # Decoding.
@@ -293,9 +313,7 @@ def pairs_by_hand(front, name, public, neighbourhood, patch):
 def test_the_decoder_is_ridge_regression(count):
     front = Front(network("convnet"), ["_5"])  # 8×8 positions for 16×16 pixels
     public, secret = images(count).double(), images(2, seed=5).double()
-    decoder = linear_decoder(
-        front, "_5", LOW, HIGH, public, neighbourhood=3, ridge=1e-2, generator=seeded()
-    )
+    decoder = linear_decoder(front, "_5", LOW, HIGH, public, ridge=1e-2, generator=seeded())
     x, y = pairs_by_hand(front, "_5", augmented(public, LOW, HIGH, seeded()), 3, 2)
     assert (len(x) < x.shape[1]) == (count == 2)
     penalty = 1e-2 * ((x - x.mean(0)) ** 2).sum() / x.shape[1]
@@ -328,9 +346,7 @@ def test_sides_that_do_not_divide(positions):
     steps = torch.arange(16.0) - 7.5
     ramps = slopes[0] * steps[:, None] + slopes[1] * steps
     wide_box = 1000 * LOW, 1000 * HIGH
-    decoder = linear_decoder(
-        front, "_0", *wide_box, ramps[2:], neighbourhood=1, ridge=1e-9, generator=seeded()
-    )
+    decoder = linear_decoder(front, "_0", *wide_box, ramps[2:], ridge=1e-9, generator=seeded())
     found = decode(decoder, front(ramps[:2])["_0"])
     reach = [1 + 0.5 * -(-16 // side) for side in positions]  # half a patch, one of rounding
     bound = reach[0] * slopes[0, :2].abs() + reach[1] * slopes[1, :2].abs()
@@ -367,11 +383,3 @@ def test_augmentation():
     assert 70 < fits[1].sum() < 130
     boxed = augmented(x, LOW, HIGH, seeded())
     assert torch.equal(boxed, changed.clamp(-1, 1))
-
-
-def test_an_even_neighbourhood_is_refused():
-    front = Front(network("convnet"), ["_2"])
-    with pytest.raises(ValueError, match="neighbourhood of 2 has no centre"):
-        linear_decoder(
-            front, "_2", LOW, HIGH, images(), neighbourhood=2, ridge=1, generator=seeded()
-        )

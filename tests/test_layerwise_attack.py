@@ -1,8 +1,8 @@
 """The walk from the head to the image, the images that it makes, and the audit of both."""
 
 import functools
+import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from inversion.layerwise.accuracy import LARGEST, Accuracy
-from inversion.layerwise.attack import Matching, accuracies, layerwise_attack
+from inversion.layerwise.attack import NEAR, accuracies, layerwise_attack
+from inversion.layerwise.front import Matching
 from inversion.layerwise.peel import peel
 from inversion.layerwise.trace import network_of
 from models.build import build_model
-from models.checkpoint import Task, make_checkpoint, seal
-from models.gradient import ClientLoss, whole_batch_gradient
-from models.reading import target_from_checkpoint
-from models.target import GroundTruth, Protection, model_of
+from models.gradient import ClientLoss
+from models.target import Protection
 from tests.support import MEAN, STD, photos, target_of
 from tests.test_layerwise_network import (
     CLASSES,
@@ -30,6 +29,7 @@ from tests.test_layerwise_network import (
     true_tensors,
     vgg,
 )
+from train.privacy import Mechanism, protect_per_sample
 from utils.image_files import public_photographs
 from utils.images import normalise
 
@@ -37,20 +37,25 @@ from utils.images import normalise
 
 
 @functools.cache
-def public(size):
+def public(size, shape=None):
     """Photographs that no batch here has."""
-    target = SimpleNamespace(mean=torch.tensor(MEAN), std=torch.tensor(STD))
-    shape = (-1, 1, 1)
-    images = public_photographs(60, (3, size, size))
-    return normalise(images, target.mean.view(shape), target.std.view(shape))
+    shape = shape or (3, size, size)
+    mean, std = (torch.tensor(values[: shape[0]]).view(-1, 1, 1) for values in (MEAN, STD))
+    return normalise(public_photographs(60, shape), mean, std)
 
 
-def attacked(model, labels, size, *, train_mode=False, change=lambda target: target, **options):
+def private(count, shape):
+    """Photographs (count, C, H, W) of this shape, cut out of square ones."""
+    return photos(count, max(shape[1:]), target_idx=10)[0][:, : shape[0], : shape[1], : shape[2]]
+
+
+def attacked(
+    model, labels, size, *, shape=None, train_mode=False, change=lambda target: target, **options
+):
     """An attack on photographs with these labels: what it recovered, images, true tensors."""
-    x, _ = photos(len(labels), size, target_idx=10)
-    y = torch.tensor(labels)
+    x, y = private(len(labels), shape or (3, size, size)), torch.tensor(labels)
     target = target_of(model, x, y, train_mode=train_mode)
-    recovered = layerwise_attack(model, change(target), y, public(size), **options)
+    recovered = layerwise_attack(model, change(target), y, public(size, shape), **options)
     values, *_ = true_tensors(model.double(), x.double(), y, train_mode=train_mode)
     model.float()
     return recovered, x, values
@@ -60,7 +65,7 @@ def attacked(model, labels, size, *, train_mode=False, change=lambda target: tar
 def brief(monkeypatch):
     """Activations are matched for a few steps: the images are not judged."""
     for name in ("WHOLE", "POOLED"):
-        monkeypatch.setattr(f"inversion.layerwise.attack.{name}", Matching(10, 0.05, 10, 0.0))
+        monkeypatch.setattr(f"inversion.layerwise.images.{name}", Matching(10, 0.05, 10))
 
 
 def network(name, seed=0):
@@ -93,6 +98,44 @@ def test_lenet_gives_its_images_away(count):
     assert gap(recovered, x) < 1e-4
 
 
+#: Image shape → a network whose gradient gives the image itself, one that gives its first pooling.
+SHAPES = {
+    (1, 8, 8): (4 * 4, 2 * 2),
+    (1, 8, 12): (4 * 6, 2 * 3),
+    (3, 12, 8): (6 * 4, 3 * 2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", ["solved", "stem", "decoded"])
+def test_images_of_other_shapes(shape, method):
+    """One channel, sides of two lengths: solved, behind max-pooling, decoded from few numbers."""
+    channels, (plain, pooled) = shape[0], SHAPES[shape]
+    torch.manual_seed(0)
+    if method == "solved":
+        layers = [*smooth(8)]
+        layers[0], layers[6] = nn.Conv2d(channels, 12, 3, 2, 1), nn.Linear(16 * plain, CLASSES)
+    else:
+        layers = [*vgg(32, 8)]
+        layers[0], layers[7] = (
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.Linear(64 * pooled, CLASSES),
+        )
+    if method == "decoded":
+        layers = [*layers[:5], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, CLASSES)]
+        layers[3] = nn.Conv2d(32, 12, 5, padding=2)  # whose shifts are not told apart
+    recovered, x, values = attacked(nn.Sequential(*layers), [5], 8, shape=shape)
+    assert recovered.method == method
+    assert recovered.images.shape == x.shape == (1, *shape)
+    assert worst(recovered, values) < 1e-4
+    assert recovered.determined == (method != "decoded")
+    assert gap(recovered, x) < {"solved": 1e-4, "stem": 0.1, "decoded": 1.0}[method]
+    if method == "decoded":
+        mean = public(8, shape).mean(0)
+        assert recovered.decoder_only.shape == x.shape
+        assert (recovered.images - x).norm() < (mean - x).norm()
+
+
 @pytest.mark.parametrize(
     ("name", "labels", "size"),
     [("residual", [5, 1], 8), ("deep", [5, 1, 3], 8), ("smooth", [5, 1], 16)],
@@ -118,6 +161,34 @@ def test_windows_that_do_not_overlap_are_routed():
     assert recovered.stopped.startswith("2: its positions cannot be told apart: ")
     assert gap(recovered, x) < 0.05
     assert recovered.residual.max() < 0.05
+    assert recovered.determined
+    off = replace(recovered, residual=torch.tensor([0.01, 2 * NEAR]))
+    assert not off.determined
+    assert off.shortfall.startswith(
+        "the images' own activations differ from the recovered ones by up to 2.0e-01 of these, "
+        "more than 0.1; 2: its positions cannot be told apart: "
+    )
+    assert not replace(recovered, residual=torch.tensor([0.01, torch.nan])).determined
+
+
+def narrow():
+    """A network whose first pooling leaves 16 numbers of an image of 192."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(4, 32, 3, padding=1),
+        nn.Tanh(), nn.Flatten(), nn.Linear(128, CLASSES),
+    )  # fmt: skip
+
+
+def test_a_stem_of_too_few_numbers_determines_nothing():
+    recovered, _, values = attacked(narrow(), [5, 1], 8)
+    assert (recovered.method, recovered.sources) == ("stem", ("_2",))
+    assert worst(recovered, values) < 1e-4
+    assert not replace(recovered, residual=torch.zeros(2)).determined
+    assert not recovered.determined
+    assert recovered.shortfall.startswith(
+        "what is certified has 16 numbers per image, the images 192; 2: "
+    )
 
 
 def test_the_kind_of_pooling_is_said_or_refused(brief):
@@ -217,13 +288,13 @@ def with_zeros(target):
     return replace(target, gradient=tuple(gradient))
 
 
-#: Case → labels, change of the target, tensors that are certified, why it ended.
+#: Case → labels, change of the target, how many tensors may be certified, why it ended.
 PARTIAL = {
-    "repeated labels": ([5, 1, 1], lambda t: t, 0, "_6: 256 equations determine 64 of its 96"),
-    "noise": ([5, 1], noisy(1e-3), 1, "_3_relu: 2304 equations determine"),
+    "repeated labels": ([5, 1, 1], lambda t: t, [0], "_6: 256 equations determine 64 of its 96"),
+    "noise": ([5, 1], noisy(1e-3), range(1, 6), r"_\w+: \d+ equations determine \d+ of its"),
     "other gradient": ([5, 1], lambda t: replace(t, gradient=t.gradient[:-2] + tuple(
-        torch.ones_like(g) for g in t.gradient[-2:])), 0, "_6: "),
-    "dead layer": ([5, 1], with_zeros, 3, "4.conv1: the gradient of its weights is zero"),
+        torch.ones_like(g) for g in t.gradient[-2:])), [0], "_6: "),
+    "dead layer": ([5, 1], with_zeros, [3], "4.conv1: the gradient of its weights is zero"),
 }  # fmt: skip
 
 
@@ -231,11 +302,16 @@ PARTIAL = {
 def test_what_cannot_be_solved_ends_the_walk_with_a_reason(case, brief):
     labels, change, certified, says = PARTIAL[case]
     recovered, x, _ = attacked(network("residual"), labels, 8, change=change)
-    assert recovered.stopped.startswith(says)
-    assert len(recovered.certified) >= certified
-    assert recovered.method == ("activations" if certified else "decoder")
-    assert certified or not recovered.determined
-    assert recovered.shortfall.endswith(recovered.stopped)
+    count = len(recovered.certified)
+    assert re.match(says, recovered.stopped)
+    assert count in certified
+    assert [layer.certified for layer in recovered.layers] == count * [True] + (
+        [] if case == "dead layer" else [False]
+    )
+    assert recovered.method == ("activations" if count else "decoder")
+    if case != "noise":
+        assert recovered.determined == (case == "dead layer")
+    assert recovered.shortfall.endswith("" if recovered.determined else f"; {recovered.stopped}")
     assert torch.isfinite(recovered.images).all()
     assert recovered.images.shape == recovered.decoder_only.shape == x.shape
 
@@ -265,14 +341,43 @@ def test_a_wrong_label_is_not_certified():
 
 def test_the_walk_ends_where_it_is_told_to(brief):
     seen = []
-
-    def on_layer(layer):
-        seen.append(layer.name)
-        return len(seen) == 3
-
-    recovered, *_ = attacked(network("residual"), [5, 1], 8, on_layer=on_layer)
+    recovered, *_ = attacked(
+        network("residual"), [5, 1], 8, on_layer=lambda layer: seen.append(layer.name),
+        should_stop=lambda: len(seen) == 3,
+    )  # fmt: skip
     assert recovered.stopped == "interrupted"
     assert [layer.name for layer in recovered.layers] == seen == ["_6", "_4_relu_1", "_4_relu"]
+    assert recovered.method == "activations"
+    assert torch.isfinite(recovered.residual).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "steps"), [("stem", 3, 10), ("activations", 2, 120 + 2 * 30)]
+)
+def test_an_interruption_ends_the_making_of_images_with_the_best_so_far(kind, tensors, steps):
+    """After that many certificates: in the rounds of the stem, in the steps of matching."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*vgg(32, 8))
+    if kind == "activations":
+        model = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1, groups=3), nn.Tanh(), nn.Conv2d(24, 32, 3, 2, 1),
+            nn.Tanh(), nn.Flatten(), nn.Linear(512, CLASSES),
+        )  # fmt: skip
+    found, asked = [], []
+    for after in (tensors + 1, 10**9):
+        counted = iter(range(1, 10**9))
+        recovered, *_ = attacked(
+            model, [5, 1], 8, should_stop=lambda c=counted, a=after: next(c) > a
+        )
+        found.append(recovered)
+        asked.append(next(counted) - 1)
+    cut, whole = found
+    assert cut.method == whole.method == kind
+    assert cut.stopped == whole.stopped != "interrupted"
+    assert len(cut.layers) == tensors
+    assert tensors + 1 < asked[0] < tensors + 8 < asked[1] < tensors + steps
+    assert (whole.residual < cut.residual).all()
+    assert cut.images.isfinite().all()
 
 
 def test_a_head_that_is_not_linear_gives_the_mean_of_public_photographs():
@@ -303,13 +408,13 @@ def test_a_recovered_tensor_may_have_too_few_numbers(brief):
         "what is certified has 32 numbers per image, the images 768; 11: no 3×3 convolution of "
         "stride 1 stands before it"
     )
+    assert (recovered.residual < 2).all()
     more = replace(
-        recovered,
-        method="activations",
-        sources=("_13", "big"),
-        tensors=recovered.tensors | {"big": public(16)},
-    )
+        recovered, method="activations", sources=("_13", "big"),
+        tensors=recovered.tensors | {"big": public(16)}, residual=torch.tensor([NEAR / 2, 0.0]),
+    )  # fmt: skip
     assert more.determined
+    assert not replace(more, residual=torch.tensor([0.0, 2 * NEAR])).determined
 
 
 def test_a_client_that_clips_its_batch():
@@ -323,6 +428,52 @@ def test_a_client_that_clips_its_batch():
     recovered, x, values = attacked(network("lenet"), [5, 1], 16, change=clip)
     assert recovered.method == "solved"
     assert gap(recovered, x) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "size"), [("lenet", 16), ("smooth", 16), ("residual", 8)])
+def test_a_client_that_clips_every_image(name, size):
+    """Each image's part has a factor of its own: all of them follow from the head's bias."""
+    model, factors = network(name), []
+
+    def clip(target):
+        x, y = private(2, (3, size, size)), torch.tensor([5, 1])
+        how, loss = Mechanism(0.0, 0.6, torch.Generator()), ClientLoss(train_mode=False)
+        protected = protect_per_sample(target.gradient, how, model, x, y, loss)
+        factors.extend((0.6 / protected.sample_norms).tolist())
+        protection = Protection("per-sample", 0.0, 0.6)
+        return replace(target, gradient=protected.gradient, protection=protection)
+
+    recovered, x, values = attacked(model, [5, 1], size, change=clip)
+    assert max(factors) < 0.9
+    assert len(recovered.certified) == len(recovered.layers) >= 3
+    assert worst(recovered, values) < 1e-3
+    assert recovered.method == "solved"
+    assert gap(recovered, x) < 1e-3
+    blind, *_ = attacked(model, [5, 1], size, change=lambda t: replace(clip(t), protection=None))
+    assert not blind.certified
+
+
+def test_noise_that_the_client_recorded():
+    """What it says of its noise certifies what it allows, and no more than that is wrong."""
+    model, sigma = network("lenet"), 1e-6
+
+    def add(target, recorded):
+        generator = torch.Generator().manual_seed(0)
+        sent = [g + sigma * torch.randn(g.shape, generator=generator) for g in target.gradient]
+        protection = Protection("batch", sigma, None) if recorded else None
+        return replace(target, gradient=tuple(sent), protection=protection)
+
+    recovered, x, values = attacked(model, [5], 16, change=lambda t: add(t, True))
+    plain, *_ = attacked(model, [5], 16)
+    assert recovered.method == "solved"
+    for layer, exact in zip(recovered.certified, plain.certified, strict=True):
+        assert layer.residual > 10 * exact.residual
+        if layer.expected_error is not None:
+            error = recovered.tensors[layer.name] - values[layer.name]
+            assert error.norm() < 5 * layer.expected_error * values[layer.name].norm()
+    assert 1e-4 < gap(recovered, x) < 0.1
+    silent, *_ = attacked(model, [5], 16, change=lambda t: add(t, False))
+    assert len(silent.certified) < len(recovered.certified)
 
 
 def test_thresholds_follow_the_recorded_noise_and_the_type():
@@ -379,22 +530,20 @@ def test_a_wrong_fixed_point_of_the_head_is_no_noise():
     assert not head.certified
 
 
-def test_nothing_is_drawn_and_no_truth_is_read():
-    """Bit-identical with the truth sealed away, and with other numbers in its place."""
-    model = network("lenet")
+def test_nothing_is_drawn_but_from_the_seed(brief):
+    """No generator of the process is touched; the decoder's augmentation follows the seed."""
+    model, found = network("convnet"), []
     x, y = photos(2, 16, target_idx=10)[0], torch.tensor([5, 1])
-    loss = ClientLoss(True)
-    sent = whole_batch_gradient(model, x, y, loss)
-    task = Task("lenet", 2, (3, 16, 16), CLASSES, MEAN, STD, loss)
-    kept = make_checkpoint(model, sent, task, truth=GroundTruth(x, y))
-    false = make_checkpoint(model, sent, task, truth=GroundTruth(0 * x, y))
-    found = []
-    for checkpoint in (kept, kept, seal(kept)[0], false):
-        torch.manual_seed(len(found))
-        target = target_from_checkpoint(checkpoint)
-        found.append(layerwise_attack(model_of(target), target, y, public(16), seed=3))
-    for other in found[1:]:
-        assert torch.equal(other.images, found[0].images)
-        assert other.tensors.keys() == found[0].tensors.keys()
-        for name, tensor in other.tensors.items():
-            assert torch.equal(tensor, found[0].tensors[name])
+    target = target_of(model, x, y, train_mode=False)
+    for state, seed in ((0, 3), (1, 3), (0, 4)):
+        torch.manual_seed(state)
+        found.append(layerwise_attack(model, target, y, public(16), seed=seed))
+        drawn = torch.rand(3)
+        assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(state)))
+    first, again, other = found
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    for recovered in (again, other):
+        assert recovered.tensors.keys() == first.tensors.keys()
+        for name, tensor in recovered.tensors.items():
+            assert torch.equal(tensor, first.tensors[name])

@@ -1,5 +1,7 @@
 """run.py --attack layerwise and auto: certificate, controls, files, fallback, refusals."""
 
+import json
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,15 +9,28 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import layerwise as benchmark
+from benchmarks.layerwise_tables import KINDS, draw_noise
+from inversion.audit import attack as attacking
 from inversion.audit.certificate import METHODS, certificate_of, predictions, true_errors
 from inversion.audit.flags import matching_flags, parser
+from inversion.audit.inputs import make_case
+from inversion.audit.plan import layerwise_estimate
 from inversion.audit.settings import refuse_processes, settings_from
 from inversion.layerwise.attack import layerwise_attack
 from inversion.layerwise.peel import Layer
+from inversion.settings import AttackSettings, Loop, Weights
+from models.binding import bind
 from models.build import build_model
+from models.checkpoint import load, seal
 from models.rank_analysis import rank_analysis
 from tests.support import attack, call, photos, succeed, target_of
+from tests.test_layerwise_attack import narrow
+from tests.test_layerwise_network import Branching, behind
+from utils.console import Reporter
 from utils.errors import InputError
+from utils.shard import ALONE
+from utils.tensor_files import load_plain, save
 
 LENET = ("-a", "lenet", "-b", "1", "--image-size", "16", "--with-control", "--target-idx", "10")
 EIGHT = ("-a", "lenet", "-b", "8", "--image-size", "16", "--target-idx", "10")
@@ -28,7 +43,7 @@ def few_photographs():
     """Decoders learn from fewer photographs than they should: their images are not judged here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inversion.audit.attack.LAYERWISE_PUBLIC_IMAGES", 60)
-        patch.setattr("inversion.audit.certificate.DECODED_BY", 30)
+        patch.setattr("inversion.audit.report.DECODED_BY", 30)
         yield
 
 
@@ -56,8 +71,15 @@ def test_images_that_are_solved_for_are_reconstructed(audited):
         assert layer["certified"]
         assert layer["rank"] == layer["unknowns"] <= layer["equations"]
         assert layer["true_error"] < 1e-4
+        if layer["kind"] == "head":
+            assert layer["expected_error"] is None
+        else:
+            assert layer["true_error"] < 10 * layer["expected_error"] < 1e-3
     assert result["metrics"]["mean"]["psnr"] > 90
-    assert result["metrics"]["attack"]["arrived"] in (True, False)
+    assert result["metrics"]["attack"]["objective"] < 1e-9
+    assert result["metrics"]["attack"]["reason"] == (
+        "the gradient was solved layer by layer as far as it goes: to the image"
+    )
     assert result["controls"].keys() == {"mean image", "other gradient"}
     assert "the walk ended: at the image" in log
     assert METHODS["solved"] in log
@@ -79,11 +101,64 @@ def test_images_from_a_decoder_have_its_control(audited):
     assert picture.width > 300
 
 
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_the_certificate_is_printed_with_predictions_and_errors(audited):
-    _, log, _ = audited["lenet"]
-    lines = [line for line in log.splitlines() if "convolution 2" in line or "RA-i" in line]
-    assert any("true error" in line for line in lines)
-    assert "certificate, made without the truth" in log
+    """Every cell of a row is what result.json says."""
+    result, log, _ = audited["lenet"]
+    lines = log.splitlines()
+    title = lines.index(
+        "certificate, made without the truth but for the last column (RA-i: as --ra counts)"
+    )
+    assert cells(lines[title + 2]) == [
+        "tensor", "from", "unknowns", "equations", "rank", "condition", "residual",
+        "expected error", "flips", "certified", "seconds", "RA-i", "true error",
+    ]  # fmt: skip
+    rows = [cells(line) for line in lines[title + 4 : title + 8]]
+    for row, layer in zip(rows, result["layerwise"]["layers"], strict=True):
+        expected, ra = layer["expected_error"], layer["ra"]
+        assert row == [
+            layer["name"], f"{layer['kind']} {layer['place']}", str(layer["unknowns"]),
+            str(layer["equations"]), str(layer["rank"]), f"{layer['condition']:.4g}",
+            f"{layer['residual']:.4g}", "" if expected is None else f"{expected:.4g}",
+            str(layer["flips"]), "yes", f"{layer['seconds']:.4g}", "" if ra is None else str(ra),
+            f"{layer['true_error']:.4g}",
+        ]  # fmt: skip
+    assert rows[-1][:5] == ["input_1", "convolution input_1", "768", "2400", "768"]
+
+
+def without_truth(entry):
+    """An entry of result.json without what depends on the truth or on the clock."""
+    if isinstance(entry, dict):
+        return {k: without_truth(v) for k, v in entry.items() if k not in ("true_error", "seconds")}
+    return [without_truth(v) for v in entry] if isinstance(entry, list) else entry
+
+
+def test_no_truth_is_read(audited, captured, tmp_path):
+    """Sealed away, or with other images in its place: the attack and its certificate are the same.
+
+    The network's images come from a decoder, which draws, so the drawing does not depend on it.
+    """
+    kept = load(captured(*CONVNET))
+    sealed, _ = seal(kept)
+    save(sealed, str(tmp_path / "sealed.tar"))
+    false = {**kept, "x_true": torch.rand_like(kept["x_true"])}
+    bind(false)
+    save(false, str(tmp_path / "false.tar"))
+    labels = ",".join(map(str, kept["y_true"].tolist()))
+    result, _, folder = audited["convnet"]
+    x = load_plain(str(folder / "x_recon.pth"))
+    for name, flags in (("sealed", ("--labels", labels)), ("false", ("--metric", "--no-controls"))):
+        own, folder = attack(
+            tmp_path / name, tmp_path / f"{name}.tar", "--attack", "layerwise", *flags
+        )
+        assert torch.equal(load_plain(str(folder / "x_recon.pth")), x)
+        assert without_truth(own["layerwise"]) == without_truth(result["layerwise"])
+        assert own["losses"] == result["losses"]
+    true, wrong = (entry["layerwise"]["layers"][0]["true_error"] for entry in (result, own))
+    assert true < 1e-4 < 1e-2 < wrong
 
 
 def test_the_result_of_matching_has_no_layerwise_entry(captured, tmp_path):
@@ -108,6 +183,55 @@ def test_auto_matches_what_is_not(captured, tmp_path):
     assert "numbers per image, the images 768; _6: " in log
 
 
+def case_of(model, labels, size, *, train_mode=False, capture_bn=True):
+    """What an attacker has of photographs with these labels."""
+    x, y = photos(len(labels), size, target_idx=10)[0], torch.tensor(labels)
+    target = target_of(model, x, y, train_mode=train_mode, capture_bn=capture_bn)
+    settings = AttackSettings(Weights(), Loop(2, 0.1), method="auto")
+    return settings, make_case(settings, model, target, y, None, torch.device("cpu"), ALONE)
+
+
+def test_auto_matches_where_a_stem_has_too_few_numbers(capsys):
+    settings, case = case_of(narrow(), [5, 1], 8)
+    found = attacking.attack(settings, case, SimpleNamespace(signal=None), Reporter(), print_freq=1)
+    assert found.recovered is None
+    assert found.outcome.iterations == 2
+    said = capsys.readouterr().out
+    assert "matching, since solving layer by layer does not do: what is certified has 16 " in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "tensors", "method"), [(LENET, 2, "activations"), (CONVNET, 1, "decoded")]
+)
+@pytest.mark.parametrize("asked", ["auto", "layerwise"])
+def test_an_interruption_keeps_what_was_recovered(
+    flags, tensors, method, asked, captured, tmp_path, monkeypatch
+):
+    say, told = Reporter.say, []
+
+    def interrupting(self, text):
+        say(self, text)
+        told.append(", certified, " in text)
+        if told[-1] and sum(told) == tensors:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Reporter, "say", interrupting)
+    settings = () if asked == "layerwise" else ("--lr", 0.1, "--epochs", 100)
+    outcome = call(
+        "run.py", "--root", tmp_path, "--checkpoint", captured(*flags), "--attack", asked,
+        "--metric", *settings,
+    )  # fmt: skip
+    assert outcome.code == 130
+    assert "matching, since" not in outcome.out
+    result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
+    assert result["stopped"] == "interrupted"
+    assert result["layerwise"]["stopped"] == "interrupted"
+    assert result["layerwise"]["method"] == method
+    assert len(result["layerwise"]["layers"]) == result["iterations"] == tensors
+    assert result["controls"] is None
+    assert result["metrics"]["verdict"]["verdict"] == "incomplete"
+
+
 def test_a_dry_run_says_the_largest_system(captured):
     outcome = succeed(
         "run.py", "--checkpoint", captured(*LENET), "--attack", "layerwise", "--dry-run"
@@ -115,6 +239,29 @@ def test_a_dry_run_says_the_largest_system(captured):
     assert "plan: solve the gradient layer by layer, 1 images (3, 16, 16)" in outcome.out
     # 32 channels of 25 weights for 64, 64, 256 positions
     assert "estimate: the largest dense system has 800 equations for 256 unknowns" in outcome.out
+    assert "per iteration" not in outcome.out
+
+
+def test_a_dry_run_of_auto_says_both(captured):
+    outcome = succeed(
+        "run.py", "--checkpoint", captured(*LENET), "--attack", "auto", "--dry-run", "--lr", 0.1,
+        "--epochs", 9,
+    )  # fmt: skip
+    assert "estimate: the largest dense system has 800 equations for 256 unknowns" in outcome.out
+    assert "estimate, where that does not determine the images: " in outcome.out
+    assert " ms per iteration, " in outcome.out
+
+
+def test_an_estimate_says_what_cannot_be_solved():
+    for model, options, says in (
+        (behind(Branching()).float(), {}, "torch.fx cannot trace the network: "),
+        (build_model("convnet", 8, (3, 16, 16)), {"train_mode": True, "capture_bn": False},
+         "in train mode the walk needs the batch's BatchNorm statistics"),
+    ):  # fmt: skip
+        _, case = case_of(model, [5, 1], 16, **options)
+        assert layerwise_estimate(case).startswith(
+            f"estimate: the gradient cannot be solved layer by layer: {says}"
+        )
 
 
 # The certificate ---------------------------------------------------------------------------------
@@ -148,6 +295,22 @@ def test_true_errors_are_of_images_in_the_order_of_the_attacks_labels(solved):
     assert true_errors(wrong, recovered, sealed) == {}
 
 
+def test_images_of_one_label_have_no_true_errors(solved):
+    """Nobody says which of them is which; nor are errors printed, or in result.json, then."""
+    case, recovered, sealed = solved
+    repeated = SimpleNamespace(**vars(case) | {"y": torch.tensor([1, 3, 3])})
+    truth = SimpleNamespace(x=sealed.truth.x, y=torch.tensor([3, 1, 3]))
+    other = SimpleNamespace(truth=truth, images_for=lambda _: truth.x)
+    assert true_errors(repeated, recovered, other) == {}
+    found = certificate_of(repeated, recovered, other)
+    assert found.lines[0] == "certificate, made without the truth (RA-i: as --ra counts)"
+    assert "true error" not in found.lines[1]
+    assert found.lines[2] == (
+        "true errors: none, since labels do not tell which true image is which"
+    )
+    assert [layer["true_error"] for layer in found.entry["layers"]] == 4 * [None]
+
+
 def test_predictions_are_the_ranks_of_the_layers_that_take_the_tensors(solved):
     case, recovered, _ = solved
     ranks = {rank.name: rank.index for rank in rank_analysis(case.objective.model, 3, (3, 16, 16))}
@@ -170,6 +333,7 @@ def test_a_certificate_without_the_truth_says_no_error(solved):
     case, recovered, sealed = solved
     assert certificate_of(case, None, sealed) is None
     blind, seeing = certificate_of(case, recovered, None), certificate_of(case, recovered, sealed)
+    assert blind.lines[0] == "certificate, made without the truth (RA-i: as --ra counts)"
     assert "true error" not in "".join(blind.lines)
     assert "true error" in "".join(seeing.lines)
     assert "true_error" not in blind.entry["layers"][0]
@@ -228,3 +392,46 @@ def test_a_target_that_cannot_be_walked_through_is_refused_before_anything_is_wr
     assert outcome.code == 2
     assert outcome.err.startswith("error: --attack layerwise: in train mode the walk needs the")
     assert list(tmp_path.iterdir()) == []
+
+
+# The benchmark -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("noise", "clip"), [("per-sample", 1.0), ("relative", None)])
+def test_the_benchmarks_client_says_what_it_did_to_its_gradient(noise, clip):
+    case = benchmark.Case("lenet", 16, 2, head="keep", noise=noise, level=1e-6)
+    of = benchmark.client(case, None)
+    for target in (of.target, of.other):
+        protection = target.protection
+        assert (protection and protection.clip) == clip
+        assert (protection and protection.sigma) == (clip and 1e-6)
+    assert sum(g.square().sum() for g in of.target.gradient).sqrt() > (clip or 0) / 2
+
+
+def test_rows_are_not_appended_below_other_columns(tmp_path):
+    path = tmp_path / "rows.csv"
+    for _ in range(2):
+        benchmark.append([{"a": 1, "b": 0.123456789}], path)
+    assert path.read_text() == "a,b\n1,0.123457\n1,0.123457\n"
+    for row, apart in (({"a": 1, "c": 2}, "b, c"), ({"b": 1, "a": 2}, "their order")):
+        with pytest.raises(SystemExit, match=f"rows.csv: has other columns .*{apart}.*move it"):
+            benchmark.append([row], path)
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_the_picture_of_the_noise_needs_rows_of_it(tmp_path, capsys):
+    row = {"part": "eval", "train_mode": "False", "noise": "none", "level": "0", "certified": "1"}
+    row |= {"psnr": "40", "matching_psnr": "", "mean_colour_psnr": "15"}
+    path = tmp_path / "noise.png"
+    draw_noise([row, row | {"part": "noise", "train_mode": "True"}], path)
+    assert capsys.readouterr().out == (
+        "no picture: there are no rows of the parts noise and matching in eval mode\n"
+    )
+    assert not path.exists()
+    sizes = []
+    for kinds in (["none"], [*KINDS]):
+        rows = [row | {"part": "noise", "noise": k, "level": 1e-3 * (k != "none")} for k in kinds]
+        draw_noise(rows, path)
+        assert Image.open(path).width == 900
+        sizes.append(path.stat().st_size)
+    assert sizes[0] < sizes[1]

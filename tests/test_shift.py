@@ -76,6 +76,11 @@ def as_inputs(images):
     return images.flatten(2).permute(2, 0, 1)
 
 
+def inputs_of(gradient, routed, routing):
+    """The inputs that fit the masks best."""
+    return repair_masks(gradient, routed, routing.masks, rounds=0)[1]
+
+
 def mixing(batch, seed=7):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, batch, generator=generator, dtype=torch.float64)
@@ -137,10 +142,8 @@ def test_masks_and_inputs_are_recovered(batch, side):
     routing = routing_masks(gradient, routed, side, side)
     assert torch.equal(routing.masks, masks)
     assert not routing.undecided.any()
-    assert routing.trusted.all()
     assert routing.residual < 1e-9
-    assert routing.margins.max() < 1e-6
-    torch.testing.assert_close(routing.inputs, u)
+    torch.testing.assert_close(inputs_of(gradient, routed, routing), u)
 
 
 def test_signals_undo_a_known_mixture():
@@ -179,7 +182,7 @@ def test_masks_behind_max_pooling_whose_signal_varies_over_windows(batch):
     routing = routing_masks(gradient, routed, 4, 4)
     assert torch.equal(routing.masks, masks)
     assert routing.residual < 1e-9
-    torch.testing.assert_close(routing.inputs, u)
+    torch.testing.assert_close(inputs_of(gradient, routed, routing), u)
 
 
 def test_entries_without_signal_are_undecided():
@@ -216,9 +219,7 @@ def test_masks_of_a_resnet_from_a_float32_gradient():
     routing = routing_masks(gradient["layer4.1.conv2.weight"], routed, 2, 2)
     assert routing.masks.dtype == torch.bool
     assert torch.equal(routing.masks, activation > 0)
-    assert routing.inputs.dtype == torch.float64
     assert routing.residual < 1e-6
-    assert routing.trusted.all()
 
 
 def test_what_shifts_cannot_identify_is_refused():
@@ -240,7 +241,6 @@ def test_noise_leaves_the_masks_of_strong_signals():
     assert 5e-4 < routing.residual < 2e-3
     routing = routing_masks(noisy(gradient, 3e-2), routed, 2, 2)
     assert 1e-2 < routing.residual < 6e-2
-    assert routing.trusted.all()
     assert torch.equal(routing.masks[~routing.undecided], masks[~routing.undecided])
     assert 0 < routing.undecided.sum() < masks.numel() / 5
 
@@ -260,8 +260,6 @@ def test_where_nothing_fits_the_residual_says_so(kind):
         gradient = 0 * gradient + (0 if kind == "zero" else torch.inf)
     routing = routing_masks(gradient, routed, 2, 2)
     assert routing.residual > 0.1
-    assert not routing.trusted.any()
-    assert routing.inputs.isfinite().all()
 
 
 def test_flips_that_only_make_up_for_signals_that_are_off_are_taken_back():
@@ -273,7 +271,6 @@ def test_flips_that_only_make_up_for_signals_that_are_off_are_taken_back():
     assert residual < routing.residual < 0.1
     wrong, more = (routing.masks != masks).sum(), (repaired != masks).sum()
     assert 5 * wrong < more
-    assert routing.trusted.tolist() == [True, False]
 
 
 def test_an_image_whose_signal_is_unknown_leaves_the_others_right():
@@ -281,7 +278,6 @@ def test_an_image_whose_signal_is_unknown_leaves_the_others_right():
     routed[1] = 0
     routing = routing_masks(gradient, routed, 2, 2)
     assert routing.residual > 0.1
-    assert routing.trusted.tolist() == [True, False, True]
     assert torch.equal(routing.masks[[0, 2]], masks[[0, 2]])
     assert routing.undecided[1].all()
     assert not routing.masks[1].any()

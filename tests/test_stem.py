@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from scipy import integrate, stats
 
+from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.stem import block_tridiagonal
 from inversion.layerwise.stem.block_tridiagonal import BlockTridiagonal
 from inversion.layerwise.stem.grid_gaussian import (
-    Convolution,
     add_convolution,
     add_pixels,
     convolution_variance,
@@ -31,7 +31,7 @@ from inversion.layerwise.stem.moments import (
     maximum_moments,
 )
 from inversion.layerwise.stem.posterior import stem_posterior
-from inversion.layerwise.stem.propagation import conv2d
+from inversion.layerwise.stem.propagation import ROUNDS
 from inversion.layerwise.stem.smoothness import (
     STENCILS,
     add_smoothness,
@@ -49,15 +49,23 @@ from inversion.layerwise.stem.windows import Pooling, bounds, read_windows, wind
 from utils.image_files import public_photographs
 from utils.metrics import psnr
 
-RESNET = Convolution(2, 3), Pooling(3, 2, 1)
-VGG = Convolution(1, 1), Pooling(2, 2, 0)
-#: Image shape, kernel, convolution, filters.
+
+def square(kernel, stride, padding):
+    return Geometry((kernel, kernel), (stride, stride), (padding, padding))
+
+
+RESNET = square(7, 2, 3), Pooling(3, 2, 1)
+SMALL = square(5, 2, 2), Pooling(3, 2, 1)
+VGG = square(3, 1, 1), Pooling(2, 2, 0)
+#: Image shape, convolution, filters.
 SHAPES = [
-    ((3, 11, 8), 7, Convolution(2, 3), 5),
-    ((1, 6, 5), 3, Convolution(1, 1), 3),
-    ((2, 5, 6), 1, Convolution(1, 0), 3),
-    ((3, 9, 7), 5, Convolution(2, 2), 4),
-    ((3, 9, 9), 3, Convolution(2, 0), 2),
+    ((3, 11, 8), square(7, 2, 3), 5),
+    ((1, 6, 5), square(3, 1, 1), 3),
+    ((2, 5, 6), square(1, 1, 0), 3),
+    ((3, 9, 7), square(5, 2, 2), 4),
+    ((3, 9, 9), square(3, 2, 0), 2),
+    ((3, 9, 8), Geometry((2, 5), (1, 2), (0, 3)), 4),
+    ((2, 8, 5), Geometry((5, 1), (3, 1), (2, 0)), 3),
 ]
 #: Those of the prior, and second differences, which reach two rows down.
 ALL_STENCILS = [stencil for stencil, _ in STENCILS] + [
@@ -129,11 +137,11 @@ def test_a_matrix_that_is_not_positive_definite_is_refused():
         block_tridiagonal.factorise(matrix)
 
 
-@pytest.mark.parametrize(("shape", "kernel", "conv", "filters"), SHAPES)
-def test_precisions_and_variances_are_those_of_the_jacobians(shape, kernel, conv, filters):
-    grid, weight = grid_for(shape, kernel), random(filters, shape[0], kernel, kernel)
-    outputs = conv2d(torch.zeros(2, *shape, dtype=torch.float64), weight, conv)
-    of_conv = jacobian(lambda images: conv2d(images, weight, conv), grid)
+@pytest.mark.parametrize(("shape", "conv", "filters"), SHAPES)
+def test_precisions_and_variances_are_those_of_the_jacobians(shape, conv, filters):
+    grid, weight = grid_for(shape, conv), random(filters, shape[0], *conv.kernel)
+    outputs = conv.forward(torch.zeros(2, *shape, dtype=torch.float64), weight)
+    of_conv = jacobian(lambda images: conv.forward(images, weight), grid)
     tau = random(*outputs.shape, seed=1).square()
     matrix = block_tridiagonal.zeros(grid.sizes(), 2, tau)
     add_convolution(matrix, grid, weight, conv, tau)
@@ -168,7 +176,7 @@ def test_precisions_and_variances_are_those_of_the_jacobians(shape, kernel, conv
 
 def test_differences_are_those_of_the_pixels():
     images = random(1, 3, 4, 5)
-    grid, mix = grid_for((3, 4, 5), 3), colours(3, images)
+    grid, mix = grid_for((3, 4, 5), VGG[0]), colours(3, images)
     close(mix @ mix.T, torch.eye(3, dtype=torch.float64))
     grey = images.sum(1, keepdim=True) / math.sqrt(3)
     for (stencil, _), expected in zip(
@@ -190,7 +198,7 @@ def test_differences_are_those_of_the_pixels():
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_the_prior_does_not_mind_a_flat_image_and_tightens_flat_places(channels):
     shape = (channels, 6, 5)
-    grid, images = grid_for(shape, 3), torch.zeros(2, *shape, dtype=torch.float64)
+    grid, images = grid_for(shape, VGG[0]), torch.zeros(2, *shape, dtype=torch.float64)
     images[:, :, :, 3:] = 1
     precisions = gaussian_precisions(2, grid, images)
     matrix = block_tridiagonal.zeros(grid.sizes(), 2, images)
@@ -357,7 +365,7 @@ def test_windows_are_those_of_plain_loops(pool, size, flat):
     images = random(2, 1, size, size)
     if flat:
         images[:, :, :5, :6] = 0.3
-    z = conv2d(images, random(3, 1, 3, 3, seed=1), Convolution(1, 1))
+    z = square(3, 1, 1).forward(images, random(3, 1, 3, 3, seed=1))
     if flat:
         z = (2 * z).round() / 2  # many equal values
     pooled, arg_max = F.max_pool2d(
@@ -412,15 +420,15 @@ def test_positions_outside_every_window_have_no_bound():
 # End to end ----------------------------------------------------------------------------------
 
 
-def stem_of(images, filters, kernel, conv, pool, seed=0):
+def stem_of(images, filters, conv, pool, seed=0):
     """What `stem_posterior` takes, for a random network with BatchNorm, and the true images."""
     channels = images.shape[1]
     low = torch.full((channels, 1, 1), -2.0).double()
     high = torch.full((channels, 1, 1), 2.5).double()
     x = low + (high - low) * images.double()
-    weight = random(filters, channels, kernel, kernel, seed=seed) / (kernel * channels)
+    weight = random(filters, channels, *conv.kernel, seed=seed) / (conv.kernel[0] * channels)
     scale, shift = random(filters, seed=1).abs() + 0.5, 0.1 * random(filters, seed=2)
-    z = conv2d(x, weight, conv) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    z = conv.forward(x, weight) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
     pooled = F.max_pool2d(z.relu(), pool.kernel, pool.stride, pool.padding)
     known = {"conv": conv, "pool": pool, "low": low, "high": high, "error": 1e-6}
     return (pooled, weight, scale, shift, tuple(images.shape[1:])), known
@@ -431,18 +439,19 @@ def scored(stem, known, images):
 
 
 @pytest.mark.parametrize(
-    ("channels", "kernel", "geometry", "size", "filters", "margin"),
+    ("channels", "layers", "size", "filters", "margin"),
     [
-        (3, 7, RESNET, (12, 12), 64, 19),
-        (1, 5, RESNET, (14, 10), 24, 12),
-        (1, 5, RESNET, (14, 10), 64, 35),  # more filters than values in a window
-        (3, 3, VGG, (11, 12), 16, 11),
+        (3, RESNET, (12, 12), 64, 19),
+        (1, (square(5, 2, 3), RESNET[1]), (14, 10), 24, 12),
+        (1, (square(5, 2, 3), RESNET[1]), (14, 10), 64, 35),  # more filters than window values
+        (3, VGG, (11, 12), 16, 11),
+        (3, (Geometry((3, 5), (1, 2), (1, 2)), VGG[1]), (11, 16), 64, 22),
     ],
 )
-def test_images_come_back(channels, kernel, geometry, size, filters, margin):
+def test_images_come_back(channels, layers, size, filters, margin):
     """Better than the true mean colours by a margin: about a third under what was measured."""
     images = public_photographs(2, (channels, *size), seed=3)
-    given, known = stem_of(images, filters, kernel, *geometry)
+    given, known = stem_of(images, filters, *layers)
     stem = stem_posterior(*given, **known)
     flat = images.mean((2, 3), keepdim=True).expand(images.shape)
     gain = scored(stem, known, images) - psnr(flat, images)
@@ -451,34 +460,54 @@ def test_images_come_back(channels, kernel, geometry, size, filters, margin):
 
 def test_images_are_independent_and_alike_every_time(monkeypatch):
     images = public_photographs(3, (3, 8, 8), seed=4)
-    given, known = stem_of(images, 8, 5, Convolution(2, 2), Pooling(3, 2, 1))
+    given, known = stem_of(images, 8, *SMALL)
     pooled, *rest = given
-    together = stem_posterior(*given, rounds=3, **known)
-    again = stem_posterior(*given, rounds=3, **known)
+    together = stem_posterior(*given, **known)
+    again = stem_posterior(*given, **known)
     assert torch.equal(together.images, again.images)
-    alone = stem_posterior(pooled[1:2], *rest, rounds=3, **known)
+    alone = stem_posterior(pooled[1:2], *rest, **known)
     close(alone.images[0], together.images[1], 1e-8)
     monkeypatch.setattr("inversion.layerwise.stem.posterior.MEMORY", 0)
-    in_turn = stem_posterior(*given, rounds=3, **known)
+    in_turn = stem_posterior(*given, **known)
     for field in dataclasses.fields(together):
         close(getattr(in_turn, field.name), getattr(together, field.name), 1e-8)
 
 
+def test_an_interruption_ends_the_rounds_with_the_best_images_until_then(monkeypatch):
+    images = public_photographs(2, (3, 8, 8), seed=4)
+    given, known = stem_of(images, 8, *SMALL)
+    residuals, errors = [], []
+    for rounds in (1, 3, ROUNDS):
+        asked = iter(range(1, ROUNDS))
+        stem = stem_posterior(
+            *given, should_stop=lambda asked=asked, rounds=rounds: next(asked) == rounds, **known
+        )
+        residuals.append(stem.residual)
+        errors.append((stem.images - stem_posterior(*given, **known).images).norm().item())
+        assert len([*asked]) == max(0, ROUNDS - 1 - rounds)
+    assert (residuals[0] > residuals[1]).all()
+    assert (residuals[1] >= residuals[2]).all()
+    assert errors[0] > errors[1] > errors[2] == 0
+
+
 def test_the_right_images_leave_no_residual_and_wrong_values_leave_one():
     images = public_photographs(1, (3, 12, 12), seed=6)
-    given, known = stem_of(images, 64, 7, *RESNET)
+    given, known = stem_of(images, 64, *RESNET)
     pooled, *rest = given
     right = stem_posterior(*given, **known)
     wrong = stem_posterior(pooled.flip(1), *rest, **known)
     assert right.residual < 0.02
     assert wrong.residual > 10 * right.residual
-    assert right.certain > 0.5
+    x = right.images
+    pooled_again = stem_of((x - known["low"]) / (known["high"] - known["low"]), 64, *RESNET)[0][0]
+    own = (pooled_again - pooled).norm() / pooled.norm()
+    assert right.residual.item() == pytest.approx(own.item(), rel=1e-6)
 
 
 def test_no_harm_comes_from_odd_values():
     """Wrong, zero and contradictory values, dead filters: a finite image inside the box."""
     images = public_photographs(2, (3, 8, 8), seed=5)
-    given, known = stem_of(images, 6, 5, Convolution(2, 2), Pooling(3, 2, 1))
+    given, known = stem_of(images, 6, *SMALL)
     pooled, weight, scale, shift, shape = given
     dead = scale * torch.tensor([1, 1, 0, 1, 1, 1])
     for values, factors in (
@@ -490,7 +519,7 @@ def test_no_harm_comes_from_odd_values():
         (pooled, dead),
         (pooled, 0 * scale),
     ):
-        stem = stem_posterior(values, weight, factors, shift, shape, rounds=3, **known)
+        stem = stem_posterior(values, weight, factors, shift, shape, **known)
         for field in dataclasses.fields(stem):
             assert getattr(stem, field.name).isfinite().all()
         assert (stem.images >= known["low"] - 1e-9).all()
@@ -498,7 +527,7 @@ def test_no_harm_comes_from_odd_values():
 
 
 def test_values_that_do_not_fit_are_refused():
-    given, known = stem_of(torch.rand(1, 1, 6, 6), 3, 3, *VGG)
+    given, known = stem_of(torch.rand(1, 1, 6, 6), 3, *VGG)
     pooled, *rest = given
     with pytest.raises(ValueError, match="the stem makes"):
         stem_posterior(pooled[..., 1:], *rest, **known)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from inversion.audit.inputs import Case, public_images
 from inversion.combine import Combination
-from inversion.layerwise.attack import PUBLIC_IMAGES as LAYERWISE_PUBLIC_IMAGES
 from inversion.layerwise.attack import Recovered, layerwise_attack
+from inversion.layerwise.images import PUBLIC_IMAGES as LAYERWISE_PUBLIC_IMAGES
 from inversion.layerwise.peel import Layer
 from inversion.objective import Losses
 from inversion.optimise import Outcome, Reconstruction, lowest
@@ -157,14 +157,15 @@ def attack(
     """Run an attack from its settings to its images, and report its progress.
 
     By the method "auto" the gradient is solved first, and matched where that does not determine
-    the images.
+    the images; an interruption of solving leaves what was recovered until then.
 
     print_freq: iterations between two progress lines, each of which begins with `title`.
     save_consensus(iterations, x): called with every consensus.
     """
     if settings.method != "matching":
         attacked, why = _solve(case, interrupts, reporter, title)
-        if attacked is not None and (settings.method == "layerwise" or not why):
+        enough = settings.method == "layerwise" or not why
+        if attacked is not None and (enough or attacked.interrupted):
             return attacked
         if settings.method == "layerwise":
             raise InputError(f"--attack layerwise: {why}; give --attack matching")
@@ -202,17 +203,19 @@ def _solve(
     """
     target, start = case.target, time.perf_counter()
 
-    def on_layer(layer: Layer) -> bool:
+    def on_layer(layer: Layer) -> None:
         verdict = "certified" if layer.certified else "not certified"
         reporter.say(
             f"{title}{layer.name}: rank {layer.rank} of {layer.unknowns}, residual "
             f"{layer.residual:.1e}, {verdict}, {layer.seconds:.1f} s"
         )
-        return interrupts.signal is not None
 
     public = public_images(LAYERWISE_PUBLIC_IMAGES, target).to(case.device)
     try:
-        found = layerwise_attack(case.objective.model, target, case.y, public, on_layer=on_layer)
+        found = layerwise_attack(
+            case.objective.model, target, case.y, public, on_layer=on_layer,
+            should_stop=lambda: interrupts.signal is not None,
+        )  # fmt: skip
     except ValueError as error:
         return None, str(error)
     x = found.images.to(target.gradient[0].dtype)
@@ -224,7 +227,7 @@ def _solve(
         outcome, case.images(x), [], [], [], time.perf_counter() - start,
         peak_memory_mib(case.device), interrupted=interrupts.signal is not None, recovered=found,
     )  # fmt: skip
-    return attacked, "" if found.determined else found.shortfall
+    return attacked, found.shortfall
 
 
 def asked_to_stop(case: Case, interrupts: Interrupts) -> bool:

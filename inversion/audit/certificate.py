@@ -4,22 +4,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
-from inversion.audit.inputs import Case, Sealed, public_images
-from inversion.layerwise.attack import Recovered, decoded, statistics_of
-from inversion.layerwise.front import Front
+from inversion.audit.inputs import Case, Sealed
+from inversion.layerwise.attack import Recovered
+from inversion.layerwise.front import Front, statistics_of
 from inversion.layerwise.peel import Layer
 from models.rank_analysis import LayerRank, rank_analysis
 from utils.console import table
 
-#: Public photographs that the decoders of the picture of all layers learn from.
-DECODED_BY = 300
 #: How the images were made, in words.
 METHODS = {
     "solved": "the gradient determines the images: solved",
     "stem": "from the output of the first pooling, by the network's first convolution",
-    "activations": "images whose activations are the recovered ones",
+    "activations": "matched: images whose own activations come near the recovered ones",
     "decoded": "a linear decoder on certified activations, too few numbers to match",
     "decoder": "a linear decoder on the features of the head, which are not certified",
     "nothing": "nothing was recovered: the mean of public photographs",
@@ -33,37 +30,47 @@ class Certificate:
     recovered: Recovered
     #: Name of a tensor → RA-i of the layer that takes it, where the network can be counted.
     ranks: dict[str, int]
-    #: Name of a tensor → its relative error; None where scoring does not see the truth.
+    #: Name of a tensor → its relative error; None where scoring does not see the truth, empty where
+    #: labels do not tell which true image is which.
     errors: dict[str, float] | None
 
     @property
     def lines(self) -> list[str]:
         """What to print."""
         found = self.recovered
-        header = [
-            "tensor", "from", "unknowns", "equations", "rank", "condition", "residual", "flips",
-            "certified", "seconds", "RA-i",
-        ]  # fmt: skip
-        header += [] if self.errors is None else ["true error"]
-        rows = []
-        for layer in found.layers:
-            row = [
-                layer.name, f"{layer.kind} {layer.place}", layer.unknowns, layer.equations,
-                layer.rank, layer.condition, layer.residual, layer.flips,
-                "yes" if layer.certified else "no", layer.seconds, self.ranks.get(layer.name, ""),
-            ]  # fmt: skip
-            row += [] if self.errors is None else [self.errors.get(layer.name, "")]
-            rows.append(row)
-        lines = []
-        if rows:
-            lines = ["certificate, made without the truth (RA-i: as --ra counts)"]
-            lines.append(table(header, rows))
+        lines = self._table() if found.layers else []
         lines.append(f"the walk ended: {found.stopped or 'at the image'}")
         source = f" ({', '.join(found.sources)})" if found.sources else ""
         lines.append(f"images: {METHODS[found.method]}{source}")
         if found.residual is not None:
             shown = ", ".join(f"{value:.1e}" for value in found.residual.tolist())
             lines.append(f"relative distance of each image's own activations from those: {shown}")
+        return lines
+
+    def _table(self) -> list[str]:
+        """Return the title and the table of all tensors."""
+        header = [
+            "tensor", "from", "unknowns", "equations", "rank", "condition", "residual",
+            "expected error", "flips", "certified", "seconds", "RA-i",
+        ]  # fmt: skip
+        rows = [
+            [
+                layer.name, f"{layer.kind} {layer.place}", layer.unknowns, layer.equations,
+                layer.rank, layer.condition, layer.residual, _shown(layer.expected_error),
+                layer.flips, "yes" if layer.certified else "no", layer.seconds,
+                _shown(self.ranks.get(layer.name)),
+            ]
+            for layer in self.recovered.layers
+        ]  # fmt: skip
+        title = "certificate, made without the truth"
+        if self.errors:
+            title += " but for the last column"
+            header.append("true error")
+            for row, layer in zip(rows, self.recovered.layers, strict=True):
+                row.append(_shown(self.errors.get(layer.name)))
+        lines = [f"{title} (RA-i: as --ra counts)", table(header, rows)]
+        if self.errors == {}:
+            lines.append("true errors: none, since labels do not tell which true image is which")
         return lines
 
     @property
@@ -84,6 +91,11 @@ class Certificate:
             "layers": layers,
             "seconds": found.seconds,
         }
+
+
+def _shown(value: float | None) -> float | str:
+    """Return a number as a cell of the table, which is empty where there is none."""
+    return "" if value is None else value
 
 
 def certificate_of(
@@ -132,14 +144,14 @@ def _layer_of(path: str, ranks: Sequence[LayerRank]) -> LayerRank | None:
 def true_errors(case: Case, recovered: Recovered, sealed: Sealed) -> dict[str, float]:
     """Return the relative error of every recovered tensor, by name; for scoring only.
 
-    The images are taken in an order whose labels are those that the attack went by. Empty where
-    there is none.
+    True images are put in the order of the labels that the attack went by. Empty where these are
+    not the true labels, or where two are the same and so do not tell which image is which.
     """
     attacked, true = case.y.cpu(), sealed.truth.y.cpu()
-    if not torch.equal(attacked.sort().values, true.sort().values):
+    if not torch.equal(attacked.sort().values, true.unique()):
         return {}
     order = torch.empty_like(true)
-    order[attacked.argsort(stable=True)] = true.argsort(stable=True)
+    order[attacked.argsort()] = true.argsort()
     x = sealed.images_for(case)[order].double()
     front = Front(
         case.objective.model,
@@ -151,15 +163,4 @@ def true_errors(case: Case, recovered: Recovered, sealed: Sealed) -> dict[str, f
     return {
         name: ((found - values[name]).norm() / values[name].norm()).item()
         for name, found in recovered.tensors.items()
-    }
-
-
-def decoded_layers(case: Case, recovered: Recovered) -> dict[str, Tensor]:
-    """Return the images (B, C, H, W) in [0, 1] that a decoder makes of every certified tensor."""
-    model, target = case.objective.model, case.target
-    public = public_images(DECODED_BY, target).to(case.device)
-    return {
-        layer.name: case.images(decoded(model, target, recovered, layer.name, public))
-        for layer in recovered.certified
-        if layer.name in recovered.tensors
     }

@@ -9,6 +9,7 @@ from inversion.audit.attack import own_seeds
 from inversion.audit.inputs import Case
 from inversion.audit.settings import Settings
 from inversion.combine import combination_method
+from inversion.layerwise.attack import target_network
 from inversion.layerwise.trace import largest_system
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
@@ -91,9 +92,12 @@ def _protection_lines(case: Case) -> list[str]:
 
 def layerwise_estimate(case: Case) -> str:
     """Tell the size of the largest dense system that solving layer by layer may meet."""
-    rows, columns, name = largest_system(
-        case.objective.model, case.target.batch_size, case.target.image_shape
-    )
+    target, model = case.target, case.objective.model
+    try:
+        target_network(model, target)
+        rows, columns, name = largest_system(model, target.batch_size, target.image_shape)
+    except ValueError as error:
+        return f"estimate: the gradient cannot be solved layer by layer: {error}"
     return (
         f"estimate: the largest dense system has {rows:,} equations for {columns:,} unknowns per "
         f"channel ({name}), {8 * rows * columns / 2**20:,.0f} MiB; the walk may end before it"
@@ -101,10 +105,22 @@ def layerwise_estimate(case: Case) -> str:
 
 
 def estimate(settings: Settings, case: Case) -> str:
-    """Measure two steps of the loop, and tell the time and memory that the plan will take."""
+    """Tell what time and memory the plan will take."""
+    lines = []
+    if settings.attack.method != "matching":
+        lines.append(layerwise_estimate(case))
+    if settings.attack.method != "layerwise":
+        beside = ", where that does not determine the images" if lines else ""
+        lines.append(_matching_estimate(settings, case, beside))
+    return "\n".join(lines)
+
+
+def _matching_estimate(settings: Settings, case: Case, beside: str) -> str:
+    """Measure two steps of the loop, and tell the time and memory that matching will take.
+
+    beside: when it will run, in words.
+    """
     attack, scoring = settings.attack, settings.scoring
-    if attack.method == "layerwise":
-        return layerwise_estimate(case)
     times = [time.perf_counter()]
 
     def note_time(*_) -> bool:
@@ -130,6 +146,6 @@ def estimate(settings: Settings, case: Case) -> str:
     left_out += ["--GInfoR"] if scoring.information else []
     not_counted = f", {' and '.join(left_out)} not counted" if left_out else ""
     return (
-        f"estimate: {seconds * 1e3:.1f} ms per iteration, {duration(total)} in all{not_counted}, "
-        f"peak memory {peak_memory_mib(case.device):.0f} MiB"
+        f"estimate{beside}: {seconds * 1e3:.1f} ms per iteration, {duration(total)} in "
+        f"all{not_counted}, peak memory {peak_memory_mib(case.device):.0f} MiB"
     )

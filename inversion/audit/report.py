@@ -9,15 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from inversion.audit.attack import Attacked
-from inversion.audit.certificate import Certificate, decoded_layers
+from inversion.audit.certificate import Certificate
 from inversion.audit.controls import NOT_RUN, Controls
 from inversion.audit.information import gradient_information_ratio
-from inversion.audit.inputs import LPIPS_HINT, Case, Sealed
+from inversion.audit.inputs import LPIPS_HINT, Case, Sealed, public_images
 from inversion.audit.scoring import Doubts, Rules, score_images
 from inversion.audit.settings import ScoringSettings, Settings
 from inversion.audit.tables import information_table, label_table, score_table
 from inversion.audit.truth import Finish, arrival, second_half_fall
 from inversion.audit.verdict import ALPHA
+from inversion.layerwise.attack import Recovered
+from inversion.layerwise.images import decoded
 from inversion.settings import AttackSettings
 from utils import metrics
 from utils.console import Reporter, duration
@@ -37,6 +39,8 @@ from utils.tensor_files import save
 
 #: Of result.json: raised by one whenever a reader of the number before could misread it.
 RESULT_FORMAT = 1
+#: Public photographs that the decoders of the picture of all layers learn from.
+DECODED_BY = 300
 
 
 def notes(settings: Settings, case: Case, sealed: Sealed | None) -> list[str]:
@@ -203,8 +207,8 @@ class Report:
         if attacked.rounds:
             save_choices(attacked.rounds, folder / "choices.png")
         if attacked.recovered is not None:
-            decoded = decoded_layers(self.case, attacked.recovered)
-            save_layers(attacked.images, true, decoded, scores, folder / "layers.png")
+            layers = decoded_layers(self.case, attacked.recovered)
+            save_layers(attacked.images, true, layers, scores, folder / "layers.png")
 
     def write_controls(
         self,
@@ -302,6 +306,17 @@ class Report:
             "certain": found.certain,
             "seconds": found.seconds,
         }
+
+
+def decoded_layers(case: Case, recovered: Recovered) -> dict[str, Tensor]:
+    """Return the images (B, C, H, W) in [0, 1] that a decoder makes of every certified tensor."""
+    model, target = case.objective.model, case.target
+    public = public_images(DECODED_BY, target).to(case.device)
+    names = [layer.name for layer in recovered.certified if layer.name in recovered.tensors]
+    return {
+        name: case.images(decoded(model, target, name, recovered.tensors[name], public))
+        for name in names
+    }
 
 
 def _target_entry(case: Case) -> dict:

@@ -189,7 +189,8 @@ class Finish:
     def reason(self) -> str:
         """Why an attack that found nothing did not, in plain words."""
         if self.walk is not None:
-            return f"the gradient was solved layer by layer as far as it goes: {self.walk}"
+            end = self.walk or "to the image"
+            return f"the gradient was solved layer by layer as far as it goes: {end}"
         return self.arrival.reason
 
     @property

@@ -10,6 +10,8 @@ from torch import Generator, Tensor
 
 from inversion.layerwise.front import Front
 
+#: Side of the square of positions that a patch is decoded from, odd.
+NEIGHBOURHOOD = 3
 #: The most public images, and features of theirs, that are computed at once.
 _IMAGES, _NUMBERS = 32, 2**24
 #: Multiplications that the normal equations may take, which bounds the rows of the regression.
@@ -28,8 +30,6 @@ class Decoder:
     pixel_mean: Tensor = field(repr=False)
     #: (C, h, w), or (d, 1, 1) for activations (B, d): their mean over the public images.
     activation_mean: Tensor = field(repr=False)
-    #: The largest side of the square of positions that a patch is decoded from.
-    neighbourhood: int
     #: (C, H, W) of the images.
     image_shape: tuple[int, int, int]
     #: (C, 1, 1) each: the box of the images.
@@ -43,7 +43,6 @@ def linear_decoder(
     high: Tensor,
     public: Tensor,
     *,
-    neighbourhood: int = 3,
     ridge: float,
     generator: Generator,
 ) -> Decoder:
@@ -51,8 +50,8 @@ def linear_decoder(
 
     A map of h × w positions cuts the images into as many patches of ⌈H/h⌉ × ⌈W/w⌉ pixels, evenly
     spread; where the sides do not divide, patches overlap and are averaged. Position by position,
-    with the same weights, the patch is decoded from the channels of the neighbourhood ×
-    neighbourhood positions around it, with zeros outside of the map. An activation (B, d) is a map
+    with the same weights, the patch is decoded from the channels of the NEIGHBOURHOOD ×
+    NEIGHBOURHOOD positions around it, with zeros outside of the map. An activation (B, d) is a map
     of one position. The penalty is `ridge` times the mean diagonal of the features' centred Gram
     matrix, so it does not depend on their unit; the mean is not penalised.
 
@@ -60,19 +59,15 @@ def linear_decoder(
     the box. The front runs in the type of `public`, the rest is float64. Where the normal equations
     would take more than 4e10 multiplications, fewer positions per image are used, drawn from
     `generator`. With fewer rows than features the dual problem is solved. Memory: the square of
-    the smaller of both numbers and features × patch, both twice (512 channels and a neighbourhood
-    of 3 make a square of 170 MB), in the dual also all rows, and the activations of 32 images.
-
-    Raises ValueError for an even neighbourhood.
+    the smaller of both numbers and features × patch, both twice (512 channels make a square of
+    170 MB), in the dual also all rows, and the activations of 32 images.
     """
-    if neighbourhood % 2 == 0:
-        raise ValueError(f"a neighbourhood of {neighbourhood} has no centre; give an odd number")
     shape = (public.shape[1], public.shape[2], public.shape[3])
     images = augmented(public, low, high, generator)
     with torch.no_grad():
         one = _maps(front(images[:1])[name])
         positions = one.shape[-2] * one.shape[-1]
-        features = _features(one, neighbourhood).shape[-1]
+        features = _features(one).shape[-1]
         sums = [one.new_zeros(one.shape[1:], dtype=torch.float64)]
         used = min(positions, math.ceil(_rows_within_budget(features) / len(images)))
 
@@ -83,19 +78,19 @@ def linear_decoder(
                 sums[0] += maps.double().sum(0)
                 order = torch.randperm(positions, generator=generator, device=generator.device)
                 chosen = order[:used].to(maps.device)
-                x = _features(maps, neighbourhood)[:, chosen]
+                x = _features(maps)[:, chosen]
                 y = _patches(part, (maps.shape[-2], maps.shape[-1]))[:, chosen]
                 yield x.flatten(0, 1).double(), y.flatten(0, 1).double()
 
         rows = used * len(images)
         solved = _dual(chunks(), ridge) if rows < features else _primal(chunks(), rows, ridge)
-    return Decoder(*solved, sums[0] / len(images), neighbourhood, shape, (low, high))
+    return Decoder(*solved, sums[0] / len(images), shape, (low, high))
 
 
 def decode(decoder: Decoder, activations: Tensor) -> Tensor:
     """Return the images of activations (B, C, h, w) or (B, d): (B, C, H, W) of float64, boxed."""
     maps = _maps(activations).double()
-    rows = _features(maps, decoder.neighbourhood) - decoder.feature_mean
+    rows = _features(maps) - decoder.feature_mean
     patches = rows @ decoder.weights + decoder.pixel_mean
     images = _from_patches(patches, (maps.shape[-2], maps.shape[-1]), decoder.image_shape)
     low, high = (value.to(images) for value in decoder.box)
@@ -166,9 +161,9 @@ def _maps(activations: Tensor) -> Tensor:
     return activations[..., None, None] if activations.dim() == 2 else activations
 
 
-def _features(maps: Tensor, neighbourhood: int) -> Tensor:
+def _features(maps: Tensor) -> Tensor:
     """Return the neighbourhoods of all positions: (B, h · w, features)."""
-    sides = [min(neighbourhood, 2 * side - 1) for side in maps.shape[-2:]]
+    sides = [min(NEIGHBOURHOOD, 2 * side - 1) for side in maps.shape[-2:]]
     return F.unfold(maps, sides, padding=[side // 2 for side in sides]).transpose(1, 2)
 
 

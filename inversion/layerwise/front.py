@@ -9,11 +9,13 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from models.batchnorm import BATCHNORM_TYPES, set_statistics
+from models.target import Target
 
 #: Mean and biased variance per channel at a BatchNorm layer's input, by the layer's module path.
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
@@ -27,6 +29,18 @@ _OUTSIDE = 1.0
 _DETERMINED = 1 / 30**2
 #: L-BFGS ends where that many steps lower the squared residual by a smaller share than this.
 _STALLED = 1e-3
+
+
+def statistics_of(target: Target, model: nn.Module) -> Statistics | None:
+    """Return the batch statistics that a client in train mode sent, in the model's order.
+
+    None in eval mode, and where it sent none.
+    """
+    if not target.train_mode or target.bn_mean is None or target.bn_var is None:
+        return None
+    paths = [path for path, m in model.named_modules() if isinstance(m, BATCHNORM_TYPES)]
+    pairs = zip(target.bn_mean, target.bn_var, strict=True)
+    return dict(zip(paths, pairs, strict=True))
 
 
 class Front:
@@ -110,8 +124,20 @@ class Matched:
     images: Tensor
     #: (B,) of float64: the root of each image's squared relative residual, that of these images.
     residual: Tensor
-    #: Steps done: those of Adam plus the most that L-BFGS did on one image.
-    steps: int
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Says how images are matched to activations."""
+
+    adam_steps: int
+    #: First rate of Adam, which falls to 0 as a cosine.
+    rate: float
+    #: At most, for every image.
+    lbfgs_steps: int
+    #: Weight of the mean absolute difference of neighbours, per image, which falls linearly to 0
+    #: over the Adam steps; 0.1 suits photographs of which a pooling has lost pixels.
+    total_variation: float = 0.0
 
 
 def match_activations(
@@ -120,117 +146,116 @@ def match_activations(
     low: Tensor,
     high: Tensor,
     start: Tensor,
+    how: Matching,
     *,
-    adam_steps: int,
-    lbfgs_steps: int,
-    rate: float,
-    total_variation: float = 0.0,
-    masks: Mapping[str, Tensor] | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Matched:
     """Find images (B, C, H, W) whose tensors `front` are the `targets`, from `start` on.
 
-    Each image has its own loss, Σ over `targets` of ‖m ⊙ (front(x) − t)‖² / ‖m ⊙ t‖². First Adam
-    in float32 with a cosine rate from `rate` to 0, clamped to the box of `low` and `high`
-    (C, 1, 1); then L-BFGS in float64 for each image by itself, which ends early where ten steps no
-    longer help, with a penalty outside of the box instead of the clamp. Where the tensors
-    determine the image, the second stage makes it exact. An image whose residual it does not
-    lower stays as Adam left it; with a total variation, one whose residual it does not divide by
-    30, which is taken as a sign that the tensors alone do not determine the image.
+    Each image has its own loss, Σ over `targets` of ‖front(x) − t‖² / ‖t‖². First Adam in float32,
+    clamped to the box of `low` and `high` (C, 1, 1); then L-BFGS in float64 for each image by
+    itself, which ends early where ten steps no longer help, with a penalty outside of the box
+    instead of the clamp. Where the tensors determine the image, the second stage makes it exact.
+    An image whose residual it does not lower stays as Adam left it; with a total variation, one
+    whose residual it does not divide by 30, which is taken as a sign that the tensors alone do not
+    determine the image.
 
-    targets: name → (B, …), names of the front. total_variation: weight of the mean absolute
-    difference of neighbours, per image, which falls linearly to 0 over the Adam steps; 0.1 suits
-    photographs of which a pooling has lost pixels.
-    masks: name → what counts of a target, 1 or 0, of its shape; all of it where a name is missing.
-    on_step: called with the steps done and the residuals (B,) after every step of Adam and every
-    few of L-BFGS, there of the image at work alone (1,) with the penalty.
+    targets: name → (B, …), names of the front. should_stop: asked between steps; true ends the
+    matching with what there is, of every image no worse than its start.
 
     Raises ValueError for a target that the front does not compute.
     """
     missing = [name for name in targets if name not in front.names]
     if missing or not targets:
         raise ValueError(f"the front does not compute {', '.join(missing) or 'any target'}")
-    problem = _Problem(front, targets, masks or {})
-    x = start.detach().clone()
-    if adam_steps:
-        x = _adam(problem, x, (low, high), adam_steps, rate, total_variation, on_step)
-    x, done = x.double(), 0
-    box = low.to(x), high.to(x)
-    x = x.clamp(*box)
+    problem = _Problem(front, targets)
+    box = low.double().to(start.device), high.double().to(start.device)
+    begun = start.detach().double().clamp(*box)
+    x = begun
+    if how.adam_steps:
+        x = _adam(problem, start.detach().clone(), (low, high), how, should_stop)
+        x = x.double().clamp(*box)
+        if should_stop():  # Adam may have been at work, which goes astray before it arrives
+            x = _nearer(problem, begun, x)
+    if how.lbfgs_steps:
+        found = [
+            _lbfgs(problem.of(i), x[i : i + 1], box, how.lbfgs_steps, should_stop)
+            for i in range(len(x))
+        ]
+        share = _DETERMINED if how.total_variation else 1.0
+        x = _nearer(problem, x, torch.cat(found).clamp(*box), share)
     with torch.no_grad():
-        best = problem.losses(x)
-    if lbfgs_steps:
-        images, steps = [], []
-        for i in range(len(x)):
-            image, count = _lbfgs(
-                problem.of(i), x[i : i + 1], box, lbfgs_steps, adam_steps, on_step
-            )
-            images.append(image)
-            steps.append(count)
-        done, found = max(steps), torch.cat(images).clamp(*box)
-        with torch.no_grad():
-            losses = problem.losses(found)
-        better = losses < best * (_DETERMINED if total_variation else 1.0)
-        x = torch.where(better[:, None, None, None], found, x)
-        best = torch.where(better, losses, best)
-    return Matched(x, best.sqrt(), adam_steps + done)
+        return Matched(x, problem.losses(x).sqrt())
 
 
 class _Problem:
     """Compares images with targets: one loss per image."""
 
-    def __init__(self, front, targets, masks):
-        self.front, self.targets, self.masks = front, targets, masks
-        weights = {name: masks[name] for name in targets if name in masks}
+    def __init__(self, front: Front, targets: Mapping[str, Tensor]):
+        self.front, self.targets = front, targets
         self.scale = {
-            name: 1 / _squares(value.double() * weights.get(name, 1)).clamp_min(1e-300)
-            for name, value in targets.items()
+            name: 1 / _squares(value.double()).clamp_min(1e-300) for name, value in targets.items()
         }
 
     def of(self, i: int) -> "_Problem":
         """Return the problem of image i alone."""
-        one = slice(i, i + 1)
-        targets = {name: value[one] for name, value in self.targets.items()}
-        return _Problem(self.front, targets, {name: m[one] for name, m in self.masks.items()})
+        return _Problem(self.front, {name: t[i : i + 1] for name, t in self.targets.items()})
 
     def losses(self, x: Tensor) -> Tensor:
         """Return the squared relative residuals (B,), with derivatives, in the type of `x`."""
         found, total = self.front(x), x.new_zeros(len(x))
         for name, target in self.targets.items():
-            difference = found[name] - target.to(x)
-            if name in self.masks:
-                difference = difference * self.masks[name].to(x)
-            total = total + _squares(difference) * self.scale[name].to(x)
+            total = total + _squares(found[name] - target.to(x)) * self.scale[name].to(x)
         return total
+
+
+@torch.no_grad()
+def _nearer(problem: _Problem, x: Tensor, other: Tensor, share: float = 1.0) -> Tensor:
+    """Return, per image, the other one where its loss is below a share of that of x, else x."""
+    better = problem.losses(other) < share * problem.losses(x)
+    return torch.where(better[:, None, None, None], other, x)
 
 
 def _squares(values: Tensor) -> Tensor:
     return values.square().flatten(1).sum(1)
 
 
-def _adam(problem, x, box, steps, rate, total_variation, on_step) -> Tensor:
+def _adam(
+    problem: _Problem,
+    x: Tensor,
+    box: tuple[Tensor, Tensor],
+    how: Matching,
+    should_stop: Callable[[], bool],
+) -> Tensor:
     x = x.float().requires_grad_()
     low, high = (value.to(x) for value in box)
-    optimiser = torch.optim.Adam([x], lr=rate)
-    for step in range(steps):
-        progress = step / steps
-        optimiser.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
-        losses = problem.losses(x)
-        total = losses.sum()
-        if total_variation:
-            rough = sum(x.diff(dim=d).abs().flatten(1).mean(1).sum() for d in (-1, -2))
-            total = total + total_variation * (1 - progress) * rough
+    optimiser = torch.optim.Adam([x], lr=how.rate)
+    for step in range(how.adam_steps):
+        if should_stop():
+            break
+        progress = step / how.adam_steps
+        optimiser.param_groups[0]["lr"] = how.rate * (1 + math.cos(math.pi * progress)) / 2
+        total = problem.losses(x).sum()
+        if how.total_variation:
+            rough = x.new_zeros(())
+            for d in (-1, -2):
+                rough = rough + x.diff(dim=d).abs().flatten(1).mean(1).sum()
+            total = total + how.total_variation * (1 - progress) * rough
         (x.grad,) = torch.autograd.grad(total, x)
         optimiser.step()
         with torch.no_grad():
             x.clamp_(low, high)
-        if on_step:
-            on_step(step + 1, losses.detach().sqrt())
     return x.detach()
 
 
-def _lbfgs(problem, x, box, steps, before, on_step) -> tuple[Tensor, int]:
-    """Improve one image (1, C, H, W) of float64; return it and the steps done."""
+def _lbfgs(
+    problem: _Problem,
+    x: Tensor,
+    box: tuple[Tensor, Tensor],
+    steps: int,
+    should_stop: Callable[[], bool],
+) -> Tensor:
+    """Improve one image (1, C, H, W) of float64."""
     x = x.detach().clone().requires_grad_()
 
     def penalised() -> Tensor:
@@ -249,21 +274,19 @@ def _lbfgs(problem, x, box, steps, before, on_step) -> tuple[Tensor, int]:
         line_search_fn="strong_wolfe",
     )
 
-    def closure():
+    def closure() -> Any:  # torch says float, and its optimisers pass on any type
         loss = penalised()
         (x.grad,) = torch.autograd.grad(loss * scale, x)
         return loss.detach() * scale
 
-    done = 0
-    while done < steps and loss > _EXACT:
+    for done in range(0, steps, _CHUNK):
+        if loss <= _EXACT or should_stop():
+            break
         optimiser.param_groups[0]["max_iter"] = min(_CHUNK, steps - done)
         optimiser.step(closure)
-        done += min(_CHUNK, steps - done)
         with torch.no_grad():
             latest = penalised()
-        if on_step:
-            on_step(before + done, latest.sqrt()[None])
         if not latest < loss * (1 - _STALLED):  # or not finite
             break
         loss = latest
-    return x.detach(), done
+    return x.detach()

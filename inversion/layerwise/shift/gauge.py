@@ -17,6 +17,8 @@ MOST_ENUMERATED = 10
 SAMPLE = 3000
 #: Rows on which every pattern of bits is scored, and how many of the best patterns are refined.
 SCORED, REFINED = 300, 8
+#: Linear programmes that look for edges of the cone, at most.
+MOST_PROGRAMMES = 100
 #: An edge of the cone counts as one image's if it has more than this share of the most zeros.
 PURE = 0.75
 
@@ -44,14 +46,14 @@ def gauge_by_signals(outputs: Tensor, routed: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(mixing, torch.stack(columns, 1), upper=True)
 
 
-def gauge_by_nonnegativity(inputs: Tensor, most_programmes: int = 100) -> Tensor:
+def gauge_by_nonnegativity(inputs: Tensor) -> Tensor:
     """Return W (B, B) with which the inputs of every image are ≥ 0, in any order of the images.
 
     inputs: (h·w, B, I), outputs of a ReLU up to one B×B matrix: W⁻¹ inputs is each image's input
     up to a positive factor and the order of images. No signal is needed. A column of W⁻ᵀ is an
     edge of the cone {v: v · x ≥ 0 for all rows x}; linear programmes (HiGHS) with random objectives
     find edges, and those on which many rows are 0 are kept: a ReLU's zeros. Where fewer than B
-    are found in `most_programmes`, directions orthogonal to them stand for the rest.
+    are found in MOST_PROGRAMMES, directions orthogonal to them stand for the rest.
     """
     batch = inputs.shape[1]
     if batch == 1:
@@ -59,7 +61,7 @@ def gauge_by_nonnegativity(inputs: Tensor, most_programmes: int = 100) -> Tensor
     white, mixing = _whitened(inputs.transpose(1, 2))
     norms = torch.linalg.vector_norm(white, dim=1, keepdim=True)
     keep = norms[:, 0] > 1e-2 * norms.max()
-    edges = _edges(white[keep] / norms[keep], most_programmes)
+    edges = _edges(white[keep] / norms[keep])
     found = _independent(edges, white)
     if len(found) < batch:
         found = torch.cat([found, _complement(found)])
@@ -198,7 +200,7 @@ def _linear_programme(
     return torch.from_numpy(answer.x).to(rows)
 
 
-def _edges(rows: Tensor, most_programmes: int) -> list[tuple[float, Tensor]]:
+def _edges(rows: Tensor) -> list[tuple[float, Tensor]]:
     """Find edges of the cone {w: rows · w ≥ 0} with many zeros: the share of zeros, unit w (B,).
 
     Objectives are drawn orthogonal to the edges with nearly the most zeros. Other edges may mix
@@ -210,7 +212,7 @@ def _edges(rows: Tensor, most_programmes: int) -> list[tuple[float, Tensor]]:
     mean = rows.mean(0)
     edges: list[tuple[float, Tensor]] = []
     slack, spare = 1e-4, batch
-    for _ in range(most_programmes):
+    for _ in range(MOST_PROGRAMMES):
         most = max((share for share, _ in edges), default=0.0)
         pure = _independent([edge for edge in edges if edge[0] > PURE * most], rows)
         if len(pure) == batch or spare == 0:

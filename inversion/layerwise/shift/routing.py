@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inversion.layerwise.shift.gauge import (
-    bit_distance,
     gauge_by_nonnegativity,
     gauge_by_signals,
     match_to_signals,
@@ -31,11 +30,10 @@ from inversion.layerwise.shift.taps import (
 
 #: A mask is undecided where its signal is below this many deviations of the recovered signals.
 SURE = 6.0
-#: Margins are taken where an image's signal is at least this share of its largest.
+#: Deviations are measured where an image's signal is at least this share of its largest.
 CLEAR = 0.1
-#: An image is trusted whose recovered numbers lie this close to 0 and 1, where the masks of all
-#: images explain the gradient (True) or do not (False).
-TRUSTED = {True: 0.1, False: 0.01}
+#: Rounds of alternating least squares after the positions are solved one after the other.
+POLISH = 2
 #: Masks explain a gradient that leave at most this many times what the unrounded factors leave.
 EXPLAINED = 100.0
 
@@ -56,7 +54,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Routing:
-    """Holds the masks behind a convolution and the inputs recovered along the way.
+    """Holds the masks behind a convolution.
 
     Wrong masks show: the residual of float32 gradients is about 1e-7 when all are right.
     """
@@ -65,15 +63,8 @@ class Routing:
     masks: Tensor
     #: (B, O, h, w) bool: where the signal is too small to tell; the mask is no more than a guess.
     undecided: Tensor
-    #: (B, I, h, w) inputs of the convolution, by least squares with the masks.
-    inputs: Tensor
-    #: ‖G − Σ (routed ∘ masks) ⊗ patches‖ / ‖G‖.
+    #: ‖G − Σ (routed ∘ masks) ⊗ patches‖ / ‖G‖, with the inputs that fit best.
     residual: float
-    #: (B,) distance from 0 and 1, before rounding, that .999 of an image's numbers keep, taken
-    #: where its signal is at least CLEAR of its largest.
-    margins: Tensor
-    #: (B,) bool: whether the margin is below TRUSTED. The residual certifies, not this alone.
-    trusted: Tensor
     #: As in `Factors`.
     gap: tuple[float, float]
 
@@ -97,14 +88,12 @@ def check_identified(gradient: Tensor, height: int, width: int, batch: int) -> N
         )
 
 
-def shift_factors(
-    gradient: Tensor, height: int, width: int, batch: int, polish: int = 2
-) -> Factors:
+def shift_factors(gradient: Tensor, height: int, width: int, batch: int) -> Factors:
     """Split the weight gradient of a 3×3 convolution into signals and inputs.
 
     gradient: (O, I, 3, 3), stride 1, padding 1, of `batch` images on height × width maps. It is
     compressed to its N leading directions on both sides, the positions are solved one after the
-    other from the corner, and `polish` rounds of alternating least squares on Σ ‖G_k − D S_k X‖²
+    other from the corner, and POLISH rounds of alternating least squares on Σ ‖G_k − D S_k X‖²
     even out what errors add up on the way.
 
     Raises ValueError as `check_identified` does, and torch.linalg.LinAlgError for numbers that are
@@ -119,7 +108,7 @@ def shift_factors(
     scale = torch.linalg.vector_norm(small).clamp_min(torch.finfo(small.dtype).tiny)
     small = small / scale
     outputs = _propagated(small, shape)
-    for _ in range(polish):
+    for _ in range(POLISH):
         inputs = inputs_for(small, outputs, shape)
         outputs = outputs_for(small, inputs, shape)
     inputs = inputs_for(small, outputs, shape)
@@ -136,7 +125,7 @@ def shift_factors(
 
 
 def routing_masks(gradient: Tensor, routed: Tensor, height: int, width: int) -> Routing:
-    """Recover where the known signals `routed` arrive at a convolution's output, and its inputs.
+    """Recover where the known signals `routed` arrive at a convolution's output.
 
     gradient: (O, I, 3, 3), Σ (routed ∘ mask) ⊗ patches of the inputs. routed: (B, O, h, w), the
     signal at each position if the position is chosen: behind global average pooling and ReLU the
@@ -156,7 +145,7 @@ def routing_masks(gradient: Tensor, routed: Tensor, height: int, width: int) -> 
     check_identified(gradient, height, width, len(routed))
     gradient, routed = gradient.double(), routed.double()
     if not (gradient.isfinite().all() and routed.isfinite().all() and gradient.any()):
-        return _nothing(gradient, routed)
+        return _nothing(routed)
     try:
         factors = shift_factors(gradient, height, width, len(routed))
         gauge = gauge_by_signals(factors.outputs, routed)
@@ -166,7 +155,7 @@ def routing_masks(gradient: Tensor, routed: Tensor, height: int, width: int) -> 
             gauge = match_to_signals(factors.outputs, gauge, routed)
             found.append(_routing(gradient, routed, factors, gauge))
     except torch.linalg.LinAlgError:
-        return _nothing(gradient, routed)
+        return _nothing(routed)
     return min(found, key=lambda routing: routing.residual)
 
 
@@ -176,14 +165,13 @@ def _routing(gradient: Tensor, routed: Tensor, factors: Factors, gauge: Tensor) 
     Repaired masks are kept only where they explain the gradient or leave less than half of what
     the rounded ones do.
     """
-    rounded, undecided, margins = _rounded(factors.outputs @ gauge, routed)
-    masks, inputs, residual = repair_masks(gradient, routed, rounded)
+    masks, undecided = _rounded(factors.outputs @ gauge, routed)
+    repaired, _, residual = repair_masks(gradient, routed, masks)
     if residual > EXPLAINED * factors.residual:  # `routed` may be off: flips would make up for it
-        unrepaired = repair_masks(gradient, routed, rounded, rounds=0)
-        if residual > 0.5 * unrepaired[2]:
-            masks, inputs, residual = unrepaired
-    close = TRUSTED[residual <= EXPLAINED * factors.residual]
-    return Routing(masks, undecided, inputs, residual, margins, margins < close, factors.gap)
+        unrepaired = repair_masks(gradient, routed, masks, rounds=0)[2]
+        if residual > 0.5 * unrepaired:
+            repaired, residual = masks, unrepaired
+    return Routing(repaired, undecided, residual, factors.gap)
 
 
 def _leading(gram: Tensor, count: int) -> tuple[Tensor, tuple[float, float]]:
@@ -223,35 +211,24 @@ def _propagated(slices: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return torch.cat([known[row, column] for row in range(height) for column in range(width)], 1)
 
 
-def _rounded(signals: Tensor, routed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round signals (O, h·w, B): masks, where they are undecided (both (B, O, h, w)), margins (B,).
+def _rounded(signals: Tensor, routed: Tensor) -> tuple[Tensor, Tensor]:
+    """Round signals (O, h·w, B): masks, and where they are undecided, both (B, O, h, w).
 
-    Margins are taken where `routed` is above CLEAR of an image's largest, and so is the deviation
-    of the recovered signals: 1.48 times the median error, as of a normal variable.
+    The deviation of an image's recovered signals is taken where `routed` is above CLEAR of its
+    largest: 1.48 times the median error, as of a normal variable.
     """
     signals = signals.permute(2, 0, 1).reshape(routed.shape)
     masks = signals.abs() > (signals - routed).abs()
     errors = (signals - masks * routed).abs()
-    undecided, margins = torch.ones_like(masks), routed.new_full((len(routed),), float("inf"))
+    undecided = torch.ones_like(masks)
     for b, size in enumerate(routed.abs()):
         clear = (size >= CLEAR * size.max()) & (size > 0)
         if clear.any():
             undecided[b] = size <= SURE * 1.4826 * errors[b][clear].median()
-            numbers = signals[b][clear] / routed[b][clear]
-            margins[b] = torch.quantile(bit_distance(numbers), 0.999)
-    return masks, undecided, margins.nan_to_num(nan=float("inf"))
+    return masks, undecided
 
 
-def _nothing(gradient: Tensor, routed: Tensor) -> Routing:
+def _nothing(routed: Tensor) -> Routing:
     """Return the Routing that explains nothing."""
-    batch, _, height, width = routed.shape
     never = torch.zeros_like(routed, dtype=torch.bool)
-    return Routing(
-        masks=never,
-        undecided=~never,
-        inputs=routed.new_zeros(batch, gradient.shape[1], height, width),
-        residual=1.0,
-        margins=routed.new_full((batch,), float("inf")),
-        trusted=never.flatten(1).any(1),
-        gap=(0.0, 0.0),
-    )
+    return Routing(never, ~never, residual=1.0, gap=(0.0, 0.0))

@@ -2,9 +2,10 @@
 
 Three kinds of factors make the precision matrix: measurements of a convolution's outputs and of
 single pixels, here, and of differences of neighbouring pixels, in `stencils.py`. With blocks of at
-least k − 1 rows (k the convolution's kernel) it is block tridiagonal. In the matrices a row's
-channels stand beside each other, (H, C, W): the pixels of a block of rows are then contiguous, and
-so are those that a row of outputs depends on.
+least k − 1 rows (k the height of the convolution's kernel) it is block tridiagonal. In the matrices
+a row's channels stand beside each other, (H, C, W): the pixels of a block of rows are then
+contiguous, and so are those that a row of outputs depends on. A `Geometry` says how the
+convolution moves.
 """
 
 from collections.abc import Iterator
@@ -13,20 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.stem.block_tridiagonal import BlockTridiagonal
 
 #: The least rows of a block, and the farthest that a difference of pixels may reach down.
 LEAST_BLOCK = 2
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """Describes a square convolution without dilation and groups, padded with zeros."""
-
-    #: Distance between the windows of adjacent outputs.
-    stride: int
-    #: Rows and columns of zeros added at every border.
-    padding: int
 
 
 @dataclass(frozen=True)
@@ -57,16 +49,27 @@ class Grid:
         return [self.height(j) * self.row_size for j in range(count)]
 
 
-def grid_for(image_shape: tuple[int, int, int], kernel: int) -> Grid:
-    """Divide images (C, H, W) for a convolution with the given kernel."""
+def grid_for(image_shape: tuple[int, int, int], conv: Geometry) -> Grid:
+    """Divide images (C, H, W) for a convolution."""
     channels, rows, columns = image_shape
-    return Grid(rows, channels, columns, min(rows, max(kernel - 1, LEAST_BLOCK)))
+    return Grid(rows, channels, columns, min(rows, max(conv.kernel[0] - 1, LEAST_BLOCK)))
 
 
-def _row_range(grid: Grid, conv: Convolution, kernel: int, i: int) -> tuple[int, int, int]:
+def _row_range(grid: Grid, conv: Geometry, i: int) -> tuple[int, int, int]:
     """Return what row i of the outputs sees: its first row, its last plus one, rows cut above."""
-    top = i * conv.stride - conv.padding
-    return max(top, 0), min(top + kernel, grid.rows), max(-top, 0)
+    top = i * conv.stride[0] - conv.padding[0]
+    return max(top, 0), min(top + conv.kernel[0], grid.rows), max(-top, 0)
+
+
+def _strip(grid: Grid, conv: Geometry, columns: int) -> tuple[tuple[int, int, int], list[slice]]:
+    """Lay out all that a row of outputs sees: its shape (rows, C, columns), and each output's part.
+
+    The columns of the image and of its padding; each output sees a slice of them.
+    """
+    height, width = conv.kernel
+    starts = [j * conv.stride[1] for j in range(columns)]
+    whole = max(starts[-1] + width, conv.padding[1] + grid.columns)
+    return (height, grid.channels, whole), [slice(start, start + width) for start in starts]
 
 
 def _pieces(
@@ -89,31 +92,30 @@ def _pieces(
 
 
 def _patch_weight(weight: Tensor) -> Tensor:
-    """Return the weight (O, C, k, k) with a window's values in the order of a strip: (O, k·C·k)."""
+    """Return the weight (O, C, k, l) with a window's values in the order of a strip: (O, k·C·l)."""
     return weight.transpose(1, 2).flatten(1)
 
 
 def add_convolution(
-    matrix: BlockTridiagonal, grid: Grid, weight: Tensor, conv: Convolution, tau: Tensor
+    matrix: BlockTridiagonal, grid: Grid, weight: Tensor, conv: Geometry, tau: Tensor
 ) -> None:
     """Add Jᵀ diag(τ) J to a precision matrix in place, J the Jacobian of the convolution.
 
-    weight: (O, C, k, k); tau: (B, O, h, w) precisions of the outputs.
+    weight: (O, C, k, l); tau: (B, O, h, w) precisions of the outputs.
     """
-    kernel, flat = weight.shape[-1], _patch_weight(weight)
+    flat = _patch_weight(weight)
     batch, _, rows, columns = tau.shape
-    width = max((columns - 1) * conv.stride + kernel, conv.padding + grid.columns)
-    inner = slice(conv.padding, conv.padding + grid.columns)
-    patch = (kernel, grid.channels, kernel)
+    side, parts = _strip(grid, conv, columns)
+    inner = slice(conv.padding[1], conv.padding[1] + grid.columns)
+    patch = (conv.kernel[0], grid.channels, conv.kernel[1])
     for i in range(rows):
-        first, end, cut = _row_range(grid, conv, kernel, i)
+        first, end, cut = _row_range(grid, conv, i)
         if end <= first:
             continue
-        scaled = tau[:, :, i].mT.unsqueeze(2) * flat.T  # (B, w, k·C·k, O)
+        scaled = tau[:, :, i].mT.unsqueeze(2) * flat.T  # (B, w, k·C·l, O)
         products = (scaled.flatten(0, 2) @ flat).view(batch, columns, *patch, *patch)
-        strip = tau.new_zeros(batch, kernel, grid.channels, width, kernel, grid.channels, width)
-        for j in range(columns):
-            seen = slice(j * conv.stride, j * conv.stride + kernel)
+        strip = tau.new_zeros(batch, *side, *side)
+        for j, seen in enumerate(parts):
             strip[:, :, :, seen, :, :, seen] += products[:, j]
         kept = slice(cut, cut + end - first)
         part = strip[:, kept, :, inner, kept, :, inner].flatten(4).flatten(1, 3)
@@ -125,22 +127,21 @@ def convolution_variance(
     covariance: BlockTridiagonal,
     grid: Grid,
     weight: Tensor,
-    conv: Convolution,
+    conv: Geometry,
     map_shape: tuple[int, int],
 ) -> Tensor:
     """Return the variance of each output of a convolution: (B, O, h, w).
 
     covariance: blocks of the pixels' covariance on and next to the diagonal; map_shape: (h, w).
     """
-    kernel, flat = weight.shape[-1], _patch_weight(weight)
+    flat = _patch_weight(weight)
     rows, columns = map_shape
     batch = len(covariance.diagonal[0])
-    width = max((columns - 1) * conv.stride + kernel, conv.padding + grid.columns)
-    inner = slice(conv.padding, conv.padding + grid.columns)
-    starts = [slice(j * conv.stride, j * conv.stride + kernel) for j in range(columns)]
+    side, parts = _strip(grid, conv, columns)
+    inner = slice(conv.padding[1], conv.padding[1] + grid.columns)
     variance = weight.new_zeros(batch, len(weight), rows, columns)
     for i in range(rows):
-        first, end, cut = _row_range(grid, conv, kernel, i)
+        first, end, cut = _row_range(grid, conv, i)
         if end <= first:
             continue
         count, size = end - first, (end - first) * grid.row_size
@@ -148,11 +149,11 @@ def convolution_variance(
         for block, down, right in _pieces(covariance, grid, first, end):
             part[:, down, right] = block
             part[:, right, down] = block.mT
-        strip = weight.new_zeros(batch, kernel, grid.channels, width, kernel, grid.channels, width)
+        strip = weight.new_zeros(batch, *side, *side)
         kept = slice(cut, cut + count)
-        side = (count, grid.channels, grid.columns)
-        strip[:, kept, :, inner, kept, :, inner] = part.view(batch, *side, *side)
-        patches = torch.stack([strip[:, :, :, seen, :, :, seen] for seen in starts], 1)
+        own = (count, grid.channels, grid.columns)
+        strip[:, kept, :, inner, kept, :, inner] = part.view(batch, *own, *own)
+        patches = torch.stack([strip[:, :, :, seen, :, :, seen] for seen in parts], 1)
         products = patches.reshape(-1, flat.shape[1]) @ flat.T
         products = products.view(batch, columns, flat.shape[1], len(flat)) * flat.T
         variance[:, :, i] = products.sum(2).mT

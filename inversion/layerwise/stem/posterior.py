@@ -3,14 +3,16 @@
 The rounds of the method, expectation propagation, are in `propagation.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inversion.layerwise.stem.grid_gaussian import Convolution, grid_for
-from inversion.layerwise.stem.propagation import conv2d, problem_for, propagate
+from inversion.layerwise.convolution import Geometry
+from inversion.layerwise.stem.grid_gaussian import grid_for
+from inversion.layerwise.stem.propagation import problem_for, propagate
 from inversion.layerwise.stem.windows import Pooling
 
 #: Bytes of the matrices that are in memory at once; more images are processed in turn.
@@ -19,16 +21,11 @@ MEMORY = 2**30
 
 @dataclass(frozen=True)
 class Stem:
-    """Holds the recovered images and how sure they are."""
+    """Holds the recovered images and what tells right ones from wrong ones."""
 
     #: (B, C, H, W): the posterior's mean, clamped to the box.
     images: Tensor
-    #: (B,): root mean square of the pixels' posterior deviations, as a share of the box: the
-    #: error to expect, a little too small because the propagation is approximate.
-    deviation: Tensor
-    #: (B,): share of the maxima whose position is certain.
-    certain: Tensor
-    #: (B,): relative error of the images' own pooled values. It tells right images from wrong ones.
+    #: (B,): relative error of the images' own pooled values.
     residual: Tensor
 
 
@@ -39,28 +36,28 @@ def stem_posterior(
     shift: Tensor,
     image_shape: tuple[int, int, int],
     *,
-    conv: Convolution,
+    conv: Geometry,
     pool: Pooling,
     low: Tensor,
     high: Tensor,
     error: float,
-    rounds: int = 10,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Stem:
     """Recover images x from max_pool(ReLU(scale · conv(x) + shift)) by expectation propagation.
 
-    pooled: (B, O, h, w) ≥ 0, float64; weight: (O, C, k, k); scale, shift: (O,), BatchNorm as an
+    pooled: (B, O, h, w) ≥ 0, float64; weight: (O, C, k, l); scale, shift: (O,), BatchNorm as an
     affine map; image_shape: (C, H, W); low, high: (C, 1, 1), the box of the normalised pixels;
-    error: of the pooled values, relative to an image's largest; rounds: at least 1. It uses no
-    random numbers. Time grows linearly with the height of the images, and with the cube of k times
-    their width.
+    error: of the pooled values, relative to an image's largest; should_stop: asked between rounds,
+    true ends with the best images until then. It uses no random numbers. Time grows linearly with
+    the height of the images, and with the cube of k times their width.
 
     Raises ValueError if shapes do not fit or values are not finite.
     """
     _check(pooled, weight, image_shape, conv, pool)
     channels = image_shape[0]
     low, span = low.expand(channels, 1, 1), (high - low).expand(channels, 1, 1)
-    grid = grid_for(image_shape, weight.shape[-1])
-    inner = conv2d(low.expand(1, *image_shape), weight, conv)  # the output at the box's corner
+    grid = grid_for(image_shape, conv)
+    inner = conv.forward(low.expand(1, *image_shape), weight)  # the output at the box's corner
     offset = scale.view(-1, 1, 1) * inner + shift.view(-1, 1, 1)
     scaled = weight * scale.view(-1, 1, 1, 1) * span
     # Matrix, factor and inverse: one block on and one beside the diagonal per row of blocks.
@@ -68,8 +65,8 @@ def stem_posterior(
     parts = []
     for part in pooled.clamp_min(0).split(at_once):
         problem = problem_for(part, grid, conv, pool, scaled, offset, error)
-        images, deviation, certain, residual = propagate(problem, rounds)
-        parts.append((low + span * images, deviation, certain, residual))
+        images, residual = propagate(problem, should_stop)
+        parts.append((low + span * images, residual))
     return Stem(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
@@ -77,10 +74,10 @@ def _check(
     pooled: Tensor,
     weight: Tensor,
     image_shape: tuple[int, int, int],
-    conv: Convolution,
+    conv: Geometry,
     pool: Pooling,
 ) -> None:
-    blank = conv2d(weight.new_zeros(1, *image_shape), weight, conv)
+    blank = conv.forward(weight.new_zeros(1, *image_shape), weight)
     expected = F.max_pool2d(blank, pool.kernel, pool.stride, pool.padding).shape[1:]
     if pooled.shape[1:] != expected:
         raise ValueError(

@@ -7,16 +7,16 @@ position attains the value is not known; its probability follows from the Gaussi
 from round to round.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
+from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.stem import block_tridiagonal
 from inversion.layerwise.stem.grid_gaussian import (
-    Convolution,
     Grid,
     add_convolution,
     add_pixels,
@@ -43,6 +43,8 @@ from inversion.layerwise.stem.smoothness import (
 )
 from inversion.layerwise.stem.windows import Pooling, Windows, read_windows
 
+#: Rounds of the propagation.
+ROUNDS = 10
 #: Least error of pooled values relative to the largest: that of the client's float32.
 FLOAT_ERROR = 1e-6
 #: Values that differ by less count as equal, in units of the error: two errors may add up.
@@ -62,8 +64,6 @@ WIDENING = 10.0
 DAMPING, CAUTION = 0.7, 0.5
 #: Upper limit of the precision that the box gives a pixel.
 BOX_PRECISION = 1e6
-#: The probability from which a maximum's position counts as certain.
-CERTAIN = 0.99
 #: Keeps quotients finite where a network's filters or outputs are all zero.
 TINY = 1e-30
 
@@ -73,11 +73,11 @@ class Problem:
     """Holds what stays the same in all rounds. Pixels run from 0 to 1 over the box."""
 
     grid: Grid
-    conv: Convolution
+    conv: Geometry
     pool: Pooling
     #: (B, O, h', w'): the pooled values.
     pooled: Tensor
-    #: (O, C, k, k): the convolution with BatchNorm's scale and the box's width.
+    #: (O, C, k, l): the convolution with BatchNorm's scale and the box's width.
     weight: Tensor
     #: (1, O, h, w): what is added to that convolution's outputs.
     offset: Tensor
@@ -112,15 +112,10 @@ class _Posterior:
     variance: Tensor
 
 
-def conv2d(images: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
-    """Return the convolution of images (B, C, H, W) with weight (O, C, k, k)."""
-    return F.conv2d(images, weight, stride=conv.stride, padding=conv.padding)
-
-
 def problem_for(
     pooled: Tensor,
     grid: Grid,
-    conv: Convolution,
+    conv: Geometry,
     pool: Pooling,
     weight: Tensor,
     offset: Tensor,
@@ -141,57 +136,59 @@ def problem_for(
     return Problem(grid, conv, pool, pooled, weight, offset, windows, bound, noise)
 
 
-def propagate(problem: Problem, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run all rounds; per image return the one that explains the pooled values best.
+def propagate(problem: Problem, should_stop: Callable[[], bool]) -> tuple[Tensor, Tensor]:
+    """Run ROUNDS rounds; per image return the one that explains the pooled values best.
 
     Sites move together. Where filters outnumber the values in a window they overshoot, and the
-    residual rises: then the image's sites move less from there on.
-    Returns images (B, C, H, W) from 0 to 1, their deviations, shares of certain maxima, residuals.
+    residual rises: then the image's sites move less from there on. should_stop: asked before every
+    round but the first; true ends it there.
+    Returns images (B, C, H, W) from 0 to 1, and their residuals (B,).
     """
     state = _start(problem)
     share = problem.bound.new_full((len(problem.bound), 1, 1, 1), DAMPING)
     last = problem.bound.new_full((len(problem.bound),), torch.inf)
-    best: list[Tensor] = []
-    for number in range(rounds):
+    best, least = torch.zeros_like(state.pixels.shift), last
+    for number in range(ROUNDS):
+        if number > 0 and should_stop():
+            break
         posterior = _posterior(problem, state)
-        noise = problem.noise * WIDENING ** (2 - 2 * number / max(rounds - 1, 1))
-        rest = REST if number >= LATE * rounds else 0.0
-        maps, probability = _update_maps(problem, noise, rest, state, posterior)
         images = posterior.mean.clamp(0, 1)
         residual = _residual(problem, images)
-        deviation = posterior.variance.flatten(1).mean(1).sqrt()
-        found = [images, deviation, _certain_share(problem, probability), residual]
-        best = _better(best, found) if best else found
+        improved = residual < least
+        best = torch.where(improved.view(-1, 1, 1, 1), images, best)
+        least = torch.where(improved, residual, least)
+        if number == ROUNDS - 1:
+            break
         rose = (residual > last).view(-1, 1, 1, 1)
         share, last = torch.where(rose, CAUTION * share, share), residual
-        precisions = state.precisions
-        if number > 0:
-            # The first mean is so smooth that its differences would say "no edges".
-            precisions = student_precisions(posterior.mean, posterior.covariance, problem.grid)
-        pixels = _update_pixels(state, posterior)
-        state = _State(
-            damped(state.maps, maps, share), damped(state.pixels, pixels, share), precisions
-        )
-    images, deviation, certain, residual = best
-    return images, deviation, certain, residual
+        state = _next(problem, number, share, state, posterior)
+    return best, least
+
+
+def _next(
+    problem: Problem, number: int, share: Tensor, state: _State, posterior: _Posterior
+) -> _State:
+    """Return the factors' approximations after round `number`, sites moved by a share of the way.
+
+    share: (B, 1, 1, 1).
+    """
+    noise = problem.noise * WIDENING ** (2 - 2 * number / (ROUNDS - 1))
+    maps = _update_maps(problem, noise, REST if number >= LATE * ROUNDS else 0.0, state, posterior)
+    precisions = state.precisions
+    if number > 0:
+        # The first mean is so smooth that its differences would say "no edges".
+        precisions = student_precisions(posterior.mean, posterior.covariance, problem.grid)
+    pixels = _update_pixels(state, posterior)
+    return _State(damped(state.maps, maps, share), damped(state.pixels, pixels, share), precisions)
 
 
 def _residual(problem: Problem, images: Tensor) -> Tensor:
     """Return the relative error of the images' own pooled values: (B,)."""
     pool = problem.pool
-    outputs = conv2d(images, problem.weight, problem.conv) + problem.offset
+    outputs = problem.conv.forward(images, problem.weight) + problem.offset
     own = F.max_pool2d(outputs.relu(), pool.kernel, pool.stride, pool.padding)
     size = problem.pooled.flatten(1).norm(dim=1).clamp_min(TINY)
     return (own - problem.pooled).flatten(1).norm(dim=1) / size
-
-
-def _better(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    """Choose, per image, what has the lower residual, which is the last entry."""
-    improved = new[-1] < old[-1]
-    return [
-        torch.where(improved.view(-1, *[1] * (now.dim() - 1)), now, before)
-        for before, now in zip(old, new, strict=True)
-    ]
 
 
 def _start(problem: Problem) -> _State:
@@ -214,13 +211,7 @@ def _posterior(problem: Problem, state: _State) -> _Posterior:
     add_convolution(matrix, grid, problem.weight, conv, state.maps.precision)
     add_smoothness(matrix, grid, state.precisions)
     add_pixels(matrix, grid, state.pixels.precision + LEVEL_PRECISION)
-    right = conv2d_input(
-        state.pixels.shift.shape,
-        problem.weight,
-        state.maps.shift,
-        stride=conv.stride,
-        padding=conv.padding,
-    )
+    right = conv.backward(state.maps.shift, problem.weight, state.pixels.shift.shape)
     right = right + state.pixels.shift + LEVEL_PRECISION * LEVEL
     factor = block_tridiagonal.factorise(matrix)
     mean = unflatten(block_tridiagonal.solve(factor, flatten(right)), grid)
@@ -230,9 +221,9 @@ def _posterior(problem: Problem, state: _State) -> _Posterior:
 
 def _update_maps(
     problem: Problem, noise: Tensor, rest: float, state: _State, posterior: _Posterior
-) -> tuple[Sites, Tensor]:
-    """Return the next sites of the map before pooling, and every position's probability."""
-    mean = conv2d(posterior.mean, problem.weight, problem.conv)
+) -> Sites:
+    """Return the next sites of the map before pooling."""
+    mean = problem.conv.forward(posterior.mean, problem.weight)
     variance = convolution_variance(
         posterior.covariance,
         problem.grid,
@@ -243,11 +234,10 @@ def _update_maps(
     # An output that sees only padding has no variance.
     mean, variance = cavity(mean, variance.clamp_min(1e-6 * float(problem.noise.min())), state.maps)
     windows = problem.windows
-    probability, tilted_mean, tilted_variance = maximum_moments(
+    _, tilted_mean, tilted_variance = maximum_moments(
         mean, variance, problem.bound, windows.group, windows.num_groups, noise, rest
     )
-    new = matching_sites(tilted_mean, tilted_variance, mean, variance, 1 / noise)
-    return new, probability
+    return matching_sites(tilted_mean, tilted_variance, mean, variance, 1 / noise)
 
 
 def _update_pixels(state: _State, posterior: _Posterior) -> Sites:
@@ -255,12 +245,3 @@ def _update_pixels(state: _State, posterior: _Posterior) -> Sites:
     mean, variance = cavity(posterior.mean, posterior.variance, state.pixels)
     inside = between(mean, variance, 0.0, 1.0)
     return matching_sites(*inside, mean, variance, mean.new_tensor(BOX_PRECISION))
-
-
-def _certain_share(problem: Problem, probability: Tensor) -> Tensor:
-    """Return the share of maxima whose position is certain, per image: (B,)."""
-    used = problem.windows.group >= 0
-    group = problem.windows.group[used]
-    best = probability.new_zeros(problem.windows.num_groups)
-    best = best.scatter_reduce(0, group, probability[used], "amax").view(len(probability), -1)
-    return (best > CERTAIN).sum(1) / (best > 0).sum(1).clamp_min(1)

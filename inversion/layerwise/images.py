@@ -1,0 +1,154 @@
+"""Makes images of what the walk recovered, by the best means that it allows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, fx, nn
+
+from inversion.layerwise.decoder import Decoder, decode, linear_decoder, mean_decoding
+from inversion.layerwise.front import Front, Matching, match_activations, statistics_of
+from inversion.layerwise.kinds import AVERAGES, MAXIMA, StoppedError, geometry_of
+from inversion.layerwise.network import Network
+from inversion.layerwise.operations import pooling_sides
+from inversion.layerwise.peel import Peeled
+from inversion.layerwise.stem.posterior import Stem, stem_posterior
+from inversion.layerwise.stem.windows import Pooling
+from models.graph import operation_name
+from models.target import Target
+
+#: Penalty of the decoder, in shares of the mean square of its features.
+RIDGE = 0.1
+#: Public photographs that the decoder learns from.
+PUBLIC_IMAGES = 600
+#: Numbers per pixel from which activations are matched; fewer say too little, and take long.
+WORTH_MATCHING = 0.25
+#: The least relative error of recovered pooled values that the stem allows for.
+POOLED_ERROR = 1e-6
+#: Where no pooling lies before the activations, where one has lost pixels, and where they say too
+#: little.
+WHOLE, POOLED = Matching(120, 0.1, 300), Matching(800, 0.05, 0, total_variation=0.1)
+UNMATCHED = Matching(0, 0.0, 0)
+#: Operations of a stem that is solved, from the pooling to the convolution on the image.
+STEMS = (
+    ["maxpool2d", "relu", "batchnorm2d", "conv2d"],
+    ["maxpool2d", "relu", "conv2d"],
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Holds images and what they were made of."""
+
+    #: (B, C, H, W), normalised.
+    images: Tensor
+    #: "solved" (the image itself), "stem", "activations" (matched), "decoded" (from
+    #: certified activations), "decoder" (from uncertified ones) or "nothing".
+    method: str
+    #: Names of the recovered tensors that the images were made of.
+    sources: tuple[str, ...] = ()
+    #: (B,) relative distance of the images' own activations from the recovered ones; None where
+    #: there are none, or no others.
+    residual: Tensor | None = None
+    #: (B, C, H, W) of the decoder alone on the public mean: a control that saw nothing.
+    decoder_only: Tensor | None = None
+
+
+def make_images(
+    model: nn.Module,
+    target: Target,
+    peeled: Peeled,
+    public: Tensor,
+    *,
+    seed: int,
+    should_stop: Callable[[], bool],
+) -> Made:
+    """Make images of the deepest certified tensors, or of the head's features where there are none.
+
+    public: (M, C, H, W) normalised photographs that the decoder learns from. seed: of its
+    augmentation. should_stop: asked between steps; true ends with the best images until then.
+    """
+    network, tensors = peeled.network, peeled.tensors()
+    image, deepest = network.nodes[0], peeled.frontier()
+    if image in deepest:
+        return Made(network.values[image], "solved", (image.name,))
+    if not peeled.layers:
+        mean = public.double().mean(0).expand(target.batch_size, -1, -1, -1)
+        return Made(mean, "nothing", decoder_only=mean)
+    names = tuple(node.name for node in deepest) or (peeled.layers[0].name,)
+    front = Front(model, names, statistics_of(target, model))
+    decoder = _decoder(front, names[0], target, public, seed)
+    alone = mean_decoding(decoder, target.batch_size)
+    start = decode(decoder, tensors[names[0]])
+    if not deepest:
+        return Made(start, "decoder", names, None, alone)
+    error = next(layer.residual for layer in peeled.layers if layer.name == names[0])
+    stem = _solved_stem(network, deepest[0], error, target, should_stop)
+    if stem is not None:
+        return Made(stem.images, "stem", names[:1], stem.residual, alone)
+    method, how = "activations", POOLED if _pools_before(network, deepest[0]) else WHOLE
+    if sum(tensors[name][0].numel() for name in names) < WORTH_MATCHING * start[0].numel():
+        method, how = "decoded", UNMATCHED
+    targets = {name: tensors[name] for name in names}
+    found = match_activations(front, targets, *target.box, start, how, should_stop=should_stop)
+    return Made(found.images, method, names, found.residual, alone)
+
+
+def decoded(
+    model: nn.Module, target: Target, name: str, activations: Tensor, public: Tensor
+) -> Tensor:
+    """Return the images (B, C, H, W), normalised, that a decoder makes of one recovered tensor.
+
+    name, activations: its name in the traced network, and its values. public: (M, C, H, W)
+    normalised photographs that the decoder learns from.
+    """
+    front = Front(model, [name], statistics_of(target, model))
+    return decode(_decoder(front, name, target, public, seed=0), activations)
+
+
+def _decoder(front: Front, name: str, target: Target, public: Tensor, seed: int) -> Decoder:
+    generator = Generator().manual_seed(seed)
+    return linear_decoder(front, name, *target.box, public, ridge=RIDGE, generator=generator)
+
+
+def _pools_before(network: Network, node: fx.Node) -> bool:
+    """Tell whether a pooling lies between the image and a tensor, itself included."""
+    before = network.nodes[: network.nodes.index(node) + 1]
+    return any(operation_name(earlier) in MAXIMA | AVERAGES for earlier in before)
+
+
+def _solved_stem(
+    network: Network, pool: fx.Node, error: float, target: Target, should_stop: Callable[[], bool]
+) -> Stem | None:
+    """Solve image → convolution → BatchNorm → ReLU → max-pooling for the image, if it is so.
+
+    error: relative error of the pooled values.
+    """
+    chain = [pool]
+    while len(network.inputs(chain[-1])) == 1 and len(chain) <= max(map(len, STEMS)):
+        chain.append(network.inputs(chain[-1])[0])
+    kinds = [operation_name(node) for node in chain[:-1]]
+    if chain[-1] is not network.nodes[0] or kinds not in STEMS:
+        return None
+    conv, sides = network.module(chain[-2]), pooling_sides(network, pool)
+    if sides is None or any(rows != columns for rows, columns in sides):
+        return None
+    try:
+        geometry = geometry_of(conv, str(chain[-2].target))
+    except StoppedError:
+        return None
+    scale, shift = (
+        torch.ones_like(conv.weight[:, 0, 0, 0]),
+        torch.zeros_like(conv.weight[:, 0, 0, 0]),
+    )
+    if "batchnorm2d" in kinds:
+        norm = network.affine(chain[2])
+        scale, shift = norm.scale, norm.shift
+    if conv.bias is not None:
+        shift = shift + scale * conv.bias
+    low, high = (bound.double() for bound in target.box)
+    return stem_posterior(
+        network.values[pool], conv.weight, scale, shift, target.image_shape, conv=geometry,
+        pool=Pooling(*(side[0] for side in sides)), low=low, high=high,
+        error=max(POOLED_ERROR, error), should_stop=should_stop,
+    )  # fmt: skip
