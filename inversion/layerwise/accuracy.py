@@ -18,7 +18,7 @@ CLEAR_NOISE = 4.0
 #: The least that float64 equations leave in practice.
 LEAST = 1e-11
 #: Least singular value that is used, in shares of the largest, and in units of the error.
-CUT, CUT_OF_ERROR = 1e-4, 3.0
+CUT, CUT_OF_ERROR = 1e-4, 1.0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from inversion.layerwise.least_squares import Equations, relative
+from inversion.layerwise.least_squares import Equations, inverse_square, relative
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,6 @@ class Term:
     known: Tensor | None = None
     #: (B, O, h, w): z, without bias, where it is known, any finite numbers elsewhere.
     output: Tensor | None = None
-
-    def residual(self, u: Tensor) -> float:
-        """Return the norm of what u leaves of the gradient, relative to the gradient's norm."""
-        left = self.gradient - self.geometry.weight_gradient(u, self.signal)
-        return (left.norm() / self.gradient.norm()).item()
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,8 @@ def _spectrum(terms: Sequence[Term], shape: Sequence[int]) -> _Spectrum:
     """Stack the terms' matrices, each divided by its gradient's norm, and decompose them."""
     matrix = _stacked_matrices(terms, shape)
     rows = [
-        term.gradient.permute(0, 2, 3, 1).reshape(-1, shape[1]) * (1 / term.gradient.norm())
+        term.gradient.permute(0, 2, 3, 1).reshape(-1, shape[1])
+        * inverse_square(term.gradient) ** 0.5
         for term in terms
     ]
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -153,7 +149,7 @@ def _stacked_matrices(terms: Sequence[Term], shape: Sequence[int]) -> Tensor:
     return torch.cat(
         [
             gradient_matrix(term.signal, shape[2], shape[3], term.geometry)
-            * (1 / term.gradient.norm())
+            * inverse_square(term.gradient) ** 0.5
             for term in terms
         ]
     )

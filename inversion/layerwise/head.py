@@ -54,7 +54,7 @@ def head_features(
     *,
     bias_gradient: Tensor | None = None,
     clipped: bool = False,
-    tolerance: float = 0.0,
+    tolerance: float = 1e-9,
     error: float = 0.0,
 ) -> Head:
     """Solve the head's gradient for the features of every image.
@@ -98,7 +98,8 @@ def _solve(
 ) -> Head:
     """Apply the fixed point from the first start, then search from all; return the best."""
     found = _fixed_point(given, starts[0], clipped=clipped)
-    if clipped or len(given.labels) ** 2 > MOST_SEARCHED:
+    count = len(given.labels)
+    if clipped or count**2 > MOST_SEARCHED or found.rank < count:
         return found
     for start in starts:
         if found.residual <= tolerance:

@@ -12,8 +12,9 @@ from inversion.layerwise.use import Use
 DIRECTION = 3e-6
 #: The same in shares of the noise, whose own singular values are smaller than itself.
 DIRECTION_OF_NOISE = 0.3
-#: Rounds of the search for wrong mask entries, and the share of what is left that one must explain.
-SEARCHES, WORTH = 20, 1e-3
+#: Rounds of the search for wrong mask entries, the share of what is left that one must explain,
+#: and of what the best one explains.
+SEARCHES, WORTH, ALIKE = 20, 1e-3, 0.3
 #: Numbers up to which the equations of all positions are solved together.
 TOGETHER = 400
 
@@ -99,7 +100,7 @@ def search_mask(use: Use, good: float) -> tuple[Tensor, int]:
             break
         change = use.per_flip * (1 - 2 * mask)
         gain = -2 * best.left * change - change.square()
-        wrong = gain > WORTH * best.left.square().sum()
+        wrong = gain > max(WORTH * best.left.square().sum().item(), ALIKE * gain.max().item())
         other = torch.where(wrong, 1 - mask, mask)
         found = outputs_from_gradient(use, other)
         if not found.residual < best.residual:
