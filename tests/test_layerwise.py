@@ -11,9 +11,7 @@ from inversion.layerwise.accuracy import ARITHMETIC, LARGEST, LEAST, MOST_NOISE,
 from inversion.layerwise.batchnorm import BatchNorm
 from inversion.layerwise.convolution import (
     Geometry,
-    Propagation,
     Term,
-    _solve_symmetric,
     gradient_matrix,
     preconditioner,
     solve_gradients,
@@ -22,10 +20,12 @@ from inversion.layerwise.convolution import (
 from inversion.layerwise.head import head_features
 from inversion.layerwise.least_squares import (
     Equations,
+    Propagation,
     conjugate_gradients,
     inverse_square,
     known_entries,
     least_norm,
+    solve_symmetric,
 )
 from inversion.layerwise.masks import (
     doubted_channels,
@@ -307,7 +307,7 @@ def test_an_error_grows_by_the_trace_of_the_inverse():
 def test_a_trace_is_estimated_by_a_few_probes():
     matrix = numbers(60, 40, seed=1)
     normal, right = matrix.T @ matrix, numbers(40, seed=2)
-    found, rank, trace, condition = _solve_symmetric(normal, right)
+    found, rank, trace, condition = solve_symmetric(normal, right)
     torch.testing.assert_close(found, torch.linalg.solve(normal, right))
     assert rank == 40
     assert trace == pytest.approx(torch.linalg.inv(normal).trace().item(), rel=0.3)
@@ -315,7 +315,7 @@ def test_a_trace_is_estimated_by_a_few_probes():
     flat = matrix.clone()
     flat[:, 7] = flat[:, 3]
     normal = flat.T @ flat
-    found, rank, trace, condition = _solve_symmetric(normal, normal @ right)
+    found, rank, trace, condition = solve_symmetric(normal, normal @ right)
     inverse = torch.linalg.pinv(normal, hermitian=True)
     torch.testing.assert_close(found, inverse @ (normal @ right))
     assert rank == 39

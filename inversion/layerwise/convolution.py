@@ -5,7 +5,7 @@ input u, and the matrix of that is the same for all input channels. R-GAP (Zhu &
 2021, arXiv 2010.07733) solves it for a single image, here it is solved for a batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from inversion.layerwise.least_squares import Equations, inverse_square, relative
+from inversion.layerwise.least_squares import (
+    Equations,
+    Propagation,
+    inverse_square,
+    relative,
+    solve_symmetric,
+)
 
 
 @dataclass(frozen=True)
@@ -73,32 +79,6 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Propagation:
-    """Says how errors of equations A x = b become errors of the x that solves them best.
-
-    With independent errors of variance v in b, E ‖δx‖² = v tr (AᵀA)⁻¹; an unbiased estimate of v
-    is what x leaves, ‖A x − b‖², divided by the number of equations less that of unknowns (the
-    theory of linear regression).
-    """
-
-    #: tr (AᵀA)⁻¹.
-    trace: float
-    equations: int
-    #: Unknowns that they determine.
-    rank: int
-
-    def squared_error(self, left: float, allowed: float) -> float:
-        """Return E ‖δx‖² from ‖A x − b‖² and from the square that errors of b alone would have.
-
-        The larger of the two estimates of v counts: as many unknowns as equations leave nothing,
-        whatever their errors.
-        """
-        spare = self.equations - self.rank
-        variance = max(left / spare if spare > 0 else 0.0, allowed / self.equations)
-        return variance * self.trace
-
-
-@dataclass(frozen=True)
 class Solution:
     """Holds the input that a system of equations has, and how well it is determined."""
 
@@ -112,8 +92,8 @@ class Solution:
     #: Largest singular value over the smallest one that counts.
     condition: float
     #: Of the gradients' equations and of the known outputs'.
-    gradients: "Propagation"
-    outputs: "Propagation | None" = None
+    gradients: Propagation
+    outputs: Propagation | None = None
 
     @property
     def determined(self) -> bool:
@@ -192,8 +172,6 @@ def solve_gradients(
 
 #: Numbers that the gradients leave open which are still solved for densely.
 MOST_NULL = 12_000
-#: Share of the largest eigenvalue below which the known outputs leave a direction open.
-OPEN = 1e-10
 
 
 def _null_space(found: _Spectrum, kept: Tensor, places: int) -> Tensor:
@@ -228,57 +206,10 @@ def _from_outputs(
             rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen].reshape(size, -1)
             normal.addmm_(rows, rows.T, alpha=scale.item())
             right += scale * (rows @ left[image].reshape(outputs, -1)[chosen])
-    steps, determined, trace, worst = _solve_symmetric(normal, right)
+    steps, determined, trace, worst = solve_symmetric(normal, right)
     added = torch.einsum("nbhw,ni->bihw", null, steps.reshape(len(null), channels))
     equations = sum(int(term.known.sum()) for term in terms if term.known is not None)
     return u + added, Propagation(trace, equations, determined), worst
-
-
-def _solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float, float]:
-    """Solve positive semi-definite equations: solution, rank, trace of the inverse, condition.
-
-    The condition is that of the equations whose normal equations these are: its root.
-
-    By Cholesky's factors where the matrix has full rank, which its least eigenvalue tells (by
-    inverse iteration), else by the eigenvectors that count.
-    """
-    factor, failed = torch.linalg.cholesky_ex(normal)
-    if not bool(failed):
-        largest = _extreme(lambda v: normal @ v, right)
-        least = 1 / _extreme(lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0], right)
-        if least > OPEN * largest:
-            found = torch.cholesky_solve(right[:, None], factor)[:, 0]
-            trace = _trace(lambda v: torch.cholesky_solve(v, factor), right)
-            return found, len(right), trace, (largest / least) ** 0.5
-    values, vectors = torch.linalg.eigh(normal)
-    kept = values > OPEN * values[-1]
-    if not bool(kept.any()):
-        return torch.zeros_like(right), 0, 0.0, 1.0
-    found = vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
-    condition = (values[-1] / values[kept][0]).sqrt().item()
-    return found, int(kept.sum()), values[kept].reciprocal().sum().item(), condition
-
-
-#: Vectors by which a trace is estimated.
-PROBES = 8
-
-
-def _trace(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """Estimate the trace of a symmetric map by probing it with random signs (Hutchinson, 1989)."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (len(like), PROBES), generator=generator)
-    probes = (2 * signs - 1).to(like)
-    return (probes * apply(probes)).sum().item() / PROBES
-
-
-def _extreme(apply: Callable[[Tensor], Tensor], like: Tensor, rounds: int = 20) -> float:
-    """Return the largest eigenvalue of a symmetric map, by power iteration from a fixed start."""
-    v = torch.linspace(0.5, 1.5, len(like), dtype=like.dtype, device=like.device)
-    size = 0.0
-    for _ in range(rounds):
-        v = apply(v / v.norm())
-        size = v.norm().item()
-    return max(size, 1e-300)
 
 
 def term_equations(term: Term, shape: Sequence[int]) -> list[Equations]:

@@ -82,8 +82,8 @@ def make_images(
     start = decode(decoder, tensors[names[0]])
     if not deepest:
         return Made(start, "decoder", names, None, alone)
-    error = next(layer.residual for layer in peeled.layers if layer.name == names[0])
-    stem = _solved_stem(network, deepest[0], error, target, should_stop)
+    certificate = next(layer for layer in peeled.layers if layer.name == names[0])
+    stem = _solved_stem(network, deepest[0], certificate.expected_error or 0.0, target, should_stop)
     if stem is not None:
         return Made(stem.images, "stem", names[:1], stem.residual, alone)
     method, how = "activations", POOLED if _pools_before(network, deepest[0]) else WHOLE

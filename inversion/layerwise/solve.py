@@ -1,41 +1,20 @@
-"""Solves for one tensor of a network from all that the layers behind it say, and repairs masks."""
+"""Solves for one tensor of a network from all that the layers behind it say."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from inversion.layerwise.accuracy import MOST_ERROR
-from inversion.layerwise.batchnorm import per_channel
-from inversion.layerwise.convolution import (
-    Solution,
-    preconditioner,
-    solve_gradients,
-    term_equations,
-)
+from inversion.layerwise.convolution import preconditioner, solve_gradients, term_equations
 from inversion.layerwise.least_squares import conjugate_gradients, known_entries
-from inversion.layerwise.masks import (
-    CLEAR,
-    Rectified,
-    doubted_channels,
-    fitted_signals,
-    flipped,
-    pursued_flips,
-    rectify,
-    rounded_mask,
-)
+from inversion.layerwise.mask_repair import Found, Near, repaired, with_mask
+from inversion.layerwise.masks import Rectified, rectify
 from inversion.layerwise.offset import common_offset
 from inversion.layerwise.outputs import outputs_from_gradient, search_mask
 from inversion.layerwise.refine import refine_coupled
 from inversion.layerwise.use import Use
 
-#: Corrections of the masks per tensor at most.
-REPAIRS = 6
-#: Times that channels are left out for each.
-LEFT_OUT = 10
-#: Flips that are pursued at once.
-PURSUED = 30
 #: Steps of conjugate gradients on all equations, and where they end.
 STEPS, SETTLED = 40, 1e-3
 #: Floor of `rectify` where the images' common part was fixed afterwards, which has an error.
@@ -45,8 +24,6 @@ OFFSET_DEPTH = 4.0
 
 #: (0/1 where the tensor is known already, its values there), (B, I, H, W) each.
 Entries = tuple[Tensor, Tensor]
-#: Name of a ReLU → its output (B, O, h, w) before small values were set to zero, and the threshold.
-Near = Mapping[str, tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -113,164 +90,23 @@ def solve_tensor(
     )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Holds the input that solves the equations of some uses, with what it took."""
-
-    uses: Sequence[Use]
-    u: Tensor
-    solution: Solution
-    #: Mask entries changed.
-    flips: int = 0
-    #: Norm of the error of the part that all images share, where that was found by itself.
-    offset_error: float = 0.0
-
-    @property
-    def residual(self) -> float:
-        """Return the largest relative residual of a gradient."""
-        return max(use.residual(self.u) for use in self.uses)
-
-    @property
-    def expected_error(self) -> float:
-        """Return the relative error of u, the images' common part included."""
-        error = (self.squared_error + self.offset_error**2) ** 0.5
-        return error / max(self.u.norm().item(), 1e-300)
-
-    @property
-    def squared_error(self) -> float:
-        """Return the squared norm of u's error that the equations' errors cause on average.
-
-        Estimated from what u leaves of them, and from the gradients' own errors.
-        """
-        left = sum(use.residual(self.u) ** 2 for use in self.uses)
-        allowed = sum(use.accuracy.error**2 for use in self.uses)
-        square = self.solution.gradients.squared_error(left, allowed)
-        if self.solution.outputs is not None:
-            known = [use for use in self.uses if bool(use.known.any())]
-            left = sum(use.outputs_left(self.u) ** 2 for use in known)
-            square += self.solution.outputs.squared_error(left, allowed)
-        return square
-
-    @property
-    def certified(self) -> bool:
-        """Whether every number is determined, and the gradients explained, as well as need be."""
-        explained = all(use.residual(self.u) <= use.accuracy.certified for use in self.uses)
-        return self.solution.determined and explained and self.expected_error <= MOST_ERROR
-
-    @property
-    def suspicious(self) -> bool:
-        """Whether a gradient is explained so badly that a mask may be wrong."""
-        return any(use.residual(self.u) > use.accuracy.suspicious for use in self.uses)
-
-
 def _cut(uses: Sequence[Use]) -> float:
     """Return the least singular value that is used, in shares of the largest."""
     return max(use.accuracy.cut for use in uses)
 
 
-def _with_mask(use: Use, mask: Tensor) -> Use:
-    return replace(use, mask=mask, known=use.known * mask)
-
-
-def _repaired(
-    uses: Sequence[Use], solve: Callable[[Sequence[Use], Tensor | None], _Found], near: Near
-) -> _Found:
-    """Solve, and correct the masks behind as long as that lessens what is left.
-
-    A wrong mask entry spoils the equations of one output channel. So the channels that are
-    explained worst are left out until the rest agrees; what that says about the signals of the
-    channels left out corrects their masks. solve(uses, start): with what was found last as a start,
-    None at first.
-    """
-    best = solve(uses, None)
-    for _ in range(REPAIRS):
-        if not best.solution.determined or not best.suspicious:
-            break
-        agreeing = _agreeing(best, solve)
-        corrected = _corrected(best.uses, agreeing, near)
-        changed = sum(
-            int((new.mask != old.mask).sum()) for new, old in zip(corrected, best.uses, strict=True)
-        )
-        if not changed:
-            break
-        found = solve(corrected, agreeing.u)
-        if not found.residual < best.residual:
-            break
-        best = replace(found, flips=best.flips + changed)
-    return best
-
-
-def _agreeing(found: _Found, solve: Callable[[Sequence[Use], Tensor | None], _Found]) -> _Found:
-    """Leave out the channels that are explained worst, bit by bit, until the rest agrees."""
-    for _ in range(LEFT_OUT):
-        uses = [
-            replace(use, trusted=use.trusted * (1 - doubted_channels(use.left_over(found.u))))
-            if use.residual(found.u) > use.accuracy.suspicious
-            else use
-            for use in found.uses
-        ]
-        found = solve(uses, found.u)
-        if not found.solution.determined or not found.suspicious:
-            break
-    return found
-
-
-def _corrected(uses: Sequence[Use], agreeing: _Found, near: Near) -> list[Use]:
-    """Return the uses with the masks that the gradients of the channels left out call for.
-
-    An entry whose value stands clear of the threshold stays on.
-
-    A use whose positions are no more than its weights per channel gives its whole signal, others
-    single flips.
-    """
-    masks: dict[str, Tensor] = {}
-    for use, trimmed in zip(uses, agreeing.uses, strict=True):
-        if use.relu is None or use.relu in masks:
-            continue
-        doubted = per_channel(1 - trimmed.trusted)
-        if use.relu in near:
-            raw, threshold = near[use.relu]
-            doubted = doubted * (raw < CLEAR * threshold)
-        mask = use.mask
-        if use.arriving[:, 0].numel() <= use.weight[0].numel():
-            mask = torch.where(doubted > 0, _mask_from_gradient(use, agreeing.u), mask)
-        else:
-            change = use.per_flip * (1 - 2 * mask) * doubted
-            left = use.left_over(agreeing.u)
-            for index in pursued_flips(left, agreeing.u, change, use.geometry, PURSUED):
-                mask = flipped(mask, index)
-        masks[use.relu] = mask
-    return [use if use.relu is None else _with_mask(use, masks[use.relu]) for use in uses]
-
-
-def _mask_from_gradient(use: Use, u: Tensor) -> Tensor:
-    """Return the mask behind a use that its gradient calls for at the input u, (B, O, h, w)."""
-    signal = fitted_signals(use.gradient, u, use.geometry)
-    count, channels, height, width = use.arriving.shape
-    signal = signal.reshape(channels, count, height, width).transpose(0, 1)
-    bn = use.batchnorm
-    if bn is not None and bn.coupled:
-        constant, slope = bn.constants(torch.zeros_like(use.arriving))
-        z = use.geometry.forward(u, use.weight)
-        signal = signal - constant + per_channel(slope) * (z - per_channel(bn.mean))
-    if bn is not None:
-        signal = signal / per_channel(bn.scale)
-    arriving = torch.where(use.arriving == 0, torch.ones_like(signal), use.arriving)
-    return rounded_mask(signal / arriving, use.arriving, use.mask)
-
-
 # Signals that do not depend on what is sought -------------------------------------------------
 
 
-def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near) -> _Found:
+def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near) -> Found:
     """Solve the linear equations, correct masks, and polish the solution on all equations."""
 
-    def solve(changed: Sequence[Use], _: Tensor | None) -> _Found:
+    def solve(changed: Sequence[Use], _: Tensor | None) -> Found:
         terms = [use.term(use.signal()) for use in changed]
         solution = solve_gradients(terms, shape, _cut(uses))
-        return _Found(changed, solution.u, solution)
+        return Found(changed, solution.u, solution)
 
-    found = _repaired(uses, solve, near)
+    found = repaired(uses, solve, near)
     if found.solution.rank == 0:
         return found
     terms = [use.term(use.signal()) for use in found.uses]
@@ -289,7 +125,7 @@ def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries, ne
 
 def _solve_by_outputs(
     uses: Sequence[Use], shape: Sequence[int], *, rectified: bool, near: Near
-) -> _Found:
+) -> Found:
     """Recover every convolution's outputs, hence its signal, and solve; then again with both.
 
     For maps whose positions are fewer than the channels.
@@ -298,17 +134,17 @@ def _solve_by_outputs(
     for use in uses:
         if use.coupled and use.relu is not None:
             mask, changed = search_mask(use, 2 * use.accuracy.certified)
-            use, flips = _with_mask(use, mask), flips + changed
+            use, flips = with_mask(use, mask), flips + changed
         searched.append(use)
 
-    def solve(changed: Sequence[Use], _: Tensor | None) -> _Found:
+    def solve(changed: Sequence[Use], _: Tensor | None) -> Found:
         return _from_outputs(changed, shape, rectified=rectified)
 
-    found = solve(searched, None) if _has_offset(uses) else _repaired(searched, solve, near)
+    found = solve(searched, None) if _has_offset(uses) else repaired(searched, solve, near)
     return replace(found, flips=flips + found.flips)
 
 
-def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool) -> _Found:
+def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool) -> Found:
     """Solve with the outputs that the gradients give, and twice more with those of the solution."""
     outputs = [outputs_from_gradient(use) if use.coupled else None for use in uses]
     terms = [
@@ -320,14 +156,14 @@ def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool)
         offset = common_offset(solution.u, [use for use in uses if use.coupled])
         if offset.unique:  # the means say what the gradients leave open
             solution = replace(solution, rank=solution.unknowns)
-        return _Found(uses, offset.u, solution, offset_error=offset.error)
+        return Found(uses, offset.u, solution, offset_error=offset.error)
     solution = solve_gradients(terms, shape, _cut(uses))
     for _ in range(2):
         u = rectify(solution.u).value if rectified else solution.u
         z = [_output(use, u) for use in uses]
         terms = [use.term(use.signal_at(o), o) for use, o in zip(uses, z, strict=True)]
         solution = solve_gradients(terms, shape, _cut(uses))
-    return _Found(uses, solution.u, solution)
+    return Found(uses, solution.u, solution)
 
 
 def _has_offset(uses: Sequence[Use]) -> bool:
@@ -343,7 +179,7 @@ def _output(use: Use, u: Tensor) -> Tensor:
 
 def _solve_by_refining(
     uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near, *, rectified: bool
-) -> _Found:
+) -> Found:
     """Solve without the coupling, then refine with it by Gauss–Newton, and correct masks.
 
     For maps whose positions are more than the channels, where a gradient's column space says
@@ -359,11 +195,11 @@ def _solve_by_refining(
     more = int(entries[0].sum()) + sum(int(use.known.sum()) for use in uses)
     solution = replace(solution, equations=solution.equations + more)
 
-    def solve(changed: Sequence[Use], last: Tensor | None) -> _Found:
+    def solve(changed: Sequence[Use], last: Tensor | None) -> Found:
         u = refine_coupled(changed, start if last is None else last, entries)
-        return _Found(changed, u, solution)
+        return Found(changed, u, solution)
 
-    return _repaired(uses, solve, near)
+    return repaired(uses, solve, near)
 
 
 def _uncoupled(use: Use) -> Tensor:
