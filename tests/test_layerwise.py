@@ -664,10 +664,14 @@ def test_a_tensor_that_no_mask_explains_is_not_certified():
 def test_wrong_mask_entries_behind_a_coupled_convolution_show_themselves():
     use, _ = use_of(rectified(2, 4, 2, 2), 24, train=True)
     wrong = replace(use, mask=flipped(flipped(flipped(use.mask, 29), 3), 101))
-    mask, flips = search_mask(wrong, 1e-8)
+    all_may_be_wrong = torch.ones_like(use.mask)
+    mask, flips = search_mask(wrong, all_may_be_wrong, 1e-8)
     assert flips == 3
     assert torch.equal(mask, use.mask)
-    assert search_mask(use, 1e-8)[1] == 0
+    assert search_mask(use, all_may_be_wrong, 1e-8)[1] == 0
+    mask, flips = search_mask(wrong, flipped(all_may_be_wrong, 3), 1e-8)
+    assert mask.view(-1)[3] == wrong.mask.view(-1)[3]
+    assert flips == 2
 
 
 def test_a_mask_entry_whose_value_is_clear_is_not_turned_over():

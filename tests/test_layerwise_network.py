@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock
 
 from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.kinds import StoppedError
+from inversion.layerwise.peel import peel
 from inversion.layerwise.trace import network_of
 from models.batchnorm import BATCHNORM_TYPES
 from models.build import build_model
@@ -305,3 +306,44 @@ def test_networks_that_cannot_be_attacked_are_refused():
     refused(made("convnet"), "needs the batch's BatchNorm statistics")
     untracked = behind(nn.BatchNorm2d(8, track_running_stats=False))
     refused(untracked, "keeps no running statistics", train_mode=False)
+
+
+# The whole walk ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("certainty", [1.0, 10.0], ids=["unsure", "sure"])
+def test_certified_tensors_are_as_exact_as_is_expected(train_mode, noise, certainty):
+    """Of many networks and batches, most of them at the limit of what can be solved."""
+    certified, generator = 0, torch.Generator().manual_seed(7)
+    for name, count in ((name, count) for name in NETWORKS for count in (1, 3, CLASSES - 1)):
+        model = made(name)
+        normalises = any(isinstance(m, BATCHNORM_TYPES) for m in model.modules())
+        if train_mode and (count == 1 or not normalises):
+            continue
+        head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        head.weight.data *= certainty
+        x, y = batch(count)
+        if count > 5:
+            y = torch.tensor([5, 1, 3, 0, 7, 2, 4][:count])
+            x = torch.rand(count, 3, 16, 16, generator=generator).double()
+        values, _, gradient, measured = true_tensors(model, x, y, train_mode=train_mode)
+        gradient = {
+            key: g + noise * g.square().mean().sqrt()
+            * torch.randn(g.shape, generator=generator).to(g)
+            for key, g in gradient.items()
+        }  # fmt: skip
+        network = network_of(
+            model, count, (3, 16, 16), gradient, train_mode=train_mode, statistics=measured,
+            accuracy=dict.fromkeys(gradient, Accuracy(1e-10)),
+        )  # fmt: skip
+        found = peel(network, y)
+        tensors = found.tensors()
+        for layer in found.layers:
+            if layer.certified and layer.name in tensors:
+                true = values.get(layer.name, x)
+                error = ((tensors[layer.name] - true).norm() / true.norm()).item()
+                assert error <= max(10 * layer.expected_error, 1e-6), (name, count, layer)
+                certified += 1
+    assert certified >= 6

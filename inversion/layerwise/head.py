@@ -41,8 +41,10 @@ class Head:
     #: Norm of what the features leave unexplained of the weights' gradient, or of the bias's,
     #: relative to that gradient: the larger of the two.
     residual: float
-    #: Relative error of the features that the gradient's error causes; 0 where that is not asked.
+    #: Relative errors of the features and of the signal that the gradient's error causes; 0 where
+    #: that is not asked.
     expected_error: float = 0.0
+    signal_error: float = 0.0
 
 
 def head_features(
@@ -89,8 +91,9 @@ def head_features(
     if error == 0:
         return found
     other = _solve(_disturbed(given, error), [found.probabilities], clipped=clipped)
-    change = (other.features - found.features).norm() / found.features.norm()
-    return replace(found, expected_error=change.item())
+    features = (other.features - found.features).norm() / found.features.norm()
+    signal = (other.signal - found.signal).norm() / found.signal.norm()
+    return replace(found, expected_error=features.item(), signal_error=signal.item())
 
 
 def _solve(

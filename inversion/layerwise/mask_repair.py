@@ -85,6 +85,17 @@ def with_mask(use: Use, mask: Tensor) -> Use:
     return replace(use, mask=mask, known=use.known * mask)
 
 
+def doubtful_entries(use: Use, near: Near) -> Tensor:
+    """Return 1 where an entry of the mask behind a use may be wrong, (B, O, h, w), else 0.
+
+    An entry whose value stands clear of the threshold is on beyond doubt.
+    """
+    if use.relu not in near:
+        return torch.ones_like(use.mask)
+    raw, threshold = near[use.relu]
+    return (raw < CLEAR * threshold).to(use.mask).reshape(use.mask.shape)
+
+
 def repaired(
     uses: Sequence[Use], solve: Callable[[Sequence[Use], Tensor | None], Found], near: Near
 ) -> Found:
@@ -130,9 +141,6 @@ def _agreeing(found: Found, solve: Callable[[Sequence[Use], Tensor | None], Foun
 
 def _corrected(uses: Sequence[Use], agreeing: Found, near: Near) -> list[Use]:
     """Return the uses with the masks that the gradients of the channels left out call for.
-
-    An entry whose value stands clear of the threshold stays on.
-
     A use whose positions are no more than its weights per channel gives its whole signal, others
     single flips.
     """
@@ -140,10 +148,7 @@ def _corrected(uses: Sequence[Use], agreeing: Found, near: Near) -> list[Use]:
     for use, trimmed in zip(uses, agreeing.uses, strict=True):
         if use.relu is None or use.relu in masks:
             continue
-        doubted = per_channel(1 - trimmed.trusted)
-        if use.relu in near:
-            raw, threshold = near[use.relu]
-            doubted = doubted * (raw < CLEAR * threshold)
+        doubted = per_channel(1 - trimmed.trusted) * doubtful_entries(use, near)
         mask = use.mask
         if use.arriving[:, 0].numel() <= use.weight[0].numel():
             mask = torch.where(doubted > 0, _mask_from_gradient(use, agreeing.u), mask)

@@ -71,6 +71,8 @@ class Network:
     raw: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
     #: Pooling → 0/1 of its input's shape where a window's value comes from.
     routes: dict[fx.Node, Tensor] = field(default_factory=dict)
+    #: Relative error of the derivative of the loss by the logits, which all others inherit.
+    signal_error: float = 0.0
     #: Derivatives of the loss that no later step changes.
     signals: dict[fx.Node, Tensor] = field(default_factory=dict)
 

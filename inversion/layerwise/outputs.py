@@ -86,20 +86,20 @@ def outputs_from_gradient(use: Use, mask: Tensor | None = None) -> Outputs:
     return Outputs(back(centred + bn.mean[:, None]), back(signal), residual, back(left))
 
 
-def search_mask(use: Use, good: float) -> tuple[Tensor, int]:
+def search_mask(use: Use, doubtful: Tensor, good: float) -> tuple[Tensor, int]:
     """Correct the mask behind a coupled use by what it leaves of the signal.
 
     What is left, outside the column space of the gradient, is small where all entries are right. A
     wrong one leaves its own part of the signal, at its own place, nearly untouched, since the
-    column space has few directions. good: a residual that needs no search. Returns the mask and how
-    many entries changed.
+    column space has few directions. doubtful: (B, O, h, w) of 0 and 1, entries that may be wrong.
+    good: a residual that needs no search. Returns the mask and how many entries changed.
     """
     mask, best = use.mask, outputs_from_gradient(use)
     for _ in range(SEARCHES):
         if best.residual < good:
             break
         change = use.per_flip * (1 - 2 * mask)
-        gain = -2 * best.left * change - change.square()
+        gain = (-2 * best.left * change - change.square()) * doubtful
         wrong = gain > max(WORTH * best.left.square().sum().item(), ALIKE * gain.max().item())
         other = torch.where(wrong, 1 - mask, mask)
         found = outputs_from_gradient(use, other)

@@ -173,6 +173,7 @@ def _solve_head(
         features, threshold = kept.value, kept.threshold
     network.take(source, head.features[..., None, None], features, threshold)
     network.signals[output] = head.signal
+    network.signal_error = head.signal_error
     certified = head.rank == count and head.residual <= accuracy.certified
     return Layer(
         name=source.name, place=name, used_by=(name,), kind="head", unknowns=features.numel(),
@@ -221,15 +222,18 @@ def _solve(network: Network, node: fx.Node) -> Layer:
         rectified=is_rectified(network, node),
         near=near,
     )
+    expected_error = math.hypot(solved.expected_error, network.signal_error)
+    certified = solved.certified and expected_error <= MOST_ERROR
+    if certified:  # before the tensor is taken over, from which values behind it would follow
+        for relu, mask in solved.masks.items():
+            network.correct(relu, mask)
     network.take(node, solved.raw, solved.value, solved.threshold)
-    for relu, mask in solved.masks.items():
-        network.correct(relu, mask)
     kind = "linear" if all(use.geometry.kernel == (1, 1) for use in uses) else "convolution"
     return Layer(
         name=node.name, place=place(node), used_by=tuple(use.name for use in uses), kind=kind,
         unknowns=solved.unknowns, equations=solved.equations, rank=solved.rank,
         condition=solved.condition, residual=solved.residual,
-        expected_error=solved.expected_error, flips=solved.flips, certified=solved.certified,
+        expected_error=expected_error, flips=solved.flips, certified=certified,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
 

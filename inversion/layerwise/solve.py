@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inversion.layerwise.convolution import preconditioner, solve_gradients, term_equations
 from inversion.layerwise.least_squares import conjugate_gradients, known_entries
-from inversion.layerwise.mask_repair import Found, Near, repaired, with_mask
+from inversion.layerwise.mask_repair import Found, Near, doubtful_entries, repaired, with_mask
 from inversion.layerwise.masks import Rectified, rectify
 from inversion.layerwise.offset import common_offset
 from inversion.layerwise.outputs import outputs_from_gradient, search_mask
@@ -133,7 +133,8 @@ def _solve_by_outputs(
     searched, flips = [], 0
     for use in uses:
         if use.coupled and use.relu is not None:
-            mask, changed = search_mask(use, 2 * use.accuracy.certified)
+            doubtful = doubtful_entries(use, near)
+            mask, changed = search_mask(use, doubtful, 2 * use.accuracy.certified)
             use, flips = with_mask(use, mask), flips + changed
         searched.append(use)
 
