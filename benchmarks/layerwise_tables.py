@@ -6,7 +6,8 @@ python -m benchmarks.layerwise_tables docs/rows/layerwise.csv --picture FILE
 import argparse
 import csv
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ SETTING = (
     "noise",
     "level",
 )
+#: Parts that share a table.
+TABLES = (("eval", "crops", "train", "trained", "64", "cifar"), ("networks",),
+          ("matching", "noise"))  # fmt: skip
 #: Kinds of noise that are drawn at a level of their own: the type rounds by that much.
 ROUNDING = {"none": 6e-8, "float16": 2.8e-4, "bfloat16": 2.3e-3}
 #: Markers and names of all kinds in the picture.
@@ -52,15 +56,65 @@ def groups(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
     return found
 
 
+def mean(rows: Sequence[dict], name: str, digits: int = 1) -> str:
+    """Write the mean of a figure over seeds."""
+    values = [float(row[name]) for row in rows if row[name] != ""]
+    return f"{statistics.mean(values):.{digits}f}" if values else "–"
+
+
 def spread(rows: Sequence[dict], name: str, digits: int = 1) -> str:
     """Write the mean of a figure over seeds, with the lowest and highest of several."""
     values = [float(row[name]) for row in rows if row[name] != ""]
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    if len(values) < 2:
+        return mean(rows, name, digits)
+    return f"{mean(rows, name, digits)} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def certified(rows: Sequence[dict]) -> str:
+    """Write how many tensors are certified, or up to which, of cases that differ in the seed."""
+    reached = Counter(row["deepest"] or "nothing" for row in rows)
+    share = [f"{row['certified']}/{row['tensors']}" for row in rows]
+    if len(set(share)) == 1 and all(row["certified"] == row["tensors"] for row in rows):
+        return f"{share[0]}, to {rows[0]['deepest']}"
+    if len(reached) == 1:
+        return f"to {rows[0]['deepest']}" if rows[0]["deepest"] else "nothing"
+    return ", ".join(f"to {name} ({count})" for name, count in reached.items())
+
+
+def network(row: dict) -> str:
+    """Write what was attacked."""
+    parts = [row["arch"], "train" if row["train_mode"] == "True" else "eval"]
+    if row["trained"] == "True":
+        parts.append(f"trained, {'its own' if row['head'] == 'keep' else 'fresh'} head")
+    if row["index"] != "0":
+        parts.append(f"batch {row['index']}")
+    if row["noise"] != "none":
+        level = float(row["level"])
+        parts.append(f"{row['noise']} {level:g}" if level else row["noise"])
+    return ", ".join(parts)
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """Write one table, a line per case over its seeds."""
+    columns: dict[str, Callable[[Sequence[dict]], str]] = {
+        "network, mode": lambda same: network(same[0]),
+        "px": lambda same: same[0]["size"],
+        "B": lambda same: same[0]["batch"],
+        "seeds": lambda same: str(len(same)),
+        "certified": certified,
+        "PSNR dB": lambda same: spread(same, "psnr"),
+        "SSIM": lambda same: mean(same, "ssim", 3),
+        "matching": lambda same: spread(same, "matching_psnr"),
+        "other gradient": lambda same: mean(same, "other_gradient_psnr"),
+        "decoder only": lambda same: mean(same, "decoder_only_psnr"),
+        "mean colour": lambda same: mean(same, "mean_colour_psnr"),
+        "CPU s": lambda same: spread(same, "cpu_seconds", 0),
+    }
+    if not any(row["matching_psnr"] for row in rows):
+        del columns["matching"]
+    lines = [[*columns], ["---"] * len(columns)]
+    lines += [[write(same) for write in columns.values()] for same in groups(rows).values()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
@@ -71,25 +125,10 @@ def main() -> None:
     args = parser.parse_args()
     with args.rows.open() as file:
         rows = [*csv.DictReader(file)]
-    header = ["network", "px", "B", "mode", "weights, head", "noise", "seeds", "certified",
-              "deepest", "PSNR dB", "SSIM", "other gradient", "decoder only", "mean colour",
-              "matching", "CPU s"]  # fmt: skip
-    print("| " + " | ".join(header) + " |")
-    print("|" + " --- |" * len(header))
-    for setting, same in groups(rows).items():
-        of = dict(zip(SETTING, setting, strict=True))
-        weights = "trained" if of["trained"] == "True" else "random"
-        noise = of["noise"] if of["noise"] in ROUNDING else f"{of['noise']} {float(of['level']):g}"
-        certified = ", ".join(f"{row['certified']}/{row['tensors']}" for row in same)
-        deepest = ", ".join(dict.fromkeys(row["deepest"] or "none" for row in same))
-        cells = [
-            of["arch"], of["size"], of["batch"], "train" if of["train_mode"] == "True" else "eval",
-            f"{weights}, {of['head']}", noise, len(same), certified, deepest,
-            spread(same, "psnr"), spread(same, "ssim", 3), spread(same, "other_gradient_psnr"),
-            spread(same, "decoder_only_psnr"), spread(same, "mean_colour_psnr"),
-            spread(same, "matching_psnr"), spread(same, "cpu_seconds", 0),
-        ]  # fmt: skip
-        print("| " + " | ".join(map(str, cells)) + " |")
+    for parts in TABLES:
+        chosen = [row for row in rows if row["part"] in parts]
+        if chosen:
+            print(markdown(chosen) + "\n")
     if args.picture:
         draw_noise(rows, args.picture)
 

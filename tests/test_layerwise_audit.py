@@ -236,7 +236,7 @@ def test_a_dry_run_says_the_largest_system(captured):
     )
     assert "plan: solve the gradient layer by layer, 1 images (3, 16, 16)" in outcome.out
     # 32 channels of 25 weights for 64, 64, 256 positions
-    assert "estimate: the largest dense system has 800 equations for 256 unknowns" in outcome.out
+    assert "estimate: the largest dense matrix has 800 × 256 numbers" in outcome.out
     assert "per iteration" not in outcome.out
 
 
@@ -245,7 +245,7 @@ def test_a_dry_run_of_auto_says_both(captured):
         "run.py", "--checkpoint", captured(*LENET), "--attack", "auto", "--dry-run", "--lr", 0.1,
         "--epochs", 9,
     )  # fmt: skip
-    assert "estimate: the largest dense system has 800 equations for 256 unknowns" in outcome.out
+    assert "estimate: the largest dense matrix has 800 × 256 numbers" in outcome.out
     assert "estimate, where that does not determine the images: " in outcome.out
     assert " ms per iteration, " in outcome.out
 

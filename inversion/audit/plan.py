@@ -99,8 +99,8 @@ def layerwise_estimate(case: Case) -> str:
     except ValueError as error:
         return f"estimate: the gradient cannot be solved layer by layer: {error}"
     return (
-        f"estimate: the largest dense system has {rows:,} equations for {columns:,} unknowns per "
-        f"channel ({name}), {8 * rows * columns / 2**20:,.0f} MiB; the walk may end before it"
+        f"estimate: the largest dense matrix has {rows:,} × {columns:,} numbers ({name}), "
+        f"{8 * rows * columns / 2**20:,.0f} MiB; the walk may end before it"
     )
 
 

@@ -90,7 +90,7 @@ def doubtful_entries(use: Use, near: Near) -> Tensor:
 
     An entry whose value stands clear of the threshold is on beyond doubt.
     """
-    if use.relu not in near:
+    if use.relu is None or use.relu not in near:
         return torch.ones_like(use.mask)
     raw, threshold = near[use.relu]
     return (raw < CLEAR * threshold).to(use.mask).reshape(use.mask.shape)
