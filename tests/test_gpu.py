@@ -79,6 +79,26 @@ def test_controls_on_the_gpu(captured, tmp_path):
     assert sum(result["information"]["ratio"]) == pytest.approx(100)
 
 
+@pytest.mark.parametrize(
+    ("client", "method"),
+    [
+        (("-a", "lenet", "-b", "1", "--image-size", "16", "--outlayer-state", "keep"), "solved"),
+        (("-a", "resnet18", "-b", "2", "--image-size", "32", "--upload-bn"), "stem"),
+    ],
+)
+def test_a_gradient_is_solved_layer_by_layer_on_the_gpu(captured, tmp_path, client, method):
+    found = []
+    for name, where in (("gpu", ["--gpu", 0]), ("cpu", [])):
+        result, _ = attack(
+            tmp_path / name, captured(*client), "--attack", "layerwise", "--metric", *where
+        )
+        assert result["layerwise"]["method"] == method
+        found.append(result["layerwise"]["layers"])
+    on_gpu, on_cpu = found
+    assert [layer["name"] for layer in on_gpu] == [layer["name"] for layer in on_cpu]
+    assert all(layer["true_error"] < 1e-3 for layer in on_gpu)
+
+
 def test_two_processes_on_one_gpu(tmp_path):
     """gloo over CUDA tensors: the same derivatives and gradients as one process."""
     path = tmp_path / "figures"

@@ -710,6 +710,82 @@ def test_an_expected_error_is_what_noise_makes_of_a_tensor():
     assert 0.5 < ratio.sqrt() < 2
 
 
+def silenced(u, outputs, geometry, silence):
+    """A coupled use of u without a ReLU, whose signals `silence` (dy → dy) makes say too little.
+
+    ∂L/∂γ is 0, so that ∂L/∂z is ∂L/∂y times the scale.
+    """
+    use, _ = use_of(u, outputs, train=True, geometry=geometry)
+    z = geometry.forward(u, use.weight)
+    centred = z - z.mean((0, 2, 3), keepdim=True)
+    dy = silence(numbers(*z.shape, seed=31))
+    open_to_change = silence(centred)  # in the space of such signals
+    share = (dy * centred).sum((0, 2, 3)) / (open_to_change * centred).sum((0, 2, 3))
+    dy = dy - share.view(1, -1, 1, 1) * open_to_change
+    layer = replace(
+        use.batchnorm, weight_gradient=0 * use.batchnorm.mean, bias_gradient=dy.sum((0, 2, 3))
+    )
+    ones = torch.ones_like(dy)
+    use = replace(use, arriving=dy, mask=ones, batchnorm=layer, known=0 * ones, output=0 * ones)
+    return replace(use, gradient=geometry.weight_gradient(u, use.signal(u)))
+
+
+def one_signal_for_two(dy):
+    """Give two images the same signal, their mean."""
+    return torch.cat([dy[:2].mean(0, keepdim=True).expand_as(dy[:2]), dy[2:]])
+
+
+def none_for_one(dy):
+    """Take one image's signal away, and the mean of the others'."""
+    return torch.cat([0 * dy[:1], dy[1:] - dy[1:].mean((0, 2, 3), keepdim=True)])
+
+
+@pytest.mark.parametrize(
+    ("count", "geometry", "silence"),
+    [(5, Geometry((3, 3), (2, 2), (1, 1)), one_signal_for_two), (3, SAME, none_for_one)],
+    ids=["outputs of one position", "outputs of several"],
+)
+def test_what_a_coupled_gradient_leaves_open_is_not_certified(count, geometry, silence):
+    """Neither the images' common part nor outputs that were guessed stand in for equations."""
+    u = rectified(count, 4, 2, 2)
+    use = silenced(u, 24, geometry, silence)
+    assert use.residual(u) < 1e-12
+    matrix = gradient_matrix(use.signal(u), 2, 2, geometry)
+    common = 4 if geometry.stride == (2, 2) else 0
+    assert int(torch.linalg.matrix_rank(matrix, rtol=1e-9)) < 4 * count - common
+    nothing = (torch.zeros_like(u), torch.zeros_like(u))
+    found = solve_tensor([use], u.shape, nothing, rectified=True, near={})
+    assert error(found.value, u) > 0.01
+    assert found.rank < found.unknowns
+    assert not found.certified
+
+
+def test_a_convolution_without_batchnorm_beside_a_coupled_one():
+    u = rectified(3, 4, 6, 6)
+    coupled, _ = use_of(u, 8, train=True)
+    plain, _ = use_of(u, 8, train=False, seed=3)
+    nothing = (torch.zeros_like(u), torch.zeros_like(u))
+    for beside in (plain, replace(plain, name="other", relu="other")):
+        found = solve_tensor([coupled, beside], u.shape, nothing, rectified=True, near={})
+        assert error(found.value, u) < 1e-5
+        assert found.residual <= EXACT.certified
+
+
+def test_a_head_that_is_certain_ends_without_a_crash():
+    """Probabilities of 1 leave no signal, and so nothing to solve."""
+    for certainty in (1.0, 3.0, 30.0):
+        y = torch.tensor([2])
+        features, bias = rectified(1, 30), 0.3 * numbers(10, seed=2)
+        weight = 0.1 * numbers(10, 30, seed=1)
+        weight[2] += certainty * features[0]
+        gradient, of_bias = head_gradient(features, weight, bias, y)
+        head = head_features(
+            weight, bias, gradient, y, bias_gradient=of_bias, tolerance=1e-5, error=1e-7
+        )
+        right = error(head.features, features) < 1e-3
+        assert right or head.rank < 1 or not head.residual < 1e-5 or head.expected_error > 1e-2
+
+
 def test_a_signal_of_zeros_determines_nothing():
     u = rectified(2, 3, 4, 4)
     use, _ = use_of(u, 6, train=False)

@@ -147,6 +147,8 @@ def true_errors(case: Case, recovered: Recovered, sealed: Sealed) -> dict[str, f
     True images are put in the order of the labels that the attack went by. Empty where these are
     not the true labels, or where two are the same and so do not tell which image is which.
     """
+    if not recovered.tensors:
+        return {}
     attacked, true = case.y.cpu(), sealed.truth.y.cpu()
     if not torch.equal(attacked.sort().values, true.unique()):
         return {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 #: A solved layer may leave this many times the rounding error of the gradient's type: what the
 #: client's own arithmetic adds up to, measured up to 80 times on ResNets in float32.
 ARITHMETIC = 400.0
-#: Times that from which masks are looked at: a wrong entry leaves more.
+#: Fraction of that above which masks are checked: a wrong entry leaves more.
 SUSPICIOUS = 0.1
 #: Share of the added noise that a right solution may leave, and from which masks are looked at.
 MOST_NOISE, SUSPICIOUS_NOISE = 10.0, 1.5
@@ -13,7 +13,7 @@ MOST_NOISE, SUSPICIOUS_NOISE = 10.0, 1.5
 LARGEST = 0.1
 #: Nor one whose relative error is expected to be larger than this.
 MOST_ERROR = 1e-2
-#: Noise that the client did not record is told from rounding from this many times that on.
+#: What raises the rank of the head's gradient counts as noise above this many rounding errors.
 CLEAR_NOISE = 4.0
 #: The least that float64 equations leave in practice.
 LEAST = 1e-11

@@ -19,7 +19,7 @@ LEAST_SCALE = 1e-4
 #: Share of the largest singular value below which a direction of the labels is lost.
 LOST = 1e-9
 #: Probabilities of the labels from which the search starts.
-STARTS = (0.5, 0.9, 0.7, 0.97)
+STARTS = (0.5, 0.9, 0.7, 0.97, 0.3, 0.99)
 #: Squared batch size up to which it is tried: that many numbers are sought.
 MOST_SEARCHED = 256
 
@@ -140,9 +140,9 @@ def _fixed_point(given: HeadGradient, start: Tensor, *, clipped: bool) -> Head:
 def _head(given: HeadGradient, signal: Tensor) -> Head:
     """Solve ∂L/∂W = signalᵀ F for the features F of the least norm."""
     left, values, right = torch.linalg.svd(signal.T, full_matrices=False)
-    kept = values > LOST * values[0]
+    kept = (values > LOST * values[0]) & (values > 0)
     features = right[kept].T @ ((left[:, kept].T @ given.of_weight) / values[kept, None])
-    condition = (values[0] / values[kept][-1]).item()
+    condition = (values[0] / values[kept][-1]).item() if bool(kept.any()) else 1.0
     return Head(
         features, given.probabilities(features), signal, int(kept.sum()), condition,
         given.residual(signal, features),

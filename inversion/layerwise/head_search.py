@@ -53,7 +53,7 @@ def search(given: HeadGradient, start: Tensor) -> Tensor:
     The columns of A = (P − Y)ᵀ / B lie in the column space of ∂L/∂W = A F. With L (K × B) a basis
     of it, A = L R for a matrix R of B² numbers, P = Y + B Aᵀ, and F = R⁻¹ Lᵀ ∂L/∂W. So R solves
     softmax(F Wᵀ + b) = P and L R 1 = ∂L/∂b: nonlinear least squares, first between the logarithms
-    of both sides, which fall less steeply where a network is sure, then between the sides
+    of both sides, which are less flat where a network is sure, then between the sides
     themselves. Where the fixed point A → F → A runs away from its solution, this still arrives.
     """
     count, classes = given.labels.shape
@@ -81,7 +81,10 @@ def search(given: HeadGradient, start: Tensor) -> Tensor:
     numbers = (basis.T @ given.signal(start).T).flatten()
     numbers = _least_squares(by_logarithms, numbers, EVALUATIONS)
     numbers = _least_squares(by_probabilities, numbers, POLISHING)
-    return sides(numbers)[0].exp()
+    try:
+        return sides(numbers)[0].exp()
+    except torch.linalg.LinAlgError:  # a singular R
+        return start
 
 
 def _logarithm(p: Tensor) -> Tensor:

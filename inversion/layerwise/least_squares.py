@@ -1,4 +1,4 @@
-"""Linear least squares: of matrices, how errors pass through them, and of functions."""
+"""Linear least squares, of matrices and of functions, and the error of what they find."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -141,6 +141,7 @@ def _agreeing(found: Found, solve: Callable[[Sequence[Use], Tensor | None], Foun
 
 def _corrected(uses: Sequence[Use], agreeing: Found, near: Near) -> list[Use]:
     """Return the uses with the masks that the gradients of the channels left out call for.
+
     A use whose positions are no more than its weights per channel gives its whole signal, others
     single flips.
     """

@@ -1,4 +1,4 @@
-"""Finds the part that all images share where a gradient leaves it open: outputs of one position."""
+"""Finds the offset common to all images, which a gradient leaves open where output maps are 1×1."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,9 +49,12 @@ def common_offset(u: Tensor, uses: Sequence[Use]) -> Offset:
         present = use.geometry.forward(mean, use.weight).mean((2, 3))[0]
         targets.append(use.batchnorm.mean - present)
     matrix, target = torch.cat(matrices).cpu().numpy(), torch.cat(targets).cpu().numpy()
-    found, left = nnls(matrix, target, maxiter=20 * shape.numel())
-    zero = found <= ZERO * max(found.max(), u.max().item())
-    distance = _distance(matrix[:, zero], matrix[:, ~zero])
+    try:
+        found, left = nnls(matrix, target, maxiter=20 * shape.numel())
+        zero = found <= ZERO * max(found.max(), u.max().item())
+        distance = _distance(matrix[:, zero], matrix[:, ~zero])
+    except (RuntimeError, ValueError):  # it does not arrive, or meets infinite numbers
+        return Offset(u, False, u.norm().item())
     size = float(np.linalg.norm(matrix, axis=0).mean())
     u = u + torch.from_numpy(found).to(u).reshape(1, *shape)
     error = len(u) ** 0.5 * float(left) / (size * max(distance, 1e-300))

@@ -155,11 +155,15 @@ def _solve_head(
         raise StoppedError(f"{name}: the gradient of its weights was not sent")
     of_weight, of_bias = (network.gradient.get(f"{name}.{part}") for part in ("weight", "bias"))
     assert of_weight is not None
+    if not of_weight.any():
+        raise StoppedError(f"{name}: the gradient of its weights is zero")
     count, classes = len(y), len(of_weight)
     if of_bias is None and count > classes - 2:
         raise StoppedError(
             f"{name}: without a bias, {count} images of {classes} classes leave several solutions"
         )
+    if of_bias is None and clipped:
+        raise StoppedError(f"{name}: without a bias, the factors of the clipping stay unknown")
     _allow_for_noise(network, of_weight, count)
     accuracy = network.accuracy[f"{name}.weight"]
     head = head_features(
@@ -228,7 +232,7 @@ def _solve(network: Network, node: fx.Node) -> Layer:
         for relu, mask in solved.masks.items():
             network.correct(relu, mask)
     network.take(node, solved.raw, solved.value, solved.threshold)
-    kind = "linear" if all(use.geometry.kernel == (1, 1) for use in uses) else "convolution"
+    kind = "linear" if len(network.shape(node)) == 2 else "convolution"
     return Layer(
         name=node.name, place=place(node), used_by=tuple(use.name for use in uses), kind=kind,
         unknowns=solved.unknowns, equations=solved.equations, rank=solved.rank,

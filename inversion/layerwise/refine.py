@@ -67,16 +67,17 @@ def _linearised(use: Use, u: Tensor) -> Equations:
     norm of its right side, so that one pass of the convolution serves all three.
     """
     bn, geometry, weight, shape = use.batchnorm, use.geometry, use.weight, u.shape
-    assert bn is not None
     trusted = per_channel(use.trusted)
-    _, slope = bn.constants(use.arriving * use.mask)
+    zeros = weight.new_zeros(len(weight))
+    mean = zeros if bn is None or not bn.coupled else bn.mean  # others do not say their mean
+    slope = zeros if bn is None or not bn.coupled else bn.constants(use.arriving * use.mask)[1]
     slope, signal = per_channel(slope) * trusted, use.signal(u) * trusted
     z = geometry.forward(u, weight)
     positions = z.numel() // z.shape[1]
     of_gradient, of_mean, of_outputs = (
-        inverse_square(t) ** 0.5 for t in (use.gradient, bn.mean, use.output * use.known)
+        inverse_square(t) ** 0.5 for t in (use.gradient, mean, use.output * use.known)
     )
-    sizes = [use.gradient.numel(), len(bn.mean), z.numel()]
+    sizes = [use.gradient.numel(), len(mean), z.numel()]
 
     def stacked(gradient: Tensor, mean: Tensor, output: Tensor) -> Tensor:
         parts = (of_gradient * gradient, of_mean * mean, of_outputs * output)
@@ -96,5 +97,5 @@ def _linearised(use: Use, u: Tensor) -> Equations:
         moved = moved - slope * geometry.forward(u, gradient)
         return geometry.backward(signal, gradient, shape) + geometry.backward(moved, weight, shape)
 
-    target = stacked(use.left_over(u), bn.mean - z.mean((0, 2, 3)), (use.output - z) * use.known)
+    target = stacked(use.left_over(u), mean - z.mean((0, 2, 3)), (use.output - z) * use.known)
     return Equations(forward, transpose, target, 1.0)

@@ -58,8 +58,8 @@ def solve_tensor(
 ) -> Solved:
     """Solve for the tensor u of this shape (B, I, H, W) that the convolutions `uses` take.
 
-    rectified: u is 0 or positive, as behind a ReLU. near: for a search among the entries near the
-    threshold, in train mode.
+    rectified: u is 0 or positive, as behind a ReLU. near: what the ReLUs behind were solved for;
+    an entry of a mask that stands clear of its threshold is not turned over.
     """
     if not any(use.coupled for use in uses):
         found = _solve_plain(uses, shape, entries, near)
@@ -70,23 +70,23 @@ def solve_tensor(
     kept = Rectified(found.u, found.u, 0.0)
     if rectified and _has_offset(uses):  # nothing is negative then: the error is known otherwise
         scatter = OFFSET_DEPTH * found.squared_error**0.5 / found.u.numel() ** 0.5
-        kept = rectify(found.u, max(OFFSET_FLOOR, scatter / found.u.max().item()))
+        kept = rectify(found.u, max(OFFSET_FLOOR, scatter / max(found.u.max().item(), 1e-300)))
     elif rectified:
         kept = rectify(found.u)
     solution = found.solution
     return Solved(
-        found.u,
-        kept.value,
-        kept.threshold,
-        {use.relu: use.mask for use in found.uses if use.relu is not None},
-        solution.unknowns,
-        solution.equations,
-        solution.rank,
-        solution.condition,
-        found.residual,
-        found.expected_error,
-        found.flips,
-        found.certified,
+        raw=found.u,
+        value=kept.value,
+        threshold=kept.threshold,
+        masks={use.relu: use.mask for use in found.uses if use.relu is not None},
+        unknowns=solution.unknowns,
+        equations=solution.equations,
+        rank=solution.rank,
+        condition=solution.condition,
+        residual=found.residual,
+        expected_error=found.expected_error,
+        flips=found.flips,
+        certified=found.certified,
     )
 
 
@@ -130,13 +130,14 @@ def _solve_by_outputs(
 
     For maps whose positions are fewer than the channels.
     """
-    searched, flips = [], 0
+    masks: dict[str, Tensor] = {}
+    flips = 0
     for use in uses:
-        if use.coupled and use.relu is not None:
+        if use.coupled and use.relu is not None and use.relu not in masks:
             doubtful = doubtful_entries(use, near)
-            mask, changed = search_mask(use, doubtful, 2 * use.accuracy.certified)
-            use, flips = with_mask(use, mask), flips + changed
-        searched.append(use)
+            masks[use.relu], changed = search_mask(use, doubtful, 2 * use.accuracy.certified)
+            flips += changed
+    searched = [with_mask(use, masks[use.relu]) if use.relu in masks else use for use in uses]
 
     def solve(changed: Sequence[Use], _: Tensor | None) -> Found:
         return _from_outputs(changed, shape, rectified=rectified)
@@ -146,7 +147,10 @@ def _solve_by_outputs(
 
 
 def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool) -> Found:
-    """Solve with the outputs that the gradients give, and twice more with those of the solution."""
+    """Solve with the outputs that the gradients give, and twice more with the solution's signals.
+
+    Then the outputs that were known before are the only ones that count as equations.
+    """
     outputs = [outputs_from_gradient(use) if use.coupled else None for use in uses]
     terms = [
         use.term(use.signal()) if o is None else use.term(o.signal, o.z)
@@ -155,14 +159,15 @@ def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool)
     if _has_offset(uses) and rectified:
         solution = solve_gradients(terms, shape, _cut(uses), use_outputs=False)
         offset = common_offset(solution.u, [use for use in uses if use.coupled])
-        if offset.unique:  # the means say what the gradients leave open
+        common = shape[1] * shape[2] * shape[3]  # numbers that the means can say
+        if offset.unique and solution.rank >= solution.unknowns - common:
             solution = replace(solution, rank=solution.unknowns)
         return Found(uses, offset.u, solution, offset_error=offset.error)
     solution = solve_gradients(terms, shape, _cut(uses))
     for _ in range(2):
         u = rectify(solution.u).value if rectified else solution.u
         z = [_output(use, u) for use in uses]
-        terms = [use.term(use.signal_at(o), o) for use, o in zip(uses, z, strict=True)]
+        terms = [use.term(use.signal_at(o)) for use, o in zip(uses, z, strict=True)]
         solution = solve_gradients(terms, shape, _cut(uses))
     return Found(uses, solution.u, solution)
 
