@@ -1,4 +1,4 @@
-"""What several processes do whose end is watched; torch is all it imports, as it is started often.
+"""What processes do in tests that watch how they end; it imports little, since it is started often.
 
 python -m tests.endings FILE URL: two processes that wait.
 """
