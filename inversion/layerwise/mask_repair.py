@@ -41,6 +41,8 @@ class Found:
     flips: int = 0
     #: Norm of the error of the part that all images share, where that was found by itself.
     offset_error: float = 0.0
+    #: Whether that is the only one by the zeros of u alone (`Offset.rests_on_zeros`).
+    rests_on_zeros: bool = False
 
     @property
     def residual(self) -> float:

@@ -12,7 +12,7 @@ from inversion.layerwise.use import Use
 
 #: Share of the largest number below which an offset counts as zero.
 ZERO = 1e-6
-#: `Offset.distance` below which there are several solutions.
+#: Distance, in units of a column's norm, up to which there are several solutions.
 SEVERAL = 1e-7
 
 
@@ -22,8 +22,10 @@ class Offset:
 
     #: (B, I, H, W).
     u: Tensor
-    #: Whether no other part meets the means.
+    #: Whether no other part with the same zeros meets the means.
     unique: bool
+    #: Whether one with fewer zeros does: the zeros must then be borne out by other equations.
+    rests_on_zeros: bool
     #: Bound of the norm of its error, from what it leaves of the means.
     error: float
 
@@ -35,9 +37,11 @@ def common_offset(u: Tensor, uses: Sequence[Use]) -> Offset:
     e ≥ 0; the batch's mean at the convolutions behind says W∗(mean(u) + e) = μ: non-negative least
     squares M e = t (Lawson & Hanson, 1974).
 
-    Where M has fewer rows than columns, e is unique if no v ≠ 0 with M v = 0 is non-negative where
-    e is 0. The least ‖M v‖ over such v of Σ v = 1 there, v free elsewhere, tells that, and by how
-    much an error of t can move e: ‖δe‖₁ ≤ ‖δt‖ / that distance on the zeros.
+    With its zeros given, e is unique if the other columns of M are independent. It is unique without
+    that if no v ≠ 0 with M v = 0 is non-negative where e is 0. The least ‖M v‖ over such v, with
+    Σ v = 1 there and v free elsewhere, tells that, and by how much an error of t can move e:
+    ‖δe‖₁ ≤ ‖δt‖ / that distance on the zeros. A part with fewer zeros would switch entries of the
+    tensor on, which the gradients before it contradict.
     """
     u = u - u.amin(0, keepdim=True)
     shape, mean = u.shape[1:], u.mean(0, keepdim=True)
@@ -52,33 +56,35 @@ def common_offset(u: Tensor, uses: Sequence[Use]) -> Offset:
     try:
         found, left = nnls(matrix, target, maxiter=20 * shape.numel())
         zero = found <= ZERO * max(found.max(), u.max().item())
-        distance = _distance(matrix[:, zero], matrix[:, ~zero])
+        least, distance = _distances(matrix[:, zero], matrix[:, ~zero])
     except (RuntimeError, ValueError):  # it does not arrive, or meets infinite numbers
-        return Offset(u, False, u.norm().item())
+        return Offset(u, False, False, u.norm().item())
     size = float(np.linalg.norm(matrix, axis=0).mean())
     u = u + torch.from_numpy(found).to(u).reshape(1, *shape)
-    error = len(u) ** 0.5 * float(left) / (size * max(distance, 1e-300))
-    return Offset(u, distance > SEVERAL, error)
+    rests_on_zeros = distance <= SEVERAL
+    nearest = least if rests_on_zeros else min(least, distance)
+    error = len(u) ** 0.5 * float(left) / (size * max(nearest, 1e-300))
+    return Offset(u, least > SEVERAL, rests_on_zeros, error)
 
 
-def _distance(zero: np.ndarray, free: np.ndarray) -> float:
-    """Return the least ‖Z v + F w‖ over v ≥ 0 with Σ v = 1 and any w, in units of a column's norm.
+def _distances(zero: np.ndarray, free: np.ndarray) -> tuple[float, float]:
+    """Return the least ‖F w‖ over ‖w‖ = 1, and ‖Z v + F w‖ over v ≥ 0 with Σ v = 1 and any w.
 
-    0 where the columns F are dependent, since then w alone can move. By non-negative least squares
-    on what is left of Z outside the column space of F, with a row of ones for the sum.
+    In units of a column's norm; the second by non-negative least squares on what is left of Z
+    outside the column space of F, with a row of ones for the sum.
     """
     size = float(np.linalg.norm(np.hstack([zero, free]), axis=0).mean())
     if free.shape[1]:
         basis, triangle = np.linalg.qr(free)
         least = float(np.linalg.svd(triangle, compute_uv=False)[-1]) / size
-        if free.shape[1] > free.shape[0] or least < SEVERAL:
-            return 0.0
+        if free.shape[1] > free.shape[0] or least <= SEVERAL:
+            return 0.0, 0.0
         zero = zero - basis @ (basis.T @ zero)
     else:
         least = np.inf
     if not zero.shape[1]:
-        return least
+        return least, np.inf
     rows = np.vstack([zero / size, np.ones(zero.shape[1])])
     shares, _ = nnls(rows, np.append(np.zeros(len(zero)), 1.0), maxiter=20 * zero.shape[1])
     moved = zero @ shares / max(float(shares.sum()), 1e-300)
-    return min(least, float(np.linalg.norm(moved)) / size)
+    return least, float(np.linalg.norm(moved)) / size

@@ -56,6 +56,9 @@ class Layer:
     flips: int
     certified: bool
     seconds: float
+    #: Whether other solutions with fewer zeros exist, so that the certificate needs the next
+    #: tensor's, whose equations see these zeros.
+    rests_on_zeros: bool = False
 
 
 @dataclass
@@ -109,6 +112,21 @@ def peel(
     `stopped` says it.
     """
     peeled = Peeled(network)
+    _peel(peeled, y, label_smoothing, clipped=clipped, on_layer=on_layer)
+    _withdraw(peeled)
+    return peeled
+
+
+def _peel(
+    peeled: Peeled,
+    y: Tensor,
+    label_smoothing: float,
+    *,
+    clipped: bool,
+    on_layer: Callable[[Layer], bool],
+) -> None:
+    """Walk, and write down every tensor's certificate and why the walk ended."""
+    network = peeled.network
     try:
         y = y.to(next(network.twin.parameters()).device)
         for layer in _walk(network, y, label_smoothing, clipped=clipped):
@@ -118,12 +136,24 @@ def peel(
             elif not layer.certified:
                 peeled.stopped = _reason(layer)
             if peeled.stopped:
-                return peeled
+                return
     except StoppedError as reason:
         peeled.stopped = str(reason)
     except torch.linalg.LinAlgError as error:  # such as numbers that overflow
         peeled.stopped = f"a system cannot be solved: {' '.join(str(error).split())[:160]}"
-    return peeled
+
+
+def _withdraw(peeled: Peeled) -> None:
+    """Withdraw the certificate of a tensor that rests on its zeros, if none before bears them out.
+
+    The next tensor's equations contain the mask of this one, so that its certificate does.
+    """
+    layers = peeled.layers
+    for number, layer in enumerate(layers):
+        borne_out = number + 1 < len(layers) and layers[number + 1].certified
+        if layer.certified and layer.rests_on_zeros and not borne_out:
+            layers[number] = replace(layer, certified=False)
+            peeled.stopped += f"; that spoils {layer.name}, whose zeros nothing bears out"
 
 
 def _walk(network: Network, y: Tensor, label_smoothing: float, *, clipped: bool) -> Iterator[Layer]:
@@ -238,7 +268,7 @@ def _solve(network: Network, node: fx.Node) -> Layer:
         unknowns=solved.unknowns, equations=solved.equations, rank=solved.rank,
         condition=solved.condition, residual=solved.residual,
         expected_error=expected_error, flips=solved.flips, certified=certified,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start, rests_on_zeros=solved.rests_on_zeros,
     )  # fmt: skip
 
 

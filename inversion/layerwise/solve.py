@@ -51,6 +51,8 @@ class Solved:
     #: Whether its rank is full, its residual as small as the gradient's error allows, and the
     #: expected error small.
     certified: bool
+    #: Whether other solutions with fewer zeros exist, which the tensors before must rule out.
+    rests_on_zeros: bool
 
 
 def solve_tensor(
@@ -87,6 +89,7 @@ def solve_tensor(
         expected_error=found.expected_error,
         flips=found.flips,
         certified=found.certified,
+        rests_on_zeros=found.rests_on_zeros,
     )
 
 
@@ -162,7 +165,10 @@ def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool)
         common = shape[1] * shape[2] * shape[3]  # numbers that the means can say
         if offset.unique and solution.rank >= solution.unknowns - common:
             solution = replace(solution, rank=solution.unknowns)
-        return Found(uses, offset.u, solution, offset_error=offset.error)
+        return Found(
+            uses, offset.u, solution, offset_error=offset.error,
+            rests_on_zeros=offset.rests_on_zeros,
+        )  # fmt: skip
     solution = solve_gradients(terms, shape, _cut(uses))
     for _ in range(2):
         u = rectify(solution.u).value if rectified else solution.u
