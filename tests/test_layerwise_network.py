@@ -355,26 +355,31 @@ def test_certified_tensors_are_as_exact_as_is_expected(noise, certainty, least):
     assert certified >= least
 
 
-def test_a_common_part_that_is_wrong_is_not_certified():
-    """Three images leave a part open that few means do not say; the tensor before shows it."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
-        nn.Conv2d(24, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES),
-    ).double()  # fmt: skip
-    x, y = batch(3, 4)
-    values, _, gradient, measured = true_tensors(model, x, y, train_mode=True)
-    network = network_of(
-        model, 3, (3, 4, 4), gradient, train_mode=True, statistics=measured,
-        accuracy=dict.fromkeys(gradient, Accuracy(1e-10)),
-    )  # fmt: skip
-    found = peel(network, y)
-    by_name = {layer.name: layer for layer in found.layers}
-    tensor = found.tensors()["_2"]
-    assert (tensor - values["_2"]).norm() > 1e-3 * values["_2"].norm()
-    assert by_name["_2"].rests_on_zeros
-    assert by_name["_2"].rank == by_name["_2"].unknowns
-    assert not by_name["_2"].certified
-    assert "_2, whose zeros nothing bears out" in found.stopped
-    assert [node.name for node in found.frontier()] == ["_7"]
+def test_a_common_part_counts_if_the_tensor_before_bears_its_zeros_out():
+    """Three images leave a part open that 24 means do not say alone, and is found now and then."""
+    found = {True: 0, False: 0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.Conv2d(24, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, CLASSES),
+        ).double()  # fmt: skip
+        x, y = batch(3, 4)
+        values, _, gradient, measured = true_tensors(model, x, y, train_mode=True)
+        network = network_of(
+            model, 3, (3, 4, 4), gradient, train_mode=True, statistics=measured,
+            accuracy=dict.fromkeys(gradient, Accuracy(1e-10)),
+        )  # fmt: skip
+        peeled = peel(network, y)
+        layer = next(layer for layer in peeled.layers if layer.name == "_2")
+        assert layer.rests_on_zeros
+        assert layer.rank == layer.unknowns == 288
+        off = (peeled.tensors()["_2"] - values["_2"]).norm() / values["_2"].norm()
+        right = off.item() < 1e-9
+        assert layer.certified == right
+        assert ("_2, whose zeros nothing bears out" in peeled.stopped) != right
+        assert [node.name for node in peeled.frontier()] == (["input_1"] if right else ["_7"])
+        found[right] += 1
+    assert found[True] > 0
+    assert found[False] > 0

@@ -37,8 +37,8 @@ def common_offset(u: Tensor, uses: Sequence[Use]) -> Offset:
     e ≥ 0; the batch's mean at the convolutions behind says W∗(mean(u) + e) = μ: non-negative least
     squares M e = t (Lawson & Hanson, 1974).
 
-    With its zeros given, e is unique if the other columns of M are independent. It is unique without
-    that if no v ≠ 0 with M v = 0 is non-negative where e is 0. The least ‖M v‖ over such v, with
+    With its zeros given, e is unique if the other columns of M are independent. Without that, it is
+    if no v ≠ 0 with M v = 0 is non-negative where e is 0. The least ‖M v‖ over such v, with
     Σ v = 1 there and v free elsewhere, tells that, and by how much an error of t can move e:
     ‖δe‖₁ ≤ ‖δt‖ / that distance on the zeros. A part with fewer zeros would switch entries of the
     tensor on, which the gradients before it contradict.
