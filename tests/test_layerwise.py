@@ -553,7 +553,7 @@ def test_all_coupled_equations_together_give_the_input(with_entries):
     u = rectified(3, 4, 6, 6)
     use, _ = use_of(u, 8, train=True)
     assert use.arriving.numel() > 8**2
-    entries = ((u > 0.5).double(), u) if with_entries else None
+    entries = ((u > 0.5).double() if with_entries else torch.zeros_like(u), u)
     start = u + 0.05 * numbers(*u.shape, seed=3)
     found = refine_coupled([use], start, entries)
     assert use.residual(found) < 1e-6 < use.residual(start)

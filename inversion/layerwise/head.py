@@ -69,8 +69,9 @@ def head_features(
     network is sure of its labels, `search` looks for the solution instead.
 
     A client that clips multiplies each image's part by an unknown factor s ≤ 1 (the same for all,
-    if it clips the batch). Where `clipped`, they follow from the bias's gradient, ∂L/∂b = A s, and
-    A diag(s) takes the place of A. Elsewhere ∂L/∂b = A 1 tells a right solution from wrong ones.
+    if it clips the batch). Where `clipped`, they follow from the bias's gradient, which is needed
+    then, ∂L/∂b = A s, and A diag(s) takes the place of A. Elsewhere ∂L/∂b = A 1 tells a right
+    solution from wrong ones.
 
     A has rank B for distinct labels and B ≤ K − 1 (the rows of P − Y sum to 0). Otherwise the
     features are those of the least norm, with a rank below B. A has B² unknowns, P (K − 1) B
@@ -85,7 +86,6 @@ def head_features(
     smooth = (1 - label_smoothing) * labels + label_smoothing / classes
     offset = weight.new_zeros(classes) if bias is None else bias
     given = HeadGradient(weight, offset, weight_gradient, bias_gradient, smooth)
-    clipped = clipped and bias_gradient is not None
     uniform = torch.softmax(offset, 0).expand(count, classes)
     found = _solve(given, [uniform, *_starts(labels)], clipped=clipped, tolerance=tolerance)
     if error == 0:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,10 +45,15 @@ class Found:
     #: Whether that is the only one by the zeros of u alone (`Offset.rests_on_zeros`).
     rests_on_zeros: bool = False
 
+    @cached_property
+    def residuals(self) -> list[float]:
+        """The relative residual of every use's gradient."""
+        return [use.residual(self.u) for use in self.uses]
+
     @property
     def residual(self) -> float:
         """Return the largest relative residual of a gradient."""
-        return max(use.residual(self.u) for use in self.uses)
+        return max(self.residuals)
 
     @property
     def expected_error(self) -> float:
@@ -55,13 +61,13 @@ class Found:
         error = (self.squared_error + self.offset_error**2) ** 0.5
         return error / max(self.u.norm().item(), 1e-300)
 
-    @property
+    @cached_property
     def squared_error(self) -> float:
         """Return the squared norm of u's error that the equations' errors cause on average.
 
         Estimated from what u leaves of them, and from the gradients' own errors.
         """
-        left = sum(use.residual(self.u) ** 2 for use in self.uses)
+        left = sum(residual**2 for residual in self.residuals)
         allowed = sum(use.accuracy.error**2 for use in self.uses)
         square = self.solution.gradients.squared_error(left, allowed)
         if self.solution.outputs is not None:
@@ -73,13 +79,19 @@ class Found:
     @property
     def certified(self) -> bool:
         """Whether every number is determined, and the gradients explained, as well as need be."""
-        explained = all(use.residual(self.u) <= use.accuracy.certified for use in self.uses)
+        explained = all(
+            residual <= use.accuracy.certified
+            for use, residual in zip(self.uses, self.residuals, strict=True)
+        )
         return self.solution.determined and explained and self.expected_error <= MOST_ERROR
 
     @property
     def suspicious(self) -> bool:
         """Whether a gradient is explained so badly that a mask may be wrong."""
-        return any(use.residual(self.u) > use.accuracy.suspicious for use in self.uses)
+        return any(
+            residual > use.accuracy.suspicious
+            for use, residual in zip(self.uses, self.residuals, strict=True)
+        )
 
 
 def with_mask(use: Use, mask: Tensor) -> Use:
@@ -131,9 +143,9 @@ def _agreeing(found: Found, solve: Callable[[Sequence[Use], Tensor | None], Foun
     for _ in range(LEFT_OUT):
         uses = [
             replace(use, trusted=use.trusted * (1 - doubted_channels(use.left_over(found.u))))
-            if use.residual(found.u) > use.accuracy.suspicious
+            if residual > use.accuracy.suspicious
             else use
-            for use in found.uses
+            for use, residual in zip(found.uses, found.residuals, strict=True)
         ]
         found = solve(uses, found.u)
         if not found.solution.determined or not found.suspicious:

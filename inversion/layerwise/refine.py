@@ -15,6 +15,8 @@ from inversion.layerwise.least_squares import (
 )
 from inversion.layerwise.use import Use
 
+#: Rounds of Gauss–Newton, and steps of conjugate gradients in each, at most.
+ROUNDS, STEPS = 8, 150
 #: Relative change of the tensor at which Gauss–Newton has arrived.
 SETTLED = 1e-8
 #: How well each round solves its linear equations: as well as the next residual will be, which
@@ -25,10 +27,7 @@ LOOSEST, SHARPENING, TIGHTEST = 1e-2, 0.1, 1e-7
 def refine_coupled(
     uses: Sequence[Use],
     u: Tensor,
-    entries: tuple[Tensor, Tensor] | None,
-    *,
-    rounds: int = 8,
-    steps: int = 150,
+    entries: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Improve u (B, I, H, W) on all equations of its coupled convolutions by Gauss–Newton.
 
@@ -37,17 +36,16 @@ def refine_coupled(
     solves the linearised equations by conjugate gradients.
     """
     history = [_worst(uses, u)]
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         equations = [_linearised(use, u) for use in uses]
-        if entries is not None and bool(entries[0].any()):
-            known, value = entries
-            whole = known_entries(known, value)
+        if bool(entries[0].any()):
+            whole = known_entries(*entries)
             moved = whole.target - whole.forward(u)
             equations.append(Equations(whole.forward, whole.transpose, moved, whole.weight))
         terms = [use.term(use.signal(u)) for use in uses]
         tolerance = min(LOOSEST, max(TIGHTEST, SHARPENING * history[-1]))
         step = conjugate_gradients(
-            equations, torch.zeros_like(u), steps, tolerance, preconditioner(terms, u.shape)
+            equations, torch.zeros_like(u), STEPS, tolerance, preconditioner(terms, u.shape)
         )
         u = u + step
         history.append(_worst(uses, u))
@@ -69,8 +67,9 @@ def _linearised(use: Use, u: Tensor) -> Equations:
     bn, geometry, weight, shape = use.batchnorm, use.geometry, use.weight, u.shape
     trusted = per_channel(use.trusted)
     zeros = weight.new_zeros(len(weight))
-    mean = zeros if bn is None or not bn.coupled else bn.mean  # others do not say their mean
-    slope = zeros if bn is None or not bn.coupled else bn.constants(use.arriving * use.mask)[1]
+    mean, slope = zeros, zeros  # the client says the mean at coupled outputs alone
+    if bn is not None and use.coupled:
+        mean, slope = bn.mean, bn.constants(use.arriving * use.mask)[1]
     slope, signal = per_channel(slope) * trusted, use.signal(u) * trusted
     z = geometry.forward(u, weight)
     positions = z.numel() // z.shape[1]
