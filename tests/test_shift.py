@@ -5,14 +5,15 @@ import torch
 from torch.nn.functional import max_pool2d
 from torch.nn.grad import conv2d_weight
 
+from inversion.layerwise.shift.factors import shift_factors
 from inversion.layerwise.shift.gauge import (
-    gauge_by_nonnegativity,
     gauge_by_signals,
     least_squares,
     match_to_signals,
 )
+from inversion.layerwise.shift.nonnegative import gauge_by_nonnegativity
 from inversion.layerwise.shift.repair import repair_masks
-from inversion.layerwise.shift.routing import routing_masks, shift_factors
+from inversion.layerwise.shift.routing import routing_masks
 from inversion.layerwise.shift.taps import (
     inputs_for,
     outputs_for,

@@ -67,3 +67,20 @@ class BatchNorm:
         assert z is not None
         constant, slope = self.constants(dy)
         return constant - per_channel(slope) * (z - per_channel(self.mean))
+
+    def output_signal(self, dz: Tensor, z: Tensor) -> Tensor:
+        """Return ∂L/∂y from ∂L/∂z and the input z, the inverse of `signal`; (B, C, h, w) each.
+
+        0 in channels that the layer scales by 0, of which nothing is known.
+        """
+        scale = torch.where(self.scale == 0, torch.full_like(self.scale, torch.inf), self.scale)
+        dy = dz / per_channel(scale)
+        if not self.coupled:
+            return dy
+        assert self.weight_gradient is not None
+        assert self.bias_gradient is not None
+        count = z.numel() // z.shape[1]
+        centred = (z - per_channel(self.mean)) * per_channel((self.var + self.eps).rsqrt())
+        return dy + per_channel(self.bias_gradient / count) + centred * per_channel(
+            self.weight_gradient / count
+        )

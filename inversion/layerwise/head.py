@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inversion.layerwise.head_search import HeadGradient, search
-from inversion.layerwise.least_squares import least_norm
+from inversion.layerwise.least_squares import disturbed, least_norm
 
 #: Rounds of the fixed point, and the change of a probability at which it has arrived.
 ROUNDS, ARRIVED = 300, 1e-14
@@ -152,10 +152,7 @@ def _head(given: HeadGradient, signal: Tensor) -> Head:
 def _disturbed(given: HeadGradient, error: float) -> HeadGradient:
     """Add random numbers of this norm, relative to the gradient's, to the gradient."""
     generator = torch.Generator().manual_seed(0)
-
-    def disturbed(g: Tensor) -> Tensor:
-        noise = torch.randn(g.shape, generator=generator, dtype=g.dtype).to(g)
-        return g + error * g.norm() / noise.norm() * noise
-
-    of_bias = None if given.of_bias is None else disturbed(given.of_bias)
-    return replace(given, of_weight=disturbed(given.of_weight), of_bias=of_bias)
+    of_bias = given.of_bias
+    if of_bias is not None:
+        of_bias = disturbed(of_bias, error, generator)
+    return replace(given, of_weight=disturbed(given.of_weight, error, generator), of_bias=of_bias)

@@ -17,6 +17,12 @@ def least_norm(matrix: Tensor, target: Tensor) -> Tensor:
     return found.to(matrix)
 
 
+def disturbed(g: Tensor, error: float, generator: torch.Generator) -> Tensor:
+    """Add random numbers to a tensor, whose norm is `error` of the tensor's."""
+    noise = torch.randn(g.shape, generator=generator, dtype=g.dtype).to(g)
+    return g + error * g.norm() / noise.norm() * noise
+
+
 @dataclass(frozen=True)
 class Propagation:
     """Says how errors of equations A x = b become errors of the x that solves them best.

@@ -126,6 +126,19 @@ class Network:
         with torch.no_grad():
             return self.evaluate(node, [value for value in inputs if value is not None])
 
+    def following(self) -> dict[fx.Node, Tensor]:
+        """Return every tensor's value that was recovered or follows from what was."""
+        found: dict[fx.Node, Tensor] = {}
+        for node in self.nodes:
+            inputs = [found.get(source) for source in self.inputs(node)]
+            given = [value for value in inputs if value is not None]
+            if node in self.values:
+                found[node] = self.values[node]
+            elif inputs and len(given) == len(inputs):
+                with torch.no_grad():
+                    found[node] = self.evaluate(node, given)
+        return found
+
     def known(self, node: fx.Node) -> Known:
         """Return which entries of a tensor are known, from its value or from what it became."""
         value = self.value(node)
@@ -186,9 +199,9 @@ class Network:
 
     def uses(self, node: fx.Node) -> list[Use]:
         """Return what the convolutions and linear layers that take a tensor say about it."""
-        return [self._use(user) for user in self.users(node) if operation_name(user) in WEIGHTED]
+        return [self.use(user) for user in self.users(node) if operation_name(user) in WEIGHTED]
 
-    def _use(self, node: fx.Node) -> Use:
+    def use(self, node: fx.Node) -> Use:
         """Return what one convolution or linear layer says about the tensor that it takes."""
         module, name = self.module(node), str(node.target)
         if f"{name}.weight" not in self.gradient:
@@ -266,6 +279,12 @@ class Network:
         for copied in list(self.values):
             if copied is not node and self.original(copied) is node:
                 self.values[copied] = self.values[node].reshape(self.shape(copied))
+
+    def rectified(self, node: fx.Node) -> bool:
+        """Tell whether a tensor is a ReLU's output, or a pooling or copy of one."""
+        while operation_name(node) in COPIES | MAXIMA | AVERAGES and node.op != "placeholder":
+            node = self.inputs(node)[0]
+        return operation_name(node) in RELUS
 
     def relu_behind(self, node: fx.Node) -> fx.Node | None:
         """Return the ReLU that a tensor goes to, through additions alone, or None."""

@@ -202,7 +202,7 @@ def _solve_head(
     )  # fmt: skip
     (source,) = network.inputs(output)
     features, threshold = head.features, 0.0
-    if is_rectified(network, source):
+    if network.rectified(source):
         kept = rectify(features)
         features, threshold = kept.value, kept.threshold
     network.take(source, head.features[..., None, None], features, threshold)
@@ -235,13 +235,6 @@ def _allow_for_noise(network: Network, gradient: Tensor, count: int) -> None:
             network.accuracy[parameter] = replace(of, noise=max(of.noise, noise))
 
 
-def is_rectified(network: Network, node: fx.Node) -> bool:
-    """Tell whether a tensor is a ReLU's output, or a pooling or copy of one."""
-    while operation_name(node) in COPIES | MAXIMA | AVERAGES and node.op != "placeholder":
-        node = network.inputs(node)[0]
-    return operation_name(node) in RELUS
-
-
 def _solve(network: Network, node: fx.Node) -> Layer:
     """Solve for one tensor and take over what was found, masks behind it included."""
     start = time.perf_counter()
@@ -253,7 +246,7 @@ def _solve(network: Network, node: fx.Node) -> Layer:
         uses,
         shape,
         (known.reshape(shape), value.reshape(shape)),
-        rectified=is_rectified(network, node),
+        rectified=network.rectified(node),
         near=near,
     )
     expected_error = math.hypot(solved.expected_error, network.signal_error)

@@ -17,10 +17,6 @@ MOST_ENUMERATED = 10
 SAMPLE = 3000
 #: Rows on which every pattern of bits is scored, and how many of the best patterns are refined.
 SCORED, REFINED = 300, 8
-#: Linear programmes that look for edges of the cone, at most.
-MOST_PROGRAMMES = 100
-#: An edge of the cone counts as one image's if it has more than this share of the most zeros.
-PURE = 0.75
 
 
 def bit_distance(numbers: Tensor) -> Tensor:
@@ -37,37 +33,13 @@ def gauge_by_signals(outputs: Tensor, routed: Tensor) -> Tensor:
     0 or 1. Beyond, a linear programme seeks w with 0 ≤ rows · w ≤ 1 and the largest mean. Both are
     refined by least squares on the rounded numbers. Where nothing fits, W is arbitrary.
     """
-    white, mixing = _whitened(outputs)
+    white, mixing = whitened(outputs)
     search = _by_enumeration if outputs.shape[2] <= MOST_ENUMERATED else _by_box
     columns = [
         search(rows) if len(rows) >= white.shape[1] else white.new_zeros(white.shape[1])
         for rows in (_strong_rows(white, image) for image in routed)
     ]
     return torch.linalg.solve_triangular(mixing, torch.stack(columns, 1), upper=True)
-
-
-def gauge_by_nonnegativity(inputs: Tensor) -> Tensor:
-    """Return W (B, B) with which the inputs of every image are ≥ 0, in any order of the images.
-
-    inputs: (h·w, B, I), outputs of a ReLU up to one B×B matrix: W⁻¹ inputs is each image's input
-    up to a positive factor and the order of images. No signal is needed. A column of W⁻ᵀ is an
-    edge of the cone {v: v · x ≥ 0 for all rows x}; linear programmes (HiGHS) with random objectives
-    find edges, and those on which many rows are 0 are kept: a ReLU's zeros. Where fewer than B
-    are found in MOST_PROGRAMMES, directions orthogonal to them stand for the rest.
-    """
-    batch = inputs.shape[1]
-    if batch == 1:
-        return inputs.new_ones(1, 1) * inputs.sum().sign()
-    white, mixing = _whitened(inputs.transpose(1, 2))
-    norms = torch.linalg.vector_norm(white, dim=1, keepdim=True)
-    keep = norms[:, 0] > 1e-2 * norms.max()
-    edges = _edges(white[keep] / norms[keep])
-    found = _independent(edges, white)
-    if len(found) < batch:
-        found = torch.cat([found, _complement(found)])
-    found = found * (white.sum(0) @ found.mT).sign()[:, None]
-    functionals = torch.linalg.solve_triangular(mixing, found.mT, upper=True)
-    return torch.linalg.inv(functionals).mT
 
 
 def match_to_signals(outputs: Tensor, gauge: Tensor, routed: Tensor) -> Tensor:
@@ -79,7 +51,7 @@ def match_to_signals(outputs: Tensor, gauge: Tensor, routed: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment
 
-    white, mixing = _whitened(outputs)
+    white, mixing = whitened(outputs)
     mixed, factors, costs = mixing @ gauge, [], []
     rows = [_strong_rows(white, image) for image in routed]
     for image in rows:
@@ -94,7 +66,7 @@ def match_to_signals(outputs: Tensor, gauge: Tensor, routed: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(mixing, torch.stack(columns, 1), upper=True)
 
 
-def _whitened(values: Tensor) -> tuple[Tensor, Tensor]:
+def whitened(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows (n, B) of `values` (…, B) times R⁻¹, with orthonormal columns, and R."""
     return torch.linalg.qr(values.reshape(-1, values.shape[-1]))
 
@@ -166,7 +138,7 @@ def _by_box(rows: Tensor) -> Tensor:
     sample = _sampled(rows, SAMPLE)
     best = (float("inf"), rows.new_zeros(rows.shape[1]))
     for slack in (1e-4, 1e-3, 1e-2, 1e-1):
-        solution = _linear_programme(sample.mean(0), sample, -slack, 1 + slack)
+        solution = linear_programme(sample.mean(0), sample, -slack, 1 + slack)
         if solution is None:
             continue
         functional = _refined(sample, solution)
@@ -177,7 +149,7 @@ def _by_box(rows: Tensor) -> Tensor:
     return _refined(rows, best[1])
 
 
-def _linear_programme(
+def linear_programme(
     objective: Tensor, rows: Tensor, lower: float, upper: float, unit: Tensor | None = None
 ) -> Tensor | None:
     """Maximise objective · w for lower ≤ rows · w ≤ upper [and unit · w = 1]; None on failure."""
@@ -198,70 +170,3 @@ def _linear_programme(
     if answer.status != 0:
         return None
     return torch.from_numpy(answer.x).to(rows)
-
-
-def _edges(rows: Tensor) -> list[tuple[float, Tensor]]:
-    """Find edges of the cone {w: rows · w ≥ 0} with many zeros: the share of zeros, unit w (B,).
-
-    Objectives are drawn orthogonal to the edges with nearly the most zeros. Other edges may mix
-    images: then only where all of these are 0 are they. With B edges but some of them mixed, B
-    more programmes are tried.
-    """
-    batch = rows.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    mean = rows.mean(0)
-    edges: list[tuple[float, Tensor]] = []
-    slack, spare = 1e-4, batch
-    for _ in range(MOST_PROGRAMMES):
-        most = max((share for share, _ in edges), default=0.0)
-        pure = _independent([edge for edge in edges if edge[0] > PURE * most], rows)
-        if len(pure) == batch or spare == 0:
-            break
-        spare -= len(_independent(edges, rows)) == batch
-        free = _complement(pure)
-        draw = torch.randn(len(free), generator=generator, dtype=rows.dtype).to(rows.device)
-        order = torch.randperm(len(rows), generator=generator)[:SAMPLE].to(rows.device)
-        solution = _linear_programme(
-            draw @ free, rows[order], -slack, float("inf"), mean / mean.square().sum()
-        )
-        if solution is None:  # noise above the slack
-            slack *= 1.5
-            continue
-        share, edge = _on_zeros(rows, solution, max(1e-3, 3 * slack))
-        if share > 0.02 and all((edge @ other).abs() < 1 - 1e-5 for _, other in edges):
-            edges.append((share, edge))
-    return edges
-
-
-def _on_zeros(rows: Tensor, functional: Tensor, tolerance: float) -> tuple[float, Tensor]:
-    """Refine w on the rows it makes 0, which must span B − 1 directions: share of zeros, unit w.
-
-    The share is 0 where they do not: then w mixes images.
-    """
-    functional = functional / torch.linalg.vector_norm(functional)
-    for last in (False, False, True):
-        zero = (rows @ functional).abs() < tolerance
-        if zero.sum() < len(functional):
-            return 0.0, functional
-        _, values, directions = torch.linalg.svd(torch.linalg.qr(rows[zero]).R, full_matrices=False)
-        if values[-2] < 1e-2 * values[0]:
-            return 0.0, functional
-        if last:
-            break
-        functional = directions[-1]
-    return float(zero.to(rows.dtype).mean()), functional
-
-
-def _independent(edges: list[tuple[float, Tensor]], like: Tensor) -> Tensor:
-    """Choose up to B linearly independent edges (n, B), those with the most zeros first."""
-    chosen = like.new_zeros(0, like.shape[1])
-    for _, edge in sorted(edges, key=lambda pair: -pair[0]):
-        candidate = torch.cat([chosen, edge[None]])
-        if len(chosen) < edge.numel() and torch.linalg.svdvals(candidate)[-1] > 1e-3:
-            chosen = candidate
-    return chosen
-
-
-def _complement(found: Tensor) -> Tensor:
-    """Return an orthonormal basis of the directions orthogonal to the rows of `found` (n, B)."""
-    return torch.linalg.svd(found, full_matrices=True)[2][len(found) :]

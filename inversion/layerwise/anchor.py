@@ -1,0 +1,339 @@
+"""Attacks one convolution directly: its gradient gives its inputs and signals, and then the labels.
+
+A 3×3 convolution of stride 1 with no more numbers per channel, N = B·h·w, than channels gives both
+factors of its weight gradient away (`inversion.layerwise.shift.factors`), and its inputs are not
+negative, behind a ReLU. What is left open is one positive factor per image, and the order of the
+images. No label, no head and nothing behind the layer is needed: the walk can start there, where
+labels repeat or where something behind cannot be solved.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from inversion.layerwise.batchnorm import per_channel
+from inversion.layerwise.convolution import Geometry
+from inversion.layerwise.kinds import ADDITIONS, BATCHNORMS, RELUS, StoppedError, geometry_of
+from inversion.layerwise.least_squares import disturbed, least_norm
+from inversion.layerwise.masks import fitted_signals, rectify
+from inversion.layerwise.network import Network
+from inversion.layerwise.shift.factors import Factors, check_identified, shift_factors
+from inversion.layerwise.shift.nonnegative import fitted_to_zeros, gauge_by_nonnegativity
+from inversion.layerwise.solve import solve_tensor
+from models.graph import operation_name, place
+
+#: The most negative number that an image's inputs may have, in shares of its largest.
+NEGATIVE = 1e-2
+#: Rounds of the fixed point for the images' factors, and where it has arrived.
+ROUNDS, ARRIVED = 200, 1e-12
+#: Relative difference of the two ways to compute the head's signal up to which they agree.
+AGREES = 1e-2
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Holds what a convolution's own gradient says about a batch, in any order of the images."""
+
+    convolution: fx.Node
+    #: The tensor behind it through which everything before it reaches the loss.
+    joint: fx.Node
+    #: (B, O, h, w), the derivative of the loss by that tensor.
+    signal: Tensor
+    #: (B,) labels, (B, d) inputs of the head and (B, K) derivatives of the loss by the logits.
+    labels: Tensor
+    features: Tensor
+    head_signal: Tensor
+    #: Norm of what the last two leave of the head's gradient, relative to it.
+    head_residual: float
+    #: Relative difference of `head_signal` and of what solves the head's gradient for it.
+    mismatch: float
+    #: How the convolution's gradient was split.
+    factors: Factors
+    #: Relative error of the signals that the gradient's error causes.
+    signal_error: float
+
+    def ordered(self, order: Tensor) -> "Anchor":
+        """Return the same with the images in this order, (B,)."""
+        return replace(
+            self, signal=self.signal[order], labels=self.labels[order],
+            features=self.features[order], head_signal=self.head_signal[order],
+        )  # fmt: skip
+
+
+def candidates(network: Network, before: int) -> Iterator[fx.Node]:
+    """Yield the convolutions that can be attacked directly, from the head to the image.
+
+    before: place in `network.nodes` before which they stand.
+    """
+    for node in reversed(network.nodes[:before]):
+        if operation_name(node) != "conv2d" or f"{node.target}.weight" not in network.gradient:
+            continue
+        count, _, height, width = network.shape(node)
+        gradient = network.gradient[f"{node.target}.weight"]
+        try:
+            geometry = geometry_of(network.module(node), str(node.target))
+            check_identified(gradient, height, width, count, centred=network.train_mode)
+        except (StoppedError, ValueError):
+            continue
+        (source,) = network.inputs(node)
+        if geometry == Geometry((3, 3), (1, 1), (1, 1)) and network.rectified(source):
+            yield node
+
+
+def anchored(network: Network, node: fx.Node, label_smoothing: float = 0.0) -> Anchor:
+    """Attack the convolution of a node directly; what is known in `network` is not used.
+
+    In train mode the batch's means at the convolution's output fix the images' factors. In eval
+    mode the shift of the BatchNorm, or the bias, before its input does; where there is none, the
+    network behind is homogeneous, and the probabilities do.
+
+    Raises StoppedError where that gives nothing that the gradient of the head bears out.
+    """
+    trial = replace(network, values={}, signals={}, masks={}, raw={}, routes={})
+    (source,) = network.inputs(node)
+    inputs, signals, factors, error = _split(trial, node)
+    if network.train_mode:
+        scale = _scale_by_means(trial, node, inputs)
+        inputs, signals = inputs * scale, signals / scale
+    trial.take(source, inputs, *_rectified(inputs))
+    trial.signals[node] = signals
+    scale, free = torch.ones_like(inputs[:, :1, :1, :1]), not network.train_mode
+    below = _weighted_before(trial, source)
+    if below is not None:
+        (lower,) = trial.inputs(below)
+        value = _solve_lower(trial, below, lower, coupled=network.train_mode)
+        shift = _shift_before(trial, below, source)
+        if free and bool(shift.any()):
+            scale, free = _scale_by_shift(trial, below, source, value, shift), False
+        trial.values[lower] = scale * value
+    trial.values[source], trial.signals[node] = scale * trial.values[source], signals / scale
+    joint, signal = _climb(trial, node)
+    head, scale = _head(trial, trial.values, label_smoothing, free=free)
+    return Anchor(node, joint, signal / scale, *head, factors, error)
+
+
+# The factors of the gradient ------------------------------------------------------------------
+
+
+def _split(network: Network, node: fx.Node) -> tuple[Tensor, Tensor, Factors, float]:
+    """Return inputs (B, I, h, w) and signals (B, O, h, w) up to factors, and their relative error.
+
+    The error is found by splitting once more, with random numbers of the gradient's error added.
+    """
+    name = str(node.target)
+    gradient, accuracy = network.gradient[f"{name}.weight"], network.accuracy[f"{name}.weight"]
+    count, _, height, width = network.shape(node)
+    try:
+        factors = shift_factors(gradient, height, width, count, centred=network.train_mode)
+        gauge = gauge_by_nonnegativity(factors.inputs)
+        generator = torch.Generator().manual_seed(0)
+        other = shift_factors(
+            disturbed(gradient, accuracy.error, generator), height, width, count,
+            centred=network.train_mode,
+        )  # fmt: skip
+        towards = least_norm(factors.inputs.transpose(1, 2).flatten(0, 1),
+                             other.inputs.transpose(1, 2).flatten(0, 1)).mT  # fmt: skip
+        others = fitted_to_zeros(other.inputs, towards @ gauge)
+    except torch.linalg.LinAlgError as error:
+        raise StoppedError(f"{name}: its gradient cannot be split") from error
+    if factors.residual > accuracy.certified:
+        raise StoppedError(f"{name}: its factors leave {factors.residual:.1e} of its gradient")
+
+    def maps(t: Tensor) -> Tensor:  # (h·w, B, C)
+        return t.permute(1, 2, 0).reshape(count, -1, height, width)
+
+    inputs = maps(torch.linalg.solve(gauge, factors.inputs))
+    signals = maps((factors.outputs @ gauge).permute(1, 2, 0))
+    lowest, largest = inputs.flatten(1).amin(1), inputs.flatten(1).amax(1)
+    if not bool((lowest > -NEGATIVE * largest).all()):
+        raise StoppedError(f"{name}: its images cannot be told apart")
+    moved = maps((other.outputs @ others).permute(1, 2, 0))
+    return inputs, signals, factors, _difference(signals, moved)
+
+
+def _difference(signals: Tensor, others: Tensor) -> float:
+    """Return the relative difference of two batches, of which only directions are known."""
+    flat, other = (F.normalize(t.flatten(1), dim=1) for t in (signals, others))
+    return ((flat - other).norm() / flat.norm()).item()
+
+
+def _rectified(inputs: Tensor) -> tuple[Tensor, float]:
+    """Return the outputs of a ReLU (B, I, h, w), each image with zeros of its own, and a threshold.
+
+    The threshold is that of the image that scatters most.
+    """
+    kept = [rectify(image) for image in inputs]
+    return torch.stack([image.value for image in kept]), max(image.threshold for image in kept)
+
+
+# The images' factors --------------------------------------------------------------------------
+
+
+def _scale_by_means(network: Network, node: fx.Node, inputs: Tensor) -> Tensor:
+    """Return the factors (B, 1, 1, 1) with which the outputs have the batch's means."""
+    users = network.users(node)
+    if len(users) != 1 or operation_name(users[0]) not in BATCHNORMS:
+        raise StoppedError(f"{place(node)}: no BatchNorm says the means of its outputs")
+    module = network.module(node)
+    z = F.conv2d(inputs, module.weight, padding=1).mean((2, 3)) / len(inputs)
+    mean = network.affine(users[0]).mean
+    if module.bias is not None:
+        mean = mean - module.bias
+    return least_norm(z.mT, mean[:, None]).view(-1, 1, 1, 1)
+
+
+def _weighted_before(network: Network, source: fx.Node) -> fx.Node | None:
+    """Return the convolution that a tensor is made by, with a BatchNorm and a ReLU at most."""
+    node = source
+    while operation_name(node) in RELUS | BATCHNORMS:
+        (node,) = network.inputs(node)
+    return node if operation_name(node) == "conv2d" and len(network.users(node)) == 1 else None
+
+
+def _solve_lower(network: Network, below: fx.Node, lower: fx.Node, *, coupled: bool) -> Tensor:
+    """Solve the convolution before for its input (B, I, H, W).
+
+    In eval mode by its gradient alone, since its outputs are known only up to the images' factors.
+    """
+    use = network.use(below)
+    if not coupled:
+        use = replace(use, known=torch.zeros_like(use.known))
+    empty = network.empty(lower)
+    near = {use.relu: network.raw[use.relu]} if use.relu in network.raw else {}
+    solved = solve_tensor(
+        [use], list(empty.shape), (empty, empty), rectified=network.rectified(lower), near=near
+    )
+    if use.relu in solved.masks:
+        source = next(node for node in network.nodes if node.name == use.relu)
+        network.values[source] = network.values[source] * solved.masks[use.relu]
+    return solved.value
+
+
+def _shift_before(network: Network, below: fx.Node, source: fx.Node) -> Tensor:
+    """Return what the layers between a convolution and its output's ReLU add, (O,)."""
+    module = network.module(below)
+    shift = torch.zeros_like(module.weight[:, 0, 0, 0])
+    if module.bias is not None:
+        shift = shift + module.bias
+    (behind,) = network.users(below)
+    if operation_name(behind) in BATCHNORMS:
+        norm = network.affine(behind)
+        shift = norm.shift + norm.scale * shift
+    return shift
+
+
+def _scale_by_shift(
+    network: Network, below: fx.Node, source: fx.Node, value: Tensor, shift: Tensor
+) -> Tensor:
+    """Return the factors a (B, 1, 1, 1) with a x = scale · w∗(a u) + shift wherever x > 0.
+
+    x: the source's values, u: value; both up to the factors.
+    """
+    geometry = geometry_of(network.module(below), str(below.target))
+    z = geometry.forward(value, network.module(below).weight)
+    (behind,) = network.users(below)
+    if operation_name(behind) in BATCHNORMS:
+        z = z * per_channel(network.affine(behind).scale)
+    x = network.values[source]
+    on = (x > 0).to(x)
+    left, right = ((x - z) * on).flatten(1), (per_channel(shift) * on).flatten(1)
+    return ((left * right).sum(1) / left.square().sum(1)).view(-1, 1, 1, 1)
+
+
+# What lies behind -----------------------------------------------------------------------------
+
+
+def _climb(network: Network, node: fx.Node) -> tuple[fx.Node, Tensor]:
+    """Return the tensor through which all that lies before reaches the loss, and its signal.
+
+    Behind a convolution in a residual block that is the sum at the block's end. Convolutions on the
+    way there have known inputs, so that their gradients give their signals.
+    """
+    signal = network.signals[node]
+    values = network.following()
+    bypassed = _bypassed(network, node)
+    while True:
+        users = network.users(node)
+        if len(users) != 1:
+            raise StoppedError(f"{place(node)}: goes to several layers")
+        (behind,) = users
+        name = operation_name(behind)
+        if name in BATCHNORMS:
+            signal = network.batchnorm(behind).output_signal(signal, values[node])
+            node = behind
+        elif not bypassed:
+            return node, signal
+        elif name in ADDITIONS:
+            return behind, signal
+        elif name in RELUS and len(network.users(behind)) == 1:
+            (node,) = network.users(behind)
+            signal = _fitted(network, node, values[behind])
+        else:
+            raise StoppedError(f"{place(behind)}: the way past it is not known")
+
+
+def _bypassed(network: Network, node: fx.Node) -> bool:
+    """Tell whether tensors before a node reach the output past it, too."""
+    before, todo = set(), [node]
+    while todo:
+        earlier = todo.pop()
+        if earlier not in before:
+            before.add(earlier)
+            todo += network.inputs(earlier)
+    return any(
+        user not in before for earlier in before - {node} for user in network.users(earlier)
+    )
+
+
+def _fitted(network: Network, node: fx.Node, value: Tensor) -> Tensor:
+    """Return the signal (B, O, h, w) at a convolution's output from its input and gradient."""
+    if operation_name(node) != "conv2d" or f"{node.target}.weight" not in network.gradient:
+        raise StoppedError(f"{place(node)}: the way past it is not known")
+    geometry = geometry_of(network.module(node), str(node.target))
+    count, channels, height, width = network.shape(node)
+    gradient = network.gradient[f"{node.target}.weight"]
+    if count * height * width > gradient[0].numel():
+        raise StoppedError(f"{node.target}: has more positions than weights per channel")
+    signal = fitted_signals(gradient, value, geometry)
+    return signal.reshape(channels, count, height, width).transpose(0, 1)
+
+
+def _head(
+    network: Network, known: Mapping[fx.Node, Tensor], label_smoothing: float, *, free: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor, float, float], Tensor]:
+    """Return the part of an `Anchor` that concerns the head, and the factors (B, 1, 1, 1).
+
+    With the features F from the forward pass, ∂L/∂W = R F gives the signal R, whose one negative
+    entry per image is at the label. It must be (softmax(F Wᵀ + b) − labels) / B. free: the images'
+    factors are not known; the fixed point a ← a ⟨R, softmax − labels⟩ / ‖softmax − labels‖² finds
+    them where the network behind is homogeneous.
+    """
+    output = network.nodes[-1]
+    (head,), name = network.inputs(output), str(output.target)
+    if operation_name(output) != "linear" or f"{name}.weight" not in network.gradient:
+        raise StoppedError(f"{place(output)}: the gradient of a linear head is needed")
+    module, gradient = network.module(output), network.gradient[f"{name}.weight"]
+    scale = gradient.new_ones(network.shape(output)[0], 1, 1, 1)
+    for _ in range(ROUNDS if free else 1):
+        trial = replace(network, values={node: scale * value for node, value in known.items()})
+        features = trial.following().get(head)
+        if features is None:
+            raise StoppedError(f"{place(head)}: does not follow from what was solved")
+        solved = least_norm(features.mT, gradient.mT)
+        labels = solved.argmin(1)
+        smooth = (1 - label_smoothing) * F.one_hot(labels, len(gradient)).to(solved)
+        smooth = smooth + label_smoothing / len(gradient)
+        logits = F.linear(features, module.weight, module.bias)
+        signal = (torch.softmax(logits, 1) - smooth) / len(labels)
+        ratio = (solved * signal).sum(1) / signal.square().sum(1)
+        if not free or bool(((ratio - 1).abs() < ARRIVED).all()):
+            break
+        scale = scale * ratio.view(-1, 1, 1, 1)
+    mismatch = ((solved - signal).norm() / solved.norm()).item()
+    if not mismatch <= AGREES:
+        raise StoppedError(f"{name}: its gradient does not bear the features out ({mismatch:.1e})")
+    residual = ((gradient - signal.mT @ features).norm() / gradient.norm()).item()
+    return (labels, features, signal, residual, mismatch), scale
