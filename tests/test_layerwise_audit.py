@@ -18,7 +18,7 @@ from inversion.audit.inputs import make_case
 from inversion.audit.plan import layerwise_estimate
 from inversion.audit.settings import refuse_processes, settings_from
 from inversion.layerwise.attack import layerwise_attack
-from inversion.layerwise.peel import Layer
+from inversion.layerwise.layer import Layer
 from inversion.settings import AttackSettings, Loop, Weights
 from models.binding import bind
 from models.build import build_model

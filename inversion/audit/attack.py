@@ -13,7 +13,7 @@ from inversion.audit.inputs import Case, public_images
 from inversion.combine import Combination
 from inversion.layerwise.attack import Recovered, layerwise_attack
 from inversion.layerwise.images import PUBLIC_IMAGES as LAYERWISE_PUBLIC_IMAGES
-from inversion.layerwise.peel import Layer
+from inversion.layerwise.layer import Layer
 from inversion.objective import Losses
 from inversion.optimise import Outcome, Reconstruction, lowest
 from inversion.pixel_gradient import PIXEL_GRADIENTS

@@ -8,7 +8,7 @@ import torch
 from inversion.audit.inputs import Case, Sealed
 from inversion.layerwise.attack import Recovered
 from inversion.layerwise.front import Front, statistics_of
-from inversion.layerwise.peel import Layer
+from inversion.layerwise.layer import Layer
 from models.rank_analysis import LayerRank, rank_analysis
 from utils.console import table
 

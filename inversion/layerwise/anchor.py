@@ -7,6 +7,7 @@ images. No label, no head and nothing behind the layer is needed: the walk can s
 labels repeat or where something behind cannot be solved.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -66,7 +67,7 @@ class Anchor:
 def candidates(network: Network, before: int) -> Iterator[fx.Node]:
     """Yield the convolutions that can be attacked directly, from the head to the image.
 
-    before: place in `network.nodes` before which they stand.
+    before: place in `network.nodes` before which they reach the rest of the network.
     """
     for node in reversed(network.nodes[:before]):
         if operation_name(node) != "conv2d" or f"{node.target}.weight" not in network.gradient:
@@ -76,10 +77,12 @@ def candidates(network: Network, before: int) -> Iterator[fx.Node]:
         try:
             geometry = geometry_of(network.module(node), str(node.target))
             check_identified(gradient, height, width, count, centred=network.train_mode)
+            joint = way_out(network, node)[-1]
         except (StoppedError, ValueError):
             continue
         (source,) = network.inputs(node)
-        if geometry == Geometry((3, 3), (1, 1), (1, 1)) and network.rectified(source):
+        fits = geometry == Geometry((3, 3), (1, 1), (1, 1)) and network.rectified(source)
+        if fits and network.nodes.index(joint) < before:
             yield node
 
 
@@ -93,7 +96,7 @@ def anchored(network: Network, node: fx.Node, label_smoothing: float = 0.0) -> A
     Raises StoppedError where that gives nothing that the gradient of the head bears out.
     """
     trial = replace(network, values={}, signals={}, masks={}, raw={}, routes={})
-    (source,) = network.inputs(node)
+    (source,), way = network.inputs(node), way_out(network, node)
     inputs, signals, factors, error = _split(trial, node)
     if network.train_mode:
         scale = _scale_by_means(trial, node, inputs)
@@ -110,9 +113,9 @@ def anchored(network: Network, node: fx.Node, label_smoothing: float = 0.0) -> A
             scale, free = _scale_by_shift(trial, below, source, value, shift), False
         trial.values[lower] = scale * value
     trial.values[source], trial.signals[node] = scale * trial.values[source], signals / scale
-    joint, signal = _climb(trial, node)
+    signal = _climb(trial, way)
     head, scale = _head(trial, trial.values, label_smoothing, free=free)
-    return Anchor(node, joint, signal / scale, *head, factors, error)
+    return Anchor(node, way[-1], signal / scale, *head, factors, error)
 
 
 # The factors of the gradient ------------------------------------------------------------------
@@ -246,33 +249,39 @@ def _scale_by_shift(
 # What lies behind -----------------------------------------------------------------------------
 
 
-def _climb(network: Network, node: fx.Node) -> tuple[fx.Node, Tensor]:
-    """Return the tensor through which all that lies before reaches the loss, and its signal.
+def way_out(network: Network, node: fx.Node) -> list[fx.Node]:
+    """Return the way from a convolution to the tensor through which all before it reaches the loss.
 
-    Behind a convolution in a residual block that is the sum at the block's end. Convolutions on the
-    way there have known inputs, so that their gradients give their signals.
+    Behind a convolution in a residual block that is the sum at the block's end. Raises StoppedError
+    where the way holds other layers than convolutions, BatchNorm and ReLUs.
     """
-    signal = network.signals[node]
-    values = network.following()
-    bypassed = _bypassed(network, node)
+    bypassed, way = _bypassed(network, node), [node]
     while True:
-        users = network.users(node)
+        users = network.users(way[-1])
         if len(users) != 1:
-            raise StoppedError(f"{place(node)}: goes to several layers")
-        (behind,) = users
-        name = operation_name(behind)
-        if name in BATCHNORMS:
+            raise StoppedError(f"{place(way[-1])}: goes to several layers")
+        name = operation_name(users[0])
+        if name not in BATCHNORMS and not bypassed:
+            return way
+        if name not in {"conv2d"} | BATCHNORMS | RELUS | ADDITIONS:
+            raise StoppedError(f"{place(users[0])}: the way past it is not known")
+        way.append(users[0])
+        if name in ADDITIONS:
+            return way
+
+
+def _climb(network: Network, way: list[fx.Node]) -> Tensor:
+    """Return the signal at the end of the way from a convolution whose signal is known.
+
+    Convolutions on the way have known inputs, so that their gradients give their signals.
+    """
+    signal, values = network.signals[way[0]], network.following()
+    for node, behind in itertools.pairwise(way):
+        if operation_name(behind) in BATCHNORMS:
             signal = network.batchnorm(behind).output_signal(signal, values[node])
-            node = behind
-        elif not bypassed:
-            return node, signal
-        elif name in ADDITIONS:
-            return behind, signal
-        elif name in RELUS and len(network.users(behind)) == 1:
-            (node,) = network.users(behind)
-            signal = _fitted(network, node, values[behind])
-        else:
-            raise StoppedError(f"{place(behind)}: the way past it is not known")
+        elif operation_name(behind) == "conv2d":
+            signal = _fitted(network, behind, values[node])
+    return signal
 
 
 def _bypassed(network: Network, node: fx.Node) -> bool:
@@ -283,15 +292,13 @@ def _bypassed(network: Network, node: fx.Node) -> bool:
         if earlier not in before:
             before.add(earlier)
             todo += network.inputs(earlier)
-    return any(
-        user not in before for earlier in before - {node} for user in network.users(earlier)
-    )
+    return any(user not in before for earlier in before - {node} for user in network.users(earlier))
 
 
 def _fitted(network: Network, node: fx.Node, value: Tensor) -> Tensor:
     """Return the signal (B, O, h, w) at a convolution's output from its input and gradient."""
-    if operation_name(node) != "conv2d" or f"{node.target}.weight" not in network.gradient:
-        raise StoppedError(f"{place(node)}: the way past it is not known")
+    if f"{node.target}.weight" not in network.gradient:
+        raise StoppedError(f"{node.target}: the gradient of its weights was not sent")
     geometry = geometry_of(network.module(node), str(node.target))
     count, channels, height, width = network.shape(node)
     gradient = network.gradient[f"{node.target}.weight"]
@@ -322,6 +329,8 @@ def _head(
         features = trial.following().get(head)
         if features is None:
             raise StoppedError(f"{place(head)}: does not follow from what was solved")
+        if not bool(features.isfinite().all()):
+            raise StoppedError(f"{place(head)}: the images' factors do not settle")
         solved = least_norm(features.mT, gradient.mT)
         labels = solved.argmin(1)
         smooth = (1 - label_smoothing) * F.one_hot(labels, len(gradient)).to(solved)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.front import statistics_of
 from inversion.layerwise.images import make_images
+from inversion.layerwise.layer import Layer
 from inversion.layerwise.network import Network
-from inversion.layerwise.peel import Layer, peel
+from inversion.layerwise.peel import peel
 from inversion.layerwise.trace import network_of
 from models.gradient import trainable_parameters
 from models.target import Target, rounding_error

@@ -81,6 +81,8 @@ class BatchNorm:
         assert self.bias_gradient is not None
         count = z.numel() // z.shape[1]
         centred = (z - per_channel(self.mean)) * per_channel((self.var + self.eps).rsqrt())
-        return dy + per_channel(self.bias_gradient / count) + centred * per_channel(
-            self.weight_gradient / count
+        return (
+            dy
+            + per_channel(self.bias_gradient / count)
+            + centred * per_channel(self.weight_gradient / count)
         )

@@ -65,7 +65,7 @@ def solve_tensor(
     """
     if not any(use.coupled for use in uses):
         found = _solve_plain(uses, shape, entries, near)
-    elif any(use.arriving.numel() > use.arriving.shape[1] ** 2 for use in uses):
+    elif any(2 * use.arriving[:, 0].numel() > use.arriving.shape[1] + 2 for use in uses):
         found = _solve_by_refining(uses, shape, entries, near, rectified=rectified)
     else:
         found = _solve_by_outputs(uses, shape, rectified=rectified, near=near)

@@ -11,6 +11,8 @@ from inversion.layerwise.shift.gauge import SAMPLE, linear_programme, whitened
 
 #: Linear programmes that look for edges of the cone, at most.
 MOST_PROGRAMMES = 100
+#: The slack of a programme above which noise hides all zeros.
+MOST_SLACK = 0.03
 #: An edge of the cone counts as one image's if it has more than this share of the most zeros.
 PURE = 0.75
 #: Norm of a row, in shares of the largest one's, from which it says something.
@@ -90,6 +92,8 @@ def _edges(rows: Tensor) -> list[tuple[float, Tensor]]:
         )
         if solution is None:  # noise above the slack
             slack *= 1.5
+            if slack > MOST_SLACK:
+                break
             continue
         share, edge = _on_zeros(rows, solution, max(1e-3, 3 * slack))
         if share > 0.02 and all((edge @ other).abs() < 1 - 1e-5 for _, other in edges):
