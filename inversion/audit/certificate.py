@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from inversion.audit.inputs import Case, Sealed
 from inversion.layerwise.attack import Recovered
@@ -30,15 +32,22 @@ class Certificate:
     recovered: Recovered
     #: Name of a tensor → RA-i of the layer that takes it, where the network can be counted.
     ranks: dict[str, int]
-    #: Name of a tensor → its relative error; None where scoring does not see the truth, empty where
-    #: labels do not tell which true image is which.
+    #: Name of a tensor → its relative error; None where scoring does not see the truth.
     errors: dict[str, float] | None
+    #: (B,) labels that the attack was given.
+    given: Tensor
 
     @property
     def lines(self) -> list[str]:
         """What to print."""
         found = self.recovered
-        lines = self._table() if found.layers else []
+        lines = [f"on the way: {detour}" for detour in found.detours]
+        lines += self._table() if found.layers else []
+        if found.labels is not None:
+            same = torch.equal(found.labels.cpu().sort().values, self.given.cpu().sort().values)
+            shown = ", ".join(map(str, found.labels.tolist()))
+            verdict = "those given" if same else "not those given"
+            lines.append(f"labels read from that convolution and the head: {shown} ({verdict})")
         lines.append(f"the walk ended: {found.stopped or 'at the image'}")
         source = f" ({', '.join(found.sources)})" if found.sources else ""
         lines.append(f"images: {METHODS[found.method]}{source}")
@@ -68,10 +77,7 @@ class Certificate:
             header.append("true error")
             for row, layer in zip(rows, self.recovered.layers, strict=True):
                 row.append(_shown(self.errors.get(layer.name)))
-        lines = [f"{title} (RA-i: as --ra counts)", table(header, rows)]
-        if self.errors == {}:
-            lines.append("true errors: none, since labels do not tell which true image is which")
-        return lines
+        return [f"{title} (RA-i: as --ra counts)", table(header, rows)]
 
     @property
     def entry(self) -> dict:
@@ -84,6 +90,8 @@ class Certificate:
             layers.append(entry)
         return {
             "stopped": found.stopped,
+            "detours": found.detours,
+            "labels": None if found.labels is None else found.labels.tolist(),
             "method": found.method,
             "sources": found.sources,
             "certified": len(found.certified),
@@ -108,7 +116,7 @@ def certificate_of(
     if recovered is None:
         return None
     errors = None if sealed is None else true_errors(case, recovered, sealed)
-    return Certificate(recovered, predictions(case, recovered.layers), errors)
+    return Certificate(recovered, predictions(case, recovered.layers), errors, case.y)
 
 
 def predictions(case: Case, layers: Sequence[Layer]) -> dict[str, int]:
@@ -144,25 +152,22 @@ def _layer_of(path: str, ranks: Sequence[LayerRank]) -> LayerRank | None:
 def true_errors(case: Case, recovered: Recovered, sealed: Sealed) -> dict[str, float]:
     """Return the relative error of every recovered tensor, by name; for scoring only.
 
-    True images are put in the order of the labels that the attack went by. Empty where these are
-    not the true labels, or where two are the same and so do not tell which image is which.
+    Images are paired with the true ones so that the first tensor's distances are least in all,
+    since labels do not tell images of one class apart. Empty where nothing was recovered.
     """
     if not recovered.tensors:
         return {}
-    attacked, true = case.y.cpu(), sealed.truth.y.cpu()
-    if not torch.equal(attacked.sort().values, true.unique()):
-        return {}
-    order = torch.empty_like(true)
-    order[attacked.argsort()] = true.argsort()
-    x = sealed.images_for(case)[order].double()
     front = Front(
         case.objective.model,
         list(recovered.tensors),
         statistics_of(case.target, case.objective.model),
     )
     with torch.no_grad():
-        values = front(x)
+        values = front(sealed.images_for(case).double())
+    first, found = next(iter(recovered.tensors.items()))
+    apart = torch.cdist(found.flatten(1), values[first].flatten(1))
+    order = torch.from_numpy(linear_sum_assignment(apart.cpu().numpy())[1])
     return {
-        name: ((found - values[name]).norm() / values[name].norm()).item()
+        name: ((found - values[name][order]).norm() / values[name].norm()).item()
         for name, found in recovered.tensors.items()
     }

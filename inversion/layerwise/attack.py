@@ -41,6 +41,10 @@ class Recovered:
     layers: tuple[Layer, ...]
     #: Why the walk ended where it did.
     stopped: str
+    #: Why it turned to convolutions that were attacked directly, a line each.
+    detours: tuple[str, ...]
+    #: (B,) labels that such a convolution gave, in the order of the images; None without one.
+    labels: Tensor | None
     #: (B, C, H, W) of the decoder alone on the public mean: a control that saw nothing.
     decoder_only: Tensor | None
     #: Name → recovered tensors, in the order they were found.
@@ -93,9 +97,11 @@ def layerwise_attack(
 ) -> Recovered:
     """Solve the gradient for the network's tensors and make images of the deepest certified ones.
 
-    model: the attacked network. y: (B,) labels. public: (M, C, H, W) normalised photographs that
-    are none of the client's, for the linear decoder. on_layer: called with every certificate.
-    should_stop: asked after every tensor, and while images are made; true ends with what there is.
+    model: the attacked network. y: (B,) labels; where the head's gradient does not determine the
+    features that belong to them, labels are read from the gradient instead. public: (M, C, H, W)
+    normalised photographs that are none of the client's, for the linear decoder. on_layer: called
+    with every certificate. should_stop: asked after every tensor, and while images are made; true
+    ends with what there is.
     seed: of the decoder's augmentation.
 
     Raises ValueError, in one line, where the network cannot be walked through or the batch
@@ -116,8 +122,8 @@ def layerwise_attack(
     low, high = (bound.to(made.images) for bound in target.box)
     return Recovered(
         made.images.clamp(low, high), made.method, made.sources, made.residual,
-        tuple(peeled.layers), peeled.stopped, made.decoder_only, peeled.tensors(),
-        time.perf_counter() - start,
+        tuple(peeled.layers), peeled.stopped, tuple(peeled.detours), peeled.labels,
+        made.decoder_only, peeled.tensors(), time.perf_counter() - start,
     )  # fmt: skip
 
 

@@ -25,6 +25,10 @@ CLEAR_GAP = 0.5
 def solve_head(
     network: Network, output: fx.Node, y: Tensor, label_smoothing: float, *, clipped: bool
 ) -> Layer:
+    """Solve the head's gradient for the features of every image, and take them over.
+
+    Raises StoppedError where the gradient cannot give them.
+    """
     start = time.perf_counter()
     module, name = network.module(output), str(output.target)
     if f"{name}.weight" not in network.gradient:
