@@ -62,7 +62,8 @@ def test_images_that_are_solved_for_are_reconstructed(audited):
     result, log, folder = audited["lenet"]
     found = result["layerwise"]
     assert found.keys() == {
-        "stopped", "method", "sources", "certified", "image_residuals", "layers", "seconds",
+        "stopped", "detours", "labels", "method", "sources", "certified", "image_residuals",
+        "layers", "seconds",
     }  # fmt: skip
     assert (found["method"], found["stopped"], found["sources"]) == ("solved", "", ["input_1"])
     assert (found["certified"], result["iterations"]) == (4, 4)

@@ -26,6 +26,8 @@ from inversion.layerwise.shift.nonnegative import fitted_to_zeros, gauge_by_nonn
 from inversion.layerwise.solve import solve_tensor
 from models.graph import operation_name, place
 
+#: Share of the last singular value that counts which the next one may have.
+CLEAR_GAP = 0.5
 #: The most negative number that an image's inputs may have, in shares of its largest.
 NEGATIVE = 1e-2
 #: Rounds of the fixed point for the images' factors, and where it has arrived.
@@ -144,6 +146,10 @@ def _split(network: Network, node: fx.Node) -> tuple[Tensor, Tensor, Factors, fl
         raise StoppedError(f"{name}: its gradient cannot be split") from error
     if factors.residual > accuracy.certified:
         raise StoppedError(f"{name}: its factors leave {factors.residual:.1e} of its gradient")
+
+    least, next_one = factors.gap
+    if not next_one < CLEAR_GAP * least:
+        raise StoppedError(f"{name}: its gradient has too small a rank to be split")
 
     def maps(t: Tensor) -> Tensor:  # (h·w, B, C)
         return t.permute(1, 2, 0).reshape(count, -1, height, width)

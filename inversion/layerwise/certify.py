@@ -18,9 +18,6 @@ from inversion.layerwise.network import Network
 from inversion.layerwise.solve import solve_tensor
 from models.graph import operation_name, place
 
-#: Share of the last singular value that counts which the next one may have.
-CLEAR_GAP = 0.5
-
 
 def solve_head(
     network: Network, output: fx.Node, y: Tensor, label_smoothing: float, *, clipped: bool
@@ -129,16 +126,14 @@ def start_at(network: Network, anchor: Anchor, seconds: float) -> list[Layer]:
         network.masks[users[0].name] = torch.ones_like(anchor.signal)
     network.signal_error = anchor.signal_error
     accuracy, gradient = network.accuracy[f"{name}.weight"], network.gradient[f"{name}.weight"]
-    residual, (least, next_one) = anchor.factors.residual, anchor.factors.gap
+    residual = anchor.factors.residual
     numbers = network.empty(anchor.convolution).numel()
     split = Layer(
         name=joint.name, place=name, used_by=(name,), kind="shifts", unknowns=numbers,
-        equations=gradient.numel(), rank=numbers, condition=1 / max(least, 1e-300),
+        equations=gradient.numel(), rank=numbers, condition=1 / max(anchor.factors.gap[0], 1e-300),
         residual=residual, expected_error=anchor.signal_error, flips=0,
         certified=(
-            residual <= accuracy.certified
-            and next_one < CLEAR_GAP * least
-            and anchor.signal_error <= MOST_ERROR
+            residual <= accuracy.certified and anchor.signal_error <= MOST_ERROR
         ),
         seconds=seconds,
     )  # fmt: skip

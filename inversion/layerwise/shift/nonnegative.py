@@ -5,6 +5,7 @@ each and in any order.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inversion.layerwise.shift.gauge import SAMPLE, linear_programme, whitened
@@ -59,8 +60,8 @@ def fitted_to_zeros(inputs: Tensor, gauge: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(white, dim=1, keepdim=True)
     keep = norms[:, 0] > FAINT * norms.max()
     rows = white[keep] / norms[keep]
-    edges = (mixing @ torch.linalg.inv(gauge).mT).mT
-    found = torch.stack([_sharpened(rows, edge / edge.norm()) for edge in edges])
+    edges = F.normalize((mixing @ torch.linalg.inv(gauge).mT).mT, dim=1)
+    found = torch.stack([_sharpened(rows, edge) for edge in edges])
     found = found * (white.sum(0) @ found.mT).sign()[:, None]
     functionals = torch.linalg.solve_triangular(mixing, found.mT, upper=True)
     return torch.linalg.inv(functionals).mT

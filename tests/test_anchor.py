@@ -1,0 +1,227 @@
+"""Convolutions attacked directly: labels, features and signals, even where labels repeat."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from inversion.layerwise.accuracy import Accuracy
+from inversion.layerwise.anchor import anchored, candidates, way_out
+from inversion.layerwise.certify import in_order
+from inversion.layerwise.kinds import StoppedError
+from inversion.layerwise.peel import peel
+from inversion.layerwise.shift.factors import shift_factors
+from inversion.layerwise.shift.nonnegative import fitted_to_zeros, gauge_by_nonnegativity
+from inversion.layerwise.trace import network_of
+from models.batchnorm import BATCHNORM_TYPES
+from tests.test_layerwise_network import true_tensors
+
+CLASSES = 3
+
+
+def stem(width):
+    return [
+        nn.Conv2d(3, width, 7, 4, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+    ]  # fmt: skip
+
+
+def head(width):
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
+
+
+def down(channels, wide, stride=2):
+    return nn.Sequential(nn.Conv2d(channels, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
+
+
+def basic(width=24):
+    blocks = [BasicBlock(width, 2 * width, 2, down(width, 2 * width)),
+              BasicBlock(2 * width, 2 * width)]  # fmt: skip
+    return nn.Sequential(*stem(width), *blocks, *head(2 * width))
+
+
+def bottleneck(width=48):
+    wide = 4 * width
+    blocks = [Bottleneck(width, width, 2, down(width, wide)), Bottleneck(wide, width)]
+    return nn.Sequential(*stem(width), *blocks, *head(wide))
+
+
+def plain(width=48):
+    return nn.Sequential(
+        *stem(24), nn.Conv2d(24, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+        nn.BatchNorm2d(width), nn.ReLU(), *head(width),
+    )  # fmt: skip
+
+
+NETWORKS = {"basic": basic, "bottleneck": bottleneck, "plain": plain}
+
+
+def case(name, labels, *, train_mode=False, homogeneous=False, seed=0):
+    """A network to attack, and what is true of it: values, signals, labels."""
+    torch.manual_seed(seed)
+    model = NETWORKS[name]().double()
+    for layer in model.modules():
+        if isinstance(layer, BATCHNORM_TYPES) and not homogeneous:
+            layer.weight.data.uniform_(0.5, 1.5)
+            layer.bias.data.normal_(0, 0.2)
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 1.5)
+    y = torch.tensor(labels)
+    coarse = torch.randn(len(y), 3, 4, 4, dtype=torch.float64)  # images that differ as photos do
+    x = nn.functional.interpolate(coarse, size=16, mode="bilinear")
+    values, signals, gradient, measured = true_tensors(model, x, y, train_mode=train_mode)
+    network = network_of(
+        model, len(y), (3, 16, 16), gradient, train_mode=train_mode, statistics=measured,
+        accuracy=dict.fromkeys(gradient, Accuracy(1e-10)),
+    )  # fmt: skip
+    return SimpleNamespace(network=network, values=values, signals=signals, y=y)
+
+
+def node_of(network, target):
+    return next(node for node in network.nodes if str(node.target) == target)
+
+
+def paired(found, true):
+    """Which true row each found row is, with an assertion that every one is another."""
+    order = torch.cdist(found.flatten(1), true.flatten(1)).argmin(1)
+    assert len(order.unique()) == len(order)
+    return order
+
+
+LAST = {"basic": "3.conv2", "bottleneck": "4.conv2", "plain": "5"}
+CASES = [
+    (name, mode) for name in NETWORKS for mode in ("eval", "homogeneous", "train")
+    if (name, mode) not in (("plain", "homogeneous"), ("bottleneck", "train"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_a_convolutions_gradient_gives_labels_features_and_signals(name, mode):
+    """Five images of three classes: the head's gradient alone has a rank of two.
+
+    The convolutions of `plain` have biases; a 1×1 convolution in train mode leaves a number per
+    channel open.
+    """
+    of = case(name, [2, 0, 1, 2, 2], train_mode=mode == "train", homogeneous=mode == "homogeneous")
+    anchor = anchored(of.network, node_of(of.network, LAST[name]))
+    output = of.network.nodes[-1]
+    (features,) = of.network.inputs(output)
+    order = paired(anchor.features, of.values[features.name])
+    torch.testing.assert_close(anchor.labels, of.y[order])
+    for found, true in (
+        (anchor.features, of.values[features.name]),
+        (anchor.head_signal, of.signals[output.name]),
+        (anchor.signal, of.signals[anchor.joint.name]),
+    ):
+        assert (found - true[order]).norm() < 1e-6 * true.norm()
+    assert anchor.joint is way_out(of.network, anchor.convolution)[-1]
+    assert anchor.mismatch < 1e-6
+    assert anchor.head_residual < 1e-6
+    assert 0 < anchor.signal_error < 1e-6
+
+
+def test_every_3x3_convolution_of_stride_1_behind_a_relu_is_a_candidate():
+    for name, expected in (
+        ("basic", ["4.conv2", "4.conv1", "3.conv2"]), ("bottleneck", ["4.conv2"]), ("plain", ["5"]),
+    ):  # fmt: skip
+        network = case(name, [2, 0, 1]).network
+        found = list(candidates(network, len(network.nodes)))
+        assert [str(node.target) for node in found] == expected
+        before = network.nodes.index(way_out(network, found[0])[-1])
+        assert all(
+            network.nodes.index(way_out(network, node)[-1]) < before
+            for node in candidates(network, before)
+        )
+    many = case("basic", 13 * [0]).network  # 52 numbers per channel, 48 channels
+    assert list(candidates(many, len(many.nodes))) == []
+
+
+def test_what_the_head_does_not_bear_out_is_refused():
+    of = case("basic", [2, 0, 1, 2, 2])
+    node = node_of(of.network, "3.conv2")
+    name = next(name for name in of.network.gradient if name.endswith("7.weight"))
+    other = of.network.gradient[name].flip(1)
+    wrong = replace(of.network, gradient={**of.network.gradient, name: other})
+    with pytest.raises(StoppedError, match="does not bear the features out|do not settle"):
+        anchored(wrong, node)
+    noise = torch.randn_like(of.network.gradient["3.conv2.weight"])
+    nothing = replace(of.network, gradient={**of.network.gradient, "3.conv2.weight": noise})
+    with pytest.raises(StoppedError, match=r"3\.conv2: "):
+        anchored(nothing, node)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("basic", "eval"), ("basic", "train"), ("bottleneck", "eval")]
+)
+def test_the_walk_goes_on_where_labels_repeat(name, mode):
+    of = case(name, [2, 0, 1, 2, 2], train_mode=mode == "train", seed=2)
+    peeled = peel(of.network, of.y)
+    assert [layer.kind for layer in peeled.layers][:2] == ["forward", "shifts"]
+    assert peeled.detours[0].endswith(".conv2 was then attacked directly")
+    assert torch.equal(peeled.labels, of.y)
+    tensors = peeled.tensors()
+    certified = [layer.name for layer in peeled.layers if layer.certified]
+    assert len(set(certified) & set(tensors)) >= 3
+    order = paired(next(iter(tensors.values())), of.values[next(iter(tensors))])
+    for found in set(certified) & set(tensors):
+        true = of.values[found][order]
+        assert (tensors[found] - true).norm() < 1e-5 * true.norm()
+
+
+def test_a_wrong_label_does_not_stop_the_walk():
+    of = case("basic", [2, 0, 1, 2, 2])
+    peeled = peel(of.network, torch.tensor([1, 1, 1, 0, 0]))
+    assert peeled.labels.tolist() == [0, 1, 2, 2, 2]
+    assert peeled.layers[0].certified
+
+
+def test_images_go_by_their_features_or_by_the_labels_given():
+    of = case("basic", [2, 0, 1, 2, 2])
+    anchor = anchored(of.network, node_of(of.network, "3.conv2"))
+    given = torch.tensor([2, 2, 1, 2, 0])
+    assert in_order(anchor, given, None).labels.tolist() == given.tolist()
+    assert in_order(anchor, torch.tensor([1, 1, 1, 0, 0]), None).labels.tolist() == [0, 1, 2, 2, 2]
+    turned = anchor.features[[3, 1, 4, 2, 0]]
+    torch.testing.assert_close(in_order(anchor, given, turned).features, turned)
+
+
+def test_nothing_is_attacked_directly_for_a_client_that_clips():
+    of = case("basic", [2, 0, 1, 2, 2])
+    peeled = peel(of.network, of.y, clipped=True)
+    assert peeled.detours == []
+    assert peeled.stopped
+
+
+# The factors of a gradient ------------------------------------------------------------------------
+
+
+def test_centred_signals_have_one_direction_fewer():
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(3, 16, 2, 2, generator=generator, dtype=torch.float64)
+    d = torch.randn(3, 16, 2, 2, generator=generator, dtype=torch.float64)
+    d = d - d.mean((0, 2, 3), keepdim=True)
+    gradient = torch.nn.grad.conv2d_weight(u, (16, 16, 3, 3), d, padding=1)
+    factors = shift_factors(gradient, 2, 2, 3, centred=True)
+    assert factors.residual < 1e-10
+    assert factors.gap[1] < 1e-7 < factors.gap[0]
+    rows = u.permute(2, 3, 0, 1).reshape(4, 3, 16)
+    mixing = torch.linalg.lstsq(factors.inputs.mT.flatten(0, 1), rows.mT.flatten(0, 1)).solution
+    assert (factors.inputs.mT @ mixing - rows.mT).norm() < 1e-8 * rows.norm()
+
+
+def test_an_edge_is_fitted_to_its_zeros():
+    """Rows with an error of 1e-7: the images' zeros then scatter by that, not by the start's."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(4, 5, 200, generator=generator, dtype=torch.float64).clamp_min(0)
+    mixing = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    mixed = mixing @ u + 1e-7 * torch.randn(u.shape, generator=generator, dtype=torch.float64)
+    exact = gauge_by_nonnegativity(mixed)
+    start = exact @ (torch.eye(5) + 1e-4 * torch.randn(5, 5, generator=generator).double())
+    for gauge in (exact, fitted_to_zeros(mixed, start)):
+        found = torch.linalg.solve(gauge, mixed)
+        found = found / found.flatten(0, 0).norm(dim=(0, 2), keepdim=True)
+        true = u / u.norm(dim=(0, 2), keepdim=True)
+        order = paired(found.transpose(0, 1), true.transpose(0, 1))
+        assert (found - true[:, order]).norm() < 1e-6
