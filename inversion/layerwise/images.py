@@ -1,7 +1,7 @@
 """Makes images of what the walk recovered, by the best means that it allows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, fx, nn
@@ -38,6 +38,8 @@ POOLED_ERROR = 1e-6
 #: Where the activations may determine the image, where a pooling has lost pixels, and where they
 #: say too little.
 WHOLE, SMOOTH = Matching(120, 0.1, 300), SmoothMatching(300, 0.1, 2.4)
+#: First rate of SMOOTH where there are at least as many activations as numbers of the image.
+LARGE_RATE = 0.2
 UNMATCHED = Matching(0, 0.0, 0)
 #: Public photographs that tell how activations vary.
 VARIED_IMAGES = 64
@@ -138,9 +140,11 @@ def _matched_smoothly(
 ) -> Matched:
     """Match activations, weighted as they vary among public photographs."""
     generator = Generator().manual_seed(seed)
+    enough = sum(value[0].numel() for value in targets.values()) >= start[0].numel()
+    how = replace(SMOOTH, rate=LARGE_RATE) if enough else SMOOTH
     varied = augmented(public[:VARIED_IMAGES], *target.box, generator)
     return match_smoothly(
-        front, targets, *target.box, start, whitening(front, varied), SMOOTH,
+        front, targets, *target.box, start, whitening(front, varied), how,
         should_stop=should_stop,
     )  # fmt: skip
 
