@@ -9,7 +9,8 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from inversion.layerwise.decoder import augmented, decode, linear_decoder, mean_decoding
-from inversion.layerwise.front import Front, Matching, match_activations
+from inversion.layerwise.front import Front
+from inversion.layerwise.matching import Matching, match_activations
 from models.batchnorm import BATCHNORM_TYPES
 from models.build import build_model
 from models.graph import traced_tensors
@@ -160,8 +161,8 @@ def wide():
     return nn.Sequential(*layers, nn.Conv2d(24, 12, 3, padding=1), nn.Sigmoid())
 
 
-def matched(front, targets, start, *, adam=0, lbfgs=0, rate=0.1, variation=0.0, **options):
-    how = Matching(adam, rate, lbfgs, variation)
+def matched(front, targets, start, *, adam=0, lbfgs=0, rate=0.1, **options):
+    how = Matching(adam, rate, lbfgs)
     return match_activations(front, targets, LOW, HIGH, start, how, **options)
 
 
@@ -205,7 +206,7 @@ def test_the_residual_is_that_of_each_image():
 def test_images_are_independent():
     front, x = Front(wide(), ["_4"]), images(3, 8).double()
     targets, start = front(x), images(3, 8, seed=2)
-    options = {"adam": 5, "lbfgs": 10, "variation": 0.1}
+    options = {"adam": 5, "lbfgs": 10}
     together = matched(front, targets, start, **options)
     alone = matched(front, {"_4": targets["_4"][1:2]}, start[1:2], **options)
     assert torch.allclose(together.images[1:2], alone.images, atol=1e-4)
@@ -253,31 +254,6 @@ def test_an_interruption_ends_matching_with_the_best_so_far():
     assert torch.equal(half.images[1], begun.images[1])
     assert done.count(True) < 4
     assert (whole.residual < 1e-8).all()
-
-
-def test_total_variation_smooths():
-    front, x = Front(wide(), ["_4"]), images(1, 8).double()
-    rough, smooth = (
-        matched(front, front(x), images(1, 8, seed=2), adam=20, variation=weight)
-        .images.diff().abs().mean()
-        for weight in (0.0, 10.0)
-    )  # fmt: skip
-    assert smooth < 0.5 * rough
-
-
-def test_with_a_total_variation_only_an_exact_match_replaces_the_smooth_image():
-    torch.manual_seed(0)
-    front = Front(nn.Sequential(nn.Conv2d(3, 24, 2, 2)), ["_0"])
-    x, start = images(2, 8).double(), torch.zeros(2, 3, 8, 8)
-    targets = front(x)
-    targets["_0"][1] += 0.1 * torch.randn(24, 4, 4)  # of no image
-    adam, both = (
-        matched(front, targets, start, adam=30, lbfgs=steps, variation=0.3) for steps in (0, 100)
-    )
-    assert (both.images[0] - x[0]).abs().max() < 1e-7 < (adam.images[0] - x[0]).abs().max()
-    assert torch.equal(both.images[1], adam.images[1])
-    free = matched(front, targets, adam.images, lbfgs=100)
-    assert adam.residual[1] / 30 < free.residual[1] < adam.residual[1]
 
 
 def test_a_target_that_the_front_lacks_is_refused():

@@ -11,9 +11,10 @@ from torch import nn
 
 from inversion.layerwise.accuracy import LARGEST, Accuracy
 from inversion.layerwise.attack import NEAR, accuracies, layerwise_attack
-from inversion.layerwise.front import Matching
 from inversion.layerwise.images import WORTH_MATCHING
+from inversion.layerwise.matching import Matching
 from inversion.layerwise.peel import peel
+from inversion.layerwise.smooth_matching import SmoothMatching
 from inversion.layerwise.trace import network_of
 from models.build import build_model
 from models.gradient import ClientLoss
@@ -65,8 +66,8 @@ def attacked(
 @pytest.fixture
 def brief(monkeypatch):
     """Activations are matched for a few steps: the images are not judged."""
-    for name in ("WHOLE", "POOLED"):
-        monkeypatch.setattr(f"inversion.layerwise.images.{name}", Matching(10, 0.05, 10))
+    monkeypatch.setattr("inversion.layerwise.images.WHOLE", Matching(10, 0.05, 10))
+    monkeypatch.setattr("inversion.layerwise.images.SMOOTH", SmoothMatching(10, 0.05, 1.0))
 
 
 def network(name, seed=0):
@@ -123,8 +124,8 @@ def test_images_of_other_shapes(shape, method):
             nn.Linear(64 * pooled, CLASSES),
         )
     if method == "decoded":
-        layers = [*layers[:5], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, CLASSES)]
-        layers[3] = nn.Conv2d(32, 12, 5, padding=2)  # whose shifts are not told apart
+        layers = [*layers[:5], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES)]
+        layers[3] = nn.Conv2d(32, 6, 5, padding=2)  # whose shifts are not told apart
     recovered, x, values = attacked(nn.Sequential(*layers), [5], 8, shape=shape)
     assert recovered.method == method
     assert recovered.images.shape == x.shape == (1, *shape)

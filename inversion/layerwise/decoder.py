@@ -12,6 +12,8 @@ from inversion.layerwise.front import Front
 
 #: Side of the square of positions that a patch is decoded from, odd.
 NEIGHBOURHOOD = 3
+#: One position in so many is used of an image at least, or more images are seen than help.
+_THINNEST = 4
 #: The most public images, and features of theirs, that are computed at once.
 _IMAGES, _NUMBERS = 32, 2**24
 #: Multiplications that the normal equations may take, which bounds the rows of the regression.
@@ -58,18 +60,21 @@ def linear_decoder(
     public: (M, C, H, W) normalised; one `augmented` version of each is seen. low, high: (C, 1, 1),
     the box. The front runs in the type of `public`, the rest is float64. Where the normal equations
     would take more than 4e10 multiplications, fewer positions per image are used, drawn from
-    `generator`. With fewer rows than features the dual problem is solved. Memory: the square of
-    the smaller of both numbers and features × patch, both twice (512 channels make a square of
-    170 MB), in the dual also all rows, and the activations of 32 images.
+    `generator`; were these fewer than a fourth of all, only the first images are used. With fewer
+    rows than features the dual problem is solved. Memory: the square of the smaller of both numbers
+    and features × patch, both twice (512 channels make a square of 170 MB), in the dual also all
+    rows, and the activations of 32 images.
     """
     shape = (public.shape[1], public.shape[2], public.shape[3])
-    images = augmented(public, low, high, generator)
     with torch.no_grad():
-        one = _maps(front(images[:1])[name])
+        one = _maps(front(public[:1])[name])
         positions = one.shape[-2] * one.shape[-1]
         features = _features(one).shape[-1]
         sums = [one.new_zeros(one.shape[1:], dtype=torch.float64)]
-        used = min(positions, math.ceil(_rows_within_budget(features) / len(images)))
+        most = _rows_within_budget(features)
+        seen = public[: math.ceil(_THINNEST * most / positions)]
+        images = augmented(seen, low, high, generator)
+        used = min(positions, math.ceil(most / len(images)))
 
         def chunks() -> Iterator[tuple[Tensor, Tensor]]:
             at_once = max(1, min(_IMAGES, _NUMBERS // (positions * features)))

@@ -1,17 +1,25 @@
 """Makes images of what the walk recovered, by the best means that it allows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, fx, nn
 
-from inversion.layerwise.decoder import Decoder, decode, linear_decoder, mean_decoding
-from inversion.layerwise.front import Front, Matching, match_activations, statistics_of
+from inversion.layerwise.decoder import (
+    Decoder,
+    augmented,
+    decode,
+    linear_decoder,
+    mean_decoding,
+)
+from inversion.layerwise.front import Front, statistics_of
 from inversion.layerwise.kinds import AVERAGES, MAXIMA, StoppedError, geometry_of
+from inversion.layerwise.matching import Matched, Matching, match_activations
 from inversion.layerwise.network import Network
 from inversion.layerwise.operations import pooling_sides
 from inversion.layerwise.peel import Peeled
+from inversion.layerwise.smooth_matching import SmoothMatching, match_smoothly, whitening
 from inversion.layerwise.stem.posterior import Stem, stem_posterior
 from inversion.layerwise.stem.windows import Pooling
 from models.graph import operation_name
@@ -21,14 +29,20 @@ from models.target import Target
 RIDGE = 0.1
 #: Public photographs that the decoder learns from.
 PUBLIC_IMAGES = 600
-#: Numbers per pixel from which activations are matched; fewer say too little, and take long.
-WORTH_MATCHING = 0.25
+#: Numbers per number of the image from which activations are matched; fewer say too little.
+WORTH_MATCHING = 0.1
+#: The same where no pooling lies before, from which images are matched without a prior.
+NO_PRIOR = 0.25
 #: The least relative error of recovered pooled values that the stem allows for.
 POOLED_ERROR = 1e-6
-#: Where no pooling lies before the activations, where one has lost pixels, and where they say too
-#: little.
-WHOLE, POOLED = Matching(120, 0.1, 300), Matching(800, 0.05, 0, total_variation=0.1)
+#: Where the activations may determine the image, where a pooling has lost pixels, and where they
+#: say too little.
+WHOLE, SMOOTH = Matching(120, 0.1, 300), SmoothMatching(300, 0.1, 2.4)
+#: First rate of SMOOTH where there are at least as many activations as numbers of the image.
+LARGE_RATE = 0.2
 UNMATCHED = Matching(0, 0.0, 0)
+#: Public photographs that tell how activations vary.
+VARIED_IMAGES = 64
 #: Operations of a stem that is solved, from the pooling to the convolution on the image.
 STEMS = (
     ["maxpool2d", "relu", "batchnorm2d", "conv2d"],
@@ -86,11 +100,15 @@ def make_images(
     stem = _solved_stem(network, deepest[0], certificate.expected_error or 0.0, target, should_stop)
     if stem is not None:
         return Made(stem.images, "stem", names[:1], stem.residual, alone)
-    method, how = "activations", POOLED if _pools_before(network, deepest[0]) else WHOLE
-    if sum(tensors[name][0].numel() for name in names) < WORTH_MATCHING * start[0].numel():
-        method, how = "decoded", UNMATCHED
-    targets = {name: tensors[name] for name in names}
-    found = match_activations(front, targets, *target.box, start, how, should_stop=should_stop)
+    targets, box, method = {name: tensors[name] for name in names}, target.box, "activations"
+    share = sum(value[0].numel() for value in targets.values()) / start[0].numel()
+    if share < WORTH_MATCHING:
+        method = "decoded"
+        found = match_activations(front, targets, *box, start, UNMATCHED)
+    elif share < NO_PRIOR or _pools_before(network, deepest[0]):
+        found = _matched_smoothly(front, targets, target, start, public, seed, should_stop)
+    else:
+        found = match_activations(front, targets, *box, start, WHOLE, should_stop=should_stop)
     return Made(found.images, method, names, found.residual, alone)
 
 
@@ -109,6 +127,26 @@ def decoded(
 def _decoder(front: Front, name: str, target: Target, public: Tensor, seed: int) -> Decoder:
     generator = Generator().manual_seed(seed)
     return linear_decoder(front, name, *target.box, public, ridge=RIDGE, generator=generator)
+
+
+def _matched_smoothly(
+    front: Front,
+    targets: dict[str, Tensor],
+    target: Target,
+    start: Tensor,
+    public: Tensor,
+    seed: int,
+    should_stop: Callable[[], bool],
+) -> Matched:
+    """Match activations, weighted as they vary among public photographs."""
+    generator = Generator().manual_seed(seed)
+    enough = sum(value[0].numel() for value in targets.values()) >= start[0].numel()
+    how = replace(SMOOTH, rate=LARGE_RATE) if enough else SMOOTH
+    varied = augmented(public[:VARIED_IMAGES], *target.box, generator)
+    return match_smoothly(
+        front, targets, *target.box, start, whitening(front, varied), how,
+        should_stop=should_stop,
+    )  # fmt: skip
 
 
 def _pools_before(network: Network, node: fx.Node) -> bool:
