@@ -19,7 +19,7 @@ from models.target import Target, rounding_error
 
 #: The largest relative distance of an image's own activations from the recovered ones at which
 #: these determine it.
-NEAR = 0.1
+NEAR = 0.25
 #: Rounding to a type spreads evenly over one unit: its standard deviation in units.
 UNIFORM = 12**-0.5
 
