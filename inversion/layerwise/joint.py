@@ -26,10 +26,12 @@ ROUNDS, STILL, STILL_LATER = 30, 4e-3, 2e-5
 #: Steps of the solution with the zeros that were found, and what they leave of the right side.
 LAST_STEPS, SETTLED = 150, 1e-9
 #: Random starts, their steps at most, and the share of their slope where these end.
-PROBES, PROBE_STEPS, PROBE_SETTLED = 2, 300, 1e-7
+PROBES, PROBE_STEPS, PROBE_SETTLED = 2, 300, 1e-6
 #: Open directions up to which a tensor is determined. A single open one leaves less than that in
 #: all probes with a probability of 0.1 %.
 MOST_OPEN = 1e-3
+#: Steps of a first probe, and the share of open directions up to which masks are then repaired.
+GLANCE_STEPS, PROMISING = 100, 1e-4
 #: Zeros per open direction from which a solution cannot have them by chance.
 PLENTY = 2.0
 #: Equations, in shares of the unknowns, from which solving is tried: with zeros and without.
@@ -163,30 +165,35 @@ def solve_all_equations(
 
     Signals must not depend on what is sought. For the meaning of the arguments see `solve_tensor`.
     """
-    unknowns = math.prod(shape)
-    known = int(entries[0].sum())
+    unknowns, known = math.prod(shape), int(entries[0].sum())
+    sought = 1 - entries[0]
+    generator = torch.Generator().manual_seed(0)
+
+    def free_of(u: Tensor) -> Tensor:
+        return sought * (u != 0).to(u) if rectified else sought
 
     def solve(changed: Sequence[Use], last: Tensor | None) -> Found:
         system = joint_system([use.term(use.signal()) for use in changed], shape)
         u, settled = solve_jointly(system, entries, rectified=rectified, start=last)
-        rank = unknowns if settled else 0  # for the time being: as if it were determined
+        left_open = 0.0 if settled else float(unknowns)
+        if last is None:  # whether it is worth while to go on, for the time being
+            left_open = openness(system, free_of(u), generator, 1, GLANCE_STEPS).directions
+        rank = unknowns if left_open <= PROMISING * unknowns else unknowns - round(left_open)
         none = Propagation(0.0, system.equations, rank)
-        return Found(changed, u, Solution(u, unknowns, system.equations, rank, 1.0, none))
+        solution = Solution(u, unknowns, system.equations + known, rank, 1.0, none)
+        return Found(changed, u, solution, sampled_square=left_open * u.square().mean().item())
 
     found = repaired(uses, solve, near)
+    if not found.solution.determined:
+        return found
     system = joint_system([use.term(use.signal()) for use in found.uses], shape)
-    sought = 1 - entries[0]
-    free = sought * (found.u != 0).to(sought) if rectified else sought
-    generator = torch.Generator().manual_seed(0)
+    free = free_of(found.u)
     seen = openness(system, free, generator, PROBES, PROBE_STEPS)
     left_open = 0 if seen.directions <= MOST_OPEN else max(1, round(seen.directions))
     zeros, rests_on_zeros = int((sought - free).sum()), False
     if zeros:
         without = openness(system, sought, generator, 1, FIRST_STEPS)
         rests_on_zeros = zeros < PLENTY * without.directions
-    solution = replace(
-        found.solution, equations=system.equations + known, rank=unknowns - left_open,
-        condition=seen.condition,
-    )  # fmt: skip
+    solution = replace(found.solution, rank=unknowns - left_open, condition=seen.condition)
     square = sampled_square(system, found, free, generator)
     return replace(found, solution=solution, sampled_square=square, rests_on_zeros=rests_on_zeros)
