@@ -167,8 +167,8 @@ def test_windows_that_do_not_overlap_are_routed():
     off = replace(recovered, residual=torch.tensor([0.01, 2 * NEAR]))
     assert not off.determined
     assert off.shortfall.startswith(
-        "the images' own activations differ from the recovered ones by up to 2.0e-01 of these, "
-        "more than 0.1; 2: its positions cannot be told apart: "
+        "the images' own activations differ from the recovered ones by up to 5.0e-01 of these, "
+        "more than 0.25; 2: its positions cannot be told apart: "
     )
     assert not replace(recovered, residual=torch.tensor([0.01, torch.nan])).determined
 

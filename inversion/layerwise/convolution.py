@@ -114,21 +114,27 @@ class _Spectrum:
 
 def _spectrum(terms: Sequence[Term], shape: Sequence[int]) -> _Spectrum:
     """Stack the terms' matrices, each divided by its gradient's norm, and decompose them."""
-    matrix = _stacked_matrices(terms, shape)
-    rows = [
-        term.gradient.permute(0, 2, 3, 1).reshape(-1, shape[1])
-        * inverse_square(term.gradient) ** 0.5
-        for term in terms
-    ]
+    matrix = stacked_matrices(terms, shape)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return _Spectrum(left, values, right, torch.cat(rows))
+    return _Spectrum(left, values, right, stacked_gradients(terms))
 
 
-def _stacked_matrices(terms: Sequence[Term], shape: Sequence[int]) -> Tensor:
+def stacked_matrices(terms: Sequence[Term], shape: Sequence[int]) -> Tensor:
     """Return the terms' matrices one above the other, each divided by its gradient's norm."""
     return torch.cat(
         [
             gradient_matrix(term.signal, shape[2], shape[3], term.geometry)
+            * inverse_square(term.gradient) ** 0.5
+            for term in terms
+        ]
+    )
+
+
+def stacked_gradients(terms: Sequence[Term]) -> Tensor:
+    """Return the terms' gradients as the rows (·, I) of those matrices, divided by their norms."""
+    return torch.cat(
+        [
+            term.gradient.permute(0, 2, 3, 1).reshape(-1, term.gradient.shape[1])
             * inverse_square(term.gradient) ** 0.5
             for term in terms
         ]
@@ -244,7 +250,7 @@ def preconditioner(terms: Sequence[Term], shape: Sequence[int], damping: float =
     `damping`² of the largest one.
     """
     count, channels, height, width = shape
-    matrix = _stacked_matrices(terms, shape)
+    matrix = stacked_matrices(terms, shape)
     values, vectors = torch.linalg.eigh(matrix.T @ matrix)
     values = values.clamp_min(0) + damping**2 * values[-1]
     inverse = (vectors / values) @ vectors.T

@@ -63,8 +63,8 @@ def solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float, 
     """
     factor, failed = torch.linalg.cholesky_ex(normal)
     if not bool(failed):
-        largest = _extreme(lambda v: normal @ v, right)
-        least = 1 / _extreme(lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0], right)
+        largest = largest_value(lambda v: normal @ v, right)
+        least = 1 / largest_value(lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0], right)
         if least > OPEN * largest:
             found = torch.cholesky_solve(right[:, None], factor)[:, 0]
             trace = _trace(lambda v: torch.cholesky_solve(v, factor), right)
@@ -90,7 +90,7 @@ def _trace(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
     return (probes * apply(probes)).sum().item() / PROBES
 
 
-def _extreme(apply: Callable[[Tensor], Tensor], like: Tensor, rounds: int = 20) -> float:
+def largest_value(apply: Callable[[Tensor], Tensor], like: Tensor, rounds: int = 20) -> float:
     """Return the largest eigenvalue of a symmetric map, by power iteration from a fixed start."""
     v = torch.linspace(0.5, 1.5, len(like), dtype=like.dtype, device=like.device)
     size = 0.0

@@ -44,6 +44,8 @@ class Found:
     offset_error: float = 0.0
     #: Whether that is the only one by the zeros of u alone (`Offset.rests_on_zeros`).
     rests_on_zeros: bool = False
+    #: Squared norm of u's error, where a trial with random errors gave it.
+    sampled_square: float | None = None
 
     @cached_property
     def residuals(self) -> list[float]:
@@ -67,6 +69,8 @@ class Found:
 
         Estimated from what u leaves of them, and from the gradients' own errors.
         """
+        if self.sampled_square is not None:
+            return self.sampled_square
         left = sum(residual**2 for residual in self.residuals)
         allowed = sum(use.accuracy.error**2 for use in self.uses)
         square = self.solution.gradients.squared_error(left, allowed)

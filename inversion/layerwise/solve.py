@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from inversion.layerwise.convolution import preconditioner, solve_gradients, term_equations
+from inversion.layerwise.joint import gradient_rank, solvable, solve_all_equations, too_large
 from inversion.layerwise.least_squares import conjugate_gradients, known_entries
 from inversion.layerwise.mask_repair import Found, Near, doubtful_entries, repaired, with_mask
 from inversion.layerwise.masks import Rectified, rectify
@@ -64,13 +65,15 @@ def solve_tensor(
     an entry of a mask that stands clear of its threshold is not turned over.
     """
     if not any(use.coupled for use in uses):
-        found = _solve_plain(uses, shape, entries, near)
+        found = _solve_plain(uses, shape, entries, near, rectified=rectified)
     elif any(2 * use.arriving[:, 0].numel() > use.arriving.shape[1] + 2 for use in uses):
         found = _solve_by_refining(uses, shape, entries, near, rectified=rectified)
     else:
         found = _solve_by_outputs(uses, shape, rectified=rectified, near=near)
     kept = Rectified(found.u, found.u, 0.0)
-    if rectified and _has_offset(uses):  # nothing is negative then: the error is known otherwise
+    if rectified and (
+        _has_offset(uses) or found.sampled_square is not None
+    ):  # nothing is negative then: the error is known otherwise
         scatter = OFFSET_DEPTH * found.squared_error**0.5 / found.u.numel() ** 0.5
         kept = rectify(found.u, max(OFFSET_FLOOR, scatter / max(found.u.max().item(), 1e-300)))
     elif rectified:
@@ -101,8 +104,28 @@ def _cut(uses: Sequence[Use]) -> float:
 # Signals that do not depend on what is sought -------------------------------------------------
 
 
-def _solve_plain(uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near) -> Found:
-    """Solve the linear equations, correct masks, and polish the solution on all equations."""
+def _solve_plain(
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near, *, rectified: bool
+) -> Found:
+    """Solve the linear equations: densely where that can do, else all of them together."""
+
+    def jointly(rank: int) -> Found | None:
+        if not solvable(uses, shape, entries, rank, rectified=rectified):
+            return None
+        return solve_all_equations(uses, shape, entries, near, rectified=rectified)
+
+    if too_large(uses, shape):
+        found = jointly(gradient_rank(uses, shape))
+        return _solve_densely(uses, shape, entries, near) if found is None else found
+    dense = _solve_densely(uses, shape, entries, near)
+    joint = None if dense.solution.determined else jointly(dense.solution.rank)
+    return joint if joint is not None and joint.solution.determined else dense
+
+
+def _solve_densely(
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near
+) -> Found:
+    """Decompose the gradients' equations, correct masks, and polish on all equations."""
 
     def solve(changed: Sequence[Use], _: Tensor | None) -> Found:
         terms = [use.term(use.signal()) for use in changed]
