@@ -8,7 +8,7 @@ labels repeat or where something behind cannot be solved.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +30,9 @@ from models.graph import operation_name, place
 CLEAR_GAP = 0.5
 #: The most negative number that an image's inputs may have, in shares of its largest.
 NEGATIVE = 1e-2
-#: Rounds of the fixed point for the images' factors, and where it has arrived.
-ROUNDS, ARRIVED = 200, 1e-12
+#: Half the width of the first grid on which the logarithms of the images' factors are sought, the
+#: points of every grid, and the half width at which they are found.
+WIDEST, GRID, ARRIVED = 12.0, 101, 1e-10
 #: Relative difference of the two ways to compute the head's signal up to which they agree.
 AGREES = 1e-2
 
@@ -319,36 +320,66 @@ def _head(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, float, float], Tensor]:
     """Return the part of an `Anchor` that concerns the head, and the factors (B, 1, 1, 1).
 
-    With the features F from the forward pass, ∂L/∂W = R F gives the signal R, whose one negative
+    With the features F from the forward pass, ∂L/∂W = Rᵀ F gives the signal R, whose one negative
     entry per image is at the label. It must be (softmax(F Wᵀ + b) − labels) / B. free: the images'
-    factors are not known; the fixed point a ← a ⟨R, softmax − labels⟩ / ‖softmax − labels‖² finds
-    them where the network behind is homogeneous.
+    factors are not known.
     """
     output = network.nodes[-1]
-    (head,), name = network.inputs(output), str(output.target)
+    name = str(output.target)
     if operation_name(output) != "linear" or f"{name}.weight" not in network.gradient:
         raise StoppedError(f"{place(output)}: the gradient of a linear head is needed")
     module, gradient = network.module(output), network.gradient[f"{name}.weight"]
     scale = gradient.new_ones(network.shape(output)[0], 1, 1, 1)
-    for _ in range(ROUNDS if free else 1):
-        trial = replace(network, values={node: scale * value for node, value in known.items()})
-        features = trial.following().get(head)
-        if features is None:
-            raise StoppedError(f"{place(head)}: does not follow from what was solved")
-        if not bool(features.isfinite().all()):
-            raise StoppedError(f"{place(head)}: the images' factors do not settle")
-        solved = least_norm(features.mT, gradient.mT)
-        labels = solved.argmin(1)
-        smooth = (1 - label_smoothing) * F.one_hot(labels, len(gradient)).to(solved)
-        smooth = smooth + label_smoothing / len(gradient)
+    features = _features(network, known)
+    solved = least_norm(features.mT, gradient.mT)
+    labels = solved.argmin(1)
+    smooth = (1 - label_smoothing) * F.one_hot(labels, len(gradient)).to(solved)
+    smooth = smooth + label_smoothing / len(gradient)
+
+    def signal_of(features: Tensor) -> Tensor:
         logits = F.linear(features, module.weight, module.bias)
-        signal = (torch.softmax(logits, 1) - smooth) / len(labels)
-        ratio = (solved * signal).sum(1) / signal.square().sum(1)
-        if not free or bool(((ratio - 1).abs() < ARRIVED).all()):
-            break
-        scale = scale * ratio.view(-1, 1, 1, 1)
+        return (torch.softmax(logits, 1) - smooth) / len(labels)
+
+    if free:
+        scale = _scale_by_probabilities(solved, features, signal_of).view(-1, 1, 1, 1)
+        features = _features(network, {node: scale * value for node, value in known.items()})
+        solved = least_norm(features.mT, gradient.mT)
+    signal = signal_of(features)
     mismatch = ((solved - signal).norm() / solved.norm()).item()
     if not mismatch <= AGREES:
         raise StoppedError(f"{name}: its gradient does not bear the features out ({mismatch:.1e})")
     residual = ((gradient - signal.mT @ features).norm() / gradient.norm()).item()
     return (labels, features, signal, residual, mismatch), scale
+
+
+def _features(network: Network, known: Mapping[fx.Node, Tensor]) -> Tensor:
+    """Return the inputs (B, d) of the head that follow from known tensors."""
+    (head,) = network.inputs(network.nodes[-1])
+    features = replace(network, values=dict(known)).following().get(head)
+    if features is None:
+        raise StoppedError(f"{place(head)}: does not follow from what was solved")
+    if not bool(features.isfinite().all()):
+        raise StoppedError(f"{place(head)}: the images cannot be told apart")
+    return features
+
+
+def _scale_by_probabilities(
+    solved: Tensor, features: Tensor, signal_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the factors a (B,) with solved = a · signal_of(a · features), row by row.
+
+    So it is behind a homogeneous network, whose features have the images' factors. The a with the
+    least distance is sought on ever finer grids of its logarithm.
+    """
+    best, width = solved.new_zeros(len(solved)), WIDEST
+    while width > ARRIVED:
+        tried = best + width * torch.linspace(-1, 1, GRID).to(solved)[:, None]
+        apart = torch.stack(
+            [
+                (solved - a[:, None] * signal_of(a[:, None] * features)).norm(dim=1)
+                for a in tried.exp()
+            ]
+        )
+        best = tried.gather(0, torch.nan_to_num(apart, nan=torch.inf).argmin(0)[None])[0]
+        width *= 4 / (GRID - 1)
+    return best.exp()
