@@ -276,8 +276,10 @@ class AttackSettings:
     weights: Weights
     #: Without box and noise, which `loop_in` adds.
     loop: Loop
-    #: A name in ATTACKS; all other settings concern the matching.
+    #: A name in ATTACKS; all other settings but the next one concern the matching.
     method: str = "matching"
+    #: Bytes that a dense system may take while the gradient is solved layer by layer.
+    max_memory: int = 8 * 2**30
     #: Langevin noise as in `Loop`; None for that of the strategy.
     noise: float | None = None
     #: Clamp the images to valid colours after every step.
@@ -353,6 +355,7 @@ class AttackSettings:
             noise=self._noise,
             schedule=default.schedule,
             combine_memory=default.combine_memory,
+            max_memory=default.max_memory,
             offload_seeds=default.offload_seeds,
             shared=default.shared,
         )

@@ -19,6 +19,8 @@ from inversion.audit.plan import layerwise_estimate
 from inversion.audit.settings import refuse_processes, settings_from
 from inversion.layerwise.attack import layerwise_attack
 from inversion.layerwise.layer import Layer
+from inversion.layerwise.least_squares import memory_of_system
+from inversion.layerwise.trace import largest_system
 from inversion.settings import AttackSettings, Loop, Weights
 from models.binding import bind
 from models.build import build_model
@@ -237,7 +239,7 @@ def test_a_dry_run_says_the_largest_system(captured):
     )
     assert "plan: solve the gradient layer by layer, 1 images (3, 16, 16)" in outcome.out
     # 32 channels of 25 weights for 64, 64, 256 positions
-    assert "estimate: the largest dense matrix has 800 × 256 numbers" in outcome.out
+    assert "estimate: the largest dense system has 800 × 256 numbers" in outcome.out
     assert "per iteration" not in outcome.out
 
 
@@ -246,7 +248,7 @@ def test_a_dry_run_of_auto_says_both(captured):
         "run.py", "--checkpoint", captured(*LENET), "--attack", "auto", "--dry-run", "--lr", 0.1,
         "--epochs", 9,
     )  # fmt: skip
-    assert "estimate: the largest dense matrix has 800 × 256 numbers" in outcome.out
+    assert "estimate: the largest dense system has 800 × 256 numbers" in outcome.out
     assert "estimate, where that does not determine the images: " in outcome.out
     assert " ms per iteration, " in outcome.out
 
@@ -258,7 +260,7 @@ def test_an_estimate_says_what_cannot_be_solved():
          "in train mode the walk needs the batch's BatchNorm statistics"),
     ):  # fmt: skip
         _, case = case_of(model, [5, 1], 16, **options)
-        assert layerwise_estimate(case).startswith(
+        assert layerwise_estimate(case, 2**30).startswith(
             f"estimate: the gradient cannot be solved layer by layer: {says}"
         )
 
@@ -343,6 +345,27 @@ def test_flags_of_matching_are_refused(flags):
     assert flags[0] in matching_flags()
     with pytest.raises(InputError, match=f"^{' '.join(flags)}: concerns --attack matching"):
         settings_of("--attack", "layerwise", *flags)
+
+
+def test_a_walk_ends_where_a_system_takes_more_than_its_memory():
+    torch.manual_seed(0)
+    model = build_model("lenet", 8, (3, 16, 16))
+    x, _ = photos(2, 16, target_idx=10)
+    y = torch.tensor([5, 1])
+    target = target_of(model, x, y, arch="lenet")
+    enough = memory_of_system(*largest_system(model, 2, (3, 16, 16))[:2])
+    public = torch.rand(9, 3, 16, 16)
+    assert layerwise_attack(model, target, y, public, max_memory=enough).stopped == ""
+    found = layerwise_attack(model, target, y, public, max_memory=enough - 1)
+    assert found.stopped.startswith("input_1: its equations take about ")
+    assert found.certified[-1].name == "_1"
+
+
+def test_memory_concerns_solving():
+    both = settings_of("--attack", "auto", "--epochs", "9", "--lr", "0.1", "--max-memory", "64")
+    assert both.attack.max_memory == 2**26
+    with pytest.raises(InputError, match="--max-memory 64: concerns --attack layerwise and auto"):
+        settings_of("--epochs", "9", "--max-memory", "64")
 
 
 def test_a_layerwise_attack_needs_no_iterations_and_auto_does():

@@ -163,7 +163,7 @@ def attack(
     save_consensus(iterations, x): called with every consensus.
     """
     if settings.method != "matching":
-        attacked, why = _solve(case, interrupts, reporter, title)
+        attacked, why = _solve(case, interrupts, reporter, title, settings.max_memory)
         enough = settings.method == "layerwise" or not why
         if attacked is not None and (enough or attacked.interrupted):
             return attacked
@@ -195,7 +195,7 @@ def attack(
 
 
 def _solve(
-    case: Case, interrupts: Interrupts, reporter: Reporter, title: str
+    case: Case, interrupts: Interrupts, reporter: Reporter, title: str, max_memory: int
 ) -> tuple[Attacked | None, str]:
     """Solve the gradient layer by layer; return what it gave, and why that is not enough, or "".
 
@@ -214,7 +214,7 @@ def _solve(
     try:
         found = layerwise_attack(
             case.objective.model, target, case.y, public, on_layer=on_layer,
-            should_stop=lambda: interrupts.signal is not None,
+            should_stop=lambda: interrupts.signal is not None, max_memory=max_memory,
         )  # fmt: skip
     except ValueError as error:
         return None, str(error)

@@ -114,6 +114,13 @@ def _add_attack(add) -> None:
         "gradient for the network's tensors, from the head to the image, as far as it goes; auto: "
         "layerwise where that determines the images, else matching.",
     )
+    add(
+        "--max-memory",
+        type=number(above=0),
+        default=8192.0,
+        help="--attack layerwise and auto: MiB that the equations of one layer may take; the walk "
+        "ends at a layer that needs more.",
+    )
 
 
 def _add_labels(add) -> None:

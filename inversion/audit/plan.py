@@ -10,6 +10,7 @@ from inversion.audit.inputs import Case
 from inversion.audit.settings import Settings
 from inversion.combine import combination_method
 from inversion.layerwise.attack import target_network
+from inversion.layerwise.least_squares import memory_of_system
 from inversion.layerwise.trace import largest_system
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import PIXEL_GRADIENTS
@@ -90,7 +91,7 @@ def _protection_lines(case: Case) -> list[str]:
     ]
 
 
-def layerwise_estimate(case: Case) -> str:
+def layerwise_estimate(case: Case, max_memory: int) -> str:
     """Tell the size of the largest dense system that solving layer by layer may meet."""
     target, model = case.target, case.objective.model
     try:
@@ -99,8 +100,9 @@ def layerwise_estimate(case: Case) -> str:
     except ValueError as error:
         return f"estimate: the gradient cannot be solved layer by layer: {error}"
     return (
-        f"estimate: the largest dense matrix has {rows:,} × {columns:,} numbers ({name}), "
-        f"{8 * rows * columns / 2**20:,.0f} MiB; the walk may end before it"
+        f"estimate: the largest dense system has {rows:,} × {columns:,} numbers ({name}) and takes "
+        f"about {memory_of_system(rows, columns) / 2**20:,.0f} MiB; the walk ends where one takes "
+        f"more than the {max_memory / 2**20:,.0f} MiB of --max-memory, or before"
     )
 
 
@@ -108,7 +110,7 @@ def estimate(settings: Settings, case: Case) -> str:
     """Tell what time and memory the plan will take."""
     lines = []
     if settings.attack.method != "matching":
-        lines.append(layerwise_estimate(case))
+        lines.append(layerwise_estimate(case, settings.attack.max_memory))
     if settings.attack.method != "layerwise":
         beside = ", where that does not determine the images" if lines else ""
         lines.append(_matching_estimate(settings, case, beside))

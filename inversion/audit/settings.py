@@ -153,6 +153,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
     search = _search_from(args)
+    if args.attack == "matching":
+        _refuse_solving(args)
     if args.attack == "layerwise":
         _refuse_matching(args)
     else:
@@ -239,6 +241,7 @@ def _attack_from(args) -> AttackSettings:
             keep_best=args.min_grads_loss,
         ),
         method=args.attack,
+        max_memory=int(args.max_memory * 2**20),
         noise=args.input_noise,
         boxed=args.input_boxed,
         first_seed=args.seed,
@@ -273,6 +276,15 @@ def _schedule_from(args) -> MLCOSchedule:
     if not STRATEGIES[_strategy_from(args)].forms_consensus:
         return MLCOSchedule()
     return MLCOSchedule(args.T_init_rate, args.total_T_in_rate, args.T_in, args.T_end_rate)
+
+
+def _refuse_solving(args) -> None:
+    """Refuse what concerns solving the gradient where it is only matched."""
+    if int(args.max_memory * 2**20) != AttackSettings.max_memory:
+        raise InputError(
+            f"--max-memory {args.max_memory:g}: concerns --attack layerwise and auto, not "
+            "matching; leave it out"
+        )
 
 
 def _refuse_matching(args) -> None:

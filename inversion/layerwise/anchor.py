@@ -209,6 +209,7 @@ def _solve_lower(network: Network, below: fx.Node, lower: fx.Node, *, coupled: b
     In eval mode by its gradient alone, since its outputs are known only up to the images' factors.
     """
     use = network.use(below)
+    network.check_memory([use], lower)
     if not coupled:
         use = replace(use, known=torch.zeros_like(use.known))
     empty = network.empty(lower)

@@ -11,7 +11,7 @@ from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.front import statistics_of
 from inversion.layerwise.images import make_images
 from inversion.layerwise.layer import Layer
-from inversion.layerwise.network import Network
+from inversion.layerwise.network import MAX_MEMORY, Network
 from inversion.layerwise.peel import peel
 from inversion.layerwise.trace import network_of
 from models.gradient import trainable_parameters
@@ -94,6 +94,7 @@ def layerwise_attack(
     on_layer: Callable[[Layer], None] = lambda layer: None,
     should_stop: Callable[[], bool] = lambda: False,
     seed: int = 0,
+    max_memory: int = MAX_MEMORY,
 ) -> Recovered:
     """Solve the gradient for the network's tensors and make images of the deepest certified ones.
 
@@ -102,13 +103,13 @@ def layerwise_attack(
     normalised photographs that are none of the client's, for the linear decoder. on_layer: called
     with every certificate. should_stop: asked after every tensor, and while images are made; true
     ends with what there is.
-    seed: of the decoder's augmentation.
+    seed: of the decoder's augmentation. max_memory: bytes that a dense system may take.
 
     Raises ValueError, in one line, where the network cannot be walked through or the batch
     statistics are missing.
     """
     start = time.perf_counter()
-    network = target_network(model, target)
+    network = target_network(model, target, max_memory)
     clipped = target.protection is not None and target.protection.clip is not None
 
     def note(layer: Layer) -> bool:
@@ -127,7 +128,7 @@ def layerwise_attack(
     )  # fmt: skip
 
 
-def target_network(model: nn.Module, target: Target) -> Network:
+def target_network(model: nn.Module, target: Target, max_memory: int = MAX_MEMORY) -> Network:
     """Trace the attacked network, with what the client sent.
 
     Raises ValueError, in one line, where the network cannot be walked through or the batch
@@ -142,6 +143,7 @@ def target_network(model: nn.Module, target: Target) -> Network:
         train_mode=target.train_mode,
         statistics=None if statistics is None else [*statistics.values()],
         accuracy=accuracies(model, target),
+        max_memory=max_memory,
     )
 
 

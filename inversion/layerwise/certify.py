@@ -86,6 +86,7 @@ def solve_node(network: Network, node: fx.Node) -> Layer:
     """Solve for one tensor and take over what was found, masks behind it included."""
     start = time.perf_counter()
     uses = network.uses(node)
+    network.check_memory(uses, node)
     shape = [*network.shape(node), 1, 1][:4]
     known, value = network.known(node)
     near = {use.relu: network.raw[use.relu] for use in uses if use.relu and use.relu in network.raw}

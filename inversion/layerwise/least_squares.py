@@ -17,6 +17,15 @@ def least_norm(matrix: Tensor, target: Tensor) -> Tensor:
     return found.to(matrix)
 
 
+def memory_of_system(rows: int, columns: int) -> int:
+    """Return the bytes that a system of so many equations and unknowns takes while it is solved.
+
+    About: the matrix and the factors of its decomposition, and four square matrices over the
+    unknowns, of float64.
+    """
+    return 8 * (3 * rows * columns + 4 * columns**2)
+
+
 def disturbed(g: Tensor, error: float, generator: torch.Generator) -> Tensor:
     """Add random numbers to a tensor, whose norm is `error` of the tensor's."""
     noise = torch.randn(g.shape, generator=generator, dtype=g.dtype).to(g)

@@ -24,11 +24,14 @@ from inversion.layerwise.kinds import (
     StoppedError,
     geometry_of,
 )
+from inversion.layerwise.least_squares import memory_of_system
 from inversion.layerwise.use import Use
 from models.graph import operation, operation_name, place
 
 #: What a ReLU's output is where its mask was repaired to "on" and its value had been taken for 0.
 TINY = 1e-12
+#: Bytes that a dense system may take, where nobody says.
+MAX_MEMORY = 8 * 2**30
 #: (0/1 of the tensor's shape, values that count where it is 1).
 Known = tuple[Tensor, Tensor]
 
@@ -71,6 +74,8 @@ class Network:
     raw: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
     #: Pooling → 0/1 of its input's shape where a window's value comes from.
     routes: dict[fx.Node, Tensor] = field(default_factory=dict)
+    #: Bytes that a dense system may take.
+    max_memory: int = MAX_MEMORY
     #: Relative error of the derivative of the loss by the logits, which all others inherit.
     signal_error: float = 0.0
     #: Derivatives of the loss that no later step changes.
@@ -200,6 +205,16 @@ class Network:
     def uses(self, node: fx.Node) -> list[Use]:
         """Return what the convolutions and linear layers that take a tensor say about it."""
         return [self.use(user) for user in self.users(node) if operation_name(user) in WEIGHTED]
+
+    def check_memory(self, uses: Sequence[Use], node: fx.Node) -> None:
+        """Raise StoppedError where the dense system about a tensor takes more than `max_memory`."""
+        rows = sum(use.gradient[:, 0].numel() for use in uses)
+        needed = memory_of_system(rows, self.empty(node)[:, 0].numel())
+        if needed > self.max_memory:
+            raise StoppedError(
+                f"{node.name}: its equations take about {needed / 2**20:,.0f} MiB, more than the "
+                f"{self.max_memory / 2**20:,.0f} MiB of --max-memory"
+            )
 
     def use(self, node: fx.Node) -> Use:
         """Return what one convolution or linear layer says about the tensor that it takes."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from inversion.layerwise.accuracy import Accuracy
-from inversion.layerwise.network import Network
+from inversion.layerwise.least_squares import memory_of_system
+from inversion.layerwise.network import MAX_MEMORY, Network
 from inversion.layerwise.operations import OPERATIONS
 from models.batchnorm import batchnorm_layers, set_statistics
 from models.graph import operation_name, traced_tensors
@@ -21,11 +22,13 @@ def network_of(
     train_mode: bool,
     statistics: Sequence[tuple[Tensor, Tensor]] | None,
     accuracy: Mapping[str, Accuracy],
+    max_memory: int = MAX_MEMORY,
 ) -> Network:
     """Trace a network for an attack on its gradient.
 
     gradient, accuracy: by the parameters' names. statistics: (mean, biased variance) of the batch
-    at every BatchNorm layer, in the model's order; needed in train mode.
+    at every BatchNorm layer, in the model's order; needed in train mode. max_memory: bytes that a
+    dense system may take.
 
     Raises ValueError, in one line, where torch.fx cannot trace the network or where the attack
     lacks the batch statistics.
@@ -54,16 +57,16 @@ def network_of(
         train_mode=train_mode and bool(layers),
         accuracy=dict(accuracy),
         operations=OPERATIONS,
+        max_memory=max_memory,
     )
 
 
 def largest_system(
     model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]
 ) -> tuple[int, int, str]:
-    """Return rows, columns and layer of the largest matrix that the walk decomposes.
+    """Return equations, unknowns and layer of the largest dense system that the walk may meet.
 
-    Of a convolution with B·H·W numbers per input channel and O·k² equations for them: the matrix of
-    its equations, or that of the products of its columns where it has more columns than rows.
+    Of a convolution: B·H·W numbers per input channel and O·k² equations for them.
 
     Raises ValueError, in one line, where torch.fx cannot trace the network.
     """
@@ -72,5 +75,5 @@ def largest_system(
         if operation_name(node) == "conv2d":
             kernel = node.meta["module"].weight[:, 0].numel()
             columns = node.meta["inputs"][0].meta["value"][:, 0].numel()
-            found.append((max(kernel, columns), columns, str(node.target)))
-    return max(found, key=lambda system: system[0] * system[1], default=(0, 0, "none"))
+            found.append((kernel, columns, str(node.target)))
+    return max(found, key=lambda system: memory_of_system(*system[:2]), default=(0, 0, "none"))
