@@ -8,6 +8,7 @@ labels repeat or where something behind cannot be solved.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from inversion.layerwise.accuracy import MOST_ERROR
 from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.kinds import ADDITIONS, BATCHNORMS, RELUS, StoppedError, geometry_of
@@ -33,8 +35,6 @@ NEGATIVE = 1e-2
 #: Half the width of the first grid on which the logarithms of the images' factors are sought, the
 #: points of every grid, and the half width at which they are found.
 WIDEST, GRID, ARRIVED = 12.0, 101, 1e-10
-#: Relative difference of the two ways to compute the head's signal up to which they agree.
-AGREES = 1e-2
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Anchor:
     mismatch: float
     #: How the convolution's gradient was split.
     factors: Factors
-    #: Relative error of the signals that the gradient's error causes.
+    #: Relative error of the signals that the gradient's error causes, and of the images' factors, of
+    #: which `head_residual` tells.
     signal_error: float
 
     def ordered(self, order: Tensor) -> "Anchor":
@@ -118,6 +119,7 @@ def anchored(network: Network, node: fx.Node, label_smoothing: float = 0.0) -> A
     trial.values[source], trial.signals[node] = scale * trial.values[source], signals / scale
     signal = _climb(trial, way)
     head, scale = _head(trial, trial.values, label_smoothing, free=free)
+    error = math.hypot(error, head[3])
     return Anchor(node, way[-1], signal / scale, *head, factors, error)
 
 
@@ -347,9 +349,9 @@ def _head(
         solved = least_norm(features.mT, gradient.mT)
     signal = signal_of(features)
     mismatch = ((solved - signal).norm() / solved.norm()).item()
-    if not mismatch <= AGREES:
-        raise StoppedError(f"{name}: its gradient does not bear the features out ({mismatch:.1e})")
     residual = ((gradient - signal.mT @ features).norm() / gradient.norm()).item()
+    if not (residual <= network.accuracy[f"{name}.weight"].certified and mismatch <= MOST_ERROR):
+        raise StoppedError(f"{name}: its gradient does not bear the features out ({residual:.1e})")
     return (labels, features, signal, residual, mismatch), scale
 
 

@@ -177,7 +177,7 @@ def solve_gradients(
 
 
 #: Numbers that the gradients leave open which are still solved for densely.
-MOST_NULL = 12_000
+MOST_NULL = 4_000
 
 
 def _null_space(found: _Spectrum, kept: Tensor, places: int) -> Tensor:

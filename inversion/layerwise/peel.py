@@ -102,7 +102,7 @@ def _follow(peeled: Peeled, layers: Iterator[Layer], on_layer: Callable[[Layer],
             peeled.layers.append(layer)
             if on_layer(layer):
                 peeled.stopped = INTERRUPTED
-            elif not layer.certified and layer.kind != "forward":
+            elif not layer.certified:
                 peeled.stopped = _reason(layer)
             if peeled.stopped:
                 return
