@@ -56,8 +56,8 @@ class Anchor:
     mismatch: float
     #: How the convolution's gradient was split.
     factors: Factors
-    #: Relative error of the signals that the gradient's error causes, and of the images' factors, of
-    #: which `head_residual` tells.
+    #: Relative error of the signals: what the gradient's error causes, and the images' factors, of
+    #: whose error `head_residual` tells.
     signal_error: float
 
     def ordered(self, order: Tensor) -> "Anchor":
