@@ -52,8 +52,6 @@ from utils.tensor_files import load_plain
 SPEC = DATASETS["photos"]
 #: Batch number of the other images whose gradient is the control.
 OTHER = 7
-#: Why a case has no figures.
-NO_MEMORY = "skipped: it needs more memory than allowed"
 
 
 def cnn6(num_classes: int) -> nn.Module:
@@ -218,14 +216,22 @@ def controls(of: Client, found: Recovered, audit: AuditCase, public: Tensor) -> 
     return control | {"grey": flat["grey"], "mean_colour": flat["mean colour"]}
 
 
-def attempt(case: Case, weights: dict[str, Tensor] | None, cpu_seconds: float) -> tuple:
-    """Return what `run` does, or a row without figures where the memory does not suffice."""
+def attempt(
+    case: Case, weights: dict[str, Tensor] | None, cpu_seconds: float, memory: float | None
+) -> tuple[dict, list[dict], dict]:
+    """Return what `run` does, or a row without figures where `memory` GiB do not suffice."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
+        if memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), hard))
         return run(case, weights, cpu_seconds)
     except (MemoryError, RuntimeError) as error:  # torch says it by a RuntimeError
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        said = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        if memory is None or not said:
             raise
-        return vars(case) | {"stopped": NO_MEMORY}, [], {}
+        return vars(case) | {"stopped": f"skipped: it needs more than {memory:g} GiB"}, [], {}
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def tensor_rows(case: Case, audit: AuditCase, found: Recovered, of: Client) -> list[dict]:
@@ -278,14 +284,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.list:
         print(*(f"{number}: {case}" for number, case in cases), sep="\n")
         return
-    if args.memory is not None:
-        most = int(args.memory * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     weights = None if args.weights is None else load_plain(args.weights)
     shown = []
     names = ("arch", "size", "batch", "seed", "train_mode", "deepest", "psnr", "ssim", "identified")
     for number, case in cases:
-        row, tensors, images = attempt(case, weights, args.cpu_seconds)
+        row, tensors, images = attempt(case, weights, args.cpu_seconds, args.memory)
         if args.rows:
             write(args.part, number, row, tensors, args.rows)
         if args.images and images:
