@@ -89,7 +89,7 @@ def client(case: Case, weights: dict[str, Tensor] | None) -> Client:
     model = model or build_model(case.arch, SPEC.class_count, shape)
     if case.trained:
         if weights is None:
-            raise SystemExit("--weights: part trained needs them; see benchmarks/train_network.py")
+            raise SystemExit("--weights: this part needs them; see benchmarks/train_network.py")
         load_weights(model, weights)
         torch.manual_seed(1000 + case.seed)
     init_head(model, case.head)
@@ -226,8 +226,8 @@ def attempt(
             resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), hard))
         return run(case, weights, cpu_seconds)
     except (MemoryError, RuntimeError) as error:  # torch says it by a RuntimeError
-        said = isinstance(error, MemoryError) or "allocate memory" in str(error)
-        if memory is None or not said:
+        said = any(words in str(error) for words in ("allocate memory", "bad_alloc"))
+        if memory is None or not (said or isinstance(error, MemoryError)):
             raise
         return vars(case) | {"stopped": f"skipped: it needs more than {memory:g} GiB"}, [], {}
     finally:
