@@ -1,17 +1,18 @@
 """Measures the layerwise attack: how far the gradient is solved, and what images that gives.
 
-    python -m benchmarks.layerwise PART --rows docs/rows [--weights FILE]
+    python -m benchmarks.layerwise PART --rows docs/rows [--weights FILE] [--only 0,3]
 
 The parts are those of CASES. Every case attacks photographs with known labels, and sets beside the
-images what the same attack makes of the gradient of other images with the same labels, the decoder
-alone, the mean of public photographs, and grey and mean-coloured images. Parts "matching" and
-"noise" also match gradients for as long as the layerwise attack took, times a factor. It appends
-one row per case to layerwise.csv and one per tensor to layerwise_tensors.csv.
+images what the same attack makes of the gradient of other images with the same labels (where the
+case asks for it), the decoder alone, the mean of public photographs, and grey and mean-coloured
+images. Cases with `matching` also match gradients for as long as the layerwise attack took, times a
+factor. It appends one row per case, as soon as it is measured, and one per tensor to the files of
+layerwise_rows.py. A case that needs more memory than --memory has a row without figures.
 """
 
 import argparse
-import csv
 import functools
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.layerwise_cases import CASES, CLIP, Case
+from benchmarks.layerwise_rows import write
+from benchmarks.layerwise_scores import decoys, depth, identification, labels
 from inversion.audit.certificate import predictions, true_errors
 from inversion.audit.inputs import Case as AuditCase
 from inversion.audit.inputs import Sealed, make_case
@@ -38,7 +42,7 @@ from train.photos import photo_batch
 from train.privacy import Mechanism, protect_per_sample
 from utils import metrics
 from utils.console import table
-from utils.device import device_name
+from utils.device import device_name, peak_memory_mib
 from utils.image_files import public_photographs
 from utils.matching import assign
 from utils.pictures import save_panels
@@ -48,32 +52,6 @@ from utils.tensor_files import load_plain
 SPEC = DATASETS["photos"]
 #: Batch number of the other images whose gradient is the control.
 OTHER = 7
-#: Clipping norm of per-sample protection.
-CLIP = 1.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """Describes one client and what happened to its gradient."""
-
-    arch: str = "resnet18"
-    size: int = 32
-    batch: int = 4
-    seed: int = 0
-    #: Number of the batch of `photos`.
-    index: int = 0
-    train_mode: bool = False
-    #: Whether the network's body has the weights of --weights, else random ones.
-    trained: bool = False
-    #: A name in HEAD_INITS.
-    head: str = "normal"
-    #: "none", "relative" (to each tensor's root mean square), "float16", "bfloat16", "per-sample"
-    #: (clipping to CLIP, then noise, which the client reports).
-    noise: str = "none"
-    #: Standard deviation of the noise, for "per-sample" per entry of the gradient.
-    level: float = 0.0
-    #: Match gradients too, for this many times the time that the layerwise attack took; 0 for not.
-    matching: float = 0.0
 
 
 def cnn6(num_classes: int) -> nn.Module:
@@ -90,43 +68,14 @@ def cnn6(num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3200, num_classes, bias=False))
 
 
-SEEDS = range(5)
-LEVELS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-NETWORKS = [
-    Case("convnet", batch=1), Case("convnet", batch=4), Case("convnet", batch=2, train_mode=True),
-    Case("vgg11_bn", batch=1), Case("vgg11_bn", batch=4), Case("vgg11", batch=1),
-    Case("lenet", batch=1, head="keep"), Case("lenet", batch=2, head="keep"),
-    Case("lenet", batch=7, head="keep"), Case("resnet34", batch=4),
-    *(Case("cnn6", batch=1, seed=seed, head="keep", matching=5.0) for seed in (0, 1, 2)),
-]  # fmt: skip
-CASES: dict[str, list[Case]] = {
-    "eval": [Case(seed=seed) for seed in SEEDS],
-    "crops": [Case(seed=seed, index=1) for seed in SEEDS],
-    "train": [Case(seed=seed, train_mode=True) for seed in SEEDS],
-    "trained": [
-        Case(trained=True, train_mode=mode, head=head)
-        for mode in (False, True)
-        for head in ("normal", "keep")
-    ],
-    "64": [Case(size=64, batch=count, seed=seed) for count in (1, 4) for seed in (0, 1)]
-    + [Case(size=64, batch=8)],
-    "cifar": [Case("resnet18_cifar", batch=count) for count in (1, 2, 4, 7, 8)]
-    + [Case("resnet18_cifar", batch=2, seed=1), Case("resnet18_cifar", batch=4, train_mode=True)],
-    "networks": NETWORKS,
-    "matching": [Case(matching=1.0), Case(train_mode=True, matching=1.0)],
-    "noise": [Case(noise="relative", level=level, matching=1.0) for level in LEVELS]
-    + [Case(noise=kind, matching=1.0) for kind in ("float16", "bfloat16")]
-    + [Case(noise="per-sample", level=level, matching=1.0) for level in (1e-8, 1e-6, 1e-4)],
-}
-
-
 @dataclass(frozen=True)
 class Client:
     """Holds what one client sent, what another one would have, and the truth."""
 
     model: nn.Module
     target: Target
-    other: Target
+    #: What a client with other images of these labels would have sent; None for no control.
+    other: Target | None
     #: (B, 3, H, W) in [0, 1].
     true: Tensor
     y: Tensor
@@ -140,16 +89,20 @@ def client(case: Case, weights: dict[str, Tensor] | None) -> Client:
     model = model or build_model(case.arch, SPEC.class_count, shape)
     if case.trained:
         if weights is None:
-            raise SystemExit("--weights: part trained needs them; see benchmarks/train_network.py")
+            raise SystemExit("--weights: this part needs them; see benchmarks/train_network.py")
         load_weights(model, weights)
         torch.manual_seed(1000 + case.seed)
     init_head(model, case.head)
     distinct = None if case.index == 0 else min(case.batch, SPEC.class_count)
+    distinct = case.classes_used or distinct
     true, y = photo_batch(
         case.batch, case.index, case.size, seed=case.seed, distinct_labels=distinct
     )
-    other, labels = photo_batch(case.batch, OTHER, case.size, seed=case.seed, distinct_labels=None)
-    return Client(model, _target(case, model, true, y), _target(case, model, other, y), true, y)
+    other = None
+    if case.control:
+        images, _ = photo_batch(case.batch, OTHER, case.size, seed=case.seed, distinct_labels=None)
+        other = _target(case, model, images, y)
+    return Client(model, _target(case, model, true, y), other, true, y)
 
 
 def _target(case: Case, model: nn.Module, images: Tensor, y: Tensor) -> Target:
@@ -202,42 +155,83 @@ def audit_case(of: Client, settings: AttackSettings) -> AuditCase:
     return make_case(settings, of.model, of.target, of.y, None, torch.device("cpu"), ALONE)
 
 
-def run(case: Case, weights: dict[str, Tensor] | None) -> tuple[dict, list[dict], dict]:
-    """Attack one case; return its row, the rows of its tensors, and its images by name."""
+def run(
+    case: Case, weights: dict[str, Tensor] | None, cpu_seconds: float = float("inf")
+) -> tuple[dict, list[dict], dict]:
+    """Attack one case; return its row, the rows of its tensors, and its images by name.
+
+    The attack ends, with what there is, once it has taken so many `cpu_seconds`.
+    """
     of = client(case, weights)
     public = normalise(public_photographs(PUBLIC_IMAGES, of.target.image_shape), SPEC)
     start = time.process_time()
-    found = layerwise_attack(of.model, of.target, of.y, public)
+
+    late = False
+
+    def should_stop() -> bool:
+        nonlocal late
+        late = time.process_time() - start > cpu_seconds
+        return late
+
+    found = layerwise_attack(of.model, of.target, of.y, public, should_stop=should_stop)
     seconds = time.process_time() - start
+    stopped = f"{found.stopped}; ended after {cpu_seconds:g} CPU s" if late else found.stopped
     audit = audit_case(of, AttackSettings(Weights(), Loop(1, 1.0)))
-    images = audit.images(found.images)
+    images, among = audit.images(found.images), decoys(of.y, case.size, case.seed)
     psnr, ssim, worst = scores(images, of.true)
-    other = layerwise_attack(of.model, of.other, of.y, public)
-    control = {
-        "other_gradient": audit.images(other.images),
-        "mean_image": public_photographs(128, of.target.image_shape).mean(0).expand_as(of.true),
-    }
-    if found.decoder_only is not None:
-        control["decoder_only"] = audit.images(found.decoder_only)
-    flat = metrics.baselines(of.true)
-    control |= {"grey": flat["grey"], "mean_colour": flat["mean colour"]}
+    y_found = of.y if found.labels is None else found.labels
     row = vars(case) | {
         "certified": len(found.certified), "tensors": len(found.layers),
         "deepest": found.certified[-1].name if found.certified else "", "method": found.method,
         "psnr": psnr, "ssim": ssim, "lowest_psnr": worst,
     }  # fmt: skip
-    for name in ("other_gradient", "decoder_only", "mean_image", "grey", "mean_colour"):
-        figures = scores(control[name], of.true) if name in control else ("", "")
+    row |= labels(found, of.y, of.y) | depth(of.model, found, of.target.image_shape)
+    row |= identification("", images, y_found, of.true, of.y, among)
+    for name, control in controls(of, found, audit, public).items():
+        figures = scores(control, of.true)
         row |= {f"{name}_psnr": figures[0], f"{name}_ssim": figures[1]}
-    row |= {"matching_psnr": "", "matching_ssim": ""}
     shown = {"truth": of.true, "layerwise": images[assign(images, of.true)]}
     if case.matching:
         rival = matched(of, case.matching * seconds, case.seed)
         shown["matching"] = rival[assign(rival, of.true)]
         figures = scores(rival, of.true)
         row |= {"matching_psnr": figures[0], "matching_ssim": figures[1]}
-    row |= {"cpu_seconds": seconds, "stopped": found.stopped, "device": device_name(audit.device)}
+        row |= identification("matching_", rival, of.y, of.true, of.y, among)
+    row |= {"cpu_seconds": seconds, "stopped": stopped, "device": device_name(audit.device)}
+    row["peak_mib"] = peak_memory_mib(audit.device)
     return row, tensor_rows(case, audit, found, of), shown
+
+
+def controls(of: Client, found: Recovered, audit: AuditCase, public: Tensor) -> dict[str, Tensor]:
+    """Return what the client's gradient is not needed for, (B, 3, H, W) in [0, 1], by name."""
+    control = {}
+    if of.other is not None:
+        other = layerwise_attack(of.model, of.other, of.y, public)
+        control["other_gradient"] = audit.images(other.images)
+    if found.decoder_only is not None:
+        control["decoder_only"] = audit.images(found.decoder_only)
+    mean = public_photographs(128, of.target.image_shape).mean(0)
+    control["mean_image"] = mean.expand_as(of.true)
+    flat = metrics.baselines(of.true)
+    return control | {"grey": flat["grey"], "mean_colour": flat["mean colour"]}
+
+
+def attempt(
+    case: Case, weights: dict[str, Tensor] | None, cpu_seconds: float, memory: float | None
+) -> tuple[dict, list[dict], dict]:
+    """Return what `run` does, or a row without figures where `memory` GiB do not suffice."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        if memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), hard))
+        return run(case, weights, cpu_seconds)
+    except (MemoryError, RuntimeError) as error:  # torch says it by a RuntimeError
+        said = any(words in str(error) for words in ("allocate memory", "bad_alloc"))
+        if memory is None or not (said or isinstance(error, MemoryError)):
+            raise
+        return vars(case) | {"stopped": f"skipped: it needs more than {memory:g} GiB"}, [], {}
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def tensor_rows(case: Case, audit: AuditCase, found: Recovered, of: Client) -> list[dict]:
@@ -246,7 +240,7 @@ def tensor_rows(case: Case, audit: AuditCase, found: Recovered, of: Client) -> l
     errors = true_errors(audit, found, Sealed(GroundTruth(x, of.y), None, False, None))
     ranks = predictions(audit, found.layers)
     names = ("arch", "size", "batch", "seed", "index", "train_mode", "trained", "head", "noise")
-    shared = {name: vars(case)[name] for name in (*names, "level")}
+    shared = {name: vars(case)[name] for name in (*names, "level", "classes_used")}
     return [
         shared
         | {name: value for name, value in vars(layer).items() if name != "used_by"}
@@ -255,50 +249,53 @@ def tensor_rows(case: Case, audit: AuditCase, found: Recovered, of: Client) -> l
     ]
 
 
-def append(rows: Sequence[dict], path: Path) -> None:
-    """Append rows to a CSV, with a header where the file is new.
+def numbers(text: str) -> list[int]:
+    """Read numbers of cases, such as 0,3."""
+    return [int(part) for part in text.split(",")]
 
-    Raises SystemExit, and writes nothing, where the file has other columns.
+
+def chosen(part: str, only: Sequence[int] | None) -> list[tuple[int, Case]]:
+    """Return the cases of a part with their numbers, all or only some.
+
+    Raises SystemExit for a number that the part does not have.
     """
-    header = list(rows[0])
-    new = not path.exists()
-    if not new:
-        with path.open(newline="") as file:
-            there = next(csv.reader(file), [])
-        if there != header:
-            apart = ", ".join(sorted(set(there) ^ set(header))) or "their order"
-            raise SystemExit(f"{path}: has other columns than these rows ({apart}); move it away")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, header, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+    cases = [*enumerate(CASES[part])]
+    beyond = [number for number in only or () if not 0 <= number < len(cases)]
+    if beyond:
+        raise SystemExit(f"--only {beyond[0]}: part {part} has the cases 0 to {len(cases) - 1}")
+    return cases if only is None else [cases[number] for number in only]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Attack every case of a part, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=CASES)
     parser.add_argument("--rows", type=Path, help="folder for the raw rows")
     parser.add_argument("--images", type=Path, help="folder for a picture of every case")
     parser.add_argument("--weights", help="weights that benchmarks/train_network.py wrote")
-    args = parser.parse_args()
+    parser.add_argument("--only", type=numbers, help="numbers of the cases to run, such as 0,3")
+    parser.add_argument("--list", action="store_true", help="print the part's cases and end")
+    parser.add_argument(
+        "--cpu-seconds", type=float, default=3600.0, help="when to end an attack (default 3600)"
+    )
+    parser.add_argument("--memory", type=float, help="GiB of addresses that the process may take")
+    args = parser.parse_args(arguments)
+    cases = chosen(args.part, args.only)
+    if args.list:
+        print(*(f"{number}: {case}" for number, case in cases), sep="\n")
+        return
     weights = None if args.weights is None else load_plain(args.weights)
     shown = []
-    for number, case in enumerate(CASES[args.part]):
-        row, tensors, images = run(case, weights)
-        row = {"part": args.part, **row}
+    names = ("arch", "size", "batch", "seed", "train_mode", "deepest", "psnr", "ssim", "identified")
+    for number, case in cases:
+        row, tensors, images = attempt(case, weights, args.cpu_seconds, args.memory)
         if args.rows:
-            append([row], args.rows / "layerwise.csv")
-            append(tensors, args.rows / "layerwise_tensors.csv")
-        if args.images:
+            write(args.part, number, row, tensors, args.rows)
+        if args.images and images:
             save_panels([*images.items()], args.images / f"{args.part}-{number}.png")
-        names = ("arch", "size", "batch", "seed", "train_mode", "deepest", "psnr", "ssim")
-        shown.append([row[name] for name in (*names, "other_gradient_psnr", "cpu_seconds")])
+        shown.append([row.get(name, "") for name in (*names, "other_gradient_psnr", "cpu_seconds")])
         print(shown[-1], row["stopped"], flush=True)
-    header = ["arch", "px", "B", "seed", "train mode", "deepest", "PSNR", "SSIM"]
+    header = ["arch", "px", "B", "seed", "train mode", "deepest", "PSNR", "SSIM", "identified"]
     print(table([*header, "other gradient", "CPU s"], shown))
 
 

@@ -1,6 +1,7 @@
-"""Prints the tables of docs/layerwise.md from the rows of benchmarks/layerwise.py, draws the noise.
+"""Prints the tables of docs/layerwise.md from the rows of benchmarks/layerwise.py, draws pictures.
 
 python -m benchmarks.layerwise_tables docs/rows/layerwise.csv --picture FILE
+python -m benchmarks.layerwise_tables docs/rows/layerwise_large.csv --curve FILE
 """
 
 import argparse
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.layerwise_curve import draw_curve
 from utils.pictures import save_figure
 
 #: What tells cases apart; the rest of a row was measured.
@@ -25,10 +27,12 @@ SETTING = (
     "head",
     "noise",
     "level",
+    "classes_used",
 )
 #: Parts that share a table.
 TABLES = (("eval", "crops", "train", "trained", "64", "cifar"), ("networks",),
-          ("matching", "noise"))  # fmt: skip
+          ("matching", "noise"), ("224", "train-large", "resnet50"), ("repeated",),
+          ("curve",))  # fmt: skip
 #: Kinds of noise that are drawn at a level of their own: the type rounds by that much.
 ROUNDING = {"none": 6e-8, "float16": 2.8e-4, "bfloat16": 2.3e-3}
 #: Markers and names of all kinds in the picture.
@@ -52,7 +56,7 @@ def groups(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
     """Put the rows that differ in the seed alone together."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in SETTING), []).append(row)
+        found.setdefault(tuple(row.get(name, "") for name in SETTING), []).append(row)
     return found
 
 
@@ -70,8 +74,17 @@ def spread(rows: Sequence[dict], name: str, digits: int = 1) -> str:
     return f"{mean(rows, name, digits)} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
+def brief(rows: Sequence[dict], name: str, digits: int = 2) -> str:
+    """Write the mean of a figure over seeds, with the lowest and highest where they differ."""
+    differ = len({row[name] for row in rows if row[name] != ""}) > 1
+    return (spread if differ else mean)(rows, name, digits)
+
+
 def certified(rows: Sequence[dict]) -> str:
     """Write how many tensors are certified, or up to which, of cases that differ in the seed."""
+    rows = [row for row in rows if row["psnr"] != ""]
+    if not rows:
+        return "skipped"
     reached = Counter(row["deepest"] or "nothing" for row in rows)
     share = [f"{row['certified']}/{row['tensors']}" for row in rows]
     if len(set(share)) == 1 and all(row["certified"] == row["tensors"] for row in rows):
@@ -94,26 +107,57 @@ def network(row: dict) -> str:
     return ", ".join(parts)
 
 
+def of_all(rows: Sequence[dict], name: str) -> str:
+    """Write for how many of all seeds' images something holds; a dash where nobody counted."""
+    counted = [row for row in rows if row[name] != ""]
+    images = sum(int(row["batch"]) for row in counted)
+    return f"{sum(int(row[name]) for row in counted)}/{images}" if counted else "–"
+
+
+def labels_right(rows: Sequence[dict]) -> str:
+    """Write how many labels were right, and whether the gradient gave them."""
+    read = {row["labels_read"] for row in rows if row["psnr"] != ""}
+    how = {("True",): "read", ("False",): "given"}.get(tuple(read), "some read")
+    return f"{of_all(rows, 'labels_right')}, {how}" if read else "–"
+
+
+#: A table's column → what writes it, of rows that differ in the seed.
+COLUMNS: dict[str, Callable[[Sequence[dict]], str]] = {
+    "network, mode": lambda same: network(same[0]),
+    "px": lambda same: same[0]["size"],
+    "B": lambda same: same[0]["batch"],
+    "classes": lambda same: brief(same, "labels", 0),
+    "seeds": lambda same: str(len(same)),
+    "certified": certified,
+    "numbers / image's": lambda same: brief(same, "share"),
+    "pixels determined": lambda same: brief(same, "pixels"),
+    "PSNR dB": lambda same: spread(same, "psnr"),
+    "SSIM": lambda same: mean(same, "ssim", 3),
+    "identified": lambda same: of_all(same, "identified"),
+    "in its photograph": lambda same: of_all(same, "identified_same"),
+    "labels right": labels_right,
+    "matching": lambda same: spread(same, "matching_psnr"),
+    "matching identified": lambda same: of_all(same, "matching_identified"),
+    "other gradient": lambda same: mean(same, "other_gradient_psnr"),
+    "decoder only": lambda same: mean(same, "decoder_only_psnr"),
+    "mean colour": lambda same: mean(same, "mean_colour_psnr"),
+    "CPU s": lambda same: spread(same, "cpu_seconds", 0),
+}
+#: Columns of tables of layerwise_large.csv alone.
+LARGE = ("classes", "numbers / image's", "pixels determined", "identified", "in its photograph",
+         "labels right", "matching identified")  # fmt: skip
+
+
 def markdown(rows: Sequence[dict]) -> str:
-    """Write one table, a line per case over its seeds."""
-    columns: dict[str, Callable[[Sequence[dict]], str]] = {
-        "network, mode": lambda same: network(same[0]),
-        "px": lambda same: same[0]["size"],
-        "B": lambda same: same[0]["batch"],
-        "seeds": lambda same: str(len(same)),
-        "certified": certified,
-        "PSNR dB": lambda same: spread(same, "psnr"),
-        "SSIM": lambda same: mean(same, "ssim", 3),
-        "matching": lambda same: spread(same, "matching_psnr"),
-        "other gradient": lambda same: mean(same, "other_gradient_psnr"),
-        "decoder only": lambda same: mean(same, "decoder_only_psnr"),
-        "mean colour": lambda same: mean(same, "mean_colour_psnr"),
-        "CPU s": lambda same: spread(same, "cpu_seconds", 0),
-    }
-    if not any(row["matching_psnr"] for row in rows):
-        del columns["matching"]
-    lines = [[*columns], ["---"] * len(columns)]
-    lines += [[write(same) for write in columns.values()] for same in groups(rows).values()]
+    """Write one table, a line per case over its seeds; columns of dashes alone are left out."""
+    written = [
+        (name, [write(same) for same in groups(rows).values()])
+        for name, write in COLUMNS.items()
+        if name not in LARGE or "identified" in rows[0]
+    ]
+    written = [(name, cells) for name, cells in written if {*cells} != {"–"}]
+    lines = [[name for name, _ in written], ["---"] * len(written)]
+    lines += [[*line] for line in zip(*(cells for _, cells in written), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -122,15 +166,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("rows", type=Path)
     parser.add_argument("--picture", type=Path, help="where to draw PSNR against noise")
+    parser.add_argument("--curve", type=Path, help="where to draw the curve over batch sizes")
     args = parser.parse_args()
     with args.rows.open() as file:
         rows = [*csv.DictReader(file)]
     for parts in TABLES:
         chosen = [row for row in rows if row["part"] in parts]
+        if chosen and "number" in chosen[0]:  # parts may have been run in any order
+            chosen.sort(key=lambda row: (parts.index(row["part"]), int(row["number"])))
         if chosen:
             print(markdown(chosen) + "\n")
     if args.picture:
         draw_noise(rows, args.picture)
+    if args.curve:
+        draw_curve(rows, args.curve)
 
 
 def draw_noise(rows: Sequence[dict], path: Path) -> None:

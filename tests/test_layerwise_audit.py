@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import layerwise as benchmark
+from benchmarks.layerwise_rows import append
 from benchmarks.layerwise_tables import KINDS, draw_noise
 from inversion.audit import attack as attacking
 from inversion.audit.certificate import METHODS, certificate_of, predictions, true_errors
@@ -417,11 +418,11 @@ def test_the_benchmarks_client_says_what_it_did_to_its_gradient(noise, clip):
 def test_rows_are_not_appended_below_other_columns(tmp_path):
     path = tmp_path / "rows.csv"
     for _ in range(2):
-        benchmark.append([{"a": 1, "b": 0.123456789}], path)
+        append([{"a": 1, "b": 0.123456789}], path)
     assert path.read_text() == "a,b\n1,0.123457\n1,0.123457\n"
     for row, apart in (({"a": 1, "c": 2}, "b, c"), ({"b": 1, "a": 2}, "their order")):
         with pytest.raises(SystemExit, match=f"rows.csv: has other columns .*{apart}.*move it"):
-            benchmark.append([row], path)
+            append([row], path)
     assert len(path.read_text().splitlines()) == 3
 
 
