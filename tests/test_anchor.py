@@ -58,8 +58,11 @@ def plain(width=48):
 NETWORKS = {"basic": basic, "bottleneck": bottleneck, "plain": plain}
 
 
-def case(name, labels, *, train_mode=False, homogeneous=False, seed=0):
-    """A network to attack, and what is true of it: values, signals, labels."""
+def case(name, labels, *, train_mode=False, homogeneous=False, sure=False, seed=0):
+    """A network to attack, and what is true of it: values, signals, labels.
+
+    sure: the network is sure of the first image's label, and not wholly of the others'.
+    """
     torch.manual_seed(seed)
     model = NETWORKS[name]().double()
     for layer in model.modules():
@@ -71,6 +74,11 @@ def case(name, labels, *, train_mode=False, homogeneous=False, seed=0):
     y = torch.tensor(labels)
     coarse = torch.randn(len(y), 3, 4, 4, dtype=torch.float64)  # images that differ as photos do
     x = nn.functional.interpolate(coarse, size=16, mode="bilinear")
+    if sure:
+        found = true_tensors(model, x, y, train_mode=train_mode)[0]["_6"]
+        apart = found[0] - found[1:].mean(0)
+        model[-1].weight.data[y[0]] += 40 * apart / (apart @ apart)
+        model[-1].bias.data[y[0]] -= 40 * apart @ found[1:].mean(0) / (apart @ apart)
     values, signals, gradient, measured = true_tensors(model, x, y, train_mode=train_mode)
     network = network_of(
         model, len(y), (3, 16, 16), gradient, train_mode=train_mode, statistics=measured,
@@ -192,6 +200,16 @@ def test_nothing_is_attacked_directly_for_a_client_that_clips():
     peeled = peel(of.network, of.y, clipped=True)
     assert peeled.detours == []
     assert peeled.stopped
+
+
+def test_an_image_that_the_network_is_sure_of_does_not_hide_the_others():
+    """Its signal is zero but for rounding, and says nothing about its label; the features do."""
+    of = case("basic", [2, 0, 1, 2, 2], train_mode=True, sure=True)
+    anchor = anchored(of.network, node_of(of.network, "3.conv2"))
+    (features,) = of.network.inputs(of.network.nodes[-1])
+    order = paired(anchor.features, of.values[features.name])
+    assert anchor.head_signal.norm(dim=1).min() < 1e-9 * anchor.head_signal.norm()
+    torch.testing.assert_close(anchor.labels, of.y[order])
 
 
 # The factors of a gradient ------------------------------------------------------------------------

@@ -335,19 +335,25 @@ def _head(
     scale = gradient.new_ones(network.shape(output)[0], 1, 1, 1)
     features = _features(network, known)
     solved = least_norm(features.mT, gradient.mT)
-    labels = solved.argmin(1)
-    smooth = (1 - label_smoothing) * F.one_hot(labels, len(gradient)).to(solved)
-    smooth = smooth + label_smoothing / len(gradient)
+    count = len(features)
 
-    def signal_of(features: Tensor) -> Tensor:
-        logits = F.linear(features, module.weight, module.bias)
-        return (torch.softmax(logits, 1) - smooth) / len(labels)
+    def probabilities(features: Tensor) -> Tensor:
+        return torch.softmax(F.linear(features, module.weight, module.bias), 1)
+
+    def smoothed(labels: Tensor) -> Tensor:
+        one_hot = F.one_hot(labels, len(gradient)).to(solved)
+        return (1 - label_smoothing) * one_hot + label_smoothing / len(gradient)
 
     if free:
-        scale = _scale_by_probabilities(solved, features, signal_of).view(-1, 1, 1, 1)
+        labels = smoothed(solved.argmin(1))
+        scale = _scale_by_probabilities(
+            solved, features, lambda found: (probabilities(found) - labels) / count
+        ).view(-1, 1, 1, 1)
         features = _features(network, {node: scale * value for node, value in known.items()})
         solved = least_norm(features.mT, gradient.mT)
-    signal = signal_of(features)
+    # the nearest label: an image that the network is sure of has no signal that tells
+    labels = (solved - probabilities(features) / count).argmin(1)
+    signal = (probabilities(features) - smoothed(labels)) / count
     mismatch = ((solved - signal).norm() / solved.norm()).item()
     residual = ((gradient - signal.mT @ features).norm() / gradient.norm()).item()
     if not (residual <= network.accuracy[f"{name}.weight"].certified and mismatch <= MOST_ERROR):
