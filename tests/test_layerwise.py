@@ -37,7 +37,6 @@ from inversion.layerwise.masks import (
 )
 from inversion.layerwise.offset import common_offset
 from inversion.layerwise.outputs import outputs_from_gradient, search_mask
-from inversion.layerwise.refine import refine_coupled
 from inversion.layerwise.solve import solve_tensor
 from inversion.layerwise.use import Use
 
@@ -546,18 +545,6 @@ def test_a_common_part_is_unique_by_its_zeros_alone():
     found = common_offset(u + numbers(1, 4, 3, 3, seed=5), [use])
     assert found.unique
     assert error(found.u, u) < 1e-9
-
-
-@pytest.mark.parametrize("with_entries", [False, True])
-def test_all_coupled_equations_together_give_the_input(with_entries):
-    u = rectified(3, 4, 6, 6)
-    use, _ = use_of(u, 8, train=True)
-    assert use.arriving.numel() > 8**2
-    entries = ((u > 0.5).double() if with_entries else torch.zeros_like(u), u)
-    start = u + 0.05 * numbers(*u.shape, seed=3)
-    found = refine_coupled([use], start, entries)
-    assert use.residual(found) < 1e-6 < use.residual(start)
-    assert error(found, u) < 1e-5
 
 
 # Masks -----------------------------------------------------------------------------------------

@@ -6,95 +6,80 @@ import torch
 from torch import Tensor
 
 from inversion.layerwise.batchnorm import per_channel
-from inversion.layerwise.convolution import preconditioner
-from inversion.layerwise.least_squares import (
-    Equations,
-    conjugate_gradients,
-    inverse_square,
-    known_entries,
-)
+from inversion.layerwise.linearised import Coordinates, coordinates_of, linearised
+from inversion.layerwise.system import improve
 from inversion.layerwise.use import Use
 
 #: Rounds of Gauss–Newton, and steps of conjugate gradients in each, at most.
-ROUNDS, STEPS = 8, 150
-#: Relative change of the tensor at which Gauss–Newton has arrived.
-SETTLED = 1e-8
+ROUNDS, STEPS = 12, 150
+#: Relative change of the tensor at which Gauss–Newton has arrived, and the share of the last
+#: residual above which another round is of no use.
+SETTLED, USELESS = 1e-8, 0.5
+#: Power with which residuals fall at least as long as they are those of the linearisation.
+SUPERLINEAR = 1.5
 #: How well each round solves its linear equations: as well as the next residual will be, which
 #: falls by its square, within limits.
 LOOSEST, SHARPENING, TIGHTEST = 1e-2, 0.1, 1e-7
+
+
+def start_coupled(
+    uses: Sequence[Use], entries: tuple[Tensor, Tensor], *, rectified: bool
+) -> tuple[Tensor, Coordinates]:
+    """Return a tensor from which Gauss–Newton starts, (B, I, H, W), and coordinates for it.
+
+    The signals are those of outputs that are known where they are, and elsewhere alike in every
+    channel, so that the batch's means are met. The equations are then linear.
+    """
+    signals = [_guessed_signal(use) for use in uses]
+    coordinates = coordinates_of(uses, signals, entries)
+    none = torch.zeros_like(entries[1])
+    system = linearised(uses, none, signals, entries, coordinates)
+    enough = LOOSEST * system.right.norm().item()
+    u = system.to_input(improve(system, system.right, none, torch.ones_like(none), STEPS, enough))
+    return (u.clamp_min(0) if rectified else u), coordinates
+
+
+def _guessed_signal(use: Use) -> Tensor:
+    """Return ∂L/∂z with what is known of z, and the rest of the batch's mean elsewhere."""
+    if not use.coupled:
+        return use.signal()
+    assert use.batchnorm is not None
+    mean, known = use.batchnorm.mean, use.known
+    missing = (1 - known).sum((0, 2, 3))
+    rest = mean * known[:, 0].numel() - (use.output * known).sum((0, 2, 3))
+    guess = torch.where(missing > 0, rest / missing.clamp_min(1), mean)
+    return use.signal_at(torch.where(known > 0, use.output, per_channel(guess)))
 
 
 def refine_coupled(
     uses: Sequence[Use],
     u: Tensor,
     entries: tuple[Tensor, Tensor],
+    coordinates: Coordinates,
 ) -> Tensor:
     """Improve u (B, I, H, W) on all equations of its coupled convolutions by Gauss–Newton.
 
     The gradient ∂L/∂w(u, K − κ (w∗u − μ)) = G is quadratic in u; the known outputs, the batch's
     mean at the outputs and the known entries (0/1 and values, of u's shape) are linear. Each round
-    solves the linearised equations by conjugate gradients.
+    solves the linearised equations by conjugate gradients. Returns the u of the least residual.
     """
-    history = [_worst(uses, u)]
+    best, least = u, _worst(uses, u)
     for _ in range(ROUNDS):
-        equations = [_linearised(use, u) for use in uses]
-        if bool(entries[0].any()):
-            whole = known_entries(*entries)
-            moved = whole.target - whole.forward(u)
-            equations.append(Equations(whole.forward, whole.transpose, moved, whole.weight))
-        terms = [use.term(use.signal(u)) for use in uses]
-        tolerance = min(LOOSEST, max(TIGHTEST, SHARPENING * history[-1]))
-        step = conjugate_gradients(
-            equations, torch.zeros_like(u), STEPS, tolerance, preconditioner(terms, u.shape)
-        )
-        u = u + step
-        history.append(_worst(uses, u))
-        if step.norm() < SETTLED * u.norm() or history[-1] > 0.9 * history[-2]:
+        system = linearised(uses, best, [use.signal(best) for use in uses], entries, coordinates)
+        tolerance = min(LOOSEST, max(TIGHTEST, SHARPENING * least))
+        enough = tolerance * system.right.norm().item()
+        none = torch.zeros_like(u)
+        y = improve(system, system.right, none, torch.ones_like(u), STEPS, enough)
+        step, arrived = system.to_input(y), (system.right - system.normal(y)).norm() <= 2 * enough
+        last, found = least, _worst(uses, best + step)
+        if found < least:
+            best, least = best + step, found
+        if step.norm() < SETTLED * best.norm() or not found < USELESS * last:
             break
-    return u
+        if arrived and last**SUPERLINEAR < found < min(use.accuracy.suspicious for use in uses):
+            break  # what is left is the equations' own error
+    return best
 
 
 def _worst(uses: Sequence[Use], u: Tensor) -> float:
     return max(use.residual(u) for use in uses)
-
-
-def _linearised(use: Use, u: Tensor) -> Equations:
-    """Return the equations of a coupled convolution for what is to be added to u.
-
-    They are one vector (the gradient's, the means', the known outputs'), each part divided by the
-    norm of its right side, so that one pass of the convolution serves all three.
-    """
-    bn, geometry, weight, shape = use.batchnorm, use.geometry, use.weight, u.shape
-    trusted = per_channel(use.trusted)
-    zeros = weight.new_zeros(len(weight))
-    mean, slope = zeros, zeros  # the client says the mean at coupled outputs alone
-    if bn is not None and use.coupled:
-        mean, slope = bn.mean, bn.constants(use.arriving * use.mask)[1]
-    slope, signal = per_channel(slope) * trusted, use.signal(u) * trusted
-    z = geometry.forward(u, weight)
-    positions = z.numel() // z.shape[1]
-    of_gradient, of_mean, of_outputs = (
-        inverse_square(t) ** 0.5 for t in (use.gradient, mean, use.output * use.known)
-    )
-    sizes = [use.gradient.numel(), len(mean), z.numel()]
-
-    def stacked(gradient: Tensor, mean: Tensor, output: Tensor) -> Tensor:
-        parts = (of_gradient * gradient, of_mean * mean, of_outputs * output)
-        return torch.cat([part.flatten() for part in parts])
-
-    def forward(v: Tensor) -> Tensor:
-        moved = geometry.forward(v, weight)
-        gradient = geometry.weight_gradient(v, signal)
-        gradient = gradient - geometry.weight_gradient(u, slope * moved)
-        return stacked(gradient, moved.mean((0, 2, 3)), moved * use.known)
-
-    def transpose(r: Tensor) -> Tensor:
-        gradient, mean, output = r.split(sizes)
-        gradient = of_gradient * gradient.reshape(weight.shape)
-        moved = of_outputs * output.reshape(z.shape) * use.known
-        moved = moved + of_mean * per_channel(mean) / positions
-        moved = moved - slope * geometry.forward(u, gradient)
-        return geometry.backward(signal, gradient, shape) + geometry.backward(moved, weight, shape)
-
-    target = stacked(use.left_over(u), mean - z.mean((0, 2, 3)), (use.output - z) * use.known)
-    return Equations(forward, transpose, target, 1.0)
