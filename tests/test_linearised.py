@@ -137,6 +137,16 @@ def test_what_the_outputs_complete_is_certified():
         assert (error(found.value, u) < 1e-6) == certified
 
 
+def test_fewer_equations_than_numbers_are_not_solved():
+    u = rectified(3, 4, 6, 6)
+    use, _ = use_of(u, 8, train=True)
+    found = solve_tensor(
+        [replace(use, known=0 * use.known)], u.shape, nothing(u), rectified=True, near={}
+    )
+    assert not found.certified
+    assert found.rank == found.equations == use.gradient.numel() + 8 < u.numel()
+
+
 def test_an_expected_error_is_what_noise_makes_of_a_coupled_tensor():
     u = rectified(2, 3, 5, 5)
     use, _ = use_of(u, 9, train=True)

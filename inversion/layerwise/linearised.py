@@ -137,11 +137,16 @@ def linearised(
     right = square * known * (value - u)
     for part in parts:
         right = right + part.transpose(part.target)
-    equations = int(known.sum()) + sum(
-        use.gradient.numel() + int(use.known.sum()) + use.coupled * len(use.weight) for use in uses
-    )
     return System(
-        list(u.shape), normal, coordinates.to_input(right), error, equations, coordinates.to_input
+        list(u.shape), normal, coordinates.to_input(right), error, equations_of(uses, entries),
+        coordinates.to_input,
+    )  # fmt: skip
+
+
+def equations_of(uses: Sequence[Use], entries: tuple[Tensor, Tensor]) -> int:
+    """Return the number of equations: gradients, known outputs, means and known entries."""
+    return int(entries[0].sum()) + sum(
+        use.gradient.numel() + int(use.known.sum()) + use.coupled * len(use.weight) for use in uses
     )
 
 

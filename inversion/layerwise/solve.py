@@ -27,7 +27,7 @@ from inversion.layerwise.joint import (
     too_large,
 )
 from inversion.layerwise.least_squares import Propagation, conjugate_gradients, known_entries
-from inversion.layerwise.linearised import linearised
+from inversion.layerwise.linearised import equations_of, linearised
 from inversion.layerwise.mask_repair import Found, Near, doubtful_entries, repaired, with_mask
 from inversion.layerwise.masks import Rectified, rectify
 from inversion.layerwise.offset import common_offset
@@ -276,11 +276,18 @@ def _solve_by_refining(
     """
     unknowns = math.prod(shape)
     start, coordinates = start_coupled(uses, entries, rectified=rectified)
+    equations = equations_of(uses, entries)
+    if equations < unknowns:
+        square = (unknowns - equations) * start.square().mean().item()
+        none = Propagation(0.0, equations, equations)
+        solution = Solution(start, unknowns, equations, equations, 1.0, none)
+        return Found(uses, start, solution, sampled_square=square)
 
     def solve(changed: Sequence[Use], last: Tensor | None) -> Found:
         u = refine_coupled(changed, start if last is None else last, entries, coordinates)
-        none = Propagation(0.0, 0, unknowns)
-        return Found(changed, u, Solution(u, unknowns, 0, unknowns, 1.0, none), sampled_square=0.0)
+        none = Propagation(0.0, equations, unknowns)
+        solution = Solution(u, unknowns, equations, unknowns, 1.0, none)
+        return Found(changed, u, solution, sampled_square=0.0)
 
     found = solve(uses, None)
     hopeless = found.residual > LARGEST  # no mask that is nearly right leaves as much
