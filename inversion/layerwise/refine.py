@@ -1,12 +1,19 @@
 """Solves all equations about the input of coupled convolutions together, to second order."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from inversion.layerwise.accuracy import LARGEST
 from inversion.layerwise.batchnorm import per_channel
-from inversion.layerwise.linearised import Coordinates, coordinates_of, linearised
+from inversion.layerwise.convolution import Solution
+from inversion.layerwise.joint import GLANCE_STEPS, MOST_OPEN, PROBES, openness, sampled_square
+from inversion.layerwise.least_squares import Propagation
+from inversion.layerwise.linearised import Coordinates, coordinates_of, equations_of, linearised
+from inversion.layerwise.mask_repair import Found, Near, repaired
 from inversion.layerwise.system import improve
 from inversion.layerwise.use import Use
 
@@ -20,10 +27,15 @@ SUPERLINEAR = 1.5
 #: How well each round solves its linear equations: as well as the next residual will be, which
 #: falls by its square, within limits.
 LOOSEST, SHARPENING, TIGHTEST = 1e-2, 0.1, 1e-7
+#: Steps from a random start on the linearised equations, to see what they leave open.
+PROBE_STEPS = 500
+
+#: (0/1 where the tensor is known already, its values there), (B, I, H, W) each.
+Entries = tuple[Tensor, Tensor]
 
 
 def start_coupled(
-    uses: Sequence[Use], entries: tuple[Tensor, Tensor], *, rectified: bool
+    uses: Sequence[Use], entries: Entries, *, rectified: bool
 ) -> tuple[Tensor, Coordinates]:
     """Return a tensor from which Gauss–Newton starts, (B, I, H, W), and coordinates for it.
 
@@ -54,7 +66,7 @@ def _guessed_signal(use: Use) -> Tensor:
 def refine_coupled(
     uses: Sequence[Use],
     u: Tensor,
-    entries: tuple[Tensor, Tensor],
+    entries: Entries,
     coordinates: Coordinates,
 ) -> Tensor:
     """Improve u (B, I, H, W) on all equations of its coupled convolutions by Gauss–Newton.
@@ -83,3 +95,57 @@ def refine_coupled(
 
 def _worst(uses: Sequence[Use], u: Tensor) -> float:
     return max(use.residual(u) for use in uses)
+
+
+def solve_by_refining(
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near, *, rectified: bool
+) -> Found:
+    """Solve all equations by Gauss–Newton, correct masks, and certify by the equations found there.
+
+    For maps whose positions are more than the channels, where a gradient's column space says
+    nothing about the signal.
+    """
+    unknowns = math.prod(shape)
+    start, coordinates = start_coupled(uses, entries, rectified=rectified)
+    equations = equations_of(uses, entries)
+    if equations < unknowns:
+        square = (unknowns - equations) * start.square().mean().item()
+        none = Propagation(0.0, equations, equations)
+        solution = Solution(start, unknowns, equations, equations, 1.0, none)
+        return Found(uses, start, solution, sampled_square=square)
+
+    def solve(changed: Sequence[Use], last: Tensor | None) -> Found:
+        u = refine_coupled(changed, start if last is None else last, entries, coordinates)
+        none = Propagation(0.0, equations, unknowns)
+        solution = Solution(u, unknowns, equations, unknowns, 1.0, none)
+        return Found(changed, u, solution, sampled_square=0.0)
+
+    found = solve(uses, None)
+    hopeless = found.residual > LARGEST  # no mask that is nearly right leaves as much
+    if not hopeless:
+        first = found
+        found = repaired(uses, lambda now, u: first if u is None else solve(now, u), near)
+    return _with_certificate(found, entries, coordinates, hopeless=hopeless)
+
+
+def _with_certificate(
+    found: Found, entries: Entries, coordinates: Coordinates, *, hopeless: bool
+) -> Found:
+    """Return what was found with rank, condition and error by the equations linearised there.
+
+    hopeless: a glance will do.
+    """
+    signals = [use.signal(found.u) for use in found.uses]
+    system = linearised(found.uses, found.u, signals, entries, coordinates)
+    generator = torch.Generator().manual_seed(0)
+    probes, steps = (1, GLANCE_STEPS) if hopeless else (PROBES, PROBE_STEPS)
+    free = torch.ones_like(found.u)
+    seen = openness(system, free, generator, probes, steps)
+    left_open = 0 if seen.directions <= MOST_OPEN else max(1, round(seen.directions))
+    solution = replace(
+        found.solution,
+        rank=found.u.numel() - min(left_open, found.u.numel()),
+        condition=seen.condition,
+    )
+    square = sampled_square(system, found, free, generator)
+    return replace(found, solution=solution, sampled_square=square)

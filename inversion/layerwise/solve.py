@@ -1,38 +1,20 @@
 """Solves for one tensor of a network from all that the layers behind it say."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from inversion.layerwise.accuracy import LARGEST
-from inversion.layerwise.convolution import (
-    Solution,
-    preconditioner,
-    solve_gradients,
-    term_equations,
-)
+from inversion.layerwise.convolution import preconditioner, solve_gradients, term_equations
 from inversion.layerwise.fold import fold, folded, folded_near, folds, unfold
-from inversion.layerwise.joint import (
-    GLANCE_STEPS,
-    MOST_OPEN,
-    PROBES,
-    gradient_rank,
-    openness,
-    sampled_square,
-    solvable,
-    solve_all_equations,
-    too_large,
-)
-from inversion.layerwise.least_squares import Propagation, conjugate_gradients, known_entries
-from inversion.layerwise.linearised import equations_of, linearised
+from inversion.layerwise.joint import gradient_rank, solvable, solve_all_equations, too_large
+from inversion.layerwise.least_squares import conjugate_gradients, known_entries
 from inversion.layerwise.mask_repair import Found, Near, doubtful_entries, repaired, with_mask
 from inversion.layerwise.masks import Rectified, rectify
 from inversion.layerwise.offset import common_offset
 from inversion.layerwise.outputs import outputs_from_gradient, search_mask
-from inversion.layerwise.refine import refine_coupled, start_coupled
+from inversion.layerwise.refine import solve_by_refining
 from inversion.layerwise.use import Use
 
 #: Steps of conjugate gradients on all equations, and where they end.
@@ -41,8 +23,6 @@ STEPS, SETTLED = 40, 1e-3
 OFFSET_FLOOR = 3e-6
 #: The same in units of an entry's expected error.
 OFFSET_DEPTH = 4.0
-#: Steps from a random start on the equations of coupled convolutions.
-COUPLED_STEPS = 500
 
 #: (0/1 where the tensor is known already, its values there), (B, I, H, W) each.
 Entries = tuple[Tensor, Tensor]
@@ -91,7 +71,7 @@ def solve_tensor(
     if not coupled:
         found = _solve_plain(uses, shape, entries, near, rectified=rectified)
     elif any(_many_positions(use) for use in uses):
-        found = _solve_by_refining(uses, shape, entries, near, rectified=rectified)
+        found = solve_by_refining(uses, shape, entries, near, rectified=rectified)
     else:
         found = _solve_by_outputs(uses, shape, rectified=rectified, near=near)
     kept = Rectified(found.u, found.u, 0.0)
@@ -264,48 +244,3 @@ def _has_offset(uses: Sequence[Use]) -> bool:
 def _output(use: Use, u: Tensor) -> Tensor:
     """Return w∗u, with what is known of it put in."""
     return torch.where(use.known > 0, use.output, use.geometry.forward(u, use.weight))
-
-
-def _solve_by_refining(
-    uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near, *, rectified: bool
-) -> Found:
-    """Solve all equations by Gauss–Newton, correct masks, and certify by the equations found there.
-
-    For maps whose positions are more than the channels, where a gradient's column space says
-    nothing about the signal.
-    """
-    unknowns = math.prod(shape)
-    start, coordinates = start_coupled(uses, entries, rectified=rectified)
-    equations = equations_of(uses, entries)
-    if equations < unknowns:
-        square = (unknowns - equations) * start.square().mean().item()
-        none = Propagation(0.0, equations, equations)
-        solution = Solution(start, unknowns, equations, equations, 1.0, none)
-        return Found(uses, start, solution, sampled_square=square)
-
-    def solve(changed: Sequence[Use], last: Tensor | None) -> Found:
-        u = refine_coupled(changed, start if last is None else last, entries, coordinates)
-        none = Propagation(0.0, equations, unknowns)
-        solution = Solution(u, unknowns, equations, unknowns, 1.0, none)
-        return Found(changed, u, solution, sampled_square=0.0)
-
-    found = solve(uses, None)
-    hopeless = found.residual > LARGEST  # no mask that is nearly right leaves as much
-    if not hopeless:
-        first = found
-        found = repaired(uses, lambda now, u: first if u is None else solve(now, u), near)
-    signals = [use.signal(found.u) for use in found.uses]
-    system = linearised(found.uses, found.u, signals, entries, coordinates)
-    generator = torch.Generator().manual_seed(0)
-    probes, steps = (1, GLANCE_STEPS) if hopeless else (PROBES, COUPLED_STEPS)
-    free = torch.ones_like(found.u)
-    seen = openness(system, free, generator, probes, steps)
-    left_open = 0 if seen.directions <= MOST_OPEN else max(1, round(seen.directions))
-    solution = replace(
-        found.solution,
-        equations=system.equations,
-        rank=unknowns - min(left_open, unknowns),
-        condition=seen.condition,
-    )
-    square = sampled_square(system, found, free, generator)
-    return replace(found, solution=solution, sampled_square=square)
