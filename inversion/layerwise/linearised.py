@@ -5,7 +5,7 @@ outputs then weigh alike.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Coordinates:
 
     #: (B·H·W, B·H·W), R: the inverse root of the gradients' damped normal equations.
     root: Tensor
+    #: Largest singular value of the gradients' equations.
+    largest: float
     #: Weights of what every use's outputs leave, and of what the known entries do, not squared.
     outputs: Sequence[float]
     entries: float
@@ -62,7 +64,7 @@ def coordinates_of(
     entry = KNOWN * largest
     damping = sum(rest) + entry**2 * known.mean().item() + (SMALLEST * largest) ** 2
     inverse = (values.clamp_min(0) + damping).rsqrt()
-    return Coordinates(largest * (vectors * inverse) @ vectors.T, outputs, entry)
+    return Coordinates(largest * (vectors * inverse) @ vectors.T, largest, outputs, entry)
 
 
 def _strength(use: Use, like: Tensor) -> float:
@@ -141,6 +143,19 @@ def linearised(
         list(u.shape), normal, coordinates.to_input(right), error, equations_of(uses, entries),
         coordinates.to_input,
     )  # fmt: skip
+
+
+def damped(system: System, coordinates: Coordinates, share: float) -> System:
+    """Return a system with ‖u‖² to be small, too (Levenberg, 1944; Tikhonov).
+
+    share: singular values, in shares of the gradients' largest, that get half the weight.
+    """
+    square = (share * coordinates.largest) ** 2
+
+    def normal(y: Tensor) -> Tensor:
+        return system.normal(y) + square * coordinates.to_input(coordinates.to_input(y))
+
+    return replace(system, normal=normal)
 
 
 def equations_of(uses: Sequence[Use], entries: tuple[Tensor, Tensor]) -> int:

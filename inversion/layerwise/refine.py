@@ -12,16 +12,25 @@ from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import Solution
 from inversion.layerwise.joint import GLANCE_STEPS, MOST_OPEN, PROBES, openness, sampled_square
 from inversion.layerwise.least_squares import Propagation
-from inversion.layerwise.linearised import Coordinates, coordinates_of, equations_of, linearised
+from inversion.layerwise.linearised import (
+    Coordinates,
+    coordinates_of,
+    damped,
+    equations_of,
+    linearised,
+)
 from inversion.layerwise.mask_repair import Found, Near, repaired
-from inversion.layerwise.system import improve
+from inversion.layerwise.system import System, improve
 from inversion.layerwise.use import Use
 
 #: Rounds of Gauss–Newton, and steps of conjugate gradients in each, at most.
 ROUNDS, STEPS = 12, 150
 #: Relative change of the tensor at which Gauss–Newton has arrived, and the share of the last
 #: residual above which another round is of no use.
-SETTLED, USELESS = 1e-8, 0.5
+SETTLED, USELESS = 1e-8, 0.7
+#: Damping (`damped`) of a start, and of each round in units of the residual. Residual above which a
+#: ReLU's output is kept from being negative, as long as that still lessens the residual.
+DAMPING, OF_RESIDUAL, ROUGH, ALIKE = 0.1, 0.25, 0.02, 0.9
 #: Power with which residuals fall at least as long as they are those of the linearisation.
 SUPERLINEAR = 1.5
 #: How well each round solves its linear equations: as well as the next residual will be, which
@@ -46,9 +55,19 @@ def start_coupled(
     coordinates = coordinates_of(uses, signals, entries)
     none = torch.zeros_like(entries[1])
     system = linearised(uses, none, signals, entries, coordinates)
-    enough = LOOSEST * system.right.norm().item()
-    u = system.to_input(improve(system, system.right, none, torch.ones_like(none), STEPS, enough))
-    return (u.clamp_min(0) if rectified else u), coordinates
+    starts = []
+    for share in (0.0, DAMPING):
+        u, _ = _solved(damped(system, coordinates, share), LOOSEST)
+        starts.append(u.clamp_min(0) if rectified else u)
+    return min(starts, key=lambda u: _worst(uses, u)), coordinates
+
+
+def _solved(system: System, tolerance: float) -> tuple[Tensor, bool]:
+    """Solve a system's equations up to a share of their right side, and tell if that was reached."""
+    none, enough = torch.zeros_like(system.right), tolerance * system.right.norm().item()
+    y = improve(system, system.right, none, torch.ones_like(none), STEPS, enough)
+    arrived = (system.right - system.normal(y)).norm().item() <= 2 * enough
+    return system.to_input(y), arrived
 
 
 def _guessed_signal(use: Use) -> Tensor:
@@ -68,29 +87,43 @@ def refine_coupled(
     u: Tensor,
     entries: Entries,
     coordinates: Coordinates,
+    *,
+    rectified: bool,
 ) -> Tensor:
     """Improve u (B, I, H, W) on all equations of its coupled convolutions by Gauss–Newton.
 
     The gradient ∂L/∂w(u, K − κ (w∗u − μ)) = G is quadratic in u; the known outputs, the batch's
     mean at the outputs and the known entries (0/1 and values, of u's shape) are linear. Each round
-    solves the linearised equations by conjugate gradients. Returns the u of the least residual.
+    solves the linearised equations by conjugate gradients, with less and less damping (Levenberg,
+    1944). rectified: u is 0 or positive, by which it comes near from far away. Returns the u of the
+    least residual.
     """
-    best, least = u, _worst(uses, u)
+
+    def step(u: Tensor, residual: float) -> tuple[Tensor, bool]:
+        system = linearised(uses, u, [use.signal(u) for use in uses], entries, coordinates)
+        share = min(DAMPING, OF_RESIDUAL * residual)
+        tolerance = min(LOOSEST, max(TIGHTEST, SHARPENING * residual))
+        return _solved(damped(system, coordinates, share), tolerance)
+
+    least = _worst(uses, u)
+    for _ in range(ROUNDS if rectified else 0):
+        if least < ROUGH:
+            break
+        other = (u + step(u, least)[0]).clamp_min(0)
+        found = _worst(uses, other)
+        if not found < ALIKE * least:
+            break
+        u, least = other, found
     for _ in range(ROUNDS):
-        system = linearised(uses, best, [use.signal(best) for use in uses], entries, coordinates)
-        tolerance = min(LOOSEST, max(TIGHTEST, SHARPENING * least))
-        enough = tolerance * system.right.norm().item()
-        none = torch.zeros_like(u)
-        y = improve(system, system.right, none, torch.ones_like(u), STEPS, enough)
-        step, arrived = system.to_input(y), (system.right - system.normal(y)).norm() <= 2 * enough
-        last, found = least, _worst(uses, best + step)
+        change, arrived = step(u, least)
+        found, last = _worst(uses, u + change), least
         if found < least:
-            best, least = best + step, found
-        if step.norm() < SETTLED * best.norm() or not found < USELESS * last:
+            u, least = u + change, found
+        if change.norm() < SETTLED * u.norm() or not found < USELESS * last:
             break
         if arrived and last**SUPERLINEAR < found < min(use.accuracy.suspicious for use in uses):
             break  # what is left is the equations' own error
-    return best
+    return u
 
 
 def _worst(uses: Sequence[Use], u: Tensor) -> float:
@@ -115,7 +148,8 @@ def solve_by_refining(
         return Found(uses, start, solution, sampled_square=square)
 
     def solve(changed: Sequence[Use], last: Tensor | None) -> Found:
-        u = refine_coupled(changed, start if last is None else last, entries, coordinates)
+        u = start if last is None else last
+        u = refine_coupled(changed, u, entries, coordinates, rectified=rectified)
         none = Propagation(0.0, equations, unknowns)
         solution = Solution(u, unknowns, equations, unknowns, 1.0, none)
         return Found(changed, u, solution, sampled_square=0.0)

@@ -74,6 +74,9 @@ def solve_tensor(
         found = solve_by_refining(uses, shape, entries, near, rectified=rectified)
     else:
         found = _solve_by_outputs(uses, shape, rectified=rectified, near=near)
+        if not found.certified:  # known entries count in all equations only
+            other = solve_by_refining(uses, shape, entries, near, rectified=rectified)
+            found = other if other.certified else found
     kept = Rectified(found.u, found.u, 0.0)
     if rectified and (
         _has_offset(uses) or (found.sampled_square is not None and not coupled)
