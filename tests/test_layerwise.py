@@ -729,13 +729,16 @@ def none_for_one(dy):
 
 
 @pytest.mark.parametrize(
-    ("count", "geometry", "silence"),
-    [(5, Geometry((3, 3), (2, 2), (1, 1)), one_signal_for_two), (3, SAME, none_for_one)],
+    ("count", "channels", "geometry", "silence"),
+    [(5, 4, Geometry((3, 3), (2, 2), (1, 1)), one_signal_for_two), (3, 8, SAME, none_for_one)],
     ids=["outputs of one position", "outputs of several"],
 )
-def test_what_a_coupled_gradient_leaves_open_is_not_certified(count, geometry, silence):
-    """Neither the images' common part nor outputs that were guessed stand in for equations."""
-    u = rectified(count, 4, 2, 2)
+def test_what_a_coupled_gradient_leaves_open_is_not_certified(count, channels, geometry, silence):
+    """Neither the images' common part nor outputs that were guessed stand in for equations.
+
+    24 means of the batch do not complete the 32 numbers of one image that are open.
+    """
+    u = rectified(count, channels, 2, 2)
     use = silenced(u, 24, geometry, silence)
     assert use.residual(u) < 1e-12
     matrix = gradient_matrix(use.signal(u), 2, 2, geometry)

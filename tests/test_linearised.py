@@ -8,7 +8,7 @@ import torch
 from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.fold import fold, folded, folded_near, folds, unfold
 from inversion.layerwise.joint import MOST_OPEN, openness
-from inversion.layerwise.linearised import coordinates_of, linearised
+from inversion.layerwise.linearised import coordinates_of, damped, linearised
 from inversion.layerwise.refine import refine_coupled, start_coupled
 from inversion.layerwise.solve import solve_tensor
 from inversion.layerwise.system import improve
@@ -108,6 +108,29 @@ def test_the_coordinates_make_the_equations_fast_to_solve():
     torch.testing.assert_close(
         (other * coordinates.to_input(y)).sum(), (y * coordinates.to_input(other)).sum()
     )
+
+
+def test_damping_is_a_weight_of_the_squares():
+    u = rectified(2, 3, 4, 4)
+    use, _ = use_of(u, 6, train=True)
+    signals = [use.signal(u)]
+    coordinates = coordinates_of([use], signals, nothing(u))
+    system = linearised([use], u, signals, nothing(u), coordinates)
+    y, square = numbers(*u.shape, seed=2), (0.3 * coordinates.largest) ** 2
+    added = (y * (damped(system, coordinates, 0.3).normal(y) - system.normal(y))).sum()
+    torch.testing.assert_close(added, square * coordinates.to_input(y).square().sum())
+
+
+def test_a_start_far_away_is_brought_near_by_what_is_not_negative():
+    """Hardly more equations than numbers, none of the outputs known."""
+    u = rectified(3, 8, 4, 4)
+    use, _ = use_of(u, 8, train=True)
+    use = replace(use, known=0 * use.known)
+    assert 48 < use.gradient[:, 0].numel() < 1.6 * 48
+    start, coordinates = start_coupled([use], nothing(u), rectified=True)
+    assert use.residual(start) > 0.05
+    found = refine_coupled([use], start, nothing(u), coordinates, rectified=True)
+    assert error(found, u) < 1e-6
 
 
 @pytest.mark.parametrize("with_entries", [False, True])

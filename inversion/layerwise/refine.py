@@ -63,7 +63,7 @@ def start_coupled(
 
 
 def _solved(system: System, tolerance: float) -> tuple[Tensor, bool]:
-    """Solve a system's equations up to a share of their right side, and tell if that was reached."""
+    """Solve a system up to a share of its right side, and tell whether that was reached."""
     none, enough = torch.zeros_like(system.right), tolerance * system.right.norm().item()
     y = improve(system, system.right, none, torch.ones_like(none), STEPS, enough)
     arrived = (system.right - system.normal(y)).norm().item() <= 2 * enough
