@@ -155,7 +155,7 @@ def sampled_square(system: System, found: Found, free: Tensor, generator: torch.
     right = free * system.error(torch.cat(rows), values)
     enough = 1e-3 * right.norm().item()
     moved = improve(system, right, torch.zeros_like(free), free, PROBE_STEPS, enough)
-    return moved.square().sum().item()
+    return system.to_input(moved).square().sum().item()
 
 
 def solve_all_equations(

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from inversion.layerwise.convolution import preconditioner, solve_gradients, term_equations
+from inversion.layerwise.fold import fold, folded, folded_near, folds, unfold
 from inversion.layerwise.joint import gradient_rank, solvable, solve_all_equations, too_large
 from inversion.layerwise.least_squares import conjugate_gradients, known_entries
 from inversion.layerwise.mask_repair import Found, Near, doubtful_entries, repaired, with_mask
 from inversion.layerwise.masks import Rectified, rectify
 from inversion.layerwise.offset import common_offset
 from inversion.layerwise.outputs import outputs_from_gradient, search_mask
-from inversion.layerwise.refine import refine_coupled
+from inversion.layerwise.refine import solve_by_refining
 from inversion.layerwise.use import Use
 
 #: Steps of conjugate gradients on all equations, and where they end.
@@ -64,15 +65,21 @@ def solve_tensor(
     rectified: u is 0 or positive, as behind a ReLU. near: what the ReLUs behind were solved for;
     an entry of a mask that stands clear of its threshold is not turned over.
     """
-    if not any(use.coupled for use in uses):
+    coupled = any(use.coupled for use in uses)
+    if coupled and folds(uses, shape):
+        return _solve_folded(uses, shape, entries, rectified=rectified, near=near)
+    if not coupled:
         found = _solve_plain(uses, shape, entries, near, rectified=rectified)
-    elif any(2 * use.arriving[:, 0].numel() > use.arriving.shape[1] + 2 for use in uses):
-        found = _solve_by_refining(uses, shape, entries, near, rectified=rectified)
+    elif any(_many_positions(use) for use in uses):
+        found = solve_by_refining(uses, shape, entries, near, rectified=rectified)
     else:
         found = _solve_by_outputs(uses, shape, rectified=rectified, near=near)
+        if not found.certified:  # known entries count in all equations only
+            other = solve_by_refining(uses, shape, entries, near, rectified=rectified)
+            found = other if other.certified else found
     kept = Rectified(found.u, found.u, 0.0)
     if rectified and (
-        _has_offset(uses) or found.sampled_square is not None
+        _has_offset(uses) or (found.sampled_square is not None and not coupled)
     ):  # nothing is negative then: the error is known otherwise
         scatter = OFFSET_DEPTH * found.squared_error**0.5 / found.u.numel() ** 0.5
         kept = rectify(found.u, max(OFFSET_FLOOR, scatter / max(found.u.max().item(), 1e-300)))
@@ -93,6 +100,26 @@ def solve_tensor(
         flips=found.flips,
         certified=found.certified,
         rests_on_zeros=found.rests_on_zeros,
+    )
+
+
+def _solve_folded(
+    uses: Sequence[Use], shape: Sequence[int], entries: Entries, *, rectified: bool, near: Near
+) -> Solved:
+    """Solve with every position as an image of its own: 1×1 convolutions do not tell them apart."""
+    count, channels, height, width = shape
+    solved = solve_tensor(
+        [folded(use) for use in uses],
+        [count * height * width, channels, 1, 1],
+        (fold(entries[0]), fold(entries[1])),
+        rectified=rectified,
+        near=folded_near(near, shape),
+    )
+    return replace(
+        solved,
+        raw=unfold(solved.raw, shape),
+        value=unfold(solved.value, shape),
+        masks={name: unfold(mask, shape) for name, mask in solved.masks.items()},
     )
 
 
@@ -201,6 +228,16 @@ def _from_outputs(uses: Sequence[Use], shape: Sequence[int], *, rectified: bool)
     return Found(uses, solution.u, solution)
 
 
+def _many_positions(use: Use) -> bool:
+    """Tell whether a gradient's row and column space say too little of its outputs and signal.
+
+    The signal's columns lie in that space only if its rank is that of the signal: one less than
+    there are positions.
+    """
+    positions = use.arriving[:, 0].numel()
+    return 2 * positions > len(use.weight) + 2 or positions - 1 > use.weight[0].numel()
+
+
 def _has_offset(uses: Sequence[Use]) -> bool:
     """Tell whether Σ ∂L/∂z = 0 leaves the images' common part open: outputs of one position."""
     coupled = [use for use in uses if use.coupled]
@@ -210,33 +247,3 @@ def _has_offset(uses: Sequence[Use]) -> bool:
 def _output(use: Use, u: Tensor) -> Tensor:
     """Return w∗u, with what is known of it put in."""
     return torch.where(use.known > 0, use.output, use.geometry.forward(u, use.weight))
-
-
-def _solve_by_refining(
-    uses: Sequence[Use], shape: Sequence[int], entries: Entries, near: Near, *, rectified: bool
-) -> Found:
-    """Solve without the coupling, then refine with it by Gauss–Newton, and correct masks.
-
-    For maps whose positions are more than the channels, where a gradient's column space says
-    nothing about the signal.
-    """
-    terms = [use.term(_uncoupled(use) if use.coupled else use.signal()) for use in uses]
-    solution = solve_gradients(terms, shape, _cut(uses), use_outputs=False)
-    start = solution.u
-    if bool(entries[0].any()):
-        start = torch.where(entries[0] > 0, entries[1], torch.zeros_like(start))
-    if rectified:
-        start = start.clamp_min(0)
-    more = int(entries[0].sum()) + sum(int(use.known.sum()) for use in uses)
-    solution = replace(solution, equations=solution.equations + more)
-
-    def solve(changed: Sequence[Use], last: Tensor | None) -> Found:
-        u = refine_coupled(changed, start if last is None else last, entries)
-        return Found(changed, u, solution)
-
-    return repaired(uses, solve, near)
-
-
-def _uncoupled(use: Use) -> Tensor:
-    assert use.batchnorm is not None
-    return use.batchnorm.constants(use.arriving * use.mask)[0]

@@ -37,6 +37,8 @@ class System:
     error: Callable[[Tensor, Sequence[Tensor]], Tensor]
     #: Equations: the gradients' and those of the known outputs.
     equations: int
+    #: What the equations are solved for → u, where that is u in other coordinates.
+    to_input: Callable[[Tensor], Tensor] = lambda y: y
 
 
 def joint_system(terms: Sequence[Term], shape: Sequence[int]) -> System:
