@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from inversion.layerwise.accuracy import LARGEST
 from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.kinds import ADDITIONS, BATCHNORMS, RELUS, StoppedError, geometry_of
@@ -261,7 +262,8 @@ def way_out(network: Network, node: fx.Node) -> list[fx.Node]:
     """Return the way from a convolution to the tensor through which all before it reaches the loss.
 
     Behind a convolution in a residual block that is the sum at the block's end. Raises StoppedError
-    where the way holds other layers than convolutions, BatchNorm and ReLUs.
+    where the way holds other layers than convolutions, BatchNorm and ReLUs, or where the last of
+    them before the sum is a ReLU: the signal at the sum is lost there where it is off.
     """
     bypassed, way = _bypassed(network, node), [node]
     while True:
@@ -271,7 +273,8 @@ def way_out(network: Network, node: fx.Node) -> list[fx.Node]:
         name = operation_name(users[0])
         if name not in BATCHNORMS and not bypassed:
             return way
-        if name not in {"conv2d"} | BATCHNORMS | RELUS | ADDITIONS:
+        masked = name in ADDITIONS and operation_name(way[-1]) in RELUS
+        if masked or name not in {"conv2d"} | BATCHNORMS | RELUS | ADDITIONS:
             raise StoppedError(f"{place(users[0])}: the way past it is not known")
         way.append(users[0])
         if name in ADDITIONS:
@@ -347,9 +350,11 @@ def _head(
         solved = least_norm(features.mT, gradient.mT)
     signal = signal_of(features)
     mismatch = ((solved - signal).norm() / solved.norm()).item()
-    if not mismatch <= AGREES:
-        raise StoppedError(f"{name}: its gradient does not bear the features out ({mismatch:.1e})")
     residual = ((gradient - signal.mT @ features).norm() / gradient.norm()).item()
+    if not (mismatch <= AGREES and residual <= LARGEST):
+        raise StoppedError(
+            f"{name}: its gradient does not bear the features out ({max(mismatch, residual):.1e})"
+        )
     return (labels, features, signal, residual, mismatch), scale
 
 

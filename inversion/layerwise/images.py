@@ -86,10 +86,10 @@ def make_images(
     image, deepest = network.nodes[0], peeled.frontier()
     if image in deepest:
         return Made(network.values[image], "solved", (image.name,))
-    if not peeled.layers:
+    if not tensors:
         mean = public.double().mean(0).expand(target.batch_size, -1, -1, -1)
         return Made(mean, "nothing", decoder_only=mean)
-    names = tuple(node.name for node in deepest) or (peeled.layers[0].name,)
+    names = tuple(node.name for node in deepest) or (next(iter(tensors)),)
     front = Front(model, names, statistics_of(target, model))
     decoder = _decoder(front, names[0], target, public, seed)
     alone = mean_decoding(decoder, target.batch_size)
