@@ -319,3 +319,17 @@ def test_an_edge_is_fitted_to_its_zeros():
         true = u / u.norm(dim=(0, 2), keepdim=True)
         order = paired(found.transpose(0, 1), true.transpose(0, 1))
         assert (found - true[:, order]).norm() < 1e-6
+
+
+def test_small_numbers_that_are_no_zeros_do_not_move_an_edge():
+    """Two such numbers beside the twenty zeros of every image."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"generator": generator, "dtype": torch.float64}
+        u = (torch.randn(4, 5, 24, **options) + 0.8).clamp_min(0)
+        for image in range(5):
+            u[image % 4, image, :2] = torch.tensor([1e-4, 4e-4])
+        mixed = torch.randn(5, 5, **options) @ u
+        found = torch.linalg.solve(gauge_by_nonnegativity(mixed), mixed).transpose(0, 1).flatten(1)
+        found, true = (nn.functional.normalize(t) for t in (found, u.transpose(0, 1).flatten(1)))
+        assert (found - true[paired(found, true)]).norm() < 1e-10
