@@ -57,7 +57,7 @@ class Anchor:
     mismatch: float
     #: How the convolution's gradient was split.
     factors: Factors
-    #: Relative error of the signals that the gradient's error causes.
+    #: Relative error of the signals that the gradient's error causes, by direction and size.
     signal_error: float
 
     def ordered(self, order: Tensor) -> "Anchor":
@@ -95,13 +95,31 @@ def anchored(network: Network, node: fx.Node, label_smoothing: float = 0.0) -> A
 
     In train mode the batch's means at the convolution's output fix the images' factors. In eval
     mode the shift of the BatchNorm, or the bias, before its input does; where there is none, the
-    network behind is homogeneous, and the probabilities do.
+    network behind is homogeneous, and the probabilities do. All of it is done once more with random
+    numbers of the gradient's error added, which tells the signals' error.
 
     Raises StoppedError where that gives nothing that the gradient of the head bears out.
     """
+    generator, gradient = torch.Generator().manual_seed(0), {}
+    for name, g in network.gradient.items():
+        gradient[name] = disturbed(g, network.accuracy[name].error, generator)
+    other = replace(network, gradient=gradient)
+    factors, found, moved = _split(network, other, node)
+    signal, head = _behind(network, node, found, label_smoothing)
+    error = _difference(signal, _behind(other, node, moved, label_smoothing)[0])
+    return Anchor(node, way_out(network, node)[-1], signal, *head, factors, error)
+
+
+def _behind(
+    network: Network, node: fx.Node, found: tuple[Tensor, Tensor], label_smoothing: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, float, float]]:
+    """Return the signal at the end of the way out, and the part of an `Anchor` about the head.
+
+    found: inputs (B, I, h, w) and signals (B, O, h, w) of the convolution, up to a factor per
+    image.
+    """
     trial = replace(network, values={}, signals={}, masks={}, raw={}, routes={})
-    (source,), way = network.inputs(node), way_out(network, node)
-    inputs, signals, factors, error = _split(trial, node)
+    (source,), way, (inputs, signals) = network.inputs(node), way_out(network, node), found
     if network.train_mode:
         scale = _scale_by_means(trial, node, inputs)
         inputs, signals = inputs * scale, signals / scale
@@ -119,16 +137,19 @@ def anchored(network: Network, node: fx.Node, label_smoothing: float = 0.0) -> A
     trial.values[source], trial.signals[node] = scale * trial.values[source], signals / scale
     signal = _climb(trial, way)
     head, scale = _head(trial, trial.values, label_smoothing, free=free)
-    return Anchor(node, way[-1], signal / scale, *head, factors, error)
+    return signal / scale, head
 
 
 # The factors of the gradient ------------------------------------------------------------------
 
 
-def _split(network: Network, node: fx.Node) -> tuple[Tensor, Tensor, Factors, float]:
-    """Return inputs (B, I, h, w) and signals (B, O, h, w) up to factors, and their relative error.
+def _split(
+    network: Network, disturbed_one: Network, node: fx.Node
+) -> tuple[Factors, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Split a convolution's gradient, and a disturbed one, with images in the same order.
 
-    The error is found by splitting once more, with random numbers of the gradient's error added.
+    Returns how the first was split, and of both the inputs (B, I, h, w) and signals (B, O, h, w)
+    up to a factor per image.
     """
     name = str(node.target)
     gradient, accuracy = network.gradient[f"{name}.weight"], network.accuracy[f"{name}.weight"]
@@ -136,9 +157,8 @@ def _split(network: Network, node: fx.Node) -> tuple[Tensor, Tensor, Factors, fl
     try:
         factors = shift_factors(gradient, height, width, count, centred=network.train_mode)
         gauge = gauge_by_nonnegativity(factors.inputs)
-        generator = torch.Generator().manual_seed(0)
         other = shift_factors(
-            disturbed(gradient, accuracy.error, generator), height, width, count,
+            disturbed_one.gradient[f"{name}.weight"], height, width, count,
             centred=network.train_mode,
         )  # fmt: skip
         towards = least_norm(factors.inputs.transpose(1, 2).flatten(0, 1),
@@ -156,19 +176,22 @@ def _split(network: Network, node: fx.Node) -> tuple[Tensor, Tensor, Factors, fl
     def maps(t: Tensor) -> Tensor:  # (h·w, B, C)
         return t.permute(1, 2, 0).reshape(count, -1, height, width)
 
-    inputs = maps(torch.linalg.solve(gauge, factors.inputs))
-    signals = maps((factors.outputs @ gauge).permute(1, 2, 0))
-    lowest, largest = inputs.flatten(1).amin(1), inputs.flatten(1).amax(1)
+    def parts(split: Factors, gauge: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = maps(torch.linalg.solve(gauge, split.inputs))
+        return inputs, maps((split.outputs @ gauge).permute(1, 2, 0))
+
+    found = parts(factors, gauge)
+    lowest, largest = found[0].flatten(1).amin(1), found[0].flatten(1).amax(1)
     if not bool((lowest > -NEGATIVE * largest).all()):
         raise StoppedError(f"{name}: its images cannot be told apart")
-    moved = maps((other.outputs @ others).permute(1, 2, 0))
-    return inputs, signals, factors, _difference(signals, moved)
+    return factors, found, parts(other, others)
 
 
 def _difference(signals: Tensor, others: Tensor) -> float:
-    """Return the relative difference of two batches, of which only directions are known."""
-    flat, other = (F.normalize(t.flatten(1), dim=1) for t in (signals, others))
-    return ((flat - other).norm() / flat.norm()).item()
+    """Return the root mean square over images of two batches' relative difference."""
+    sizes = signals.flatten(1).norm(dim=1).clamp_min(1e-300)
+    apart = (signals - others).flatten(1).norm(dim=1) / sizes
+    return apart.square().mean().sqrt().item()
 
 
 def _rectified(inputs: Tensor) -> tuple[Tensor, float]:

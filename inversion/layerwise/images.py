@@ -18,7 +18,7 @@ from inversion.layerwise.kinds import AVERAGES, MAXIMA, StoppedError, geometry_o
 from inversion.layerwise.matching import Matched, Matching, match_activations
 from inversion.layerwise.network import Network
 from inversion.layerwise.operations import pooling_sides
-from inversion.layerwise.peel import Peeled
+from inversion.layerwise.peel import SIGNALS, Peeled
 from inversion.layerwise.smooth_matching import SmoothMatching, match_smoothly, whitening
 from inversion.layerwise.stem.posterior import Stem, stem_posterior
 from inversion.layerwise.stem.windows import Pooling
@@ -96,7 +96,9 @@ def make_images(
     start = decode(decoder, tensors[names[0]])
     if not deepest:
         return Made(start, "decoder", names, None, alone)
-    certificate = next(layer for layer in peeled.layers if layer.name == names[0])
+    certificate = next(
+        layer for layer in peeled.layers if layer.name == names[0] and layer.kind not in SIGNALS
+    )
     stem = _solved_stem(network, deepest[0], certificate.expected_error or 0.0, target, should_stop)
     if stem is not None:
         return Made(stem.images, "stem", names[:1], stem.residual, alone)
