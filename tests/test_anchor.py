@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from inversion.layerwise.accuracy import Accuracy
-from inversion.layerwise.anchor import anchored, candidates, way_out
+from inversion.layerwise.anchor import anchored, candidates, head_part, way_out
 from inversion.layerwise.certify import in_order
 from inversion.layerwise.kinds import StoppedError
 from inversion.layerwise.layer import Layer
@@ -152,6 +152,25 @@ def test_what_the_head_does_not_bear_out_is_refused():
     nothing = replace(of.network, gradient={**of.network.gradient, "3.conv2.weight": noise})
     with pytest.raises(StoppedError, match=r"3\.conv2: "):
         anchored(nothing, node)
+
+
+def test_smoothed_labels_that_the_network_is_sure_of_are_read():
+    """The derivative by the label's logit is positive then."""
+    of = case("basic", [2, 0, 1, 2, 2])
+    output = of.network.nodes[-1]
+    features, weight = of.values["_6"], of.network.module(output).weight
+    of.network.module(output).weight.data *= 40
+    probabilities = torch.softmax(features @ weight.mT + of.network.module(output).bias, 1)
+    labels = probabilities.argmax(1)
+    signal = probabilities - 0.7 * nn.functional.one_hot(labels, CLASSES) - 0.3 / CLASSES
+    assert (signal.argmin(1) != labels).any()
+    gradient = signal.mT @ features / len(labels)
+    name = f"{output.target}.weight"
+    known = {of.network.inputs(output)[0]: features}
+    network = replace(of.network, gradient={**of.network.gradient, name: gradient})
+    found = head_part(network, known, 0.3, free=False)[0]
+    assert torch.equal(found[0], labels)
+    assert found[-1] < 1e-6
 
 
 def test_features_that_leave_much_of_the_heads_gradient_are_refused():

@@ -136,7 +136,7 @@ def _behind(
         trial.values[lower] = scale * value
     trial.values[source], trial.signals[node] = scale * trial.values[source], signals / scale
     signal = _climb(trial, way)
-    head, scale = _head(trial, trial.values, label_smoothing, free=free)
+    head, scale = head_part(trial, trial.values, label_smoothing, free=free)
     return signal / scale, head
 
 
@@ -342,14 +342,15 @@ def _fitted(network: Network, node: fx.Node, value: Tensor) -> Tensor:
     return signal.reshape(channels, count, height, width).transpose(0, 1)
 
 
-def _head(
+def head_part(
     network: Network, known: Mapping[fx.Node, Tensor], label_smoothing: float, *, free: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor, float, float], Tensor]:
     """Return the part of an `Anchor` that concerns the head, and the factors (B, 1, 1, 1).
 
-    With the features F from the forward pass, ∂L/∂W = Rᵀ F gives the signal R, whose one negative
-    entry per image is at the label. It must be (softmax(F Wᵀ + b) − labels) / B. free: the images'
-    factors are not known.
+    With the features F from the forward pass, ∂L/∂W = Rᵀ F gives the signal R. It must be
+    (softmax(F Wᵀ + b) − Y) / B, so that the largest entry of softmax(F Wᵀ + b) − B R per image is
+    at the label. free: the images' factors are not known; labels are read from the least entry of
+    R then, which is right where they are not smoothed or the network is not sure of them.
     """
     output = network.nodes[-1]
     name = str(output.target)
@@ -360,6 +361,9 @@ def _head(
     features = _features(network, known)
     solved = least_norm(features.mT, gradient.mT)
     labels = solved.argmin(1)
+    if not free:  # then smoothed labels that the network is sure of are read, too
+        logits = F.linear(features, module.weight, module.bias)
+        labels = (torch.softmax(logits, 1) - len(solved) * solved).argmax(1)
     smooth = (1 - label_smoothing) * F.one_hot(labels, len(gradient)).to(solved)
     smooth = smooth + label_smoothing / len(gradient)
 
