@@ -249,7 +249,10 @@ def test_images_keep_their_order_where_a_second_layer_is_attacked_directly():
     for name in ("4.conv1.weight", "7.weight"):
         gradient[name] = disturbed(gradient[name], 1e-8, torch.Generator().manual_seed(0))
         accuracy[name] = Accuracy(0.0)
-    peeled = peel(replace(of.network, gradient=gradient, accuracy=accuracy), of.y)
+    peeled = peel(
+        replace(of.network, gradient=gradient, accuracy=accuracy), of.y,
+        on_layer=lambda layer: layer.name == "_3_relu",
+    )  # fmt: skip
     assert len(peeled.detours) == 2
     assert not next(layer for layer in peeled.layers if layer.kind == "forward").certified
     tensors = peeled.tensors()
@@ -292,8 +295,8 @@ def test_a_layer_attacked_directly_bears_no_zeros_out():
 
 
 def test_numbers_that_are_not_finite_end_the_walk():
-    of = case("basic", [2, 0, 1], train_mode=True)
-    for name in ("4.conv2.weight", "3.conv1.weight", "7.weight"):
+    of = case("basic", [2, 0], train_mode=True)
+    for name in ("4.conv2.weight", "7.weight"):
         gradient = of.network.gradient[name].clone()
         gradient.view(-1)[0] = torch.nan
         network = replace(of.network, gradient={**of.network.gradient, name: gradient}, values={})
