@@ -9,10 +9,12 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from inversion.layerwise.accuracy import Accuracy
-from inversion.layerwise.anchor import anchored, candidates, way_out
+from inversion.layerwise.anchor import anchored, candidates, head_part, way_out
 from inversion.layerwise.certify import in_order
 from inversion.layerwise.kinds import StoppedError
-from inversion.layerwise.peel import peel
+from inversion.layerwise.layer import Layer
+from inversion.layerwise.least_squares import disturbed
+from inversion.layerwise.peel import Peeled, peel, withdraw_unsupported
 from inversion.layerwise.shift.factors import shift_factors
 from inversion.layerwise.shift.nonnegative import fitted_to_zeros, gauge_by_nonnegativity
 from inversion.layerwise.trace import network_of
@@ -159,6 +161,59 @@ def test_what_the_head_does_not_bear_out_is_refused():
         anchored(nothing, node)
 
 
+def test_smoothed_labels_that_the_network_is_sure_of_are_read():
+    """The derivative by the label's logit is positive then."""
+    of = case("basic", [2, 0, 1, 2, 2])
+    output = of.network.nodes[-1]
+    features, weight = of.values["_6"], of.network.module(output).weight
+    of.network.module(output).weight.data *= 40
+    probabilities = torch.softmax(features @ weight.mT + of.network.module(output).bias, 1)
+    labels = probabilities.argmax(1)
+    signal = probabilities - 0.7 * nn.functional.one_hot(labels, CLASSES) - 0.3 / CLASSES
+    assert (signal.argmin(1) != labels).any()
+    gradient = signal.mT @ features / len(labels)
+    name = f"{output.target}.weight"
+    known = {of.network.inputs(output)[0]: features}
+    network = replace(of.network, gradient={**of.network.gradient, name: gradient})
+    found = head_part(network, known, 0.3, free=False)[0]
+    assert torch.equal(found[0], labels)
+    assert found[-1] < 1e-6
+
+
+def test_features_that_leave_much_of_the_heads_gradient_are_refused():
+    """Though the signal that solves it best is the one that they give."""
+    of = case("basic", [2, 0, 1])
+    name = next(name for name in of.network.gradient if name.endswith("7.weight"))
+    gradient = of.network.gradient[name]
+    beside = torch.linalg.svd(of.values["_6"], full_matrices=True)[2][-1]  # no features lie there
+    other = gradient + 0.3 * gradient.norm() * torch.outer(torch.eye(CLASSES)[0].double(), beside)
+    wrong = replace(of.network, gradient={**of.network.gradient, name: other})
+    with pytest.raises(StoppedError, match="does not bear the features out"):
+        anchored(wrong, node_of(of.network, "3.conv2"))
+
+
+class Activated(nn.Module):
+    """A residual block whose ReLU stands before the sum."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(width, width, 3, padding=1), nn.ReLU()
+
+    def forward(self, x):
+        return x + self.relu(self.conv(x))
+
+
+def test_a_relu_before_the_sum_loses_the_signal_there(monkeypatch):
+    monkeypatch.setitem(
+        NETWORKS, "activated",
+        lambda: nn.Sequential(nn.Conv2d(3, 48, 7, 8, 3), nn.ReLU(), Activated(48), *head(48)),
+    )  # fmt: skip
+    network = case("activated", [2, 0, 1]).network
+    with pytest.raises(StoppedError, match="the way past it is not known"):
+        way_out(network, node_of(network, "2.conv"))
+    assert list(candidates(network, len(network.nodes))) == []
+
+
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("basic", "eval"), ("basic", "train"), ("bottleneck", "eval"), ("bottleneck", "train")],
@@ -193,6 +248,67 @@ def test_images_go_by_their_features_or_by_the_labels_given():
     assert in_order(anchor, torch.tensor([1, 1, 1, 0, 0]), None).labels.tolist() == [0, 1, 2, 2, 2]
     turned = anchor.features[[3, 1, 4, 2, 0]]
     torch.testing.assert_close(in_order(anchor, given, turned).features, turned)
+
+
+def test_images_keep_their_order_where_a_second_layer_is_attacked_directly():
+    """Also where the features are not certified, by which its images go to those of the first."""
+    of = case("basic", [2, 2, 0, 2, 2], train_mode=True)
+    gradient, accuracy = dict(of.network.gradient), dict(of.network.accuracy)
+    for name in ("4.conv1.weight", "7.weight"):
+        gradient[name] = disturbed(gradient[name], 1e-8, torch.Generator().manual_seed(0))
+        accuracy[name] = Accuracy(0.0)
+    peeled = peel(
+        replace(of.network, gradient=gradient, accuracy=accuracy), of.y,
+        on_layer=lambda layer: layer.name == "_3_relu",
+    )  # fmt: skip
+    assert len(peeled.detours) == 2
+    assert not next(layer for layer in peeled.layers if layer.kind == "forward").certified
+    tensors = peeled.tensors()
+    certified = {layer.name for layer in peeled.layers if layer.certified} & set(tensors)
+    assert {"_4_relu", "_3_relu"} <= certified
+    order = paired(tensors["_4_relu"], of.values["_4_relu"])
+    for name in certified:
+        assert torch.equal(paired(tensors[name], of.values[name]), order)
+
+
+def test_no_layer_is_attacked_directly_twice(monkeypatch):
+    """Whatever its certificate says: else the walk would never end."""
+    of, tried = case("basic", [2, 0, 1, 2, 2]), []
+
+    def uncertain(network, node, label_smoothing):
+        assert node not in tried
+        tried.append(node)
+        return replace(anchored(network, node, label_smoothing), signal_error=0.5)
+
+    monkeypatch.setattr("inversion.layerwise.peel.anchored", uncertain)
+    peeled = peel(of.network, of.y)
+    assert len(tried) == 3
+    assert peeled.stopped == "add: an error of 50% is to be expected"
+
+
+def test_a_layer_attacked_directly_bears_no_zeros_out():
+    """Its equations do not contain the mask of the tensor that was certified before."""
+    rests = Layer(
+        name="u", place="u", used_by=("w",), kind="convolution", unknowns=1, equations=1, rank=1,
+        condition=1.0, residual=0.0, expected_error=0.0, flips=0, certified=True, seconds=0.0,
+        rests_on_zeros=True,
+    )  # fmt: skip
+    before = replace(rests, name="v", rests_on_zeros=False)
+    for kind, borne_out in (("convolution", True), ("forward", False), ("shifts", False)):
+        peeled = Peeled(None, [rests, replace(before, kind=kind)])
+        withdraw_unsupported(peeled)
+        assert peeled.layers[0].certified == borne_out
+        spoilt = "that spoils u, whose zeros nothing bears out"
+        assert peeled.stopped == ("" if borne_out else spoilt)
+
+
+def test_numbers_that_are_not_finite_end_the_walk():
+    of = case("basic", [2, 0], train_mode=True)
+    for name in ("4.conv2.weight", "7.weight"):
+        gradient = of.network.gradient[name].clone()
+        gradient.view(-1)[0] = torch.nan
+        network = replace(of.network, gradient={**of.network.gradient, name: gradient}, values={})
+        assert peel(network, of.y).stopped
 
 
 def test_nothing_is_attacked_directly_for_a_client_that_clips():
@@ -243,3 +359,17 @@ def test_an_edge_is_fitted_to_its_zeros():
         true = u / u.norm(dim=(0, 2), keepdim=True)
         order = paired(found.transpose(0, 1), true.transpose(0, 1))
         assert (found - true[:, order]).norm() < 1e-6
+
+
+def test_small_numbers_that_are_no_zeros_do_not_move_an_edge():
+    """Two such numbers beside the twenty zeros of every image."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"generator": generator, "dtype": torch.float64}
+        u = (torch.randn(4, 5, 24, **options) + 0.8).clamp_min(0)
+        for image in range(5):
+            u[image % 4, image, :2] = torch.tensor([1e-4, 4e-4])
+        mixed = torch.randn(5, 5, **options) @ u
+        found = torch.linalg.solve(gauge_by_nonnegativity(mixed), mixed).transpose(0, 1).flatten(1)
+        found, true = (nn.functional.normalize(t) for t in (found, u.transpose(0, 1).flatten(1)))
+        assert (found - true[paired(found, true)]).norm() < 1e-10

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from inversion.layerwise.accuracy import LARGEST, Accuracy
-from inversion.layerwise.attack import NEAR, accuracies, layerwise_attack
-from inversion.layerwise.images import WORTH_MATCHING
+from inversion.layerwise.attack import NEAR, accuracies, layerwise_attack, target_network
+from inversion.layerwise.images import WORTH_MATCHING, make_images
+from inversion.layerwise.layer import Layer
 from inversion.layerwise.matching import Matching
-from inversion.layerwise.peel import peel
+from inversion.layerwise.peel import Peeled, peel
 from inversion.layerwise.smooth_matching import SmoothMatching
 from inversion.layerwise.trace import network_of
 from models.build import build_model
@@ -87,6 +88,24 @@ def worst(recovered, values):
 
 def gap(recovered, x):
     return ((recovered.images - x).norm() / x.norm()).item()
+
+
+def test_images_are_made_of_values_not_of_signals():
+    """A layer that was attacked directly may have the first row, which has no tensor."""
+    model, (x, y) = network("convnet"), (private(1, (3, 16, 16)), torch.tensor([5]))
+    target = target_of(model, x, y)
+    peeled = Peeled(target_network(model, target))
+    convolution, head = peeled.network.nodes[1], peeled.network.inputs(peeled.network.nodes[-1])[0]
+    shifts = Layer(
+        name=convolution.name, place="0", used_by=("0",), kind="shifts", unknowns=1, equations=1,
+        rank=1, condition=1.0, residual=0.0, expected_error=0.0, flips=0, certified=True,
+        seconds=0.0,
+    )  # fmt: skip
+    peeled.layers = [shifts, replace(shifts, name=head.name, kind="forward", certified=False)]
+    for known, made_by in (([], ("nothing", ())), ([head], ("decoder", (head.name,)))):
+        peeled.network.values = {node: peeled.network.empty(node) for node in known}
+        made = make_images(model, target, peeled, public(16), seed=0, should_stop=lambda: False)
+        assert (made.method, made.sources) == made_by
 
 
 @pytest.mark.parametrize("count", [1, 2])

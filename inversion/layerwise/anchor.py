@@ -8,7 +8,6 @@ labels repeat or where something behind cannot be solved.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -56,8 +55,7 @@ class Anchor:
     mismatch: float
     #: How the convolution's gradient was split.
     factors: Factors
-    #: Relative error of the signals: what the gradient's error causes, and the images' factors, of
-    #: whose error `head_residual` tells.
+    #: Relative error of the signals that the gradient's error causes, by direction and size.
     signal_error: float
 
     def ordered(self, order: Tensor) -> "Anchor":
@@ -95,13 +93,31 @@ def anchored(network: Network, node: fx.Node, label_smoothing: float = 0.0) -> A
 
     In train mode the batch's means at the convolution's output fix the images' factors. In eval
     mode the shift of the BatchNorm, or the bias, before its input does; where there is none, the
-    network behind is homogeneous, and the probabilities do.
+    network behind is homogeneous, and the probabilities do. All of it is done once more with random
+    numbers of the gradient's error added, which tells the signals' error.
 
     Raises StoppedError where that gives nothing that the gradient of the head bears out.
     """
+    generator, gradient = torch.Generator().manual_seed(0), {}
+    for name, g in network.gradient.items():
+        gradient[name] = disturbed(g, network.accuracy[name].error, generator)
+    other = replace(network, gradient=gradient)
+    factors, found, moved = _split(network, other, node)
+    signal, head = _behind(network, node, found, label_smoothing)
+    error = _difference(signal, _behind(other, node, moved, label_smoothing)[0])
+    return Anchor(node, way_out(network, node)[-1], signal, *head, factors, error)
+
+
+def _behind(
+    network: Network, node: fx.Node, found: tuple[Tensor, Tensor], label_smoothing: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, float, float]]:
+    """Return the signal at the end of the way out, and the part of an `Anchor` about the head.
+
+    found: inputs (B, I, h, w) and signals (B, O, h, w) of the convolution, up to a factor per
+    image.
+    """
     trial = replace(network, values={}, signals={}, masks={}, raw={}, routes={})
-    (source,), way = network.inputs(node), way_out(network, node)
-    inputs, signals, factors, error = _split(trial, node)
+    (source,), way, (inputs, signals) = network.inputs(node), way_out(network, node), found
     if network.train_mode:
         scale = _scale_by_means(trial, node, inputs)
         inputs, signals = inputs * scale, signals / scale
@@ -118,18 +134,20 @@ def anchored(network: Network, node: fx.Node, label_smoothing: float = 0.0) -> A
         trial.values[lower] = scale * value
     trial.values[source], trial.signals[node] = scale * trial.values[source], signals / scale
     signal = _climb(trial, way)
-    head, scale = _head(trial, trial.values, label_smoothing, free=free)
-    error = math.hypot(error, head[3])
-    return Anchor(node, way[-1], signal / scale, *head, factors, error)
+    head, scale = head_part(trial, trial.values, label_smoothing, free=free)
+    return signal / scale, head
 
 
 # The factors of the gradient ------------------------------------------------------------------
 
 
-def _split(network: Network, node: fx.Node) -> tuple[Tensor, Tensor, Factors, float]:
-    """Return inputs (B, I, h, w) and signals (B, O, h, w) up to factors, and their relative error.
+def _split(
+    network: Network, disturbed_one: Network, node: fx.Node
+) -> tuple[Factors, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Split a convolution's gradient, and a disturbed one, with images in the same order.
 
-    The error is found by splitting once more, with random numbers of the gradient's error added.
+    Returns how the first was split, and of both the inputs (B, I, h, w) and signals (B, O, h, w)
+    up to a factor per image.
     """
     name = str(node.target)
     gradient, accuracy = network.gradient[f"{name}.weight"], network.accuracy[f"{name}.weight"]
@@ -137,9 +155,8 @@ def _split(network: Network, node: fx.Node) -> tuple[Tensor, Tensor, Factors, fl
     try:
         factors = shift_factors(gradient, height, width, count, centred=network.train_mode)
         gauge = gauge_by_nonnegativity(factors.inputs)
-        generator = torch.Generator().manual_seed(0)
         other = shift_factors(
-            disturbed(gradient, accuracy.error, generator), height, width, count,
+            disturbed_one.gradient[f"{name}.weight"], height, width, count,
             centred=network.train_mode,
         )  # fmt: skip
         towards = least_norm(factors.inputs.transpose(1, 2).flatten(0, 1),
@@ -157,19 +174,22 @@ def _split(network: Network, node: fx.Node) -> tuple[Tensor, Tensor, Factors, fl
     def maps(t: Tensor) -> Tensor:  # (h·w, B, C)
         return t.permute(1, 2, 0).reshape(count, -1, height, width)
 
-    inputs = maps(torch.linalg.solve(gauge, factors.inputs))
-    signals = maps((factors.outputs @ gauge).permute(1, 2, 0))
-    lowest, largest = inputs.flatten(1).amin(1), inputs.flatten(1).amax(1)
+    def parts(split: Factors, gauge: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = maps(torch.linalg.solve(gauge, split.inputs))
+        return inputs, maps((split.outputs @ gauge).permute(1, 2, 0))
+
+    found = parts(factors, gauge)
+    lowest, largest = found[0].flatten(1).amin(1), found[0].flatten(1).amax(1)
     if not bool((lowest > -NEGATIVE * largest).all()):
         raise StoppedError(f"{name}: its images cannot be told apart")
-    moved = maps((other.outputs @ others).permute(1, 2, 0))
-    return inputs, signals, factors, _difference(signals, moved)
+    return factors, found, parts(other, others)
 
 
 def _difference(signals: Tensor, others: Tensor) -> float:
-    """Return the relative difference of two batches, of which only directions are known."""
-    flat, other = (F.normalize(t.flatten(1), dim=1) for t in (signals, others))
-    return ((flat - other).norm() / flat.norm()).item()
+    """Return the root mean square over images of two batches' relative difference."""
+    sizes = signals.flatten(1).norm(dim=1).clamp_min(1e-300)
+    apart = (signals - others).flatten(1).norm(dim=1) / sizes
+    return apart.square().mean().sqrt().item()
 
 
 def _rectified(inputs: Tensor) -> tuple[Tensor, float]:
@@ -263,7 +283,8 @@ def way_out(network: Network, node: fx.Node) -> list[fx.Node]:
     """Return the way from a convolution to the tensor through which all before it reaches the loss.
 
     Behind a convolution in a residual block that is the sum at the block's end. Raises StoppedError
-    where the way holds other layers than convolutions, BatchNorm and ReLUs.
+    where the way holds other layers than convolutions, BatchNorm and ReLUs, or where the last of
+    them before the sum is a ReLU: the signal at the sum is lost there where it is off.
     """
     bypassed, way = _bypassed(network, node), [node]
     while True:
@@ -273,7 +294,8 @@ def way_out(network: Network, node: fx.Node) -> list[fx.Node]:
         name = operation_name(users[0])
         if name not in BATCHNORMS and not bypassed:
             return way
-        if name not in {"conv2d"} | BATCHNORMS | RELUS | ADDITIONS:
+        masked = name in ADDITIONS and operation_name(way[-1]) in RELUS
+        if masked or name not in {"conv2d"} | BATCHNORMS | RELUS | ADDITIONS:
             raise StoppedError(f"{place(users[0])}: the way past it is not known")
         way.append(users[0])
         if name in ADDITIONS:
@@ -318,14 +340,15 @@ def _fitted(network: Network, node: fx.Node, value: Tensor) -> Tensor:
     return signal.reshape(channels, count, height, width).transpose(0, 1)
 
 
-def _head(
+def head_part(
     network: Network, known: Mapping[fx.Node, Tensor], label_smoothing: float, *, free: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor, float, float], Tensor]:
     """Return the part of an `Anchor` that concerns the head, and the factors (B, 1, 1, 1).
 
-    With the features F from the forward pass, ∂L/∂W = Rᵀ F gives the signal R, whose one negative
-    entry per image is at the label. It must be (softmax(F Wᵀ + b) − labels) / B. free: the images'
-    factors are not known.
+    With the features F from the forward pass, ∂L/∂W = Rᵀ F gives the signal R. It must be
+    (softmax(F Wᵀ + b) − Y) / B, so that the largest entry of softmax(F Wᵀ + b) − B R per image is
+    at the label. free: the images' factors are not known; labels are read from the least entry of
+    R then, which is right where they are not smoothed or the network is not sure of them.
     """
     output = network.nodes[-1]
     name = str(output.target)

@@ -125,7 +125,8 @@ def start_at(network: Network, anchor: Anchor, seconds: float) -> list[Layer]:
     if len(users) == 1 and operation_name(users[0]) in RELUS:
         network.signals[users[0]] = anchor.signal  # what the ReLU lets through
         network.masks[users[0].name] = torch.ones_like(anchor.signal)
-    network.signal_error = anchor.signal_error
+    # Zeros that were mistaken move the disturbed images alike; the head's gradient tells then.
+    network.signal_error = math.hypot(anchor.signal_error, anchor.head_residual)
     accuracy, gradient = network.accuracy[f"{name}.weight"], network.gradient[f"{name}.weight"]
     residual = anchor.factors.residual
     numbers = network.empty(anchor.convolution).numel()

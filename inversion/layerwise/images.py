@@ -18,7 +18,7 @@ from inversion.layerwise.kinds import AVERAGES, MAXIMA, StoppedError, geometry_o
 from inversion.layerwise.matching import Matched, Matching, match_activations
 from inversion.layerwise.network import Network
 from inversion.layerwise.operations import pooling_sides
-from inversion.layerwise.peel import Peeled
+from inversion.layerwise.peel import SIGNALS, Peeled
 from inversion.layerwise.smooth_matching import SmoothMatching, match_smoothly, whitening
 from inversion.layerwise.stem.posterior import Stem, stem_posterior
 from inversion.layerwise.stem.windows import Pooling
@@ -86,17 +86,19 @@ def make_images(
     image, deepest = network.nodes[0], peeled.frontier()
     if image in deepest:
         return Made(network.values[image], "solved", (image.name,))
-    if not peeled.layers:
+    if not tensors:
         mean = public.double().mean(0).expand(target.batch_size, -1, -1, -1)
         return Made(mean, "nothing", decoder_only=mean)
-    names = tuple(node.name for node in deepest) or (peeled.layers[0].name,)
+    names = tuple(node.name for node in deepest) or (next(iter(tensors)),)
     front = Front(model, names, statistics_of(target, model))
     decoder = _decoder(front, names[0], target, public, seed)
     alone = mean_decoding(decoder, target.batch_size)
     start = decode(decoder, tensors[names[0]])
     if not deepest:
         return Made(start, "decoder", names, None, alone)
-    certificate = next(layer for layer in peeled.layers if layer.name == names[0])
+    certificate = next(
+        layer for layer in peeled.layers if layer.name == names[0] and layer.kind not in SIGNALS
+    )
     stem = _solved_stem(network, deepest[0], certificate.expected_error or 0.0, target, should_stop)
     if stem is not None:
         return Made(stem.images, "stem", names[:1], stem.residual, alone)

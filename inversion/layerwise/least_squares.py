@@ -12,7 +12,11 @@ def least_norm(matrix: Tensor, target: Tensor) -> Tensor:
 
     matrix: (m, n), of any rank; target: (m, c). On the CPU wherever they lie: torch has no method
     for matrices of less than full rank elsewhere.
+
+    Raises torch.linalg.LinAlgError for numbers that are not finite.
     """
+    if not (matrix.isfinite().all() and target.isfinite().all()):  # LAPACK's own check says less
+        raise torch.linalg.LinAlgError("least squares of numbers that are not finite")
     found = torch.linalg.lstsq(matrix.cpu(), target.cpu(), driver="gelsd").solution
     return found.to(matrix)
 

@@ -19,6 +19,8 @@ from models.graph import operation_name, place
 
 #: Kinds of certificates that are about signals, not about a tensor's values.
 SIGNALS = ("masks", "shifts")
+#: Kinds of certificates at which the walk started anew, which see nothing of the tensor behind.
+STARTS = ("forward", "shifts")
 #: Why a walk ended that was told to.
 INTERRUPTED = "interrupted"
 
@@ -91,7 +93,7 @@ def peel(
             break
         peeled.stopped = ""
         _follow(peeled, layers, on_layer)
-    _withdraw(peeled)
+    withdraw_unsupported(peeled)
     return peeled
 
 
@@ -112,17 +114,19 @@ def _follow(peeled: Peeled, layers: Iterator[Layer], on_layer: Callable[[Layer],
         peeled.stopped = f"a system cannot be solved: {' '.join(str(error).split())[:160]}"
 
 
-def _withdraw(peeled: Peeled) -> None:
+def withdraw_unsupported(peeled: Peeled) -> None:
     """Withdraw the certificate of a tensor that rests on its zeros, if none before bears them out.
 
     The next tensor's equations contain the mask of this one, so that its certificate does.
     """
     layers = peeled.layers
     for number, layer in enumerate(layers):
-        borne_out = number + 1 < len(layers) and layers[number + 1].certified
+        following = layers[number + 1] if number + 1 < len(layers) else None
+        borne_out = following is not None and following.certified and following.kind not in STARTS
         if layer.certified and layer.rests_on_zeros and not borne_out:
             layers[number] = replace(layer, certified=False)
-            peeled.stopped += f"; that spoils {layer.name}, whose zeros nothing bears out"
+            spoilt = f"that spoils {layer.name}, whose zeros nothing bears out"
+            peeled.stopped = "; ".join(filter(None, [peeled.stopped, spoilt]))
 
 
 def _from_head(
@@ -150,16 +154,16 @@ def _from_anchor(peeled: Peeled, y: Tensor, label_smoothing: float) -> Iterator[
         except (StoppedError, torch.linalg.LinAlgError):
             continue
         peeled.layers = [layer for layer in peeled.layers if layer.certified]
-        kept = {layer.name for layer in peeled.layers}
+        kept = {layer.name for layer in peeled.layers if layer.kind not in SIGNALS}
         values = {node: t for node, t in network.values.items() if node.name in kept}
-        (head,) = network.inputs(network.nodes[-1])
-        anchor = in_order(anchor, y, values.get(head))
+        (head,) = network.inputs(network.nodes[-1])  # what is kept goes in the order of these
+        anchor = in_order(anchor, y, network.values.get(head) if values else None)
         peeled.network = replace(network, values=values, signals={}, masks={}, raw={}, routes={})
         peeled.labels = anchor.labels
         peeled.detours.append(f"{peeled.stopped}; {node.target} was then attacked directly")
         layers = start_at(peeled.network, anchor, time.perf_counter() - start)
-        before = network.nodes[: network.nodes.index(anchor.joint)]
-        return itertools.chain(layers, _walk(peeled, before))
+        peeled.reached = network.nodes.index(anchor.joint)  # the next one lies before this one
+        return itertools.chain(layers, _walk(peeled, network.nodes[: peeled.reached]))
     return None
 
 
