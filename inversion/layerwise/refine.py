@@ -156,8 +156,11 @@ def solve_by_refining(
 
     found = solve(uses, None)
     hopeless = found.residual > LARGEST  # no mask that is nearly right leaves as much
-    if not hopeless:
+    if not hopeless and found.suspicious:
         first = found
+        looked_at = _with_certificate(found, entries, coordinates, hopeless=False)
+        if not looked_at.solution.determined:
+            return looked_at
         found = repaired(uses, lambda now, u: first if u is None else solve(now, u), near)
     return _with_certificate(found, entries, coordinates, hopeless=hopeless)
 
