@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from inversion.layerwise.accuracy import MOST_ERROR
+from inversion.layerwise.accuracy import LARGEST, MOST_ERROR
 from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.kinds import ADDITIONS, BATCHNORMS, RELUS, StoppedError, geometry_of
@@ -31,6 +31,9 @@ from models.graph import operation_name, place
 CLEAR_GAP = 0.5
 #: The most negative number that an image's inputs may have, in shares of its largest.
 NEGATIVE = 1e-2
+#: Times what a tensor may leave of its gradient that features may leave of the head's: they hold
+#: the errors of all tensors on the way.
+FORWARD = 10.0
 #: Half the width of the first grid on which the logarithms of the images' factors are sought, the
 #: points of every grid, and the half width at which they are found.
 WIDEST, GRID, ARRIVED = 12.0, 101, 1e-10
@@ -379,7 +382,8 @@ def head_part(
     signal = (probabilities(features) - smoothed(labels)) / count
     mismatch = ((solved - signal).norm() / solved.norm()).item()
     residual = ((gradient - signal.mT @ features).norm() / gradient.norm()).item()
-    if not (residual <= network.accuracy[f"{name}.weight"].certified and mismatch <= MOST_ERROR):
+    allowed = min(LARGEST, FORWARD * network.accuracy[f"{name}.weight"].certified)
+    if not (residual <= allowed and mismatch <= MOST_ERROR):
         raise StoppedError(f"{name}: its gradient does not bear the features out ({residual:.1e})")
     return (labels, features, signal, residual, mismatch), scale
 
