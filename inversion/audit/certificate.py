@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from inversion.audit.inputs import Case, Sealed
@@ -13,6 +12,7 @@ from inversion.layerwise.front import Front, statistics_of
 from inversion.layerwise.layer import Layer
 from models.rank_analysis import LayerRank, rank_analysis
 from utils.console import table
+from utils.matching import assign
 
 #: How the images were made, in words.
 METHODS = {
@@ -152,8 +152,8 @@ def _layer_of(path: str, ranks: Sequence[LayerRank]) -> LayerRank | None:
 def true_errors(case: Case, recovered: Recovered, sealed: Sealed) -> dict[str, float]:
     """Return the relative error of every recovered tensor, by name; for scoring only.
 
-    Images are paired with the true ones so that the first tensor's distances are least in all,
-    since labels do not tell images of one class apart. Empty where nothing was recovered.
+    Images are paired with the true ones by the first tensor (`assign`), since labels do not tell
+    images of one class apart. Empty where nothing was recovered.
     """
     if not recovered.tensors:
         return {}
@@ -165,9 +165,8 @@ def true_errors(case: Case, recovered: Recovered, sealed: Sealed) -> dict[str, f
     with torch.no_grad():
         values = front(sealed.images_for(case).double())
     first, found = next(iter(recovered.tensors.items()))
-    apart = torch.cdist(found.flatten(1), values[first].flatten(1))
-    order = torch.from_numpy(linear_sum_assignment(apart.cpu().numpy())[1])
+    rows = assign(found, values[first])
     return {
-        name: ((found - values[name][order]).norm() / values[name].norm()).item()
+        name: ((found[rows] - values[name]).norm() / values[name].norm()).item()
         for name, found in recovered.tensors.items()
     }

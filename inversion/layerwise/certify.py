@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx
 
 from inversion.layerwise.accuracy import CLEAR_NOISE, LARGEST, MOST_ERROR
@@ -17,6 +16,7 @@ from inversion.layerwise.masks import rectify
 from inversion.layerwise.network import Network
 from inversion.layerwise.solve import solve_tensor
 from models.graph import operation_name, place
+from utils.matching import assign
 
 
 def solve_head(
@@ -127,16 +127,13 @@ def start_at(network: Network, anchor: Anchor, seconds: float) -> list[Layer]:
         network.masks[users[0].name] = torch.ones_like(anchor.signal)
     # Zeros that were mistaken move the disturbed images alike; the head's gradient tells then.
     network.signal_error = math.hypot(anchor.signal_error, anchor.head_residual)
-    accuracy, gradient = network.accuracy[f"{name}.weight"], network.gradient[f"{name}.weight"]
-    residual = anchor.factors.residual
+    gradient = network.gradient[f"{name}.weight"]
     numbers = network.empty(anchor.convolution).numel()
     split = Layer(
         name=joint.name, place=name, used_by=(name,), kind="shifts", unknowns=numbers,
         equations=gradient.numel(), rank=numbers, condition=1 / max(anchor.factors.gap[0], 1e-300),
-        residual=residual, expected_error=anchor.signal_error, flips=0,
-        certified=(
-            residual <= accuracy.certified and anchor.signal_error <= MOST_ERROR
-        ),
+        residual=anchor.factors.residual, expected_error=anchor.signal_error, flips=0,
+        certified=anchor.signal_error <= MOST_ERROR,  # a larger residual is refused before
         seconds=seconds,
     )  # fmt: skip
     output = network.nodes[-1]
@@ -162,8 +159,7 @@ def in_order(anchor: Anchor, y: Tensor, features: Tensor | None) -> Anchor:
     labels that the anchor found, images are in the order of their own labels.
     """
     if features is not None:
-        apart = torch.cdist(features, anchor.features).cpu().numpy()
-        return anchor.ordered(torch.from_numpy(linear_sum_assignment(apart)[1]).to(y))
+        return anchor.ordered(torch.tensor(assign(anchor.features, features)).to(y))
     order = anchor.labels.argsort(stable=True)
     if torch.equal(anchor.labels[order], y.sort().values):
         order = order[y.argsort(stable=True).argsort()]
