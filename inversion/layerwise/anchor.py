@@ -155,6 +155,11 @@ def _split(
     count, _, height, width = network.shape(node)
     try:
         factors = shift_factors(gradient, height, width, count, centred=network.train_mode)
+        if not factors.residual <= accuracy.certified:
+            raise StoppedError(f"{name}: its factors leave {factors.residual:.1e} of its gradient")
+        least, next_one = factors.gap
+        if not next_one < CLEAR_GAP * least:
+            raise StoppedError(f"{name}: its gradient has too small a rank to be split")
         gauge = gauge_by_nonnegativity(factors.inputs)
         other = shift_factors(
             disturbed_one.gradient[f"{name}.weight"], height, width, count,
@@ -165,12 +170,6 @@ def _split(
         others = fitted_to_zeros(other.inputs, towards @ gauge)
     except torch.linalg.LinAlgError as error:
         raise StoppedError(f"{name}: its gradient cannot be split") from error
-    if factors.residual > accuracy.certified:
-        raise StoppedError(f"{name}: its factors leave {factors.residual:.1e} of its gradient")
-
-    least, next_one = factors.gap
-    if not next_one < CLEAR_GAP * least:
-        raise StoppedError(f"{name}: its gradient has too small a rank to be split")
 
     def maps(t: Tensor) -> Tensor:  # (h·w, B, C)
         return t.permute(1, 2, 0).reshape(count, -1, height, width)
