@@ -15,7 +15,7 @@ from inversion.layerwise.convolution import MOST_NULL, Solution
 from inversion.layerwise.least_squares import Propagation
 from inversion.layerwise.mask_repair import Found, Near, repaired
 from inversion.layerwise.system import System, improve, joint_system
-from inversion.layerwise.use import Use
+from inversion.layerwise.use import Entries, Use
 from inversion.layerwise.zeros import find_zeros
 
 #: Steps of conjugate gradients at first and in each round of pinning.
@@ -36,9 +36,6 @@ GLANCE_STEPS, PROMISING = 100, 1e-4
 PLENTY = 2.0
 #: Equations, in shares of the unknowns, from which solving is tried: with zeros and without.
 ENOUGH_WITH_ZEROS, ENOUGH = 0.8, 1.0
-
-#: (0/1 where the tensor is known already, its values there), (B, I, H, W) each.
-Entries = tuple[Tensor, Tensor]
 
 
 def solvable(
@@ -99,6 +96,11 @@ class Openness:
     #: Largest singular value of the weighted equations over that of the slowest direction seen:
     #: a lower bound of their condition.
     condition: float
+
+    @property
+    def count(self) -> int:
+        """Return the number of open directions, 0 where the estimate is as small as for none."""
+        return 0 if self.directions <= MOST_OPEN else max(1, round(self.directions))
 
 
 def openness(
@@ -189,11 +191,10 @@ def solve_all_equations(
     system = joint_system([use.term(use.signal()) for use in found.uses], shape)
     free = free_of(found.u)
     seen = openness(system, free, generator, PROBES, PROBE_STEPS)
-    left_open = 0 if seen.directions <= MOST_OPEN else max(1, round(seen.directions))
     zeros, rests_on_zeros = int((sought - free).sum()), False
     if zeros:
         without = openness(system, sought, generator, 1, FIRST_STEPS)
         rests_on_zeros = zeros < PLENTY * without.directions
-    solution = replace(found.solution, rank=unknowns - left_open, condition=seen.condition)
+    solution = replace(found.solution, rank=unknowns - seen.count, condition=seen.condition)
     square = sampled_square(system, found, free, generator)
     return replace(found, solution=solution, sampled_square=square, rests_on_zeros=rests_on_zeros)

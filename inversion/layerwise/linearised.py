@@ -14,7 +14,7 @@ from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import stacked_matrices
 from inversion.layerwise.least_squares import inverse_square, largest_value
 from inversion.layerwise.system import System
-from inversion.layerwise.use import Use
+from inversion.layerwise.use import Entries, Use
 
 #: Strongest direction of the known outputs, of the batch's means and of the known entries, in
 #: shares of the gradients' largest singular value.
@@ -43,9 +43,7 @@ class Coordinates:
         return flat.reshape(channels, count, height, width).transpose(0, 1)
 
 
-def coordinates_of(
-    uses: Sequence[Use], signals: Sequence[Tensor], entries: tuple[Tensor, Tensor]
-) -> Coordinates:
+def coordinates_of(uses: Sequence[Use], signals: Sequence[Tensor], entries: Entries) -> Coordinates:
     """Return coordinates in which the equations of these uses are solved fast.
 
     signals: (B, O, h, w) each, ∂L/∂z, about right. entries: as in `refine_coupled`.
@@ -91,7 +89,7 @@ class _Part:
     forward: Callable[[Tensor], list[Tensor]]
     transpose: Callable[[Sequence[Tensor]], Tensor]
     target: list[Tensor]
-    of_gradient: float
+    #: Weight of what the outputs leave.
     of_outputs: float
 
 
@@ -99,7 +97,7 @@ def linearised(
     uses: Sequence[Use],
     u: Tensor,
     signals: Sequence[Tensor],
-    entries: tuple[Tensor, Tensor],
+    entries: Entries,
     coordinates: Coordinates,
 ) -> System:
     """Return the equations of all uses for what is to be added to u (B, I, H, W), to first order.
@@ -158,7 +156,7 @@ def damped(system: System, coordinates: Coordinates, share: float) -> System:
     return replace(system, normal=normal)
 
 
-def equations_of(uses: Sequence[Use], entries: tuple[Tensor, Tensor]) -> int:
+def equations_of(uses: Sequence[Use], entries: Entries) -> int:
     """Return the number of equations: gradients, known outputs, means and known entries."""
     return int(entries[0].sum()) + sum(
         use.gradient.numel() + int(use.known.sum()) + use.coupled * len(use.weight) for use in uses
@@ -204,4 +202,4 @@ def _part(use: Use, u: Tensor, signal: Tensor, of_outputs: float) -> _Part:
         of_outputs * (use.output - z) * use.known,
         of_mean * (mean - z.mean((0, 2, 3))),
     ]
-    return _Part(forward, transpose, target, of_gradient, of_outputs)
+    return _Part(forward, transpose, target, of_outputs)

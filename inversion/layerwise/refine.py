@@ -10,7 +10,7 @@ from torch import Tensor
 from inversion.layerwise.accuracy import LARGEST
 from inversion.layerwise.batchnorm import per_channel
 from inversion.layerwise.convolution import Solution
-from inversion.layerwise.joint import GLANCE_STEPS, MOST_OPEN, PROBES, openness, sampled_square
+from inversion.layerwise.joint import GLANCE_STEPS, PROBES, openness, sampled_square
 from inversion.layerwise.least_squares import Propagation
 from inversion.layerwise.linearised import (
     Coordinates,
@@ -21,7 +21,7 @@ from inversion.layerwise.linearised import (
 )
 from inversion.layerwise.mask_repair import Found, Near, repaired
 from inversion.layerwise.system import System, improve
-from inversion.layerwise.use import Use
+from inversion.layerwise.use import Entries, Use
 
 #: Rounds of Gauss–Newton, and steps of conjugate gradients in each, at most.
 ROUNDS, STEPS = 12, 150
@@ -38,9 +38,6 @@ SUPERLINEAR = 1.5
 LOOSEST, SHARPENING, TIGHTEST = 1e-2, 0.1, 1e-7
 #: Steps from a random start on the linearised equations, to see what they leave open.
 PROBE_STEPS = 500
-
-#: (0/1 where the tensor is known already, its values there), (B, I, H, W) each.
-Entries = tuple[Tensor, Tensor]
 
 
 def start_coupled(
@@ -178,10 +175,9 @@ def _with_certificate(
     probes, steps = (1, GLANCE_STEPS) if hopeless else (PROBES, PROBE_STEPS)
     free = torch.ones_like(found.u)
     seen = openness(system, free, generator, probes, steps)
-    left_open = 0 if seen.directions <= MOST_OPEN else max(1, round(seen.directions))
     solution = replace(
         found.solution,
-        rank=found.u.numel() - min(left_open, found.u.numel()),
+        rank=found.u.numel() - min(seen.count, found.u.numel()),
         condition=seen.condition,
     )
     square = sampled_square(system, found, free, generator)

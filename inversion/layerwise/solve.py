@@ -15,7 +15,7 @@ from inversion.layerwise.masks import Rectified, rectify
 from inversion.layerwise.offset import common_offset
 from inversion.layerwise.outputs import outputs_from_gradient, search_mask
 from inversion.layerwise.refine import solve_by_refining
-from inversion.layerwise.use import Use
+from inversion.layerwise.use import Entries, Use
 
 #: Steps of conjugate gradients on all equations, and where they end.
 STEPS, SETTLED = 40, 1e-3
@@ -23,9 +23,6 @@ STEPS, SETTLED = 40, 1e-3
 OFFSET_FLOOR = 3e-6
 #: The same in units of an entry's expected error.
 OFFSET_DEPTH = 4.0
-
-#: (0/1 where the tensor is known already, its values there), (B, I, H, W) each.
-Entries = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from inversion.layerwise.accuracy import Accuracy
 from inversion.layerwise.batchnorm import BatchNorm, per_channel
 from inversion.layerwise.convolution import Geometry, Term
 
+#: (0/1 where the tensor that is sought is known already, its values there), (B, I, H, W) each.
+Entries = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Use:

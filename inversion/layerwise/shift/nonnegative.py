@@ -39,10 +39,7 @@ def gauge_by_nonnegativity(inputs: Tensor) -> Tensor:
     batch = inputs.shape[1]
     if batch == 1:
         return inputs.new_ones(1, 1) * inputs.sum().sign()
-    white, mixing = whitened(inputs.transpose(1, 2))
-    norms = torch.linalg.vector_norm(white, dim=1, keepdim=True)
-    keep = norms[:, 0] > FAINT * norms.max()
-    rows = white[keep] / norms[keep]
+    white, mixing, rows = _telling_rows(inputs)
     found = _independent(_edges(rows), white)
     if len(found) < batch:
         found = torch.cat([found, _complement(found)])
@@ -56,15 +53,20 @@ def fitted_to_zeros(inputs: Tensor, gauge: Tensor) -> Tensor:
     inputs, gauge: as in `gauge_by_nonnegativity`. Each image's functional is fitted to the rows
     that it makes 0 but for their own errors, and gets the sign of the inputs' sum.
     """
-    white, mixing = whitened(inputs.transpose(1, 2))
-    norms = torch.linalg.vector_norm(white, dim=1, keepdim=True)
-    keep = norms[:, 0] > FAINT * norms.max()
-    rows = white[keep] / norms[keep]
+    white, mixing, rows = _telling_rows(inputs)
     edges = F.normalize((mixing @ torch.linalg.inv(gauge).mT).mT, dim=1)
     found = torch.stack([_sharpened(rows, edge) for edge in edges])
     found = found * (white.sum(0) @ found.mT).sign()[:, None]
     functionals = torch.linalg.solve_triangular(mixing, found.mT, upper=True)
     return torch.linalg.inv(functionals).mT
+
+
+def _telling_rows(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the inputs' rows `whitened`, their mixing, and the rows that say something, norm 1."""
+    white, mixing = whitened(inputs.transpose(1, 2))
+    norms = torch.linalg.vector_norm(white, dim=1, keepdim=True)
+    keep = norms[:, 0] > FAINT * norms.max()
+    return white, mixing, white[keep] / norms[keep]
 
 
 def _edges(rows: Tensor) -> list[tuple[float, Tensor]]:
