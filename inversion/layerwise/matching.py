@@ -7,6 +7,7 @@ derivatives are needed, unlike for the matching of gradients.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -87,30 +88,59 @@ def match_activations(
         return Matched(x, problem.losses(x).sqrt())
 
 
+@dataclass(frozen=True)
+class Whitening:
+    """Holds a distance between activations in which they vary alike in all directions."""
+
+    #: (C,): the mean of every channel over public images.
+    mean: Tensor
+    #: (C, C): the inverse root of the channels' covariance there.
+    weights: Tensor
+
+    def of(self, difference: Tensor) -> Tensor:
+        """Return a difference of activations (B, C, h, w) in units of their spread."""
+        return torch.einsum("ij,njhw->nihw", self.weights.to(difference), difference)
+
+
 class Problem:
     """Compares images with targets: one loss per image.
+
+    The loss is Σ over `targets` of ‖W (front(x) − t)‖² / ‖W (t − mean)‖², W and mean being those
+    of `whitened`; without one, W is the identity and the mean 0.
 
     Raises ValueError for a target that the front does not compute, and for none at all.
     """
 
-    def __init__(self, front: Front, targets: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        front: Front,
+        targets: Mapping[str, Tensor],
+        whitened: Mapping[str, Whitening] = MappingProxyType({}),
+    ):
         missing = [name for name in targets if name not in front.names]
         if missing or not targets:
             raise ValueError(f"the front does not compute {', '.join(missing) or 'any target'}")
-        self.front, self.targets = front, targets
-        self.scale = {
-            name: 1 / _squares(value.double()).clamp_min(1e-300) for name, value in targets.items()
-        }
+        self.front, self.targets, self.whitened = front, targets, whitened
+        self.scale = {}
+        for name, target in targets.items():
+            value = target.double()
+            if name in whitened:
+                value = whitened[name].of(value - whitened[name].mean.to(value)[:, None, None])
+            self.scale[name] = 1 / _squares(value).clamp_min(1e-300)
 
     def of(self, i: int) -> "Problem":
         """Return the problem of image i alone."""
-        return Problem(self.front, {name: t[i : i + 1] for name, t in self.targets.items()})
+        own = {name: t[i : i + 1] for name, t in self.targets.items()}
+        return Problem(self.front, own, self.whitened)
 
     def losses(self, x: Tensor) -> Tensor:
         """Return the squared relative residuals (B,), with derivatives, in the type of `x`."""
         found, total = self.front(x), x.new_zeros(len(x))
         for name, target in self.targets.items():
-            total = total + _squares(found[name] - target.to(x)) * self.scale[name].to(x)
+            gap = found[name] - target.to(x)
+            if name in self.whitened:
+                gap = self.whitened[name].of(gap)
+            total = total + _squares(gap) * self.scale[name].to(x)
         return total
 
 

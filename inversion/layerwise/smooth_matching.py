@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inversion.layerwise.front import Front
-from inversion.layerwise.matching import Matched, Problem, nearer
+from inversion.layerwise.matching import Matched, Problem, Whitening, nearer
 
 #: Decay rates of Adam's averages.
 _BETAS = (0.9, 0.99)
@@ -41,20 +41,6 @@ class SmoothMatching:
     rate: float
     #: Weight of the total variation of pixels in [0, 1], which falls to 0 as a parabola.
     total_variation: float
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """Holds a distance between activations in which they vary alike in all directions."""
-
-    #: (C,): the mean of every channel over public images.
-    mean: Tensor
-    #: (C, C): the inverse root of the channels' covariance there.
-    weights: Tensor
-
-    def of(self, difference: Tensor) -> Tensor:
-        """Return a difference of activations (B, C, h, w) in units of their spread."""
-        return torch.einsum("ij,njhw->nihw", self.weights.to(difference), difference)
 
 
 @torch.no_grad()
@@ -101,10 +87,9 @@ def match_smoothly(
 
         Σ over `targets` of ‖W (front(x) − t)‖² / ‖W (t − mean)‖² + weight · TV(x),
 
-    W and mean being those of `whitened`; without one, W is the identity and the mean 0. TV is the
-    mean over pixels of √(Σ over colours of |∇|²), of brightness and twice two differences of
-    colours. Pixels outside of the box of `low` and `high` (C, 1, 1) are penalised, and clamped in
-    the end.
+    the sum being that of `Problem` with `whitened`. TV is the mean over pixels of √(Σ over colours
+    of |∇|²), of brightness and twice two differences of colours. Pixels outside of the box of `low`
+    and `high` (C, 1, 1) are penalised, and clamped in the end.
 
     targets: name → (B, …), names of the front. should_stop: asked between steps; true ends the
     matching with what there is, of every image no worse than its start.
@@ -112,7 +97,7 @@ def match_smoothly(
     Raises ValueError for a target that the front does not compute.
     """
     problem = Problem(front, targets)
-    distance = _distance(front, targets, whitened)
+    distance = Problem(front, targets, whitened).losses
     box = low.to(start.device).float(), high.to(start.device).float()
     sides = (start.shape[-2], start.shape[-1])
     scale = _amplitudes(sides).to(start.device)
@@ -156,29 +141,6 @@ def total_variation(x: Tensor) -> Tensor:
         x = torch.einsum("ij,njhw->nihw", mixed, x)
     right, lower = F.pad(x.diff(dim=-1), (0, 1)), F.pad(x.diff(dim=-2), (0, 0, 0, 1))
     return ((right.square() + lower.square()).sum(1) + _ROUNDED).sqrt().flatten(1).mean(1)
-
-
-def _distance(
-    front: Front, targets: Mapping[str, Tensor], whitened: Mapping[str, Whitening]
-) -> Callable[[Tensor], Tensor]:
-    """Return a function of images: the squared relative distance of their tensors, in float32."""
-    scales = {}
-    for name, target in targets.items():
-        value = target.double()
-        if name in whitened:
-            value = whitened[name].of(value - whitened[name].mean.to(value)[:, None, None])
-        scales[name] = 1 / value.square().flatten(1).sum(1).clamp_min(1e-300)
-
-    def distance(x: Tensor) -> Tensor:
-        found, total = front(x), x.new_zeros(len(x))
-        for name, target in targets.items():
-            gap = found[name] - target.to(x)
-            if name in whitened:
-                gap = whitened[name].of(gap)
-            total = total + gap.square().flatten(1).sum(1) * scales[name].to(x)
-        return total
-
-    return distance
 
 
 def _amplitudes(sides: tuple[int, int]) -> Tensor:
