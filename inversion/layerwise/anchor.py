@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.forward_head import head_part
 from inversion.layerwise.image_factors import (
+    affine_before,
     scale_by_means,
     scale_by_shift,
-    shift_before,
     solve_lower,
     weighted_before,
 )
@@ -129,9 +129,9 @@ def _behind(
     if below is not None:
         (lower,) = trial.inputs(below)
         value = solve_lower(trial, below, lower, coupled=network.train_mode)
-        shift = shift_before(trial, below, source)
-        if free and bool(shift.any()):
-            scale, free = scale_by_shift(trial, below, source, value, shift), False
+        affine = affine_before(trial, below)
+        if free and bool(affine[1].any()):
+            scale, free = scale_by_shift(trial, below, source, value, affine), False
         trial.values[lower] = scale * value
     trial.values[source], trial.signals[node] = scale * trial.values[source], signals / scale
     signal = climb(trial, way)

@@ -55,31 +55,21 @@ def solve_lower(network: Network, below: fx.Node, lower: fx.Node, *, coupled: bo
     return solved.value
 
 
-def shift_before(network: Network, below: fx.Node, source: fx.Node) -> Tensor:
-    """Return what the layers between a convolution and its output's ReLU add, (O,)."""
-    module = network.module(below)
-    shift = torch.zeros_like(module.weight[:, 0, 0, 0])
-    if module.bias is not None:
-        shift = shift + module.bias
+def affine_before(network: Network, below: fx.Node) -> tuple[Tensor, Tensor]:
+    """Return scale and shift (O,) between a convolution's w∗u and the ReLU of its output."""
     (behind,) = network.users(below)
-    if operation_name(behind) in BATCHNORMS:
-        norm = network.affine(behind)
-        shift = norm.shift + norm.scale * shift
-    return shift
+    return network.affine_behind(below, behind if operation_name(behind) in BATCHNORMS else None)
 
 
 def scale_by_shift(
-    network: Network, below: fx.Node, source: fx.Node, value: Tensor, shift: Tensor
+    network: Network, below: fx.Node, source: fx.Node, value: Tensor, affine: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Return the factors a (B, 1, 1, 1) with a x = scale · w∗(a u) + shift wherever x > 0.
 
-    x: the source's values, u: value; both up to the factors.
+    x: the source's values, u: value; both up to the factors. affine: scale and shift (O,).
     """
-    geometry = geometry_of(network.module(below), str(below.target))
-    z = geometry.forward(value, network.module(below).weight)
-    (behind,) = network.users(below)
-    if operation_name(behind) in BATCHNORMS:
-        z = z * per_channel(network.affine(behind).scale)
+    geometry, (scale, shift) = geometry_of(network.module(below), str(below.target)), affine
+    z = geometry.forward(value, network.module(below).weight) * per_channel(scale)
     x = network.values[source]
     on = (x > 0).to(x)
     left, right = ((x - z) * on).flatten(1), (per_channel(shift) * on).flatten(1)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Generator, Tensor, fx, nn
 
 from inversion.layerwise.decoder import (
@@ -177,15 +176,8 @@ def _solved_stem(
         geometry = geometry_of(conv, str(chain[-2].target))
     except StoppedError:
         return None
-    scale, shift = (
-        torch.ones_like(conv.weight[:, 0, 0, 0]),
-        torch.zeros_like(conv.weight[:, 0, 0, 0]),
-    )
-    if "batchnorm2d" in kinds:
-        norm = network.affine(chain[2])
-        scale, shift = norm.scale, norm.shift
-    if conv.bias is not None:
-        shift = shift + scale * conv.bias
+    norm = chain[2] if "batchnorm2d" in kinds else None
+    scale, shift = network.affine_behind(chain[-2], norm)
     low, high = (bound.double() for bound in target.box)
     return stem_posterior(
         network.values[pool], conv.weight, scale, shift, target.image_shape, conv=geometry,

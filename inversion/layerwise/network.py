@@ -191,6 +191,21 @@ class Network:
         bias = 0 * ones if layer.bias is None else layer.bias.detach()
         return BatchNorm(weight, bias, layer.running_mean, layer.running_var, layer.eps)
 
+    def affine_behind(self, conv: fx.Node, norm: fx.Node | None) -> tuple[Tensor, Tensor]:
+        """Return scale and shift (O,) that turn w∗u into the convolution's output, normalised.
+
+        norm: the BatchNorm behind it, None for none.
+        """
+        module = self.module(conv)
+        scale = torch.ones_like(module.weight[:, 0, 0, 0])
+        shift = torch.zeros_like(scale)
+        if norm is not None:
+            layer = self.affine(norm)
+            scale, shift = layer.scale, layer.shift
+        if module.bias is not None:
+            shift = shift + scale * module.bias
+        return scale, shift
+
     def batchnorm(self, node: fx.Node) -> BatchNorm:
         """Return the BatchNorm layer of a node; raise StoppedError where it cannot be inverted."""
         layer = self.affine(node)
