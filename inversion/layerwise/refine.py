@@ -152,14 +152,15 @@ def solve_by_refining(
         return Found(changed, u, solution, sampled_square=0.0)
 
     found = solve(uses, None)
-    hopeless = found.residual > LARGEST  # no mask that is nearly right leaves as much
-    if not hopeless and found.suspicious:
-        first = found
-        looked_at = _with_certificate(found, entries, coordinates, hopeless=False)
-        if not looked_at.solution.determined:
-            return looked_at
-        found = repaired(uses, lambda now, u: first if u is None else solve(now, u), near)
-    return _with_certificate(found, entries, coordinates, hopeless=hopeless)
+    if found.residual > LARGEST:  # no mask that is nearly right leaves as much
+        return _with_certificate(found, entries, coordinates, hopeless=True)
+    first = _with_certificate(found, entries, coordinates, hopeless=False)
+    if not first.suspicious or not first.solution.determined:
+        return first
+    found = repaired(uses, lambda now, u: first if u is None else solve(now, u), near)
+    if found.flips == 0:
+        return first
+    return _with_certificate(found, entries, coordinates, hopeless=False)
 
 
 def _with_certificate(
