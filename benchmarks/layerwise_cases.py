@@ -84,12 +84,16 @@ CASES: dict[str, list[Case]] = {
         Case("resnet50", size=224, batch=1),
         Case("resnet50", train_mode=True),
     ],
-    "curve": [
-        Case(size=size, batch=count, train_mode=mode, control=False)
-        for size, counts in CURVE.items()
-        for mode in (False, True)
-        for count in counts
-    ],
 }
+#: Settings of the curve that other large parts measure; it takes their rows.
+MEASURED = {(case.size, case.batch, case.train_mode) for part in ("224", "train-large")
+            for case in CASES[part]}  # fmt: skip
+CASES["curve"] = [
+    Case(size=size, batch=count, train_mode=mode, control=False)
+    for size, counts in CURVE.items()
+    for mode in (False, True)
+    for count in counts
+    if (size, count, mode) not in MEASURED
+]
 #: Parts whose rows have more columns, and files of their own.
 LARGE = ("224", "train-large", "repeated", "resnet50", "curve")

@@ -13,6 +13,9 @@ from utils.pictures import save_figure
 COLOURS = 64
 #: Marker and colour of every side of the images, in pixels.
 SIZES = {"32": ("o", "C0"), "64": ("s", "C1"), "224": ("^", "C3")}
+#: What a row has that belongs to the curve, of whatever part: random weights, the first batch.
+PLAIN = {"arch": "resnet18", "index": "0", "trained": "False", "head": "normal", "noise": "none",
+         "classes_used": "0"}  # fmt: skip
 #: Titles of the panels by `train_mode`.
 MODES = {"False": "eval mode", "True": "train mode"}
 
@@ -20,14 +23,14 @@ MODES = {"False": "eval mode", "True": "train mode"}
 def draw_curve(rows: Sequence[dict], path: Path) -> None:
     """Draw mean PSNR and the depth of the walk against the number of images, per side and mode.
 
-    rows: of layerwise_large.csv; those of the part "curve" that were measured count, means over
-    seeds. Skipped ones are crosses at the bottom. The picture is 800 pixels wide. Without rows a
+    rows: of layerwise_large.csv; those of PLAIN settings count, means over seeds. Skipped ones are
+    crosses at the bottom. The picture is 800 pixels wide. Without rows a
     line says so and nothing is drawn.
     """
-    drawn = [row for row in rows if row["part"] == "curve"]
+    drawn = [row for row in rows if all(row[name] == value for name, value in PLAIN.items())]
     measured = [row for row in drawn if row["psnr"] != ""]
     if not measured:
-        print("no picture: there are no measured rows of the part curve")
+        print("no picture: there are no measured rows of the curve's settings")
         return
     import matplotlib
 

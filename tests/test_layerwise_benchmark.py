@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks import layerwise as benchmark
-from benchmarks.layerwise_cases import CASES, LARGE, Case
+from benchmarks.layerwise_cases import CASES, CURVE, LARGE, Case
 from benchmarks.layerwise_curve import draw_curve, means
 from benchmarks.layerwise_rows import FURTHER, SMALL, files, write
 from benchmarks.layerwise_scores import decoys, depth, identification, labels, pixels, ranks
@@ -248,9 +248,20 @@ def test_the_curve_is_drawn_small_enough_for_a_page(tmp_path, capsys):
     draw_curve([row for row in rows if row["size"] == "32"], path)
     assert len(Image.open(path).convert("RGB").getcolors(2**20)) < len(drawn)
     path.unlink()
-    draw_curve([row | {"part": "224"} for row in rows], path)
-    assert capsys.readouterr().out == "no picture: there are no measured rows of the part curve\n"
+    draw_curve([row | {"trained": "True"} for row in rows], path)
+    said = "no picture: there are no measured rows of the curve's settings\n"
+    assert capsys.readouterr().out == said
     assert not path.exists()
+
+
+def test_the_curve_measures_every_setting_once():
+    parts = ("224", "train-large", "curve")
+    settings = [
+        (c.size, c.batch, c.train_mode) for part in parts for c in CASES[part] if not c.seed
+    ]
+    wanted = {(size, b, mode) for size, of in CURVE.items() for b in of for mode in (False, True)}
+    assert len(settings) == len({*settings})
+    assert {*settings} == wanted
 
 
 def test_means_leave_out_what_was_not_measured():
