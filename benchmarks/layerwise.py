@@ -130,6 +130,17 @@ def _target(case: Case, model: nn.Module, images: Tensor, y: Tensor) -> Target:
     return target_from_checkpoint(make_checkpoint(model, update, task, protection=protection))
 
 
+class Deadline:
+    """Tells whether the process has taken so many more CPU seconds, and whether it said so."""
+
+    def __init__(self, cpu_seconds: float):
+        self.end, self.passed = time.process_time() + cpu_seconds, False
+
+    def __call__(self) -> bool:
+        self.passed = time.process_time() > self.end
+        return self.passed
+
+
 def scores(images: Tensor, true: Tensor) -> tuple[float, float, float]:
     """Return mean PSNR, mean SSIM and lowest PSNR of images in [0, 1] after the best pairing."""
     paired = images[assign(images, true)]
@@ -160,22 +171,18 @@ def run(
 ) -> tuple[dict, list[dict], dict]:
     """Attack one case; return its row, the rows of its tensors, and its images by name.
 
-    The attack ends, with what there is, once it has taken so many `cpu_seconds`.
+    The attack ends, with what there is, once it has taken so many `cpu_seconds`; so does the one on
+    the gradient of other images.
     """
     of = client(case, weights)
     public = normalise(public_photographs(PUBLIC_IMAGES, of.target.image_shape), SPEC)
     start = time.process_time()
-
-    late = False
-
-    def should_stop() -> bool:
-        nonlocal late
-        late = time.process_time() - start > cpu_seconds
-        return late
-
-    found = layerwise_attack(of.model, of.target, of.y, public, should_stop=should_stop)
+    late = Deadline(cpu_seconds)
+    found = layerwise_attack(of.model, of.target, of.y, public, should_stop=late)
     seconds = time.process_time() - start
-    stopped = f"{found.stopped}; ended after {cpu_seconds:g} CPU s" if late else found.stopped
+    stopped = (
+        f"{found.stopped}; ended after {cpu_seconds:g} CPU s" if late.passed else found.stopped
+    )
     audit = audit_case(of, AttackSettings(Weights(), Loop(1, 1.0)))
     images, among = audit.images(found.images), decoys(of.y, case.size, case.seed)
     psnr, ssim, worst = scores(images, of.true)
@@ -187,7 +194,7 @@ def run(
     }  # fmt: skip
     row |= labels(found, of.y, of.y) | depth(of.model, found, of.target.image_shape)
     row |= identification("", images, y_found, of.true, of.y, among)
-    for name, control in controls(of, found, audit, public).items():
+    for name, control in controls(of, found, audit, public, cpu_seconds).items():
         figures = scores(control, of.true)
         row |= {f"{name}_psnr": figures[0], f"{name}_ssim": figures[1]}
     shown = {"truth": of.true, "layerwise": images[assign(images, of.true)]}
@@ -202,11 +209,14 @@ def run(
     return row, tensor_rows(case, audit, found, of), shown
 
 
-def controls(of: Client, found: Recovered, audit: AuditCase, public: Tensor) -> dict[str, Tensor]:
+def controls(
+    of: Client, found: Recovered, audit: AuditCase, public: Tensor, cpu_seconds: float
+) -> dict[str, Tensor]:
     """Return what the client's gradient is not needed for, (B, 3, H, W) in [0, 1], by name."""
     control = {}
     if of.other is not None:
-        other = layerwise_attack(of.model, of.other, of.y, public)
+        late = Deadline(cpu_seconds)
+        other = layerwise_attack(of.model, of.other, of.y, public, should_stop=late)
         control["other_gradient"] = audit.images(other.images)
     if found.decoder_only is not None:
         control["decoder_only"] = audit.images(found.decoder_only)
