@@ -137,6 +137,7 @@ class Deadline:
         self.end, self.passed = time.process_time() + cpu_seconds, False
 
     def __call__(self) -> bool:
+        """Return whether they are over, and keep the answer."""
         self.passed = time.process_time() > self.end
         return self.passed
 
