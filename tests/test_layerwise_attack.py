@@ -1,6 +1,7 @@
 """The walk from the head to the image, the images that it makes, and the audit of both."""
 
 import functools
+import math
 import re
 from dataclasses import replace
 
@@ -373,6 +374,28 @@ def test_the_walk_ends_where_it_is_told_to(brief):
     assert [layer.name for layer in recovered.layers] == seen == ["_6", "_4_relu_1", "_4_relu"]
     assert recovered.method == "activations"
     assert torch.isfinite(recovered.residual).all()
+
+
+def test_an_image_that_was_not_matched_is_the_decoders(brief, monkeypatch):
+    """Only the one whose activations are far off; the other one stays as it was matched."""
+
+    def images(failed):
+        monkeypatch.setattr("inversion.layerwise.images.FAILED", failed)
+        seen = []
+        return attacked(
+            network("residual"), [5, 1], 8, on_layer=lambda layer: seen.append(layer.name),
+            should_stop=lambda: 3 <= len(seen) < 4 and not seen.append("walk ended"),
+        )[0]  # fmt: skip
+
+    matched, decoded = images(math.inf), images(0.0)
+    assert (matched.method, decoded.method) == ("activations", "decoded")
+    assert (matched.residual < decoded.residual).all()
+    worse = int(matched.residual.argmax())
+    mixed = images(float(matched.residual.mean()))
+    assert mixed.method == "activations"
+    for i, of in ((worse, decoded), (1 - worse, matched)):
+        assert torch.equal(mixed.images[i], of.images[i])
+        assert mixed.residual[i] == of.residual[i]
 
 
 @pytest.mark.parametrize(

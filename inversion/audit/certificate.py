@@ -19,7 +19,7 @@ METHODS = {
     "solved": "the gradient determines the images: solved",
     "stem": "from the output of the first pooling, by the network's first convolution",
     "activations": "matched: images whose own activations come near the recovered ones",
-    "decoded": "a linear decoder on certified activations, too few numbers to match",
+    "decoded": "a linear decoder on certified activations, which were too few or were not matched",
     "decoder": "a linear decoder on the features of the head, which are not certified",
     "nothing": "nothing was recovered: the mean of public photographs",
 }

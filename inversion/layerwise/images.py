@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Generator, Tensor, fx, nn
 
 from inversion.layerwise.decoder import (
@@ -40,6 +41,8 @@ WHOLE, SMOOTH = Matching(120, 0.1, 300), SmoothMatching(300, 0.1, 2.4)
 #: First rate of SMOOTH where there are at least as many activations as numbers of the image.
 LARGE_RATE = 0.2
 UNMATCHED = Matching(0, 0.0, 0)
+#: Relative distance of activations from which an image was not matched: it says less than a zero.
+FAILED = 1.0
 #: Public photographs that tell how activations vary.
 VARIED_IMAGES = 64
 #: Operations of a stem that is solved, from the pooling to the convolution on the image.
@@ -110,6 +113,12 @@ def make_images(
         found = _matched_smoothly(front, targets, target, start, public, seed, should_stop)
     else:
         found = match_activations(front, targets, *box, start, WHOLE, should_stop=should_stop)
+    failed = found.residual >= FAILED
+    if method == "activations" and bool(failed.any()):  # noise, where the decoder gives shapes
+        first = match_activations(front, targets, *box, start, UNMATCHED)
+        images = torch.where(failed[:, None, None, None], first.images, found.images)
+        found = Matched(images, torch.where(failed, first.residual, found.residual))
+        method = "decoded" if bool(failed.all()) else method
     return Made(found.images, method, names, found.residual, alone)
 
 
