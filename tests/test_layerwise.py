@@ -18,6 +18,7 @@ from inversion.layerwise.convolution import (
     term_equations,
 )
 from inversion.layerwise.head import head_features
+from inversion.layerwise.head_search import LEAST_PROBABILITY, HeadEquations, HeadGradient
 from inversion.layerwise.least_squares import (
     Equations,
     Propagation,
@@ -146,6 +147,28 @@ def test_the_head_of_a_confident_network_is_searched(biased):
     head = head_features(weight, bias, gradient, y, bias_gradient=given, tolerance=1e-6)
     assert head.residual < 1e-9
     assert error(head.features, features) < 1e-6
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("kind", ["logarithm", "probability"])
+def test_the_searchs_slopes_are_those_of_automatic_differentiation(kind, biased):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    labels = F.one_hot(torch.tensor([2, 0, 4]), 5).double()
+    given = HeadGradient(
+        drawn(5, 7), drawn(5), drawn(5, 7), drawn(5) if biased else None, labels
+    )  # fmt: skip
+    equations = HeadEquations(given, drawn(5, 3), drawn(3, 5))
+    names = {"logarithm": "by_logarithms", "probability": "by_probabilities"}
+    numbers = 0.1 * drawn(9)
+    wanted = equations.sides(numbers)[1]
+    assert bool((wanted < LEAST_PROBABILITY).any())
+    assert bool((wanted > LEAST_PROBABILITY).any())
+    slow = jacobian(getattr(equations, names[kind]), numbers)
+    assert torch.allclose(getattr(equations, f"{kind}_slopes")(numbers), slow, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("classes", "count"), [(2, 1), (4, 3)])

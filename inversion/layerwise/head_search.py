@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from scipy.optimize import least_squares
 from torch import Tensor
-from torch.func import jacfwd
 
 #: Probability below which its logarithm is continued as a straight line.
 LEAST_PROBABILITY = 1e-4
@@ -47,42 +46,92 @@ class HeadGradient:
         return max(part.item() for part in left)
 
 
+@dataclass(frozen=True)
+class HeadEquations:
+    """Holds the equations for R (B, B), the numbers that a head's gradient leaves open.
+
+    The columns of A = (P − Y)ᵀ / B lie in the column space of ∂L/∂W = A F. With L (K × B) a basis
+    of it, A = L R, P = Y + B Aᵀ, and F = R⁻¹ Lᵀ ∂L/∂W. So R solves softmax(F Wᵀ + b) = P and
+    L R 1 = ∂L/∂b. All functions take R's numbers (B²,), row by row.
+    """
+
+    given: HeadGradient
+    #: (K, B), L.
+    basis: Tensor
+    #: (B, K), Lᵀ ∂L/∂W Wᵀ.
+    logits: Tensor
+
+    def sides(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log softmax(F Wᵀ + b), P, (B, K) each, and what is left of the bias's gradient."""
+        given, mixing = self.given, numbers.reshape(len(self.logits), -1)
+        found = torch.log_softmax(torch.linalg.solve(mixing, self.logits) + given.bias, 1)
+        wanted = given.labels + len(mixing) * (self.basis @ mixing).T
+        if given.of_bias is None:
+            return found, wanted, numbers[:0]
+        left = self.basis @ mixing.sum(1) - given.of_bias
+        return found, wanted, self._bias_weight * left
+
+    def slopes(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the derivatives of the three `sides` by the numbers: (B·K, B²) twice, (K, B²)."""
+        count = len(self.logits)
+        inverse = torch.linalg.inv(numbers.reshape(count, count))
+        z = inverse @ self.logits
+        p = torch.softmax(z + self.given.bias, 1)
+        gap = z - torch.einsum("ic,kc->ik", p, z)[:, :, None]  # (image i, k, class c)
+        found = -torch.einsum("ij,ikc->icjk", inverse, gap)
+        one = torch.eye(count, dtype=z.dtype, device=z.device)
+        wanted = count * torch.einsum("cj,ik->icjk", self.basis, one)
+        bias = self.basis[:, :, None].expand(-1, -1, count)
+        if self.given.of_bias is None:
+            bias = bias[:0]
+        parts = found.flatten(0, 1), wanted.flatten(0, 1), self._bias_weight * bias
+        return tuple(part.flatten(1) for part in parts)
+
+    @property
+    def _bias_weight(self) -> Tensor | float:
+        of_bias = self.given.of_bias
+        return 0.0 if of_bias is None else len(of_bias) / of_bias.norm().clamp_min(1e-300)
+
+    def by_logarithms(self, numbers: Tensor) -> Tensor:
+        """Return the differences of log softmax(F Wᵀ + b) and log P, and the bias's part."""
+        found, wanted, bias = self.sides(numbers)
+        return torch.cat([(found - _logarithm(wanted)).flatten(), bias])
+
+    def logarithm_slopes(self, numbers: Tensor) -> Tensor:
+        """Return the derivative of `by_logarithms`."""
+        found, wanted, bias = self.slopes(numbers)
+        p = self.sides(numbers)[1].flatten().clamp_min(LEAST_PROBABILITY)
+        return torch.cat([found - wanted / p[:, None], bias])
+
+    def by_probabilities(self, numbers: Tensor) -> Tensor:
+        """Return the differences of softmax(F Wᵀ + b) and P, and the bias's part."""
+        found, wanted, bias = self.sides(numbers)
+        return torch.cat([(found.exp() - wanted).flatten(), bias])
+
+    def probability_slopes(self, numbers: Tensor) -> Tensor:
+        """Return the derivative of `by_probabilities`."""
+        found, wanted, bias = self.slopes(numbers)
+        p = self.sides(numbers)[0].exp().flatten()
+        return torch.cat([p[:, None] * found - wanted, bias])
+
+
 def search(given: HeadGradient, start: Tensor) -> Tensor:
     """Search for the probabilities (B, K) that the gradient calls for, from `start` on.
 
-    The columns of A = (P − Y)ᵀ / B lie in the column space of ∂L/∂W = A F. With L (K × B) a basis
-    of it, A = L R for a matrix R of B² numbers, P = Y + B Aᵀ, and F = R⁻¹ Lᵀ ∂L/∂W. So R solves
-    softmax(F Wᵀ + b) = P and L R 1 = ∂L/∂b: nonlinear least squares, first between the logarithms
-    of both sides, which are less flat where a network is sure, then between the sides
-    themselves. Where the fixed point A → F → A runs away from its solution, this still arrives.
+    Nonlinear least squares for the numbers of `HeadEquations`, first between the logarithms of both
+    sides, which are less flat where a network is sure, then between the sides themselves. Where
+    the fixed point A → F → A runs away from its solution, this still arrives.
     """
-    count, classes = given.labels.shape
-    basis = torch.linalg.svd(given.of_weight, full_matrices=False)[0][:, :count]
-    logits = basis.T @ given.of_weight @ given.weight.T
-
-    def sides(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log softmax(F Wᵀ + b), P, and what is left of the bias's gradient."""
-        mixing = numbers.reshape(-1, count)
-        found = torch.log_softmax(torch.linalg.solve(mixing, logits) + given.bias, 1)
-        wanted = given.labels + count * (basis @ mixing).T
-        if given.of_bias is None:
-            return found, wanted, numbers[:0]
-        left = basis @ mixing.sum(1) - given.of_bias
-        return found, wanted, classes * left / given.of_bias.norm().clamp_min(1e-300)
-
-    def by_logarithms(numbers: Tensor) -> Tensor:
-        found, wanted, bias = sides(numbers)
-        return torch.cat([(found - _logarithm(wanted)).flatten(), bias])
-
-    def by_probabilities(numbers: Tensor) -> Tensor:
-        found, wanted, bias = sides(numbers)
-        return torch.cat([(found.exp() - wanted).flatten(), bias])
-
+    basis = torch.linalg.svd(given.of_weight, full_matrices=False)[0][:, : len(given.labels)]
+    equations = HeadEquations(given, basis, basis.T @ given.of_weight @ given.weight.T)
     numbers = (basis.T @ given.signal(start).T).flatten()
-    numbers = _least_squares(by_logarithms, numbers, EVALUATIONS)
-    numbers = _least_squares(by_probabilities, numbers, POLISHING)
+    for left, slopes, evaluations in (
+        (equations.by_logarithms, equations.logarithm_slopes, EVALUATIONS),
+        (equations.by_probabilities, equations.probability_slopes, POLISHING),
+    ):
+        numbers = _least_squares(left, slopes, numbers, evaluations)
     try:
-        return sides(numbers)[0].exp()
+        return equations.sides(numbers)[0].exp()
     except torch.linalg.LinAlgError:  # a singular R
         return start
 
@@ -94,9 +143,13 @@ def _logarithm(p: Tensor) -> Tensor:
     return torch.where(p > least, torch.maximum(p, least).log(), tangent)
 
 
-def _least_squares(left: Callable[[Tensor], Tensor], start: Tensor, evaluations: int) -> Tensor:
+def _least_squares(
+    left: Callable[[Tensor], Tensor],
+    slopes: Callable[[Tensor], Tensor],
+    start: Tensor,
+    evaluations: int,
+) -> Tensor:
     """Lessen ‖left(x)‖² from `start` on; return the start where that meets infinite numbers."""
-    slopes = jacfwd(left)
 
     def on_cpu(function: Callable[[Tensor], Tensor]):
         return lambda x: function(torch.from_numpy(x).to(start)).cpu().numpy()
