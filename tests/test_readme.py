@@ -43,7 +43,7 @@ PAGES = {
 }
 #: Flags that the pages name and that belong to other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--few-classes", "--trials", "--csv", "--markdown"}
-FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds"}
+FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds", "--only", "--weights", "--curve"}
 
 
 def section(page, title):

@@ -41,8 +41,9 @@ WHOLE, SMOOTH = Matching(120, 0.1, 300), SmoothMatching(300, 0.1, 2.4)
 #: First rate of SMOOTH where there are at least as many activations as numbers of the image.
 LARGE_RATE = 0.2
 UNMATCHED = Matching(0, 0.0, 0)
-#: Relative distance of activations from which an image was not matched: it says less than a zero.
-FAILED = 1.0
+#: Relative distance of activations from which an image was not matched: the decoder's own images
+#: come nearer, where images can be matched at all.
+FAILED = 0.5
 #: Public photographs that tell how activations vary.
 VARIED_IMAGES = 64
 #: Operations of a stem that is solved, from the pooling to the convolution on the image.
