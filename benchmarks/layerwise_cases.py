@@ -95,7 +95,7 @@ CASES["curve"] = [
     for size, counts in CURVE.items()
     for mode in (False, True)
     for count in counts
-    if (size, count, mode) not in MEASURED and (size, count, mode) not in IMPOSSIBLE
+    if (size, count, mode) not in MEASURED | IMPOSSIBLE
 ]
 #: Parts whose rows have more columns, and files of their own.
 LARGE = ("224", "train-large", "repeated", "resnet50", "curve")

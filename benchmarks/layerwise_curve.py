@@ -24,8 +24,8 @@ def draw_curve(rows: Sequence[dict], path: Path) -> None:
     """Draw mean PSNR and the depth of the walk against the number of images, per side and mode.
 
     rows: of layerwise_large.csv; those of PLAIN settings count, means over seeds. Skipped ones are
-    crosses at the bottom. The picture is 800 pixels wide. Without rows a
-    line says so and nothing is drawn.
+    crosses at the bottom. The picture is 800 pixels wide. Without rows a line says so and nothing
+    is drawn.
     """
     drawn = [row for row in rows if all(row[name] == value for name, value in PLAIN.items())]
     measured = [row for row in drawn if row["psnr"] != ""]

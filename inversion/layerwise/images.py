@@ -105,22 +105,19 @@ def make_images(
     stem = _solved_stem(network, deepest[0], certificate.expected_error or 0.0, target, should_stop)
     if stem is not None:
         return Made(stem.images, "stem", names[:1], stem.residual, alone)
-    targets, box, method = {name: tensors[name] for name in names}, target.box, "activations"
+    targets, box = {name: tensors[name] for name in names}, target.box
+    first = match_activations(front, targets, *box, start, UNMATCHED)
     share = sum(value[0].numel() for value in targets.values()) / start[0].numel()
     if share < WORTH_MATCHING:
-        method = "decoded"
-        found = match_activations(front, targets, *box, start, UNMATCHED)
-    elif share < NO_PRIOR or _pools_before(network, deepest[0]):
+        return Made(first.images, "decoded", names, first.residual, alone)
+    if share < NO_PRIOR or _pools_before(network, deepest[0]):
         found = _matched_smoothly(front, targets, target, start, public, seed, should_stop)
     else:
         found = match_activations(front, targets, *box, start, WHOLE, should_stop=should_stop)
-    failed = found.residual >= FAILED
-    if method == "activations" and bool(failed.any()):  # noise, where the decoder gives shapes
-        first = match_activations(front, targets, *box, start, UNMATCHED)
-        images = torch.where(failed[:, None, None, None], first.images, found.images)
-        found = Matched(images, torch.where(failed, first.residual, found.residual))
-        method = "decoded" if bool(failed.all()) else method
-    return Made(found.images, method, names, found.residual, alone)
+    failed = found.residual >= FAILED  # noise, where the decoder gives shapes
+    images = torch.where(failed[:, None, None, None], first.images, found.images)
+    residual = torch.where(failed, first.residual, found.residual)
+    return Made(images, "decoded" if bool(failed.all()) else "activations", names, residual, alone)
 
 
 def decoded(
