@@ -82,7 +82,7 @@ class Objective:
         """Prepare the target's gradient and moments on the model's device.
 
         model: the attacked network (`models.target.model_of`, or your own), which is left as it
-        was. y: (B,) labels. distance_name: a name in GRADIENT_DISTANCES. bn_source: where the BN
+        was. y: B labels, as `ClientLoss.kind` has them. distance_name: a name in GRADIENT_DISTANCES. bn_source: where the BN
         prior pulls to, the "running" statistics of the model or those of the "batch", which the
         client sent. bn_grad: "exact", or "detached" for the original's truncated second derivative
         of BatchNorm in train mode. bn_coupling: "exact", or "forced" for the client's statistics in

@@ -12,3 +12,5 @@ BATCHNORM_REPLACEMENTS = ("groupnorm",)
 RANK_MODES = ("all", "original")
 #: `--dp-mode` and the mode of a `Protection` (models/target.py): whose gradient is clipped.
 PROTECTION_MODES = ("batch", "per-sample")
+#: `--loss` and `ClientLoss.kind`: names in LOSSES (models/losses.py).
+LOSS_KINDS = ("cross-entropy", "bce")

@@ -3,10 +3,10 @@
 from torch import nn
 
 from models.checkpoint import Task, make_checkpoint, seal
-from models.gradient import ClientLoss
 from models.target import GroundTruth, Protection
+from models.user_network import load_user_network
 from train.batches import Batch
-from train.client import Sent
+from train.client import Sent, settings_loss
 from train.settings import ClientSettings
 from utils.console import Reporter
 from utils.files import claimed_stem, free_stem
@@ -33,6 +33,7 @@ def checkpoint_of(
     protection: Protection | None,
 ) -> dict:
     """Make the checkpoint of what the client sent for a batch, with the truth for scoring."""
+    model_file = settings.network.model
     task = Task(
         arch=settings.network.arch,
         batch_size=settings.batch.size,
@@ -40,8 +41,9 @@ def checkpoint_of(
         num_classes=batch.spec.class_count,
         mean=batch.spec.mean,
         std=batch.spec.std,
-        loss=ClientLoss(settings.train_mode, settings.label_smoothing),
+        loss=settings_loss(settings),
         replace_bn=settings.network.replace_bn,
+        model_sha256=None if model_file is None else load_user_network(model_file).sha256,
     )
     return make_checkpoint(
         model,

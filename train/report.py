@@ -19,10 +19,12 @@ from utils.errors import InputError
 
 def say_batch(batch: Batch, model: nn.Module, device: torch.device, reporter: Reporter) -> None:
     """Report how many images, labels and parameters there are, and the device."""
+    kind = "distinct labels" if batch.y.dim() == 1 else "distinct label vectors"
+    outputs = "" if batch.y.dim() == 1 else " outputs"
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     reporter.say(
         f"batch: {len(batch.x)} images {tuple(batch.x.shape[1:])}, "
-        f"{len(batch.y.unique())} distinct labels of {batch.spec.num_classes}; "
+        f"{len(batch.y.unique(dim=0))} {kind} of {batch.spec.num_classes}{outputs}; "
         f"{parameters:,} parameters; {device_name(device)}"
     )
 

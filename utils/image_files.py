@@ -26,10 +26,11 @@ class ColourError(InputError):
     """A file in colour where one channel was asked for."""
 
 
-def decode(path: str, channels: int, size: int) -> Tensor:
-    """Read one image file: (channels, size, size) in [0, 1].
+def decode(path: str, channels: int, size: int | tuple[int, int]) -> Tensor:
+    """Read one image file: (channels, H, W) in [0, 1].
 
-    The shorter side is scaled to `size` and the centre cut out. Grey files of 8 bits, of 16 bits
+    size: the side of square images, or (H, W). The image is scaled until it just covers that, and
+    the centre cut out. Grey files of 8 bits, of 16 bits
     (0 to 65535, also inside 32-bit integers) and floats (0 to 1) keep their range.
 
     Raises InputError, naming the file, when it is broken or too large or holds values outside that
@@ -55,8 +56,14 @@ def decode(path: str, channels: int, size: int) -> Tensor:
         pixels = _pixels(image.convert("L" if is_grey else "RGB"))
     if pixels.shape[0] < channels:
         pixels = pixels.expand(channels, -1, -1)
-    pixels = resize(pixels, [size], antialias=True).clamp(0, 1)
-    return center_crop(pixels, [size, size])
+    height, width = (size, size) if isinstance(size, int) else size
+    scaled = [height]
+    if height != width:
+        factor = max(height / pixels.shape[1], width / pixels.shape[2])
+        sides = zip((height, width), pixels.shape[1:], strict=True)
+        scaled = [max(side, round(factor * found)) for side, found in sides]
+    pixels = resize(pixels, scaled, antialias=True).clamp(0, 1)
+    return center_crop(pixels, [height, width])
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -83,8 +90,10 @@ def _opened(path: str):
         raise InputError(f"{path} is no readable image ({error}); remove it") from error
 
 
-def decode_all(paths: Sequence[str], channels: int, size: int, workers: int = 4) -> Tensor:
-    """Decode several files with `workers` threads: (N, channels, size, size) in [0, 1].
+def decode_all(
+    paths: Sequence[str], channels: int, size: int | tuple[int, int], workers: int = 4
+) -> Tensor:
+    """Decode several files with `workers` threads: (N, channels, H, W) in [0, 1].
 
     Raises InputError as `decode` does.
     """
@@ -167,31 +176,54 @@ PUBLIC_PHOTOS: tuple[Callable[[], np.ndarray], ...] = (
 )
 
 
-def random_crop(photo: Image.Image, size: int, draw: np.random.Generator) -> Tensor:
-    """Cut a square out of a photograph and scale it: (channels, size, size) in [0, 1].
-
-    Its side is 50 to 100 % of the photograph's shorter one and its corner real-valued.
-    """
-    side = draw.uniform(0.5, 1.0) * min(photo.size)
-    return square_crop(photo, size, side, draw.uniform(), draw.uniform())
-
-
-def centre_crop(photo: Image.Image, size: int) -> Tensor:
-    """Scale the largest centred square of a photograph: (channels, size, size) in [0, 1]."""
-    return square_crop(photo, size, min(photo.size), 0.5, 0.5)
-
-
-def square_crop(
-    photo: Image.Image, size: int, side: float, x_share: float, y_share: float
+def random_crop(
+    photo: Image.Image, size: int | tuple[int, int], draw: np.random.Generator
 ) -> Tensor:
-    """Cut a square of `side` pixels out of a photograph: (channels, size, size) in [0, 1].
+    """Cut a part out of a photograph and scale it: (channels, H, W) in [0, 1].
+
+    size: the side of a square, or (H, W). The part is 50 to 100 % as high as the largest one of its
+    shape, and its corner is real-valued.
+    """
+    return shaped_crop(photo, size, draw.uniform(0.5, 1.0), draw.uniform(), draw.uniform())
+
+
+def centre_crop(photo: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """Scale the largest centred part of a photograph: (channels, H, W) in [0, 1]."""
+    return shaped_crop(photo, size, 1.0, 0.5, 0.5)
+
+
+def shaped_crop(
+    photo: Image.Image,
+    size: int | tuple[int, int],
+    share: float,
+    x_share: float,
+    y_share: float,
+) -> Tensor:
+    """Cut a part of the shape `size` out of a photograph and scale it: (channels, H, W) in [0, 1].
+
+    share: its height in that of the largest such part. x_share, y_share: as in `crop`.
+    """
+    rows, columns = (size, size) if isinstance(size, int) else size
+    height = share * min(photo.height, photo.width * rows / columns)
+    width = share * min(photo.width, photo.height * columns / rows)
+    return crop(photo, (rows, columns), (height, width), x_share, y_share)
+
+
+def crop(
+    photo: Image.Image,
+    sides: tuple[int, int],
+    part: tuple[float, float],
+    x_share: float,
+    y_share: float,
+) -> Tensor:
+    """Cut a part (height, width) in pixels out of a photograph: (channels, *sides) in [0, 1].
 
     x_share, y_share: in [0, 1], how far it lies from the left to the right and from the top to the
     bottom edge.
     """
-    left, top = x_share * (photo.width - side), y_share * (photo.height - side)
-    box = (left, top, left + side, top + side)
-    small = photo.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    left, top = x_share * (photo.width - part[1]), y_share * (photo.height - part[0])
+    box = (left, top, left + part[1], top + part[0])
+    small = photo.resize(sides[::-1], Image.Resampling.BICUBIC, box=box)
     return _pixels(small)
 
 

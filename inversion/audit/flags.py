@@ -81,8 +81,17 @@ def _add_run(add) -> None:
 
 def _add_target(add) -> None:
     add("--checkpoint", help="File that training.py or the original project wrote; required.")
+    add(
+        "--model",
+        help="FILE.py:function that builds the network, if it came from such a file. The file is "
+        "run.",
+    )
     add("--truth", help="Sealed truth file, for --metric, --GInfoR and known labels.")
-    add("--labels", help="Labels by hand, such as 3,1,2, or a file of them.")
+    add(
+        "--labels",
+        help="Labels by hand, such as 3,1,2, or a file of them; under "
+        "binary cross-entropy a row of K numbers per image.",
+    )
     add(
         "--pseudo-label-init",
         choices=("known", "from_grads"),

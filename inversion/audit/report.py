@@ -25,6 +25,7 @@ from utils import metrics
 from utils.console import Reporter, duration
 from utils.device import device_name
 from utils.files import null_if_nan, null_unless_finite, write_csv, write_json
+from utils.matching import label_numbers
 from utils.pictures import (
     save_choices,
     save_controls,
@@ -289,7 +290,9 @@ class Report:
             "method": "known" if inputs.labels is None else "given",
             "reconstructed": case.y,
             "true": true,
-            "accuracy": None if true is None else metrics.label_accuracy(case.y, true),
+            "accuracy": None
+            if true is None
+            else metrics.label_accuracy(*label_numbers(case.y, true)),
         }
         if found is None:
             return record
@@ -329,6 +332,7 @@ def _target_entry(case: Case) -> dict:
         "train_mode": target.train_mode,
         "bn_statistics": target.bn_mean is not None,
         "replace_bn": target.replace_bn,
+        "loss": target.loss_kind,
         "protection": None if target.protection is None else asdict(target.protection),
     }
 

@@ -55,6 +55,8 @@ class InputSettings:
     shuffled: bool
     #: Number of the GPU to compute on; None for the first one, else the CPU.
     gpu: int | None
+    #: FILE.py:function that builds the network; None for one by the checkpoint's name.
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
             gradient_scale=args.gradient_scale,
             shuffled=args.target_gradient == "shuffled",
             gpu=args.gpu,
+            model=args.model,
         ),
         scoring=ScoringSettings(
             metric=args.metric,
