@@ -81,9 +81,10 @@ def make_checkpoint(
 
     model: the network with the weights that the client started from; it may be wrapped by
     DataParallel or torch.compile. update: an `Update`, or its gradient alone, ∂(mean loss)/∂θ: one
-    tensor per trainable parameter in the model's order, or a mapping by parameter name. Arrays of numpy are as good as tensors, here and in `truth`. protection: what
-    was done to the gradient. protection_norms: private norms before and after it, to record.
-    truth: the batch, a control and decoys, for scoring. settings: plain values to record.
+    tensor per trainable parameter in the model's order, or a mapping by parameter name. Arrays of
+    numpy are as good as tensors, here and in `truth`. protection: what was done to the gradient.
+    protection_norms: private norms before and after it, to record. truth: the batch, a control and
+    decoys, for scoring. settings: plain values to record.
 
     Raises InputError when the gradient does not fit the model's trainable parameters or another
     value is not what its field says, and for what is no gradient of one step: a weight difference

@@ -43,6 +43,8 @@ class UserNetwork:
     sha256: str
     #: The function, or a class.
     function: Callable[..., object]
+    #: Name of the module as which the file ran, in sys.modules.
+    module: str
     #: Whether it takes the number of classes and the images' shape.
     takes_task: bool
 
@@ -86,7 +88,8 @@ def load_user_network(text: str) -> UserNetwork:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a file that is there") from error
     digest = hashlib.sha256(content).hexdigest()
-    function = getattr(_module(path, digest), function_name, None)
+    module = _module(path, digest)
+    function = getattr(module, function_name, None)
     base = os.path.basename(path)
     if isinstance(function, nn.Module):
         raise InputError(
@@ -96,7 +99,8 @@ def load_user_network(text: str) -> UserNetwork:
     if not callable(function):
         raise InputError(f"{base} defines no function {function_name}")
     name = f"{base}:{function_name}"
-    return UserNetwork(name, path, digest, function, _takes_task(function, name))
+    takes_task = _takes_task(function, name)
+    return UserNetwork(name, path, digest, function, module.__name__, takes_task)
 
 
 def _takes_task(function: Callable[..., object], name: str) -> bool:

@@ -179,8 +179,8 @@ def update(
     """Compute what the client sends for a batch, protected if the settings ask for it.
 
     x: (B, C, H, W) normalised, y: its labels, on the model's device, the whole batch on every
-    process. noise: source of the noise, which a second batch draws from in turn; None without protection.
-    images: what the batch is called in a message.
+    process. noise: source of the noise, which a second batch draws from in turn; None without
+    protection. images: what the batch is called in a message.
 
     Raises InputError where the gradient is not finite or zero.
     """

@@ -86,7 +86,10 @@ def gradient_information_ratio(
     square, squared_l2, product, agreeing = figures.cpu().T
     batch_square = sum(g.double().square().sum().item() for g in whole)
     lengths = (square * batch_square).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    highest, predicted = probabilities.max(1)
+    if probabilities.shape[1] == 1:  # a binary head: the classes are 0 and 1
+        highest, predicted = torch.cat([1 - probabilities, probabilities], 1).max(1)
+    else:
+        highest, predicted = probabilities.max(1)
     return Information(
         confidence=_confidence(probabilities, y.cpu()),
         predicted=predicted,

@@ -286,13 +286,14 @@ class Report:
         case, inputs = self.case, self.settings.inputs
         found = case.labels
         true = _true_labels(self.settings.scoring, self.sealed)
+        accuracy = None
+        if true is not None:
+            accuracy = metrics.label_accuracy(*label_numbers(case.y, true))
         record: dict[str, Any] = {
             "method": "known" if inputs.labels is None else "given",
             "reconstructed": case.y,
             "true": true,
-            "accuracy": None
-            if true is None
-            else metrics.label_accuracy(*label_numbers(case.y, true)),
+            "accuracy": accuracy,
         }
         if found is None:
             return record

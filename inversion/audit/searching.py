@@ -83,7 +83,7 @@ def run_search(settings: Settings, reporter: Reporter) -> dict | None:
             problem,
             wanted.parameters,
             Budget(wanted.num_samples, wanted.first_report, wanted.last_report),
-            _resources(wanted, gpus),
+            _resources(wanted, gpus, settings.inputs.model),
             algorithm=algorithm,
             folder=str(folder),
             resume=wanted.resume,
@@ -132,10 +132,12 @@ def _refuse_machine(wanted: SearchSettings, gpu: int | None) -> None:
         check_reachable(wanted.address, "--ray-address")
 
 
-def _resources(wanted: SearchSettings, gpus: float) -> Resources:
+def _resources(wanted: SearchSettings, gpus: float, model: str | None) -> Resources:
+    """Say what trials take. model: FILE.py:function, whose folder trials on this machine see."""
     packages: Mapping = {"working_dir": str(ROOT), "excludes": RAY_EXCLUDED}
     if wanted.address is None:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        beside = None if model is None else os.path.dirname(os.path.abspath(model))
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH"), beside])]
         packages = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     return Resources(wanted.cpus, gpus, wanted.max_concurrent, wanted.address, packages)
 

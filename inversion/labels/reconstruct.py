@@ -112,9 +112,9 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
 
     Nothing is changed, neither the target nor the model nor the images.
 
-    Raises ValueError where the method does not apply: another loss than cross-entropy, no linear head, layers behind it, auxiliary
-    images or uploaded statistics that are missing; ScaledGradientError where the gradient is too
-    long for any batch of B samples.
+    Raises ValueError where the method does not apply: another loss than cross-entropy, no linear
+    head, layers behind it, auxiliary images or uploaded statistics that are missing;
+    ScaledGradientError where the gradient is too long for any batch of B samples.
     """
     begin = time.perf_counter()
     if target.loss_kind != "cross-entropy":
