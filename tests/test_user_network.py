@@ -86,7 +86,8 @@ def test_a_unet_from_a_file_is_audited(unet, tmp_path):
     assert result["metrics"]["controls"].keys() == {"mean image", "prior only", "other gradient"}
     assert result["metrics"]["verdict"]["sentence"]
     assert result["metrics"]["identification"]["candidates"] == 20
-    losses = [float(row["gradient"]) for row in csv.DictReader(open(folder / "losses.csv"))]
+    rows = (folder / "losses.csv").read_text().splitlines()
+    losses = [float(row["gradient"]) for row in csv.DictReader(rows)]
     assert result["losses"]["gradient"] < 0.5 * losses[0]  # through skip connections
     assert (folder / "pairs.png").exists()
 
