@@ -13,7 +13,9 @@ def parser() -> Parser:
         "→ checkpoint.",
     )
     _add_run(parser.add_argument_group("run").add_argument)
-    _add_data(parser.add_argument_group("data").add_argument)
+    data = parser.add_argument_group("data").add_argument
+    _add_data(data)
+    _add_files(data)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_sent(parser.add_argument_group("what is sent").add_argument)
     _add_protection(parser.add_argument_group("protection").add_argument)
@@ -74,6 +76,15 @@ def _add_data(add) -> None:
     )
     add("--distinct-labels", type=int, help="For photos: number of distinct labels.")
     add("-j", "--workers", type=integer_from(0), default=4, help="Threads that decode images.")
+
+
+def _add_files(add) -> None:
+    add(
+        "--bit-depth",
+        type=integer_from(8, 16),
+        help="Bits per grey value in image files of more than 8 bits. Without it: as they say, "
+        "else 16.",
+    )
 
 
 def _add_model(add) -> None:

@@ -10,6 +10,7 @@ from models.target import Protection, guarantee_lines
 from train.batches import Batch
 from train.client import bare_network, without_batchnorm
 from train.datasets import dataset_length, dataset_spec
+from train.origins import listing, summary
 from train.privacy import Protected
 from train.settings import BatchSettings, ClientSettings, ProtectionSettings
 from utils.console import Reporter, table
@@ -18,13 +19,16 @@ from utils.errors import InputError
 
 
 def say_batch(batch: Batch, model: nn.Module, device: torch.device, reporter: Reporter) -> None:
-    """Report how many images, labels and parameters there are, and the device."""
+    """Report how many images, labels and parameters there are, the device, and which files."""
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     reporter.say(
         f"batch: {len(batch.x)} images {tuple(batch.x.shape[1:])}, "
         f"{len(batch.y.unique())} distinct labels of {batch.spec.num_classes}; "
         f"{parameters:,} parameters; {device_name(device)}"
     )
+    labels = batch.y.tolist()
+    for line in (*summary(batch.origins, batch.notes), *listing(batch.origins, labels)):
+        reporter.say(line)
 
 
 def say_protection(

@@ -106,6 +106,7 @@ def settings_from(args) -> ClientSettings:
         root=args.data,
         size=args.image_size,
         channels=args.channels,
+        bit_depth=args.bit_depth,
         distinct_labels=args.distinct_labels,
         seed=args.seed,
         workers=args.workers,
@@ -146,7 +147,7 @@ def _check_company(args) -> None:
         raise InputError(
             f"--pretrained {args.pretrained}: no such file; leave it out for random weights"
         )
-    for flag in ("image_size", "channels", "distinct_labels"):
+    for flag in ("image_size", "channels", "bit_depth", "distinct_labels"):
         if args.data_backup is not None and getattr(args, flag) is not None:
             raise InputError(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: a --data-backup is taken as "
