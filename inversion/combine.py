@@ -196,6 +196,7 @@ def _inner_products(
         if place < len(rows):
             s, i = divmod(number, batch_size)
             gradient = objective.image_gradient(x_seeds[s][i : i + 1].to(device), i)
+            gradient = objective.seen(gradient)
             torch.cat([g.flatten() for g in gradient], out=rows[place])
     rows /= batch_size
     gram = torch.zeros(len(rows), count, dtype=torch.float64, device=device)
