@@ -1,4 +1,4 @@
-"""Shows a candidate's gradient as the server would have seen it: what was left out, what was cut."""
+"""Shows a candidate's gradient as a client's defence would have sent it: in part, or cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

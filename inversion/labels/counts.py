@@ -63,8 +63,8 @@ def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
 
     n_k > −B g_k because probabilities are positive; a class whose row of G has a negative entry
     occurs, where features are never negative. The bounds are certain if the bias gradient was sent
-    whole and holds no noise, otherwise likely. Returns (C,) integers from 0 to B + 1, which stands for
-    every number above B.
+    whole and holds no noise, otherwise likely. Returns (C,) integers from 0 to B + 1, which stands
+    for every number above B.
 
     Raises ValueError without a bias gradient (`with_bias_gradient` adds one).
     """
