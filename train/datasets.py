@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import utils.images
-from train.label_vectors import label_vectors, output_count, read_label_file
+from train.label_vectors import LabelFile, label_vectors, output_count, read_label_file
+from train.origins import Origin
 from train.photos import photo_batch
 from train.request import (
     PHOTO_NAMES,
@@ -25,7 +26,10 @@ from train.request import (
     check_request,
 )
 from utils.errors import InputError, naming
-from utils.image_files import ColourError, decode_all, image_folder, is_grey
+from utils.files import printable
+from utils.image_files import decode_all
+from utils.image_folder import ImageFolder, image_folder
+from utils.image_reading import ColourError, DepthError, is_grey
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)
@@ -39,8 +43,11 @@ class Finite:
     spec: "DatasetSpec"
     #: Class of every image, or its label vector.
     labels: Sequence
-    #: (indices) → their images (B, C, H, W) in [0, 1] and labels, (B,) or (B, K).
-    read: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+    #: (indices) → their images (B, C, H, W) in [0, 1], labels, (B,) or (B, K), and where they come
+    #: from.
+    read: Callable[[Sequence[int]], tuple[Tensor, Tensor, tuple[Origin, ...]]]
+    #: What is to be said of the files, one line each.
+    notes: tuple[str, ...] = ()
 
     def __len__(self):
         return len(self.labels)
@@ -53,6 +60,8 @@ class Endless:
     spec: "DatasetSpec"
     #: (batch size B, number of the batch) → images (B, C, H, W) in [0, 1] and labels (B,).
     draw: Callable[[int, int], tuple[Tensor, Tensor]]
+    #: Names of its classes.
+    class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,9 @@ def open_dataset(name: str, request: Request) -> Finite | Endless:
     source = spec.open(request, spec)
     final = requested_labels(source.spec, request)
     source = replace(source, spec=final)
-    return source if request.loss == "cross-entropy" else _with_vectors(source)
+    if request.loss == "cross-entropy" or isinstance(source, Endless):
+        return source  # `read_batch` makes the vectors of an endless set
+    return _with_vectors(source)
 
 
 def dataset_length(name: str, request: Request) -> int | None:
@@ -149,22 +160,13 @@ def requested_labels(spec: DatasetSpec, request: Request) -> DatasetSpec:
     return replace(spec, num_classes=output_count(spec.num_classes, request))
 
 
-def _with_vectors(source: Finite | Endless) -> Finite | Endless:
+def _with_vectors(source: Finite) -> Finite:
     """Return the data set with label vectors in the place of classes."""
-    outputs = source.spec.class_count
-    if isinstance(source, Endless):
-        draw = source.draw
+    read, outputs = source.read, source.spec.class_count
 
-        def draw_vectors(batch_size: int, target_idx: int) -> tuple[Tensor, Tensor]:
-            x, y = draw(batch_size, target_idx)
-            return x, label_vectors(y, outputs)
-
-        return replace(source, draw=draw_vectors)
-    read = source.read
-
-    def read_vectors(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        x, y = read(indices)
-        return x, y if y.dim() == 2 else label_vectors(y, outputs)
+    def read_vectors(indices: Sequence[int]) -> tuple[Tensor, Tensor, tuple[Origin, ...]]:
+        x, y, origins = read(indices)
+        return x, y if y.dim() == 2 else label_vectors(y, outputs), origins
 
     return replace(source, read=read_vectors)
 
@@ -177,30 +179,44 @@ def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
 # Image files -------------------------------------------------------------------------------
 
 
-def _files_source(paths: Sequence[str], labels: Sequence, request: Request, spec) -> Finite:
-    channels, *sides = spec.shape
+def _files_source(
+    paths: Sequence[str], labels: Sequence, request: Request, spec, notes: tuple[str, ...] = ()
+) -> Finite:
+    channels, *size = spec.shape
 
     def read(indices):
         chosen = [paths[i] for i in indices]
         with naming("--data"):
             try:
-                images = decode_all(chosen, channels, tuple(sides), request.workers)
+                images, readings = decode_all(
+                    chosen, channels, tuple(size), request.workers, request.bit_depth
+                )
             except ColourError as error:
                 raise InputError(f"{error}; give --channels 3 to read all in colour") from error
-        return images, torch.tensor([labels[i] for i in indices])
+            except DepthError as error:
+                raise InputError(
+                    f"{error}; give --bit-depth with the bits that the files hold"
+                ) from error
+        origins = tuple(
+            Origin(i, os.path.relpath(path, request.root), reading)
+            for i, path, reading in zip(indices, chosen, readings, strict=True)
+        )
+        return images, torch.tensor([labels[i] for i in indices]), origins
 
-    return Finite(spec, labels, read)
+    return Finite(spec, labels, read, notes)
 
 
 def _folder_of(request: Request) -> str:
     assert request.root is not None  # check_openable refuses a missing --data
     if not os.path.isdir(request.root):
-        raise InputError(f"--data {request.root}: no such folder; give the folder of the data set")
+        raise InputError(
+            f"--data {printable(request.root)}: no such folder; give the folder of the data set"
+        )
     return request.root
 
 
-def _class_folders(root: str) -> tuple[list[str], list[int], int]:
-    with naming(f"--data {root}"):
+def _class_folders(root: str) -> ImageFolder:
+    with naming(f"--data {printable(root)}"):
         return image_folder(root)
 
 
@@ -209,36 +225,35 @@ def _open_folder(request: Request, spec: DatasetSpec) -> Finite:
 
     Its images are grey where the first file of every class is, unless channels are given.
     """
-    labels: Sequence
+    folder: ImageFolder | LabelFile
     if request.labels_csv is not None:
         with naming(f"--labels-csv {request.labels_csv}"):
-            listed = read_label_file(request.labels_csv, _folder_of(request))
-        paths, labels, num_classes = listed.paths, listed.labels, len(listed.classes)
-        firsts = paths[:1]
+            folder = read_label_file(request.labels_csv, _folder_of(request))
+        firsts = folder.paths[:1]
     else:
-        paths, labels, num_classes = _class_folders(_folder_of(request))
-        firsts = [paths[labels.index(c)] for c in range(num_classes)]
+        folder = classes = _class_folders(_folder_of(request))
+        firsts = [folder.paths[classes.labels.index(c)] for c in range(len(folder.classes))]
     channels = request.channels
     if channels is None:
         with naming("--data"):
             channels = 1 if all(is_grey(path) for path in firsts) else 3
-    spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=num_classes)
+    spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=len(folder.classes))
     if channels == 1:
         spec = replace(spec, mean=GREY_MEAN, std=GREY_STD)
-    return _files_source(paths, labels, request, spec)
+    return _files_source(folder.paths, folder.labels, request, spec, folder.notes)
 
 
 def _open_imagenet(request: Request, spec: DatasetSpec) -> Finite:
     """Open the class folders in `root/train`, or in `root` itself; classes are sorted by name."""
     root = _folder_of(request)
     inner = os.path.join(root, "train")
-    paths, labels, num_classes = _class_folders(inner if os.path.isdir(inner) else root)
-    if num_classes > spec.class_count:
+    folder = _class_folders(inner if os.path.isdir(inner) else root)
+    if len(folder.classes) > spec.class_count:
         raise InputError(
-            f"--data {root}: {num_classes} class folders, imagenet has {spec.class_count}; give "
-            "--data-name folder"
+            f"--data {root}: {len(folder.classes)} class folders, imagenet has {spec.class_count}; "
+            "give --data-name folder"
         )
-    return _files_source(paths, labels, request, spec)
+    return _files_source(folder.paths, folder.labels, request, spec, folder.notes)
 
 
 def _open_celeba(request: Request, spec: DatasetSpec) -> Finite:
@@ -294,7 +309,8 @@ def _array_source(data: np.ndarray, labels: Sequence[int], spec: DatasetSpec) ->
             from torchvision.transforms.v2.functional import resize  # seconds that only this needs
 
             x = resize(x, list(sides), antialias=True).clamp(0, 1)
-        return x, torch.tensor([int(labels[i]) for i in indices])
+        y = torch.tensor([int(labels[i]) for i in indices])
+        return x, y, tuple(Origin(i) for i in indices)
 
     return Finite(spec, labels, read)
 
@@ -356,7 +372,7 @@ def _open_photos(request: Request, spec: DatasetSpec) -> Endless:
             channels=spec.shape[0],
         )
 
-    return Endless(spec, draw)
+    return Endless(spec, draw, PHOTO_NAMES)
 
 
 #: `--data-name`: name → DatasetSpec.

@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 from models.choices import (
     BATCHNORM_REPLACEMENTS,
+    DEFENCE_NAMES,
+    DP_MODES,
     HEAD_INITS,
     LOSS_KINDS,
-    PROTECTION_MODES,
     RANK_MODES,
 )
+from train.defence_settings import usage
 from train.request import DATASET_NAMES
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
 
@@ -25,10 +27,13 @@ def parser() -> Parser:
         "→ checkpoint.",
     )
     _add_run(parser.add_argument_group("run").add_argument)
-    _add_data(parser.add_argument_group("data").add_argument)
+    data = parser.add_argument_group("data").add_argument
+    _add_data(data)
+    _add_files(data)
     _add_labels(parser.add_argument_group("labels and normalisation").add_argument)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_sent(parser.add_argument_group("what is sent").add_argument)
+    _add_defence(parser.add_argument_group("defence").add_argument)
     _add_protection(parser.add_argument_group("protection").add_argument)
     _add_rank_analysis(parser.add_argument_group("rank analysis").add_argument)
     add_process_flags(parser)
@@ -135,6 +140,15 @@ def numbers(of: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
     return parse
 
 
+def _add_files(add) -> None:
+    add(
+        "--bit-depth",
+        type=integer_from(8, 16),
+        help="Bits per grey value in image files of more than 8 bits. Without it: as they say, "
+        "else 16.",
+    )
+
+
 def _add_model(add) -> None:
     add(
         "-a",
@@ -184,11 +198,19 @@ def _add_sent(add) -> None:
     )
 
 
+def _add_defence(add) -> None:
+    add(
+        "--defence",
+        metavar="NAME[:AMOUNT…]",
+        help=f"Defend by one of {', '.join(map(usage, DEFENCE_NAMES))} (docs/defences.md).",
+    )
+
+
 def _add_protection(add) -> None:
     add("--enable-dp", action="store_true", help="Clip the gradient and add noise.")
     add(
         "--dp-mode",
-        choices=PROTECTION_MODES,
+        choices=DP_MODES,
         default="batch",
         help="Clip the batch's mean gradient, as the original does, or every sample's.",
     )

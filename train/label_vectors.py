@@ -44,6 +44,13 @@ def label_keys(labels: Tensor | Sequence) -> list[Hashable]:
     return [tuple(row) if isinstance(row, list | tuple) else int(row) for row in rows]
 
 
+def shown_labels(y: Tensor) -> list:
+    """Return the labels of a batch as they are listed: class indices, or the vectors' numbers."""
+    if y.dim() == 1:
+        return y.tolist()
+    return [" ".join(f"{value:g}" for value in row) for row in y.tolist()]
+
+
 def classes_of(y: Tensor) -> Tensor:
     """Return the classes (B,) that `label_vectors` (B, K) are made of, up to their numbering."""
     return y.argmax(1) if y.shape[1] > 1 else y[:, 0].long()
@@ -51,7 +58,7 @@ def classes_of(y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelFile:
-    """Holds what a CSV file says of images."""
+    """Holds what a CSV file says of images, as `utils.image_files` does of a folder."""
 
     #: Path of every image.
     paths: list[str]
@@ -59,6 +66,8 @@ class LabelFile:
     labels: list[tuple[float, ...]]
     #: Name of every output.
     classes: list[str]
+    #: What is to be said of the files; nothing.
+    notes: tuple[str, ...] = ()
 
 
 def read_label_file(path: str, root: str) -> LabelFile:

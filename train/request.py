@@ -29,6 +29,8 @@ class Request:
     size: int | tuple[int, int] | None = None
     #: Channels of the images, 1 or 3, for `folder` and `photos`; None for their own.
     channels: int | None = None
+    #: Bits per grey value in files of more than 8 bits; None for what the files say, else 16.
+    bit_depth: int | None = None
     #: Number of distinct labels in a batch, for `photos`; None for free labels.
     distinct_labels: int | None = None
     #: Seed that draws the order of the images.
@@ -81,6 +83,10 @@ def _check_labels_csv(name: str, request: Request) -> None:
         raise InputError(
             f"--labels-csv {request.labels_csv}: holds one number per class, which --loss bce "
             "takes; give it as well"
+        )
+    if request.bit_depth is not None and name not in ("folder", "imagenet", "celeba"):
+        raise InputError(
+            f"--bit-depth {request.bit_depth}: only for data sets of image files; leave it out"
         )
 
 
