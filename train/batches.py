@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 import utils.images
 from models import checking
 from train.datasets import DatasetSpec, Endless, named_spec, normalise, open_dataset
-from train.origins import Origin
+from train.origins import Origin, has_deep_grey
 from train.request import Request
 from train.settings import BatchSettings
 from utils.errors import InputError, naming
@@ -134,8 +134,12 @@ def read_batch(name: str, request: Request, batch_size: int, target_idx: int) ->
         )
     order = _permutation(length, request.seed)
     x, y, origins = source.read(order[target_idx * batch_size : (target_idx + 1) * batch_size])
-    x = normalise(x, source.spec)
-    return Batch(x, y, source.spec, origins=origins, notes=source.notes)
+    notes = source.notes
+    if request.bit_depth is not None and not has_deep_grey(origins):
+        notes += (
+            f"no file of the batch has more than 8 bits: --bit-depth {request.bit_depth} idle",
+        )
+    return Batch(normalise(x, source.spec), y, source.spec, origins=origins, notes=notes)
 
 
 def _permutation(length: int, seed: int) -> list[int]:
