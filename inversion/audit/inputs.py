@@ -372,9 +372,11 @@ def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
             "used; capture with training.py --upload-bn to have them"
         )
     if settings.bn_coupling == "forced" and target.protection is not None:
+        how = target.protection.mode
+        what = "clipped them or added noise" if how in DP_MODES else f"changed them by {how}"
         notes.append(
             "warning: --bn-coupling forced takes the gradients of BatchNorm's scale and shift for "
-            "exact, but the client clipped them or added noise"
+            f"exact, but the client {what}"
         )
     return notes
 
