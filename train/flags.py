@@ -144,8 +144,8 @@ def _add_files(add) -> None:
     add(
         "--bit-depth",
         type=integer_from(8, 16),
-        help="Bits per grey value in image files of more than 8 bits. Without it: as they say, "
-        "else 16.",
+        help="Bits per grey value in image files of more than 8 bits that do not say it. "
+        "Without it: 16.",
     )
 
 

@@ -147,8 +147,8 @@ def _add_labels(add) -> None:
     add(
         "--bit-depth",
         type=integer_from(8, 16),
-        help="For --label-aux: bits per grey value in image files of more than 8 bits. Without "
-        "it: as they say, else 16.",
+        help="For --label-aux: bits per grey value in image files of more than 8 bits that do not "
+        "say it. Without it: 16.",
     )
     add(
         "--label-prior",

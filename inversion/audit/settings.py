@@ -47,7 +47,7 @@ class InputSettings:
     label_method: str
     #: Folder of labelled images of the attacker's own.
     label_images: str | None
-    #: Bits per grey value in those files that can hold more than 8; None for what they say.
+    #: Bits per grey value in those of more than 8 bits that do not say it; None for 16.
     bit_depth: int | None
     #: Whether labels are known to be drawn evenly from all classes.
     uniform_labels: bool
