@@ -132,7 +132,7 @@ def test_without_noise_the_sparse_vector_technique_is_a_threshold():
     expected = accepted * (1 - (1 - 1 / accepted) ** count)
     draws = [
         flat(sparse_vector(gradient, 0.3, 1e30, 1e30, 1.0, 0.5, drawing(seed))).count_nonzero()
-        for seed in range(200)
+        for seed in range(60)
     ]
     assert torch.stack(draws).double().mean().item() == pytest.approx(expected, rel=0.03)
 
@@ -313,7 +313,7 @@ def test_a_share_of_one_is_all():
     [
         (0.5, 1.0, 0.8413447460685429),  # Φ(1)
         (0.022750131948179195, 2.0, 0.5),  # Φ(−2 + 2)
-        (0.01, 1.0, 0.09236242),  # Φ(−2.3263479 + 1)
+        (0.01, 1.0, 0.0923622),  # Φ(−2.3263479 + 1) = Φ(−1.3263479)
         (0.01, 0.0, 0.01), (0.0, 3.0, 0.0), (1.0, 3.0, 1.0),
     ],
 )  # fmt: skip
@@ -406,7 +406,8 @@ def test_only_what_was_sent_is_compared(mode, distance):
     if largest is not None:
         assert (theirs.abs() == largest).any()
         assert (ours.detach().abs() > largest).any()
-        ours = torch.minimum(torch.maximum(ours, -torch.tensor(largest)), torch.tensor(largest))
+        limit = torch.tensor(largest, dtype=torch.float64)
+        ours = torch.minimum(torch.maximum(ours, -limit), limit)
     if distance == "L2":
         slow = (ours - theirs).square().sum()
     else:
