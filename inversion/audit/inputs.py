@@ -1,14 +1,15 @@
 """The files of a run, read and checked: what an attacker has, and what only scoring may see."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.truth import TruthCheck, check_truth_gradient
+from inversion.audit.withhold import withhold, withhold_from_control
 from inversion.labels.counts import ScaledGradientError
 from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_labels
 from inversion.layerwise.attack import target_network
@@ -55,6 +56,8 @@ class Case:
     device: torch.device
     #: The processes of this run.
     processes: Shard
+    #: Parts that the attacker is not given (WITHHELD) → what was there, in words for the reader.
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, seed: int) -> Tensor:
         """Return the initial images of a seed, on the CPU."""
@@ -62,13 +65,22 @@ class Case:
         return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
 
     def images(self, x: Tensor) -> Tensor:
-        """Return normalised images (B, C, H, W) as colours in [0, 1], on the CPU."""
+        """Return images (B, C, H, W) as the network takes them as colours in [0, 1], on the CPU.
+
+        The colours are those that the attacker sees: by the normalisation that it knows or assumes.
+        """
         return denormalise(x, self.target.mean, self.target.std)
 
     def attacked_by(self, settings: AttackSettings, target: Target) -> "Case":
         """Return the case as these settings attack it, with this target in the place of its own."""
         model = self.objective.model
-        return make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
+        case = make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
+        return replace(case, withheld=self.withheld)
+
+    @property
+    def protected(self) -> bool:
+        """Whether the client reports a protection, known to the attacker or withheld from it."""
+        return self.target.protection is not None or "protection" in self.withheld
 
     @property
     def guarantee(self) -> list[str]:
@@ -95,6 +107,13 @@ class Sealed:
     bound: bool
     #: LPIPS of (B, C, H, W) images in [0, 1]; None without its weights.
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None
+    #: Mean and standard deviation by which the client normalised its images, (C, 1, 1) each.
+    normalisation: tuple[Tensor, Tensor]
+
+    @property
+    def colours(self) -> Tensor:
+        """The true images as colours in [0, 1], on the CPU."""
+        return denormalise(self.truth.x, *self.normalisation)
 
     def images_for(self, case: Case) -> Tensor:
         """Return the true images, normalised, where and as the attack computes."""
@@ -118,6 +137,7 @@ def load_inputs(
     for line in _notes_on_bn(attack, target):
         reporter.say(line)
     case = make_case(attack, model, target, y, labels, device, processes)
+    case = replace(case, withheld=files.withheld)
     lpips_score = load_lpips(scoring.lpips_weights) if scoring.metric else None
     if scoring.verdict_metric == "lpips" and lpips_score is None:
         raise InputError(f"--verdict-metric lpips: {LPIPS_HINT}")
@@ -127,7 +147,8 @@ def load_inputs(
         _refuse_unsolvable(case)
     if truth is None:
         return case, None
-    sealed = Sealed(truth, None, files.bound, lpips_score)
+    normalisation = files.sent.mean, files.sent.std
+    sealed = Sealed(truth, None, files.bound, lpips_score, normalisation)
     if scoring.metric or not files.bound:
         sealed = replace(sealed, check=_check_truth(inputs, files, case, sealed))
     return case, sealed if scoring.needs_truth else None
@@ -199,6 +220,8 @@ class _Files:
     bound: bool = False
     #: The file of the truth, with its flag.
     truth_source: str = ""
+    #: As in `Case`.
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
 
 def _read_files(settings: Settings) -> _Files:
@@ -212,9 +235,11 @@ def _read_files(settings: Settings) -> _Files:
     target = sent = sent.unscaled(inputs.gradient_scale)
     if inputs.shuffled:
         target = shuffled(sent, seed)
+    with naming(f"--checkpoint {inputs.checkpoint}"):
+        target, withheld = withhold(target, inputs.without)
     knows_labels = inputs.labels is not None or inputs.labels_from_gradient
     if not scoring.needs_truth and knows_labels:
-        return _Files(target, sent)
+        return _Files(target, sent, withheld=withheld)
     source, truth_source = checkpoint, f"--checkpoint {inputs.checkpoint}"
     if inputs.truth is not None:
         truth_source = f"--truth {inputs.truth}"
@@ -235,7 +260,8 @@ def _read_files(settings: Settings) -> _Files:
     truth = truth.unscaled(inputs.gradient_scale)
     if inputs.shuffled and truth.control is not None:
         truth = replace(truth, control=shuffled_update(truth.control, seed + 1))
-    return _Files(target, sent, truth, bound, truth_source)
+    truth = withhold_from_control(truth, inputs.without)
+    return _Files(target, sent, truth, bound, truth_source, withheld)
 
 
 def shuffled(target: Target, seed: int) -> Target:

@@ -17,6 +17,7 @@ from inversion.audit.flags import (
     tuned_flag,
     tuned_names,
 )
+from inversion.audit.withhold import refuse_contradictions
 from inversion.settings import (
     AUTO,
     LABEL_METHODS,
@@ -55,6 +56,8 @@ class InputSettings:
     shuffled: bool
     #: Number of the GPU to compute on; None for the first one, else the CPU.
     gpu: int | None
+    #: Parts that the attacker is not given, names in WITHHELD.
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         _refuse_matching(args)
     else:
         _refuse_attack(args)
+    refuse_contradictions(args)
     _refuse_inputs(args)
     _refuse_optimiser(args)
     _refuse_strategy(args)
@@ -169,13 +173,14 @@ def settings_from(args: argparse.Namespace) -> Settings:
             checkpoint=args.checkpoint,
             truth=args.truth,
             labels=args.labels,
-            labels_from_gradient=args.pseudo_label_init == "from_grads",
+            labels_from_gradient=_reconstructs_labels(args),
             label_method=args.label_method,
             label_images=args.label_aux,
             uniform_labels=args.label_prior == "uniform",
             gradient_scale=args.gradient_scale,
             shuffled=args.target_gradient == "shuffled",
             gpu=args.gpu,
+            without=args.without or (),
         ),
         scoring=ScoringSettings(
             metric=args.metric,
@@ -317,6 +322,10 @@ def _refuse_attack(args) -> None:
         )
 
 
+def _reconstructs_labels(args) -> bool:
+    return args.pseudo_label_init == "from_grads" or "labels" in (args.without or ())
+
+
 def _refuse_inputs(args) -> None:
     if args.pseudo_label_init == "from_grads" and args.labels is not None:
         raise InputError(
@@ -325,7 +334,7 @@ def _refuse_inputs(args) -> None:
         )
     for flag, unused in (("method", AUTO), ("aux", None), ("prior", "none")):
         value = getattr(args, f"label_{flag}")
-        if args.pseudo_label_init != "from_grads" and value != unused:
+        if not _reconstructs_labels(args) and value != unused:
             raise InputError(
                 f"--label-{flag} {value}: says how labels are reconstructed; give "
                 "--pseudo-label-init from_grads as well"
