@@ -141,10 +141,7 @@ def load_inputs(
     lpips_score = load_lpips(scoring.lpips_weights) if scoring.metric else None
     if scoring.verdict_metric == "lpips" and lpips_score is None:
         raise InputError(f"--verdict-metric lpips: {LPIPS_HINT}")
-    _refuse_unfit_network(case, f"--checkpoint {inputs.checkpoint}")
-    _evaluate_once(attack, case)
-    if attack.method == "layerwise":
-        _refuse_unsolvable(case)
+    check_case(attack, case, f"--checkpoint {inputs.checkpoint}")
     if truth is None:
         return case, None
     normalisation = files.sent.mean, files.sent.std
@@ -152,6 +149,14 @@ def load_inputs(
     if scoring.metric or not files.bound:
         sealed = replace(sealed, check=_check_truth(inputs, files, case, sealed))
     return case, sealed if scoring.needs_truth else None
+
+
+def check_case(settings: AttackSettings, case: Case, source: str) -> None:
+    """Raise InputError, naming `source`, for a case that these settings cannot attack."""
+    _refuse_unfit_network(case, source)
+    _evaluate_once(settings, case)
+    if settings.method == "layerwise":
+        _refuse_unsolvable(case)
 
 
 def _refuse_unsolvable(case: Case) -> None:
