@@ -12,7 +12,7 @@ from inversion.audit.settings import Settings
 from inversion.audit.withhold import ASSUMED, normalisation_in_words
 from inversion.settings import AttackSettings
 from models.batchnorm import batchnorm_layers
-from models.target import Protection, Target
+from models.target import Target
 
 #: Letter → name, of the passive attackers of the taxonomy. F, G and H manipulate the model or
 #: choose clients, which nothing here does.
@@ -84,22 +84,29 @@ def threat_model(case: Case, settings: Settings) -> ThreatModel:
 
 
 def _sent(case: Case, settings: Settings) -> Row:
-    scale = settings.inputs.gradient_scale
-    detail = "of one batch" if scale == 1 else f"of one batch, divided by its factor {scale:g}"
+    scale, local = settings.inputs.gradient_scale, getattr(case.target, "local", None)
+    what, detail = "gradient", "of one batch"
+    if local is not None and local.steps > 1:
+        what, detail = "update", f"of {local.steps} local steps at rate {local.lr:g}"
+    if scale != 1:
+        detail += f", divided by its factor {scale:g}"
     if settings.inputs.shuffled:
         detail += ", its numbers shuffled"
-    return "gradient", "yes", detail
+    return what, "yes", detail
 
 
 def _tensors(case: Case) -> Row:
     parameters = dict(case.objective.model.named_parameters())
     missing = [name for name, p in parameters.items() if not p.requires_grad]
-    numbers = sum(g.numel() for g in case.target.gradient)
+    numbers = f"{sum(g.numel() for g in case.target.gradient):,} numbers"
+    masks = case.target.sent
+    if masks is not None:
+        numbers = f"{sum(int(mask.sum()) for mask in masks):,} of {numbers}"
     if not missing:
-        return "tensors", "yes", f"all {len(parameters)}, {numbers:,} numbers"
+        return "tensors", "yes", f"all {len(parameters)}, {numbers}"
     listed = ", ".join(missing[:LISTED]) + (", …" if len(missing) > LISTED else "")
     sent = len(parameters) - len(missing)
-    return "tensors", "yes", f"{sent} of {len(parameters)}, {numbers:,} numbers; not {listed}"
+    return "tensors", "yes", f"{sent} of {len(parameters)}, {numbers}; not {listed}"
 
 
 def _statistics(case: Case, attack: AttackSettings) -> Row:
@@ -160,15 +167,10 @@ def _training(case: Case) -> Row:
 def _protection(case: Case) -> Row:
     protection = case.target.protection
     if protection is not None:
-        return "protection", "yes", f"reported: {_in_words(protection)}"
+        return "protection", "yes", f"reported: {protection.description}"
     if case.protected:
         return "protection", "withheld", f"none is assumed; {case.withheld['protection']}"
     return "protection", "no", "the client reports none"
-
-
-def _in_words(protection: Protection) -> str:
-    clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
-    return f"{protection.mode}, {clip}, noise of {protection.sigma:g}"
 
 
 def _images(case: Case, settings: Settings) -> Row:
@@ -212,7 +214,9 @@ def _letter(case: Case, settings: Settings) -> tuple[str, str]:
 
 def _training_details(target: Target, settings: Settings) -> list[str]:
     """Name what the attacker knows of the client's training beyond its batch and its mode."""
-    details = []
+    details, local = [], getattr(target, "local", None)
+    if local is not None and local.steps > 1:
+        details.append("number and rate of the local steps are known")
     if target.label_smoothing:
         details.append("the client's label smoothing is known")
     if target.protection is not None:

@@ -87,8 +87,7 @@ def withhold(target: "Target", parts: tuple[str, ...]) -> tuple["Target", dict[s
     if "protection" in parts:
         if target.protection is None:
             raise InputError("reports no protection to withhold; leave protection out of --without")
-        mode, guarantee = target.protection.mode, target.protection.guarantee
-        words["protection"] = f"the client reported mode {mode}; {guarantee}"
+        words["protection"] = f"the client reported {target.protection.description}"
         target = replace(target, protection=None)
     return target, words
 
