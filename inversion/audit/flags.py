@@ -2,6 +2,7 @@
 
 import argparse
 
+from inversion.audit.withhold import withheld_parts
 from inversion.settings import (
     ATTACKS,
     AUTO,
@@ -30,6 +31,7 @@ def parser() -> Parser:
     )
     _add_run(parser.add_argument_group("run").add_argument)
     _add_target(parser.add_argument_group("target").add_argument)
+    _add_knowledge(parser.add_argument_group("what the attacker lacks").add_argument)
     _add_attack(parser.add_argument_group("attack").add_argument)
     _add_labels(parser.add_argument_group("label reconstruction").add_argument)
     _add_objective(parser.add_argument_group("objective").add_argument)
@@ -111,6 +113,16 @@ def _add_target(add) -> None:
         default="true",
         help="shuffled: permute the entries of the gradient, to check that the verdict becomes "
         '"no leakage shown".',
+    )
+
+
+def _add_knowledge(add) -> None:
+    add(
+        "--without",
+        type=withheld_parts,
+        help="Withhold parts from the attacker, such as bn,labels, to see what they buy: bn (the "
+        "uploaded BatchNorm statistics), labels, normalisation (0.5 is assumed), protection (the "
+        "report of clipping and noise).",
     )
 
 

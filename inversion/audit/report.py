@@ -16,6 +16,7 @@ from inversion.audit.inputs import LPIPS_HINT, Case, Sealed, public_images
 from inversion.audit.scoring import Doubts, Rules, score_images
 from inversion.audit.settings import ScoringSettings, Settings
 from inversion.audit.tables import information_table, label_table, score_table
+from inversion.audit.threat import threat_model
 from inversion.audit.truth import Finish, arrival, second_half_fall
 from inversion.audit.verdict import ALPHA
 from inversion.layerwise.attack import Recovered
@@ -102,7 +103,7 @@ def information_entry(case: Case, sealed: Sealed) -> tuple[dict, str]:
         columns,
         found.batch_norm,
         independent=found.independent,
-        protected=target.protection is not None,
+        protected=case.protected,
     )
     figures = {"batch_norm": found.batch_norm, "independent": found.independent}
     return {**columns, **figures, "seconds": seconds}, f"{text}\ncomputed in {duration(seconds)}"
@@ -138,7 +139,7 @@ def score(
         doubt = "what was attacked is not the truth's gradient, so that nothing follows"
     scores = score_images(
         attacked.images,
-        case.images(truth.x),
+        sealed.colours,
         case.y,
         truth.y,
         Rules(
@@ -167,6 +168,8 @@ def score(
     protection = case.target.protection
     if protection is not None:
         lines.append(f"the client's protection ({protection.mode}): {'; '.join(case.guarantee)}")
+    elif case.protected:
+        lines.append(f"the client's protection: withheld; {case.withheld['protection']}")
     return scores, "\n".join(lines)
 
 
@@ -201,7 +204,7 @@ class Report:
         write_csv(attacked.header, attacked.rows, folder / "losses.csv")
         self._write_result(attacked, scores, None, certificate)
         self._save_decoys(attacked, scores)
-        true = None if sealed is None or scores is None else self.case.images(sealed.truth.x)
+        true = None if sealed is None or scores is None else sealed.colours
         save_pairs(attacked.images, true, scores, folder)
         if attacked.rows:
             save_losses(attacked.header, attacked.rows, attacked.rounds, folder / "losses.png")
@@ -222,7 +225,7 @@ class Report:
         assert self.sealed is not None  # controls are scored
         self._write_result(attacked, scores, controls, certificate)
         self._save_decoys(attacked, scores)
-        true = self.case.images(self.sealed.truth.x)
+        true = self.sealed.colours
         path = self.folder / "controls.png"
         save_controls(attacked.images, true, controls.images, scores, path)
 
@@ -231,7 +234,7 @@ class Report:
             return
         truth = self.sealed.truth
         path = self.folder / "decoys.png"
-        save_decoys(attacked.images, self.case.images(truth.x), truth.decoys, scores, path)
+        save_decoys(attacked.images, self.sealed.colours, truth.decoys, scores, path)
 
     def _write_result(
         self,
@@ -246,6 +249,7 @@ class Report:
             "format": RESULT_FORMAT,
             "settings": self.settings.record,
             "target": _target_entry(case),
+            "threat": threat_model(case, self.settings).entry,
             "versions": versions(),
             "git": git_revision(),
             "device": device_name(case.device),

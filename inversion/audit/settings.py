@@ -17,6 +17,7 @@ from inversion.audit.flags import (
     tuned_flag,
     tuned_names,
 )
+from inversion.audit.withhold import refuse_contradictions
 from inversion.settings import (
     AUTO,
     LABEL_METHODS,
@@ -59,6 +60,8 @@ class InputSettings:
     gpu: int | None
     #: FILE.py:function that builds the network; None for one by the checkpoint's name.
     model: str | None = None
+    #: Parts that the attacker is not given, names in WITHHELD.
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         _refuse_matching(args)
     else:
         _refuse_attack(args)
+    refuse_contradictions(args)
     _refuse_inputs(args)
     _refuse_optimiser(args)
     _refuse_strategy(args)
@@ -173,7 +177,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
             checkpoint=args.checkpoint,
             truth=args.truth,
             labels=args.labels,
-            labels_from_gradient=args.pseudo_label_init == "from_grads",
+            labels_from_gradient=_reconstructs_labels(args),
             label_method=args.label_method,
             label_images=args.label_aux,
             bit_depth=args.bit_depth,
@@ -182,6 +186,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
             shuffled=args.target_gradient == "shuffled",
             gpu=args.gpu,
             model=args.model,
+            without=args.without or (),
         ),
         scoring=ScoringSettings(
             metric=args.metric,
@@ -323,6 +328,10 @@ def _refuse_attack(args) -> None:
         )
 
 
+def _reconstructs_labels(args) -> bool:
+    return args.pseudo_label_init == "from_grads" or "labels" in (args.without or ())
+
+
 def _refuse_inputs(args) -> None:
     if args.pseudo_label_init == "from_grads" and args.labels is not None:
         raise InputError(
@@ -331,7 +340,7 @@ def _refuse_inputs(args) -> None:
         )
     for flag, unused in (("method", AUTO), ("aux", None), ("prior", "none")):
         value = getattr(args, f"label_{flag}")
-        if args.pseudo_label_init != "from_grads" and value != unused:
+        if not _reconstructs_labels(args) and value != unused:
             raise InputError(
                 f"--label-{flag} {value}: says how labels are reconstructed; give "
                 "--pseudo-label-init from_grads as well"
