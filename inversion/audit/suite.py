@@ -35,13 +35,15 @@ class Part:
     weight: float
     #: Iterations that it runs at most; it leaves the rest of its time to later parts.
     most: int = 0
+    #: Whether it takes the prior against noise where the client reports noise.
+    resists_noise: bool = False
 
 
 #: The attacks on every checkpoint, in their order; their number is that of the tests.
 SUITE = (
     Part("layerwise", "layerwise", 5.0),
     Part("matching, short", "matching", 1.0, 3_000),
-    Part("matching, long", "matching", 3.0, 30_000),
+    Part("matching, long", "matching", 3.0, 30_000, resists_noise=True),
 )
 #: Weight of the positive control, once per audit.
 POSITIVE_WEIGHT = 2.0
@@ -51,13 +53,27 @@ FEWEST_ITERATIONS = 2
 #: A step below so many seconds is measured again, as the median of several.
 QUICK, QUICK_STEPS = 0.2, 9
 
-#: Step size of matching: sign Adam inside the box, the best iterate kept.
-RATE = 0.05
-#: Weight of total variation at the first and the last iteration, by the least share of noise in
-#: what was sent (`noise_share`) from which on it is used.
-TOTAL_VARIATION = ((0.0, 1e-4, 1e-6), (0.01, 1e-3, 1e-4), (0.3, 1e-2, 1e-3))
-#: Weight of the BN prior, where the client sent the statistics of its batch.
-BN_WEIGHT = 1e-3
+
+@dataclass(frozen=True)
+class Matching:
+    """Holds what matching is set to, for a kind of client: sign Adam in the box, the best kept."""
+
+    #: First step size.
+    rate: float
+    #: Weight of total variation at the first and at the last iteration.
+    tv: float
+    tv_end: float
+    #: Weight of the BN prior, toward the statistics that the client sent.
+    bn: float = 0.0
+
+
+#: The settings of the README's demo.
+PLAIN = Matching(rate=0.05, tv=1e-4, tv_end=1e-6)
+#: Where the client sends the statistics of its batch.
+WITH_STATISTICS = Matching(rate=0.1, tv=1e-2, tv_end=1e-3, bn=1e-2)
+#: Total variation against noise, at the first and at the last iteration, and the least share of
+#: noise in what was sent (`noise_share`) from which on it is used.
+NOISE_TV, NOISE_FROM = (1e-2, 1e-3), 1e-4
 
 
 def noise_share(target: Target) -> float:
@@ -72,18 +88,26 @@ def noise_share(target: Target) -> float:
     return min(1.0, target.protection.sigma * count**0.5 / max(norm, 1e-300))
 
 
-def matching_settings(target: Target, steps: int, seed: int) -> AttackSettings:
-    """Return the suite's settings of matching for what this client sent."""
-    share = noise_share(target)
-    _, tv, end = max(row for row in TOTAL_VARIATION if row[0] <= share)
-    sends_statistics = target.bn_mean is not None
-    priors = {"tv": tv, **({"bn": BN_WEIGHT} if sends_statistics else {})}
+def matching_of(target: Target, *, resists_noise: bool) -> Matching:
+    """Choose the settings of matching for what this client sent."""
+    chosen = PLAIN if target.bn_mean is None else WITH_STATISTICS
+    if resists_noise and noise_share(target) >= NOISE_FROM:
+        chosen = replace(chosen, tv=NOISE_TV[0], tv_end=NOISE_TV[1])
+    return chosen
+
+
+def matching_settings(
+    target: Target, steps: int, seed: int, *, resists_noise: bool = False
+) -> AttackSettings:
+    """Return the settings of matching for what this client sent, with so many iterations."""
+    chosen = matching_of(target, resists_noise=resists_noise)
+    priors = {"tv": chosen.tv, **({"bn": chosen.bn} if chosen.bn else {})}
     return AttackSettings(
-        Weights(priors=priors, priors_end={"tv": end}),
-        Loop(steps=max(FEWEST_ITERATIONS, steps), lr=RATE, signed=True, keep_best=True),
+        Weights(priors=priors, priors_end={"tv": chosen.tv_end}),
+        Loop(steps=max(FEWEST_ITERATIONS, steps), lr=chosen.rate, signed=True, keep_best=True),
         boxed=True,
         first_seed=seed,
-        exact_bn=sends_statistics,
+        exact_bn=target.bn_mean is not None,
     )
 
 
@@ -92,7 +116,7 @@ def part_settings(
 ) -> AttackSettings:
     """Return the settings of a part's attack. steps: iterations, of matching."""
     if part.method == "matching":
-        return matching_settings(target, steps, seed)
+        return matching_settings(target, steps, seed, resists_noise=part.resists_noise)
     return AttackSettings(Weights(), Loop(1, 1.0), method="layerwise", max_memory=max_memory)
 
 
@@ -225,7 +249,8 @@ def run_matching(
     if steps < FEWEST_ITERATIONS:
         reason = f"not {FEWEST_ITERATIONS} iterations fit into its time"
         return Done(part, "skipped", reason, seconds, is_limited=True)
-    return run_part(part, matching_settings(case.target, steps, seed), case, sealed, seconds, run)
+    settings = matching_settings(case.target, steps, seed, resists_noise=part.resists_noise)
+    return run_part(part, settings, case, sealed, seconds, run)
 
 
 def renewed(pace: Pace, done: Done) -> Pace:
