@@ -76,7 +76,8 @@ def suite_settings_from(args: argparse.Namespace, argv: list[str]) -> SuiteSetti
     for flag, default in {**suite_flags(), **SCORING_FLAGS, **PROCESS_FLAGS}.items():
         value = getattr(args, attribute_of(flag))
         if value != default:
-            shown = flag if isinstance(value, bool) else f"{flag} {value}"
+            words = {True: flag, False: f"--no-{flag[2:]}"}
+            shown = words[value] if isinstance(value, bool) else f"{flag} {value}"
             raise InputError(f"{shown}: the suite of --audit sets this itself; leave it out")
     checkpoints, truths = _several(args.checkpoint), _several(args.truth)
     if len(set(checkpoints)) < len(checkpoints):
