@@ -27,7 +27,9 @@ ANY = (*FLOATS, *INTEGERS, torch.bool)
 LARGEST = 2**31 - 1
 #: What a record of protection must hold, and what else it may.
 PROTECTION_KEYS = tuple(field.name for field in fields(Protection) if field.default is MISSING)
-PRIVACY_KEYS = tuple(field.name for field in fields(Protection) if field.default is not MISSING)
+OTHER_KEYS = tuple(field.name for field in fields(Protection) if field.default is not MISSING)
+#: What a record with epsilon must hold as well.
+PRIVACY_KEYS = ("noise_multiplier", "epsilon", "delta", "steps", "sample_rate")
 SETUP_KEYS = ("mean", "std", "size", "n_classes")
 #: Last parts of the names of weights that are never integers, in no layer of torch.
 REAL_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
@@ -279,6 +281,9 @@ def _protection_rules():
         "delta": ("between 0 and 1", lambda v: is_number(v) and 0 < v < 1),
         "steps": ("a positive integer", is_count),
         "sample_rate": ("above 0 and up to 1", lambda v: is_number(v) and 0 < v <= 1),
+        "mu": at_least_zero,
+        "amount": at_least_zero,
+        "largest": ("a number above 0", lambda v: is_number(v) and v > 0),
     }
 
 
@@ -293,11 +298,11 @@ def check_protection(record) -> None:
         if key not in record:
             raise UnfitError(f"{start}: no {key}")
     for key in record:
-        if key not in PROTECTION_KEYS + PRIVACY_KEYS:
+        if key not in PROTECTION_KEYS + OTHER_KEYS:
             raise UnfitError(f"{start}: what is {shown(key)}?")
     for key, (what, holds) in _protection_rules().items():
         value = record.get(key)
-        if not (holds(value) or (value is None and key in PRIVACY_KEYS)):
+        if not (holds(value) or (value is None and key in OTHER_KEYS)):
             raise UnfitError(f"{start}: its {key} is {shown(value)}, not {what}")
     if record.get("epsilon") is not None:
         for key in PRIVACY_KEYS:

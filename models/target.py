@@ -22,7 +22,9 @@ from models.build import (
     some,
     without_wrapper,
 )
+from models.choices import SPARSE_MODES
 from models.gradient import ClientLoss, Update, trainable_parameters
+from models.guarantee import NO_PRIVACY, bound_sentence, described
 from utils.errors import InputError
 
 
@@ -30,13 +32,14 @@ from utils.errors import InputError
 class Protection:
     """Records what the client did to the gradient before sending it, as it reports.
 
-    The fields with a default concern "per-sample" alone, from which (ε, δ)-differential privacy
-    follows. They are None where there is no bound or the client reported none.
+    The fields from `noise_multiplier` to `mu` concern "per-sample" alone, from which
+    differential privacy follows. They are None where there is no bound or the client reported none.
     """
 
-    #: "batch" clips the batch's mean gradient, "per-sample" every sample's (PROTECTION_MODES).
+    #: "batch" clips the batch's mean gradient, "per-sample" every sample's; the other names in
+    #: PROTECTION_MODES are those of `--defence`.
     mode: str
-    #: Standard deviation of the noise in every entry sent, ≥ 0.
+    #: Standard deviation of the noise in every entry sent, ≥ 0; for "svt" before the cut.
     sigma: float
     #: Largest Euclidean norm C that clipping leaves, > 0; None without clipping.
     clip: float | None
@@ -50,15 +53,26 @@ class Protection:
     steps: int | None = None
     #: Probability in (0, 1] that a sample of the client's data is in a batch.
     sample_rate: float | None = None
+    #: μ of Gaussian differential privacy of one such gradient, without subsampling.
+    mu: float | None = None
+    #: The kept share ("topk", "random", "svt"), the percentile, or the bits per entry ("int8",
+    #: "sign").
+    amount: float | None = None
+    #: Largest magnitude γ that the client let an entry have, > 0; None where it cut none.
+    largest: float | None = None
+
+    @property
+    def description(self) -> str:
+        """Say in a few words what the client did."""
+        return described(
+            self.mode, sigma=self.sigma, clip=self.clip, amount=self.amount, largest=self.largest
+        )
 
     @property
     def guarantee(self) -> str:
         """Say which differential privacy follows."""
-        if self.mode == "batch":
-            return (
-                "this carries no differential-privacy guarantee: the batch is clipped, not each "
-                "image"
-            )
+        if self.mode in NO_PRIVACY:
+            return f"this carries no differential-privacy guarantee: {NO_PRIVACY[self.mode]}"
         if self.epsilon is None:
             why = (
                 "epsilon is not reported or too large"
@@ -87,6 +101,8 @@ def guarantee_lines(
             "the BatchNorm statistics sent with it are not protected, so the message as a whole "
             "carries no guarantee"
         )
+    elif protection.mu is not None:
+        lines.append(bound_sentence(protection.mu, protection.steps or 1))
     if protection.epsilon is not None and uses_learned_statistics(model, train_mode):
         lines.append(
             "the running statistics of BatchNorm in the network are not covered: where private "
@@ -137,6 +153,20 @@ class Target:
     def loss(self) -> ClientLoss:
         """Return how the client took its loss."""
         return ClientLoss(self.train_mode, self.label_smoothing)
+
+    @property
+    def sent(self) -> tuple[Tensor, ...] | None:
+        """Return what was sent of a sparse update: bool masks like `gradient`; None for all of it.
+
+        An entry that is 0 counts as not sent, since nothing tells the two apart.
+        """
+        how = self.protection
+        if how is None or how.mode not in SPARSE_MODES:
+            return None
+        if how.mode in ("topk", "random") and how.amount == 1:
+            return None
+        masks = tuple(g != 0 for g in self.gradient)
+        return None if all(mask.all() for mask in masks) else masks
 
     def unscaled(self, scale: float) -> "Target":
         """Divide the gradient by `scale`, by which the client multiplied it.

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 import utils.images
 from models import checking
 from train.datasets import DatasetSpec, Endless, named_spec, normalise, open_dataset
+from train.origins import Origin
 from train.request import Request
 from train.settings import BatchSettings
 from utils.errors import InputError, naming
@@ -40,6 +41,10 @@ class Batch:
     other: Tensor | None = None
     #: Decoys per image, (B, n, C, H, W) of uint8; None without.
     decoys: Tensor | None = None
+    #: Where each image comes from; private, as the images are.
+    origins: tuple[Origin, ...] = ()
+    #: What is to be said of the files of the data set, one line each.
+    notes: tuple[str, ...] = ()
 
 
 def client_batch(settings: BatchSettings, say: Callable[[str], None]) -> Batch:
@@ -50,16 +55,21 @@ def client_batch(settings: BatchSettings, say: Callable[[str], None]) -> Batch:
     name, size, index = settings.data_name, settings.size, settings.index
     if settings.backup is not None:
         x, y, spec = load_backup(settings.backup, name, size, index)
+        batch = Batch(
+            x, y, spec, origins=tuple(Origin(i) for i in range(index * size, (index + 1) * size))
+        )
     else:
-        x, y, spec = load_batch(name, settings.request, size, index)
+        batch = read_batch(name, settings.request, size, index)
+        y, spec = batch.y, batch.spec
     if spec.num_classes == 1:
         raise InputError(
             f"--data {settings.request.root}: one class only: the cross-entropy of one class is 0 "
             "whatever the images; give a folder of two classes or more"
         )
     if not settings.with_control:
-        return Batch(x, y, spec)
-    return Batch(x, y, spec, *_others(settings, y, spec.shape, say))
+        return batch
+    other, decoys = _others(settings, y, spec.shape, say)
+    return replace(batch, other=other, decoys=decoys)
 
 
 def _others(settings: BatchSettings, y, image_shape, say) -> tuple[Tensor, Tensor | None]:
@@ -91,31 +101,41 @@ def _others(settings: BatchSettings, y, image_shape, say) -> tuple[Tensor, Tenso
 def load_batch(
     name: str, request: Request, batch_size: int, target_idx: int
 ) -> tuple[Tensor, Tensor, DatasetSpec]:
-    """Load batch number `target_idx` of data set `name`.
+    """Load batch number `target_idx` of data set `name`, as `read_batch` does.
+
+    Returns x (B, C, H, W) normalised, y (B,), and the data set's final spec.
+    """
+    batch = read_batch(name, request, batch_size, target_idx)
+    return batch.x, batch.y, batch.spec
+
+
+def read_batch(name: str, request: Request, batch_size: int, target_idx: int) -> Batch:
+    """Load batch number `target_idx` of data set `name`, and where its images come from.
 
     Batches are consecutive slices of one permutation of the data set that `request.seed` draws,
     so different indices never share an image. `photos` has its own rule (`photo_batch`).
 
-    Returns x (B, C, H, W) normalised, y (B,), and the data set's final spec.
     Raises InputError for an unknown name, missing or broken files and a batch beyond the end.
     """
     source = open_dataset(name, request)
     if isinstance(source, Endless):
         x, y = source.draw(batch_size, target_idx)
-    else:
-        length, batches = len(source), len(source) // batch_size
-        if batch_size > length:
-            raise InputError(
-                f"--batch-size {batch_size}: {name} holds {length} images; give {length} or fewer"
-            )
-        if target_idx >= batches:
-            raise InputError(
-                f"--target-idx {target_idx}: {length} images make {batches} batches of "
-                f"{batch_size}; give 0 to {batches - 1}"
-            )
-        order = _permutation(length, request.seed)
-        x, y = source.read(order[target_idx * batch_size : (target_idx + 1) * batch_size])
-    return normalise(x, source.spec), y, source.spec
+        origins = tuple(Origin(file=source.class_names[label]) for label in y.tolist())
+        return Batch(normalise(x, source.spec), y, source.spec, origins=origins)
+    length, batches = len(source), len(source) // batch_size
+    if batch_size > length:
+        raise InputError(
+            f"--batch-size {batch_size}: {name} holds {length} images; give {length} or fewer"
+        )
+    if target_idx >= batches:
+        raise InputError(
+            f"--target-idx {target_idx}: {length} images make {batches} batches of "
+            f"{batch_size}; give 0 to {batches - 1}"
+        )
+    order = _permutation(length, request.seed)
+    x, y, origins = source.read(order[target_idx * batch_size : (target_idx + 1) * batch_size])
+    x = normalise(x, source.spec)
+    return Batch(x, y, source.spec, origins=origins, notes=source.notes)
 
 
 def _permutation(length: int, seed: int) -> list[int]:
@@ -146,7 +166,7 @@ def load_control(
     batch = range(target_idx * len(y), (target_idx + 1) * len(y))
     others = [index for place, index in enumerate(order) if place not in batch]
     chosen, more = _with_labels(y, others, source.labels, f"--data-name {name}", decoys)
-    x, _ = source.read(chosen)
+    x, *_ = source.read(chosen)
     if not more[0]:
         return normalise(x, source.spec), None
     parts = [_as_decoys(source.read(of_image)[0], 1) for of_image in more]

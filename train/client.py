@@ -17,9 +17,11 @@ from models.gradient import (
     forward_failure,
     whole_batch_gradient,
 )
+from models.guarantee import gaussian_mu
 from models.pretrained import load_pretrained
 from models.target import Protection
-from train.privacy import Mechanism, Protected, epsilon, protect_batch, protect_per_sample
+from train.defences import PROTECTIONS, Step, laplace_scale
+from train.privacy import Protected, epsilon
 from train.settings import ClientSettings, NetworkSettings, ProtectionSettings
 from utils.errors import InputError, naming
 from utils.shard import Shard
@@ -98,8 +100,10 @@ def check_network(settings: ClientSettings, model: nn.Module) -> None:
         return
     if couples_samples(model, settings.train_mode):
         also = "" if couples_samples(model, False) else ", or --model-eval"
+        given = settings.record.get("defence")
+        flag = "--dp-mode per-sample" if given is None else f"--defence {given}"
         raise InputError(
-            "--dp-mode per-sample: BatchNorm by batch statistics mixes the samples of the batch, "
+            f"{flag}: BatchNorm by batch statistics mixes the samples of the batch, "
             f"so none of {arch} has a gradient of its own to clip; give --replace-bn "
             f"groupnorm{also}"
         )
@@ -153,11 +157,9 @@ def update(
     _check_gradient(settings.network.arch, sent.gradient, images)
     if settings.protection is None:
         return Sent(sent, None)
-    how = Mechanism(settings.protection.sigma, settings.protection.clip, noise)
-    if settings.protection.mode == "batch":
-        protected = protect_batch(sent.gradient, how)
-    else:
-        protected = protect_per_sample(sent.gradient, how, model, x, y, loss, shard)
+    step = Step(sent.gradient, model, x, y, loss, shard)
+    assert noise is not None  # protection_of makes it
+    protected = PROTECTIONS[settings.protection.mode](step, settings.protection, noise)
     return Sent(replace(sent, gradient=protected.gradient), protected)
 
 
@@ -197,9 +199,11 @@ def protection_of(settings: ClientSettings) -> tuple[Protection | None, Generato
 
 
 def _record_of(how: ProtectionSettings, batch_size: int) -> Protection:
-    """Record a protection with the ε that follows."""
+    """Record a protection with the ε and μ that follow."""
     if how.mode == "batch":
         return Protection("batch", how.sigma, how.clip)
+    if how.mode != "per-sample":
+        return _record_of_filter(how)
     assert how.clip is not None  # train/settings.py refuses per-sample protection without it
     multiplier = how.sigma * batch_size / how.clip
     bound = epsilon(multiplier, how.sample_rate, how.steps, how.delta)
@@ -212,4 +216,18 @@ def _record_of(how: ProtectionSettings, batch_size: int) -> Protection:
         delta=how.delta,
         steps=how.steps,
         sample_rate=how.sample_rate,
+        mu=gaussian_mu(multiplier),
     )
+
+
+def _record_of_filter(how: ProtectionSettings) -> Protection:
+    """Record a defence from which no differential privacy follows."""
+    bits = {"int8": 8.0, "sign": 1.0}
+    amount = bits[how.mode] if how.mode in bits else how.amounts[0]
+    sigma, largest = 0.0, None
+    if how.mode == "percentile":
+        _, largest = how.amounts
+    elif how.mode == "svt":
+        _, _, noise_var, largest, _ = how.amounts
+        sigma = math.sqrt(2) * laplace_scale(largest, noise_var)
+    return Protection(how.mode, sigma, None, amount=amount, largest=largest)

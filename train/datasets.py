@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import utils.images
+from train.origins import Origin
 from train.photos import photo_batch
 from train.request import (
     PHOTO_NAMES,
@@ -24,7 +25,10 @@ from train.request import (
     check_request,
 )
 from utils.errors import InputError, naming
-from utils.image_files import ColourError, decode_all, image_folder, is_grey
+from utils.files import printable
+from utils.image_files import decode_all
+from utils.image_folder import ImageFolder, image_folder
+from utils.image_reading import ColourError, DepthError, is_grey
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)
@@ -38,8 +42,10 @@ class Finite:
     spec: "DatasetSpec"
     #: Class of every image.
     labels: Sequence[int]
-    #: (indices) → their images (B, C, H, W) in [0, 1] and labels (B,).
-    read: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+    #: (indices) → their images (B, C, H, W) in [0, 1], labels (B,), and where they come from.
+    read: Callable[[Sequence[int]], tuple[Tensor, Tensor, tuple[Origin, ...]]]
+    #: What is to be said of the files, one line each.
+    notes: tuple[str, ...] = ()
 
     def __len__(self):
         return len(self.labels)
@@ -52,6 +58,8 @@ class Endless:
     spec: "DatasetSpec"
     #: (batch size B, number of the batch) → images (B, C, H, W) in [0, 1] and labels (B,).
     draw: Callable[[int, int], tuple[Tensor, Tensor]]
+    #: Names of its classes.
+    class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -131,30 +139,44 @@ def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
 # Image files -------------------------------------------------------------------------------
 
 
-def _files_source(paths: Sequence[str], labels: Sequence[int], request: Request, spec) -> Finite:
-    channels, size, _ = spec.shape
+def _files_source(
+    paths: Sequence[str], labels: Sequence[int], request: Request, spec, notes: tuple[str, ...] = ()
+) -> Finite:
+    channels, *size = spec.shape
 
     def read(indices):
         chosen = [paths[i] for i in indices]
         with naming("--data"):
             try:
-                images = decode_all(chosen, channels, size, request.workers)
+                images, readings = decode_all(
+                    chosen, channels, tuple(size), request.workers, request.bit_depth
+                )
             except ColourError as error:
                 raise InputError(f"{error}; give --channels 3 to read all in colour") from error
-        return images, torch.tensor([labels[i] for i in indices])
+            except DepthError as error:
+                raise InputError(
+                    f"{error}; give --bit-depth with the bits that the files hold"
+                ) from error
+        origins = tuple(
+            Origin(i, os.path.relpath(path, request.root), reading)
+            for i, path, reading in zip(indices, chosen, readings, strict=True)
+        )
+        return images, torch.tensor([labels[i] for i in indices]), origins
 
-    return Finite(spec, labels, read)
+    return Finite(spec, labels, read, notes)
 
 
 def _folder_of(request: Request) -> str:
     assert request.root is not None  # check_openable refuses a missing --data
     if not os.path.isdir(request.root):
-        raise InputError(f"--data {request.root}: no such folder; give the folder of the data set")
+        raise InputError(
+            f"--data {printable(request.root)}: no such folder; give the folder of the data set"
+        )
     return request.root
 
 
-def _class_folders(root: str) -> tuple[list[str], list[int], int]:
-    with naming(f"--data {root}"):
+def _class_folders(root: str) -> ImageFolder:
+    with naming(f"--data {printable(root)}"):
         return image_folder(root)
 
 
@@ -163,29 +185,29 @@ def _open_folder(request: Request, spec: DatasetSpec) -> Finite:
 
     Its images are grey where the first file of every class is, unless channels are given.
     """
-    paths, labels, num_classes = _class_folders(_folder_of(request))
+    folder = _class_folders(_folder_of(request))
     channels = request.channels
     if channels is None:
-        firsts = [paths[labels.index(c)] for c in range(num_classes)]
+        firsts = [folder.paths[folder.labels.index(c)] for c in range(len(folder.classes))]
         with naming("--data"):
             channels = 1 if all(is_grey(path) for path in firsts) else 3
-    spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=num_classes)
+    spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=len(folder.classes))
     if channels == 1:
         spec = replace(spec, mean=GREY_MEAN, std=GREY_STD)
-    return _files_source(paths, labels, request, spec)
+    return _files_source(folder.paths, folder.labels, request, spec, folder.notes)
 
 
 def _open_imagenet(request: Request, spec: DatasetSpec) -> Finite:
     """Open the class folders in `root/train`, or in `root` itself; classes are sorted by name."""
     root = _folder_of(request)
     inner = os.path.join(root, "train")
-    paths, labels, num_classes = _class_folders(inner if os.path.isdir(inner) else root)
-    if num_classes > spec.class_count:
+    folder = _class_folders(inner if os.path.isdir(inner) else root)
+    if len(folder.classes) > spec.class_count:
         raise InputError(
-            f"--data {root}: {num_classes} class folders, imagenet has {spec.class_count}; give "
-            "--data-name folder"
+            f"--data {root}: {len(folder.classes)} class folders, imagenet has {spec.class_count}; "
+            "give --data-name folder"
         )
-    return _files_source(paths, labels, request, spec)
+    return _files_source(folder.paths, folder.labels, request, spec, folder.notes)
 
 
 def _open_celeba(request: Request, spec: DatasetSpec) -> Finite:
@@ -241,7 +263,8 @@ def _array_source(data: np.ndarray, labels: Sequence[int], spec: DatasetSpec) ->
             from torchvision.transforms.v2.functional import resize  # seconds that only this needs
 
             x = resize(x, [size, size], antialias=True).clamp(0, 1)
-        return x, torch.tensor([int(labels[i]) for i in indices])
+        y = torch.tensor([int(labels[i]) for i in indices])
+        return x, y, tuple(Origin(i) for i in indices)
 
     return Finite(spec, labels, read)
 
@@ -302,7 +325,7 @@ def _open_photos(request: Request, spec: DatasetSpec) -> Endless:
             distinct_labels=request.distinct_labels,
         )
 
-    return Endless(spec, draw)
+    return Endless(spec, draw, PHOTO_NAMES)
 
 
 #: `--data-name`: name → DatasetSpec.

@@ -1,6 +1,7 @@
 """The command line of training.py; what its flags mean together is in train/settings.py."""
 
-from models.choices import BATCHNORM_REPLACEMENTS, HEAD_INITS, PROTECTION_MODES, RANK_MODES
+from models.choices import BATCHNORM_REPLACEMENTS, DEFENCE_NAMES, DP_MODES, HEAD_INITS, RANK_MODES
+from train.defence_settings import usage
 from train.request import DATASET_NAMES
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
 
@@ -13,9 +14,12 @@ def parser() -> Parser:
         "→ checkpoint.",
     )
     _add_run(parser.add_argument_group("run").add_argument)
-    _add_data(parser.add_argument_group("data").add_argument)
+    data = parser.add_argument_group("data").add_argument
+    _add_data(data)
+    _add_files(data)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_sent(parser.add_argument_group("what is sent").add_argument)
+    _add_defence(parser.add_argument_group("defence").add_argument)
     _add_protection(parser.add_argument_group("protection").add_argument)
     _add_rank_analysis(parser.add_argument_group("rank analysis").add_argument)
     add_process_flags(parser)
@@ -76,6 +80,15 @@ def _add_data(add) -> None:
     add("-j", "--workers", type=integer_from(0), default=4, help="Threads that decode images.")
 
 
+def _add_files(add) -> None:
+    add(
+        "--bit-depth",
+        type=integer_from(8, 16),
+        help="Bits per grey value in image files of more than 8 bits. Without it: as they say, "
+        "else 16.",
+    )
+
+
 def _add_model(add) -> None:
     add(
         "-a",
@@ -120,11 +133,19 @@ def _add_sent(add) -> None:
     )
 
 
+def _add_defence(add) -> None:
+    add(
+        "--defence",
+        metavar="NAME[:AMOUNT…]",
+        help=f"Defend by one of {', '.join(map(usage, DEFENCE_NAMES))} (docs/defences.md).",
+    )
+
+
 def _add_protection(add) -> None:
     add("--enable-dp", action="store_true", help="Clip the gradient and add noise.")
     add(
         "--dp-mode",
-        choices=PROTECTION_MODES,
+        choices=DP_MODES,
         default="batch",
         help="Clip the batch's mean gradient, as the original does, or every sample's.",
     )

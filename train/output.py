@@ -1,4 +1,4 @@
-"""What training.py writes: the checkpoint, the sealed truth, a picture of the batch, the log."""
+"""What training.py writes: checkpoint, sealed truth, picture and list of the batch, log."""
 
 from torch import nn
 
@@ -7,9 +7,10 @@ from models.gradient import ClientLoss
 from models.target import GroundTruth, Protection
 from train.batches import Batch
 from train.client import Sent
+from train.origins import COLUMNS, rows
 from train.settings import ClientSettings
 from utils.console import Reporter
-from utils.files import claimed_stem, free_stem
+from utils.files import claimed_stem, free_stem, write_csv
 from utils.images import denormalise
 from utils.pictures import save_panels
 from utils.script import git_revision, versions
@@ -20,6 +21,7 @@ ENDINGS = {
     "checkpoint": "-checkpoint.pth.tar",
     "truth": "-truth.pth.tar",
     "picture": "-target.png",
+    "images": "-images.csv",
     "log": ".log",
 }
 
@@ -71,6 +73,7 @@ def write(settings: ClientSettings, checkpoint: dict, batch: Batch, reporter: Re
             save(truth, paths["truth"])
         save(checkpoint, paths["checkpoint"])
         save_panels([("target", images)], paths["picture"])
+        write_csv(COLUMNS, rows(batch.origins, batch.y.tolist()), paths["images"])
         gradient = checkpoint["target_gradient"]
         norm = sum(float(g.double().square().sum()) for g in gradient) ** 0.5
         reporter.say(f"gradient: {len(gradient)} tensors, norm {norm:.6g}")
@@ -78,5 +81,6 @@ def write(settings: ClientSettings, checkpoint: dict, batch: Batch, reporter: Re
             reporter.say(f"BatchNorm statistics of {len(checkpoint['bn_mean_list'])} layers")
         if settings.seal:
             reporter.say(f"truth sealed in {paths['truth']}")
+        reporter.say(f"which image is which, as private as the truth: {paths['images']}")
         reporter.say(f"checkpoint written: {paths['checkpoint']}")
         reporter.log_to(paths["log"])

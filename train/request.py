@@ -29,6 +29,8 @@ class Request:
     size: int | None = None
     #: Channels of the images, 1 or 3, for `folder`; None for the files' own.
     channels: int | None = None
+    #: Bits per grey value in files of more than 8 bits; None for what the files say, else 16.
+    bit_depth: int | None = None
     #: Number of distinct labels in a batch, for `photos`; None for free labels.
     distinct_labels: int | None = None
     #: Seed that draws the order of the images.
@@ -54,6 +56,10 @@ def check_request(name: str, request: Request) -> None:
     if request.channels is not None and name != "folder":
         raise InputError(
             f"--channels {request.channels}: only for --data-name folder; leave it out"
+        )
+    if request.bit_depth is not None and name not in ("folder", "imagenet", "celeba"):
+        raise InputError(
+            f"--bit-depth {request.bit_depth}: only for data sets of image files; leave it out"
         )
 
 

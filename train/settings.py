@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from models.choices import DP_MODES, PROTECTION_MODES
+from train.defence_settings import check_company, parsed, with_defence
 from train.request import Request, check_batch_size, check_name, check_openable, check_request
 from utils.errors import InputError
 from utils.script import writable_folder
@@ -52,7 +54,7 @@ class BatchSettings:
 class ProtectionSettings:
     """How the client protects its gradient before it sends it."""
 
-    #: Whose gradient is clipped, a name in PROTECTION_MODES.
+    #: What is done to the gradient, a name in PROTECTION_MODES.
     mode: str
     #: Standard deviation of the noise per entry of the mean gradient, ≥ 0.
     sigma: float
@@ -66,6 +68,8 @@ class ProtectionSettings:
     steps: int
     #: Probability in (0, 1] that a sample is in a batch.
     sample_rate: float
+    #: What stands behind the name of `--defence`, where that is neither dp-sgd nor batch.
+    amounts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,13 @@ def settings_from(args) -> ClientSettings:
     Raises InputError for everything that can be refused without opening data or building the
     network.
     """
+    if args.defence is not None:
+        args = with_defence(args, args.defence)
     request = Request(
         root=args.data,
         size=args.image_size,
         channels=args.channels,
+        bit_depth=args.bit_depth,
         distinct_labels=args.distinct_labels,
         seed=args.seed,
         workers=args.workers,
@@ -146,7 +153,7 @@ def _check_company(args) -> None:
         raise InputError(
             f"--pretrained {args.pretrained}: no such file; leave it out for random weights"
         )
-    for flag in ("image_size", "channels", "distinct_labels"):
+    for flag in ("image_size", "channels", "bit_depth", "distinct_labels"):
         if args.data_backup is not None and getattr(args, flag) is not None:
             raise InputError(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: a --data-backup is taken as "
@@ -174,6 +181,9 @@ def _check_request(args, request: Request) -> None:
 
 def _check_protection(args) -> None:
     """Refuse flags of protection that do nothing or cannot be followed together."""
+    if args.defence is not None:
+        check_company(args, parsed(args.defence))
+        return
     for flag, value in (
         ("--sigma", args.sigma),
         ("-C", args.max_per_sample_grad_norm),
@@ -194,6 +204,8 @@ def _check_protection(args) -> None:
 
 
 def _protection_from(args) -> ProtectionSettings | None:
+    if args.defence is not None:
+        return _defence_from(args)
     if not args.enable_dp:
         return None
     return ProtectionSettings(
@@ -204,6 +216,22 @@ def _protection_from(args) -> ProtectionSettings | None:
         delta=args.delta,
         steps=args.dp_steps,
         sample_rate=args.sample_rate,
+    )
+
+
+def _defence_from(args) -> ProtectionSettings | None:
+    """Return the protection that `--defence` asks for; None where it is another flag, or none."""
+    defence = parsed(args.defence)
+    mode = {"dp-sgd": "per-sample"}.get(defence.name, defence.name)
+    if mode not in PROTECTION_MODES:
+        return None
+    sigma, clip, amounts = 0.0, None, defence.amounts
+    if mode in DP_MODES:
+        clip, noise = amounts
+        sigma = noise * clip / args.batch_size if mode == "per-sample" else noise
+        amounts = ()
+    return ProtectionSettings(
+        mode, sigma, clip, args.noise_seed, args.delta, args.dp_steps, args.sample_rate, amounts
     )
 
 

@@ -148,6 +148,12 @@ def _add_labels(add) -> None:
         "as the classes are.",
     )
     add(
+        "--bit-depth",
+        type=integer_from(8, 16),
+        help="For --label-aux: bits per grey value in image files of more than 8 bits. Without "
+        "it: as they say, else 16.",
+    )
+    add(
         "--label-prior",
         choices=("none", "uniform"),
         default="none",

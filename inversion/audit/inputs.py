@@ -26,7 +26,9 @@ from models.target import GroundTruth, Target, Update, check_fits, guarantee_lin
 from utils.console import Reporter
 from utils.device import choose_device
 from utils.errors import InputError, naming
+from utils.files import printable
 from utils.image_files import load_auxiliary, public_photographs
+from utils.image_reading import DepthError
 from utils.images import denormalise, normalise
 from utils.metrics import LPIPS_BACKBONE, load_lpips
 from utils.shard import ALONE, Shard
@@ -318,8 +320,15 @@ def _labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Modul
     public = public_images(PUBLIC_IMAGES, target)
     auxiliary = None
     if inputs.label_images is not None:
-        with naming(f"--label-aux {inputs.label_images}"):
-            x, y = load_auxiliary(inputs.label_images, target.num_classes, shape)
+        with naming(f"--label-aux {printable(inputs.label_images)}"):
+            try:
+                x, y = load_auxiliary(
+                    inputs.label_images, target.num_classes, shape, inputs.bit_depth
+                )
+            except DepthError as error:
+                raise InputError(
+                    f"{error}; give --bit-depth with the bits that the files hold"
+                ) from error
         auxiliary = normalise(x, target.mean, target.std), y
     known = LabelInputs(model, public, auxiliary, inputs.uniform_labels)
     try:
@@ -363,9 +372,11 @@ def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
             "used; capture with training.py --upload-bn to have them"
         )
     if settings.bn_coupling == "forced" and target.protection is not None:
+        how = target.protection.mode
+        what = "clipped them or added noise" if how in DP_MODES else f"changed them by {how}"
         notes.append(
             "warning: --bn-coupling forced takes the gradients of BatchNorm's scale and shift for "
-            "exact, but the client clipped them or added noise"
+            f"exact, but the client {what}"
         )
     return notes
 

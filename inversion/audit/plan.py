@@ -84,13 +84,8 @@ def _protection_lines(case: Case) -> list[str]:
     protection = case.target.protection
     if protection is None:
         return []
-    clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
     first, *rest = case.guarantee
-    return [
-        f"the client's protection: {protection.mode}, {clip}, noise with standard "
-        f"deviation {protection.sigma:g} per entry; {first}",
-        *rest,
-    ]
+    return [f"the client's protection: {protection.description}; {first}", *rest]
 
 
 def layerwise_estimate(case: Case, max_memory: int) -> str:

@@ -47,6 +47,8 @@ class InputSettings:
     label_method: str
     #: Folder of labelled images of the attacker's own.
     label_images: str | None
+    #: Bits per grey value in those files that can hold more than 8; None for what they say.
+    bit_depth: int | None
     #: Whether labels are known to be drawn evenly from all classes.
     uniform_labels: bool
     #: Factor by which the client multiplied its loss.
@@ -173,6 +175,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
             labels_from_gradient=args.pseudo_label_init == "from_grads",
             label_method=args.label_method,
             label_images=args.label_aux,
+            bit_depth=args.bit_depth,
             uniform_labels=args.label_prior == "uniform",
             gradient_scale=args.gradient_scale,
             shuffled=args.target_gradient == "shuffled",
@@ -342,6 +345,10 @@ def _refuse_inputs(args) -> None:
                 f"--label-{flag} {value}: says how labels are reconstructed; give "
                 "--pseudo-label-init from_grads as well"
             )
+    if args.bit_depth is not None and args.label_aux is None:
+        raise InputError(
+            f"--bit-depth {args.bit_depth}: is for the files of --label-aux; give it as well"
+        )
     if args.label_method == AUTO:
         return
     method = LABEL_METHODS[args.label_method]

@@ -135,6 +135,8 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
         raise ValueError(f"the equations of {method} have no solution here") from error
     if estimate.remark:
         reason = f"{reason}; {estimate.remark}"
+    if evidence.defence:
+        reason = f"{reason}; {evidence.defence}"
     bounds, certain = lower_bounds(with_bias)
     if not certain and bounds.sum() > target.batch_size:  # what is likely, but cannot be
         bounds = round_counts(estimate.counts.double(), bounds, target.batch_size)
