@@ -129,8 +129,13 @@ def score(
     attacked: Attacked,
     finish: Finish,
     controls: Controls = NOT_RUN,
+    *,
+    tests: int = 1,
 ) -> tuple[dict, str]:
-    """Score the reconstruction: the entry `metrics` of result.json, and what to print of it."""
+    """Score the reconstruction: the entry `metrics` of result.json, and what to print of it.
+
+    tests: attacks of which the strongest verdict will count.
+    """
     truth, check, doubt = sealed.truth, sealed.check, finish.doubt
     assert check is not None  # load_inputs saw to it
     if check.kind == "protected" and not sealed.bound:
@@ -148,7 +153,7 @@ def score(
         ),
         controls=controls.images,
         decoys=truth.decoys,
-        doubts=Doubts(controls.missing, doubt, finish.arrival.arrived),
+        doubts=Doubts(controls.missing, doubt, finish.arrival.arrived, tests),
     )  # fmt: skip
     reason = finish.reason
     figures = {

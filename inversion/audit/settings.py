@@ -159,6 +159,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     """
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
+    _refuse_audit_flags(args)
     search = _search_from(args)
     if args.attack == "matching":
         _refuse_solving(args)
@@ -206,6 +207,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
     )
     writable_folder(str(settings.folder), "--root")
     return settings
+
+
+def _refuse_audit_flags(args) -> None:
+    """Refuse what concerns a whole audit where one attack is asked for."""
+    if args.budget is not None:
+        raise InputError(f"--budget {args.budget:g}s: belongs to --audit; give it as well")
+    if args.no_images and not args.audit:
+        raise InputError("--no-images: belongs to --audit; give it as well")
+    for flag in ("checkpoint", "truth"):
+        if isinstance(getattr(args, flag), list):
+            raise InputError(f"--{flag}: several files are for --audit; give one")
 
 
 def refuse_processes(settings: Settings, count: int) -> None:
