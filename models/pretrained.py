@@ -85,9 +85,7 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
     return Loaded(has_head, remarks)
 
 
-def _with_own_names(
-    state: dict[str, Tensor], own: Collection[str]
-) -> tuple[dict[str, Tensor], str]:
+def with_own_names(state: dict[str, Tensor], own: Collection[str]) -> tuple[dict[str, Tensor], str]:
     """Take a prefix off all names where it keeps them from being those of a network, `own`.
 
     Wrappers put one there: `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.` and
@@ -123,7 +121,7 @@ def _read_state(path: str, own: Collection[str]) -> tuple[dict[str, Tensor], lis
     state = {k.removeprefix("module."): v.detach() for k, v in content.items()}
     if any(k.startswith(MOCO_PREFIX) for k in state):
         return state, remarks
-    state, prefix = _with_own_names(state, own)
+    state, prefix = with_own_names(state, own)
     if prefix:
         remarks.append(f"'{prefix}' taken off the front of every name")
     return state, remarks

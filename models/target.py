@@ -23,6 +23,7 @@ from models.build import (
     without_wrapper,
 )
 from models.gradient import ClientLoss, Update, trainable_parameters
+from models.local import LocalSteps
 from utils.errors import InputError
 
 
@@ -132,6 +133,19 @@ class Target:
     #: Relative rounding error of the gradient's entries as they were sent; None for that of the
     #: narrowest type that holds them.
     resolution: float | None = None
+    #: How the client stepped, where it sent the update of several local steps; `gradient` is then
+    #: the mean gradient (w_before − w_after) / (lr · T). None for one gradient.
+    local: LocalSteps | None = None
+
+    @property
+    def weight_change(self) -> tuple[Tensor, ...]:
+        """Return w_after − w_before of every trainable parameter, −lr · T · gradient.
+
+        Raises ValueError where one gradient was sent.
+        """
+        if self.local is None:
+            raise ValueError("one gradient was sent, no update of weights")
+        return tuple(-self.local.lr * self.local.steps * g for g in self.gradient)
 
     @property
     def loss(self) -> ClientLoss:
@@ -147,7 +161,8 @@ class Target:
         if scale == 1:
             return self
         gradient = tuple(g / scale for g in self.gradient)
-        return replace(self, gradient=gradient, resolution=rounding_error(self.gradient))
+        sent = self.resolution or rounding_error(self.gradient)
+        return replace(self, gradient=gradient, resolution=sent)
 
     @property
     def network(self) -> str:

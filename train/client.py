@@ -15,10 +15,10 @@ from models.gradient import (
     Update,
     couples_samples,
     forward_failure,
-    whole_batch_gradient,
 )
 from models.pretrained import load_pretrained
 from models.target import Protection
+from train.local import sent_update
 from train.privacy import Mechanism, Protected, epsilon, protect_batch, protect_per_sample
 from train.settings import ClientSettings, NetworkSettings, ProtectionSettings
 from utils.errors import InputError, naming
@@ -149,7 +149,7 @@ def update(
     Raises InputError where the gradient is not finite or zero.
     """
     loss = ClientLoss(settings.train_mode, settings.label_smoothing)
-    sent = whole_batch_gradient(model, x, y, loss, shard, moments=settings.upload_bn)
+    sent = sent_update(settings, model, x, y, loss, shard)
     _check_gradient(settings.network.arch, sent.gradient, images)
     if settings.protection is None:
         return Sent(sent, None)

@@ -8,6 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from train.request import Request, check_batch_size, check_name, check_openable, check_request
+from train.update_settings import (
+    ImportSettings,
+    LocalSettings,
+    import_settings,
+    local_settings,
+)
 from utils.errors import InputError
 from utils.script import writable_folder
 
@@ -94,6 +100,10 @@ class ClientSettings:
     dry_run: bool
     #: All flags as given, by name: the record in the checkpoint and in the log.
     record: Mapping
+    #: How the client steps; None where it sends the gradient of the whole batch.
+    local: LocalSettings | None = None
+    #: The update of a real client, which is then all that is read; None without.
+    imported: ImportSettings | None = None
 
 
 def settings_from(args) -> ClientSettings:
@@ -112,6 +122,7 @@ def settings_from(args) -> ClientSettings:
     )
     _check_company(args)
     _check_protection(args)
+    imported, local = import_settings(args), local_settings(args)
     writable_folder(args.results, "--results")
     _check_request(args, request)
     return ClientSettings(
@@ -137,6 +148,8 @@ def settings_from(args) -> ClientSettings:
         seal=args.seal,
         dry_run=args.dry_run,
         record=vars(args),
+        local=local,
+        imported=imported,
     )
 
 
@@ -162,7 +175,10 @@ def _check_company(args) -> None:
 
 def _check_request(args, request: Request) -> None:
     """Refuse what the data set cannot give, as far as that shows without its files."""
-    if args.data_backup is not None:
+    unknown_images = args.import_update is not None and not (
+        args.data or args.data_name == "photos"
+    )
+    if args.data_backup is not None or unknown_images:
         check_name(args.data_name)
     elif args.ra and args.data_name != "folder":
         check_request(args.data_name, request)  # its shape and classes are known without files
