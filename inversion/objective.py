@@ -127,8 +127,8 @@ class Objective:
         self.target_gradient = [g.to(like) for g in target.gradient]
         if not joint_norm(self.target_gradient) > 0:
             raise InputError("the target's gradient is zero: it says nothing about the images")
-        self._forced = forced_statistics(model, target) if bn_coupling == "forced" else None
         _check_update_model(update_model, target, weights, bn_coupling, batch_shard)
+        self._forced = forced_statistics(model, target) if bn_coupling == "forced" else None
         #: How the candidate's own local steps are taken, where they are unrolled.
         self._unrolled = target.local if update_model == "unroll" else None
         #: The surrogate's place between the two states; None without one.

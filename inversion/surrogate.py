@@ -16,6 +16,8 @@ from torch import Tensor
 START = 0.5
 #: First step size of α; it falls along a cosine to 0 at the end of the run.
 RATE = 0.01
+#: Places at which the objective is evaluated where the best one is looked for.
+PLACES = tuple(step / 20 for step in range(21))
 
 
 class SurrogatePlace:

@@ -17,6 +17,7 @@ from inversion.settings import (
     SHARDS,
     SSIMS,
     STRATEGIES,
+    UPDATE_MODELS,
     VERDICT_METRICS,
 )
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
@@ -33,6 +34,7 @@ def parser() -> Parser:
     _add_attack(parser.add_argument_group("attack").add_argument)
     _add_labels(parser.add_argument_group("label reconstruction").add_argument)
     _add_objective(parser.add_argument_group("objective").add_argument)
+    _add_updates(parser.add_argument_group("several local steps").add_argument)
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
     _add_seeds(parser.add_argument_group("several seeds").add_argument)
     _add_scoring(parser.add_argument_group("scoring").add_argument)
@@ -182,6 +184,16 @@ def _add_objective(add) -> None:
         choices=PIXEL_GRADIENTS,
         default="exact",
         help="How the derivative of the pixels is computed; plain is the slow twin of exact.",
+    )
+
+
+def _add_updates(add) -> None:
+    add(
+        "--update-model",
+        choices=UPDATE_MODELS,
+        help="What an update of several local steps is compared with. sme: the gradient at a "
+        "place between the two states, which is learned; mean: the gradient at the state before; "
+        "unroll: the candidate's own local steps. Without it: sme.",
     )
 
 
@@ -361,7 +373,7 @@ def matching_flags() -> dict[str, object]:
     def note(flag: str, *_, default: object = None, action: str = "", **__) -> None:
         found[flag] = False if action == "store_true" else default
 
-    for add_flags in (_add_objective, _add_optimisation, _add_seeds):
+    for add_flags in (_add_objective, _add_updates, _add_optimisation, _add_seeds):
         add_flags(note)
     return found
 
