@@ -279,6 +279,7 @@ def _attack_from(args) -> AttackSettings:
         bn_grad=args.bn_grad,
         bn_coupling=args.bn_coupling,
         shared=args.shard,
+        update_model=args.update_model,
     )
 
 
@@ -423,6 +424,11 @@ def _refuse_scoring(args) -> None:
 def _search_from(args) -> SearchSettings | None:
     """Return the search that the flags ask for; raise InputError for one that cannot run."""
     names = tuned_names(args)
+    if args.superparameters_search and args.update_model in ("sme", "unroll"):
+        raise InputError(
+            f"--update-model {args.update_model}: a search tries the gradient at the state before; "
+            "give --update-model mean"
+        )
     if not args.superparameters_search:
         flags = [f"{tuned_flag(name)}-tune" for name in names]
         given = ("simulation_checkpoint", "ray_address", "search_resume", "search_only")

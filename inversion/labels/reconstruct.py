@@ -144,6 +144,12 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
     if evidence.defence:
         reason = f"{reason}; {evidence.defence}"
     bounds, certain = lower_bounds(with_bias)
+    if target.local is not None:
+        certain = False
+        reason = (
+            f"{reason}; an update of {target.local.steps} local steps is no gradient, so that "
+            "counts and bounds are likely at best"
+        )
     if not certain and bounds.sum() > target.batch_size:  # what is likely, but cannot be
         bounds = round_counts(estimate.counts.double(), bounds, target.batch_size)
     return LabelResult(
