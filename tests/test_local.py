@@ -1,4 +1,4 @@
-"""Local steps: the simulated client, the surrogate's derivative, unrolled steps, refusals."""
+"""Local steps: the simulated client, the surrogate's derivative, unrolling, what is refused."""
 
 from dataclasses import replace
 from functools import partial
@@ -94,15 +94,14 @@ def test_replaced_parameters_are_put_back_after_an_error():
     model = network()
     name, own = next(iter(trainable_parameters(model).items()))
     value = torch.ones_like(own).requires_grad_()
-
-    def fail_within():
-        with replaced_parameters(model, {name: value}):
-            assert next(model.parameters()) is value
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_within()
+    with pytest.raises(ValueError, match="a batch"), replaced_parameters(model, {name: value}):
+        _fail_within(model, value)
     assert next(model.parameters()) is own
+
+
+def _fail_within(model, value):
+    assert next(model.parameters()) is value
+    raise ValueError("a batch that the model cannot take")
 
 
 # The attack --------------------------------------------------------------------------------

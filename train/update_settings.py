@@ -69,10 +69,12 @@ def local_settings(args) -> LocalSettings | None:
             f"--local-batch {batch}: {steps} step(s) see {steps * batch} of the {size} images; "
             "give a smaller --batch-size or more steps"
         )
-    return LocalSettings(
+    how = LocalSettings(
         steps, args.local_lr or LOCAL_LR, batch, args.local_epochs, args.local_optimiser,
         args.local_momentum, args.local_weight_decay,
     )  # fmt: skip
+    check_optimiser(how)
+    return how
 
 
 def _check_local(args) -> None:
@@ -121,6 +123,31 @@ def _check_local(args) -> None:
 def _defence_of(args) -> str | None:
     """Return the name of the defence asked for; None without."""
     return None if args.defence is None else args.defence.partition(":")[0]
+
+
+def check_optimiser(how: LocalSettings) -> None:
+    """Refuse an optimiser whose steps cannot be undone."""
+    if how.optimiser == "adam":
+        raise InputError(
+            "--local-optimiser adam: its first step is the sign of the gradient times the step "
+            "size, and later ones mix gradients by their squares: no gradient follows; audit the "
+            "gradient itself, or a client with SGD"
+        )
+    if how.optimiser == "nesterov" and how.momentum is None:
+        raise InputError("--local-optimiser nesterov: the step is (1 + momentum) gradients; give "
+                         "--local-momentum")  # fmt: skip
+    if how.steps == 1:
+        return
+    if how.optimiser != "sgd":
+        raise InputError(
+            f"--local-optimiser {how.optimiser}: {how.steps} steps of momentum weigh early "
+            "gradients more than late ones; only one step can be undone"
+        )
+    if how.weight_decay:
+        raise InputError(
+            f"--local-weight-decay {how.weight_decay:g}: over {how.steps} steps it acts on weights "
+            "in between that were not sent; only one step can be undone"
+        )
 
 
 def import_settings(args) -> ImportSettings | None:

@@ -16,7 +16,7 @@ from models.gradient import Update
 from models.local import LocalSteps
 from models.pretrained import with_own_names
 from train.buffers import batch_statistics_from
-from train.update_settings import LocalSettings
+from train.update_settings import LocalSettings, check_optimiser
 from utils.errors import InputError
 
 #: Ends of the names of BatchNorm's buffers.
@@ -68,7 +68,7 @@ def gradient_from_update(
     Raises InputError for tensors that are not the network's, for an optimiser that cannot be
     undone, and where nothing was trained.
     """
-    _check_optimiser(how)
+    check_optimiser(how)
     state = named_tensors(before, model, "BEFORE")
     _set_weights(model, state, train_mode)
     start = {without_wrapper(k): v.detach().clone() for k, v in model.state_dict().items()}
@@ -188,36 +188,11 @@ def _check_counters(changes: Mapping[str, Tensor], steps: int) -> None:
             )
 
 
-def _check_optimiser(how: LocalSettings) -> None:
-    """Refuse an optimiser whose steps cannot be undone."""
-    if how.optimiser == "adam":
-        raise InputError(
-            "--local-optimiser adam: its first step is the sign of the gradient times the step "
-            "size, and later ones mix gradients by their squares: no gradient follows; audit the "
-            "gradient itself, or a client with SGD"
-        )
-    if how.optimiser == "nesterov" and how.momentum is None:
-        raise InputError("--local-optimiser nesterov: the step is (1 + momentum) gradients; give "
-                         "--local-momentum")  # fmt: skip
-    if how.steps == 1:
-        return
-    if how.optimiser != "sgd":
-        raise InputError(
-            f"--local-optimiser {how.optimiser}: {how.steps} steps of momentum weigh early "
-            "gradients more than late ones; only one step can be undone"
-        )
-    if how.weight_decay:
-        raise InputError(
-            f"--local-weight-decay {how.weight_decay:g}: over {how.steps} steps it acts on weights "
-            "in between that were not sent; only one step can be undone"
-        )
-
-
 def _undone(start: Tensor, change: Tensor, how: LocalSettings) -> Tensor:
     """Return the (mean) gradient in float64 of a parameter that changed so."""
     step = -change / (how.lr * how.steps)
     if how.optimiser == "nesterov":
-        assert how.momentum is not None  # _check_optimiser has asked
+        assert how.momentum is not None  # check_optimiser has asked
         step = step / (1 + how.momentum)
     return step - how.weight_decay * start.double()
 

@@ -20,6 +20,9 @@ from utils.shard import ALONE, Shard
 #: of a flat batch's distance that it must stay below, and the distance that is only rounding: of
 #: the computation, and of the numbers sent, in squares of their relative rounding error.
 SAME_BATCH, SHARE_OF_FLAT, ROUNDING, ROUNDED_BY = 1e-3, 0.1, 1e-10, 0.1
+#: Share of a flat batch's distance up to which an update can be that of the same images, where its
+#: mini-batches came in another order.
+OTHER_ORDER = 0.5
 #: Share of its loss that an attack still loses in the second half if it is called unfinished.
 STILL_FALLING = 0.1
 #: Relative difference of norms up to which they are equal but for rounding.
@@ -80,13 +83,13 @@ def check_truth_gradient(
     flat = x.mean((-2, -1), keepdim=True).expand_as(x)
     resolution = target.resolution or rounding_error(target.gradient)
     rounding = max(ROUNDING, ROUNDED_BY * resolution**2)
-    of_flat = SHARE_OF_FLAT * compared(flat)[0]
-    limit = min(SAME_BATCH, max(rounding, of_flat))
+    of_flat = compared(flat)[0]
+    limit = min(SAME_BATCH, max(rounding, SHARE_OF_FLAT * of_flat))
     several = target.local is not None
     if distance <= limit and several and abs(ratio - 1) <= SAME_NORM:
         return finding("same", "what was sent is the update of the truth's local steps")
     in_parts = target.local is not None and target.local.batch is not None
-    if in_parts and limit < distance <= of_flat:
+    if in_parts and limit < distance <= OTHER_ORDER * of_flat:
         return finding(
             "order",
             "what was sent is nearly the update of the truth's local steps, as where the "
