@@ -16,14 +16,20 @@ SENTENCES = {
 }
 #: What a small network's attacker has, in the form of the threat model's rows.
 THREAT = {
-    "letter": "C",
+    "letter": "D",
+    "name": "data-enhanced eavesdropper",
+    "reason": "public photographs, for the decoder",
     "rows": [
-        ["gradient of one batch", "yes", "8 tensors, 70,088 numbers, none left out"],
-        ["network and its weights", "yes", "as the server sends them"],
-        ["number of images, normalisation", "yes", "8 images; mean and deviation per channel"],
-        ["batch statistics", "no", "this network has no BatchNorm"],
-        ["labels", "given", "with the test; see below how well they can be worked out"],
-        ["private images", "no", "used for scoring alone"],
+        ["gradient", "yes", "of one batch"],
+        ["tensors", "yes", "all 8, 70,088 numbers"],
+        ["BN statistics", "no", "the network has no BatchNorm layer"],
+        ["labels", "given", "from the truth"],
+        ["batch", "yes", "8 images (3, 32, 32)"],
+        ["normalisation", "yes", "mean 0.49, deviation 0.24 per channel"],
+        ["network", "yes", "lenet, 8 classes, with its weights"],
+        ["loss", "yes", "train mode, mean cross-entropy"],
+        ["protection", "withheld", "none is assumed"],
+        ["other images", "yes", "public photographs, for the decoder"],
     ],
 }
 
@@ -55,7 +61,12 @@ def part(name, verdict, ssim, psnr, **changes):
 def spread(values):
     """The leakage of one metric; the interval is that of the demo in width."""
     mean = sum(values) / len(values)
-    return {"mean": mean, "low": mean - 0.14 * abs(mean), "high": mean + 0.106 * abs(mean), "images": values}
+    return {
+        "mean": mean,
+        "low": mean - 0.14 * abs(mean),
+        "high": mean + 0.106 * abs(mean),
+        "images": values,
+    }
 
 
 LEAKED = ([0.939, 0.921, 0.874, 0.412, 0.683, 0.901, 0.802, 0.652],
@@ -96,10 +107,11 @@ def audit(verdict, checkpoints, **changes):
         "format": 1, "created": "2026-11-27T10:00:00+00:00",
         "command": "python run.py --audit --checkpoint results/demo/iddemo_lenet_random_photos_b8_"
         "i0-checkpoint.pth.tar --budget 5m --id demo-audit",
-        "versions": {"python": "3.11.2", "torch": "2.11.0", "torchvision": "0.26.0", "numpy": "2.3.1"},
-        "git": "32bc68cf6a1e3c5bd1a5f0e1b4f8f3f0e26c9d1a", "budget_seconds": 300.0, "seconds": 287.1,
+        "versions": {"python": "3.11.2", "torch": "2.11.0", "numpy": "2.3.1"},
+        "git": "32bc68cf6a1e3c5bd1a5f0e1b4f8f3f0e26c9d1a",
+        "budget_seconds": 300.0, "seconds": 287.1,
         "verdict": verdict, "sentence": SENTENCES[verdict],
-        "warnings": [{"code": "labels-given", "text": "The attack was given the true labels; without "
+        "warnings": [{"code": "labels-given", "text": "The attack was given the labels; without "
                       "them an attacker first has to work them out."}],
         "positive_control": {
             "passed": True, "what": "the same attacks on a small network without protection, on "
@@ -120,7 +132,7 @@ def leak():
                 sentence="leakage: identifiable: the client's gradient shows in the images "
                 "(p = 0.0011); worst image 0 (rank 1 of 100, SSIM +0.550)")  # fmt: skip
     refused = {"name": "layerwise", "status": "refused", "seconds": 0.4,
-               "reason": "the network has no layer that layerwise attacks can start from"}  # fmt: skip
+               "reason": "the network has no layer that this attack can start from"}  # fmt: skip
     parts = [part("matching, long", RECONSTRUCTION, *LEAKED), less, refused]
     return audit(RECONSTRUCTION, [checkpoint(RECONSTRUCTION, parts)])
 
@@ -135,9 +147,12 @@ PROTECTION = {
 def no_leak():
     """A protected update, in which nothing was found."""
     parts = [part("matching, long", NOT_SHOWN, *NOTHING)]
-    found = checkpoint(NOT_SHOWN, parts, protection=PROTECTION,
-                       labels={"known": False, "accuracy": 0.375, "method": "counts", "chance": 0.125})  # fmt: skip
-    warning = {"code": "optimiser-limited", "text": "The attack's aim is lower at the private images."}
+    labels = {"known": False, "accuracy": 0.375, "method": "counts", "chance": 0.125}
+    found = checkpoint(NOT_SHOWN, parts, protection=PROTECTION, labels=labels)
+    warning = {
+        "code": "optimiser-limited",
+        "text": "The attack's aim is lower at the private images.",
+    }
     return audit(NOT_SHOWN, [found], warnings=[warning])
 
 
@@ -146,7 +161,8 @@ def incomplete():
     parts = [{"name": "layerwise", "status": "skipped", "reason": "the budget was used up"},
              {"name": "matching, short", "status": "interrupted", "seconds": 12.0}]  # fmt: skip
     found = {"file": "update.npz", "batch_size": 1, "verdict": INCOMPLETE, "parts": parts,
-             "threat": None, "protection": None, "data": {"images": 1}, "system": {"arch": "resnet18"}}  # fmt: skip
+             "threat": None, "protection": None, "data": {"images": 1},
+             "system": {"arch": "resnet18"}}  # fmt: skip
     control = {"passed": False, "what": "the same attacks on a small network", "verdict": NOT_SHOWN,
                "leakage": None, "seconds": 30.0}  # fmt: skip
     warning = {"code": "positive-control-failed", "text": "Give a larger --budget."}

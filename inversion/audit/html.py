@@ -49,8 +49,6 @@ def render(audit: Mapping, folder: Path, *, with_images: bool) -> str:
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
     )
     environment.filters |= FILTERS
     view = page_view.audit_view(audit, folder, with_images=with_images)
@@ -64,7 +62,7 @@ def render(audit: Mapping, folder: Path, *, with_images: bool) -> str:
 
 
 def _chart(checkpoint: Mapping) -> Markup:
-    """Draw the leakage of a checkpoint that has a decisive part; the drawing holds no file's text."""
+    """Draw the leakage of a checkpoint with a decisive part; the drawing holds no file's text."""
     part, metric = checkpoint["decisive"], checkpoint["metric"]
     others = [
         other

@@ -21,7 +21,7 @@ COLOURS = {
 }
 INK, BAR, BAND, LINE, PAPER = COLOURS
 #: Shapes of the attacks beside the one that the verdict rests on.
-MARKERS = ("X", "D", "^", "v")
+MARKERS = ("D", "^", "s", "v")
 #: Up to so many images each has its number below the axis.
 NUMBERED = 32
 
@@ -38,12 +38,12 @@ def leakage_chart(part: Mapping, others: Sequence[Mapping], metric: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {"svg.hashsalt": "chart", "svg.fonttype": "none", "font.size": 8.5, "hatch.linewidth": 0}
+    style = {"svg.hashsalt": "chart", "svg.fonttype": "none", "font.size": 9, "hatch.linewidth": 0}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.4, 2.35))
+        figure = Figure(figsize=(9.6, 2.05))
         FigureCanvasSVG(figure)
-        figure.subplots_adjust(left=0.075, right=0.995, top=0.86, bottom=0.19)
+        figure.subplots_adjust(left=0.06, right=0.995, top=0.86, bottom=0.2)
         axes = figure.add_subplot()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
@@ -61,7 +61,7 @@ def _draw(axes: "Axes", part: Mapping, others: Sequence[Mapping], metric: str) -
     axes.axhspan(lowest, 0, facecolor=BAND, edgecolor="none", label="made without the update")
     axes.axhline(0, color=LINE, linewidth=0.8)
     axes.axhline(
-        CLEAR_DIFFERENCE[metric], color=LINE, linewidth=0.9, linestyle=(0, (4, 3)),
+        CLEAR_DIFFERENCE[metric], color=INK, linewidth=0.9, linestyle=(0, (4, 3)),
         label="clear on average",
     )  # fmt: skip
     found = set(part["identified"])
@@ -89,7 +89,7 @@ def _draw(axes: "Axes", part: Mapping, others: Sequence[Mapping], metric: str) -
         spine.set_color(LINE)
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, borderpad=0,
-        handlelength=1.4, columnspacing=1.2, handletextpad=0.5, fontsize=8,
+        handlelength=1.4, columnspacing=1.2, handletextpad=0.5, fontsize=8.5,
     )  # fmt: skip
     for artist in axes.get_children():
         artist.set_clip_on(False)

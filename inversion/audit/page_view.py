@@ -1,4 +1,4 @@
-"""Makes of an audit's dict what the report's template shows: every field there, numbers in words."""
+"""Makes of an audit's dict what the report's template shows, with every field and in words."""
 
 import base64
 import math
@@ -8,21 +8,37 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from inversion.audit.page_words import MEANINGS
-from inversion.audit.verdict import INCOMPLETE
+from inversion.audit.page_words import MEANINGS, Meaning
+from inversion.audit.verdict import (
+    CLEAR_DIFFERENCE,
+    IDENTIFIABLE,
+    INCOMPLETE,
+    NOT_SHOWN,
+    RECONSTRUCTION,
+)
 
 NOT_KNOWN = "not recorded"
 SYSTEM = dict.fromkeys(
-    ("arch", "parameters", "image_shape", "num_classes", "batch_size", "train_mode", "loss", "round")
+    (
+        "arch",
+        "parameters",
+        "image_shape",
+        "num_classes",
+        "batch_size",
+        "train_mode",
+        "loss",
+        "round",
+    )
 )
 PROTECTION = dict.fromkeys(("mode", "text", "epsilon", "delta", "mu", "unit", "bound"))
+THREAT: dict[str, Any] = {"letter": None, "name": None, "reason": None, "rows": []}
 LABELS = dict.fromkeys(("known", "accuracy", "method", "chance"))
 DATA = dict.fromkeys(("name", "chosen", "images", "decoys"))
 CONTROL = dict.fromkeys(("passed", "what", "verdict", "leakage", "seconds"))
 PART = dict.fromkeys(
     ("name", "status", "reason", "seconds", "control_seconds", "budget_seconds", "verdict",
-     "sentence", "p", "smallest_p", "p_corrected", "arrived", "iterations", "leakage", "mean",
-     "controls", "identified", "ranks", "worst_image", "deepest_layer", "certified")
+     "sentence", "metric", "p", "smallest_p", "p_corrected", "arrived", "iterations", "leakage",
+     "mean", "controls", "identified", "ranks", "worst_image", "deepest_layer", "certified")
 )  # fmt: skip
 LEAKAGE = dict.fromkeys(("mean", "low", "high", "images"))
 CHECKPOINT = dict.fromkeys(
@@ -33,6 +49,8 @@ AUDIT = dict.fromkeys(
     ("format", "created", "command", "versions", "git", "budget_seconds", "seconds", "verdict",
      "sentence", "warnings", "positive_control", "checkpoints")
 )  # fmt: skip
+#: From the verdict to act on first; what is incomplete may hide leakage.
+GRAVITY = (RECONSTRUCTION, IDENTIFIABLE, INCOMPLETE, NOT_SHOWN)
 #: The first bytes of a picture → its type.
 PICTURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
@@ -41,9 +59,9 @@ def audit_view(audit: Mapping, folder: Path, *, with_images: bool) -> dict[str, 
     """Return the audit with every field of audit.json, None where it holds none, and more.
 
     Added are to a checkpoint `meaning`, `decisive` (the part that its verdict rests on, or None),
-    `metric`, `highest` (image, value), `mean_leakage` and `picture` (a data URI, or None); to the
-    audit `meaning`, `shown` (the checkpoint whose worst image comes first) and `number_of_images`.
-    folder: where the files of `pictures` lie.
+    `metric`, `highest` (image, value), `mean_leakage`, `likeness` (metrics), `number` (from 1) and
+    `picture` (a data URI, or None); to the audit `meaning`, `shown` (the checkpoint whose worst image
+    comes first) and `number_of_images`. folder: where the files of `pictures` lie.
     """
     view = {**AUDIT, **audit}
     view["warnings"] = [{"code": None, "text": None, **w} for w in view["warnings"] or []]
@@ -55,14 +73,16 @@ def audit_view(audit: Mapping, folder: Path, *, with_images: bool) -> dict[str, 
     ]
     view["verdict"] = view["verdict"] or INCOMPLETE
     view["meaning"] = meaning_of(view["verdict"])
+    for number, checkpoint in enumerate(view["checkpoints"], start=1):
+        checkpoint["number"] = number
     view["shown"] = min(view["checkpoints"], key=_strength, default=None)
     view["number_of_images"] = sum(c["batch_size"] or 0 for c in view["checkpoints"])
     return view
 
 
-def meaning_of(verdict: str | None) -> Any:
+def meaning_of(verdict: str) -> Meaning:
     """Return the meaning of a verdict; a verdict that is not known means what "incomplete" does."""
-    return MEANINGS.get(verdict or "", MEANINGS[INCOMPLETE])
+    return MEANINGS.get(verdict, MEANINGS[INCOMPLETE])
 
 
 def _checkpoint_view(found: Mapping, folder: Path, *, with_images: bool) -> dict[str, Any]:
@@ -72,15 +92,16 @@ def _checkpoint_view(found: Mapping, folder: Path, *, with_images: bool) -> dict
     if view["protection"] is not None:
         view["protection"] = {**PROTECTION, **view["protection"]}
     if view["threat"] is not None:
-        view["threat"] = {"letter": None, "rows": [], **view["threat"]}
+        view["threat"] = {**THREAT, **view["threat"]}
     view["parts"] = [_part_view(part, i) for i, part in enumerate(view["parts"] or [])]
     view["identified"] = view["identified"] or []
     view["verdict"] = view["verdict"] or INCOMPLETE
     view["meaning"] = meaning_of(view["verdict"])
     view["decisive"] = decisive_part(view["parts"], view["verdict"])
     view |= _figures(view["decisive"])
-    name = (view["pictures"] or {}).get("worst")
-    view["picture"] = data_uri(folder, name) if with_images and name else None
+    view["likeness"] = _likeness(view["decisive"])
+    picture = (view["pictures"] or {}).get("worst")
+    view["picture"] = data_uri(folder, picture) if with_images and picture else None
     return view
 
 
@@ -101,25 +122,27 @@ def short_name(index: int) -> str:
 
 
 def decisive_part(parts: Sequence[Mapping], verdict: str) -> Mapping | None:
-    """Return the part that the verdict rests on: of its verdict, the lowest p, the most leakage.
+    """Return the part that the verdict rests on: of those with this verdict, the most leakage.
 
-    A part without figures comes last; None where no part has any.
+    Where no part has this verdict, all count; None where no part has figures.
     """
     measured = [part for part in parts if metric_of(part) is not None]
 
-    def weakness(part: Mapping) -> tuple:
-        p = part["p_corrected"] if part["p_corrected"] is not None else part["p"]
-        mean = part["leakage"][metric_of(part)]["mean"]
-        return part["verdict"] != verdict, math.inf if p is None else p, -mean
+    def strength(part: Mapping) -> tuple[bool, float]:
+        return part["verdict"] == verdict, part["leakage"][metric_of(part)]["mean"]
 
-    return min(measured, key=weakness, default=None)
+    return max(measured, key=strength, default=None)
 
 
 def metric_of(part: Mapping | None) -> str | None:
-    """Return the metric that the report draws: SSIM where it has a mean, else PSNR, else None."""
-    leakage = (part or {}).get("leakage") or {}
-    for name in ("ssim", "psnr"):
-        if name in leakage and finite(leakage[name].get("mean")) is not None:
+    """Return the metric that the report draws: the deciding one, else SSIM or PSNR; else None."""
+    if part is None:
+        return None
+    for name in (part["metric"], "ssim", "psnr"):
+        if (
+            name in CLEAR_DIFFERENCE
+            and finite(part["leakage"].get(name, LEAKAGE)["mean"]) is not None
+        ):
             return name
     return None
 
@@ -135,11 +158,20 @@ def _figures(part: Mapping | None) -> dict[str, Any]:
     return {"metric": metric, "highest": highest, "mean_leakage": found}
 
 
+def _likeness(part: Mapping | None) -> list[str]:
+    """Name the metrics in which a part tells how alike images are, and has a value."""
+    if part is None:
+        return []
+    rows = [part["mean"] or {}, *[found or {} for found in (part["controls"] or {}).values()]]
+    return [
+        name for name in rows[0] or rows[-1] if any(finite(r.get(name)) is not None for r in rows)
+    ]
+
+
 def _strength(checkpoint: Mapping) -> tuple:
-    """Order checkpoints: the strongest verdict first, then the image that leaks most."""
-    order = list(MEANINGS)
+    """Order checkpoints: the gravest verdict first, then the image that leaks most."""
     verdict = checkpoint["verdict"]
-    place = order.index(verdict) if verdict in order else len(order)
+    place = GRAVITY.index(verdict) if verdict in GRAVITY else len(GRAVITY)
     highest = checkpoint["highest"]
     return place, 0.0 if highest is None else -highest["value"]
 
@@ -164,11 +196,13 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def leakage_text(value: float | None, metric: str) -> str:
-    """Write a difference to the controls with its sign and unit."""
+def leakage_text(value: float | None, metric: str, *, unit: bool = True) -> str:
+    """Write a difference to the controls with its sign, and its unit where that is asked for."""
     if finite(value) is None:
         return "n/a"
-    return f"{value:+.2f} dB" if metric == "psnr" else f"{value:+.3f}"
+    if metric == "psnr":
+        return f"{value:+.2f}" + (" dB" if unit else "")
+    return f"{value:+.3f}"
 
 
 def interval_text(found: Mapping | None, metric: str) -> str:
@@ -181,10 +215,10 @@ def interval_text(found: Mapping | None, metric: str) -> str:
 
 
 def quality_text(value: float | None, metric: str) -> str:
-    """Write how good an image is in one metric."""
+    """Write how alike images are in one metric, without its unit."""
     if finite(value) is None:
         return "n/a"
-    return f"{value:.2f} dB" if metric == "psnr" else f"{value:.3f}"
+    return format(value, {"psnr": ".2f", "ssim": ".3f"}.get(metric, ".3g"))
 
 
 def probability_text(value: float | None) -> str:
@@ -209,7 +243,7 @@ def time_text(seconds: float | None) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     if minutes:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
     return f"{rest} s" if seconds >= 10 or rest == seconds else f"{seconds:.1f} s"
 
 
@@ -229,7 +263,9 @@ def sentences(text: str | Sequence[str] | None) -> list[str]:
     """Return one or several sentences as a list of them, each with a capital and a full stop."""
     found = [text] if isinstance(text, str) else list(text or [])
     parts = [part.strip() for one in found for part in re.split(r";\s+", one)]
-    return [part[:1].upper() + part[1:] + ("" if part[-1] in ".!?" else ".") for part in parts if part]
+    return [
+        part[:1].upper() + part[1:] + ("" if part[-1] in ".!?" else ".") for part in parts if part
+    ]
 
 
 def image_list(images: Sequence[int] | None) -> str:

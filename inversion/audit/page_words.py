@@ -21,7 +21,7 @@ class Meaning:
     residual: str
 
 
-#: Verdict → its meaning; the strongest first.
+#: Verdict → its meaning.
 MEANINGS = {
     RECONSTRUCTION: Meaning(
         "leak",
@@ -63,13 +63,19 @@ WARNINGS = {
     "bn-unprotected": "Batch statistics leave the site unprotected",
     "optimiser-limited": "The attack did not arrive",
     "labels-given": "The attacker was given the labels",
+    "running-statistics": "The weights may hold private images",
+    "no-decoys": "Nothing to test against",
+    "decoys-are-crops": "A demonstration only",
+    "part-refused": "An attack cannot be run here",
+    "part-missing": "An attack is missing",
+    "part-incomplete": "An attack gave no answer",
     "positive-control-failed": "The attack failed where it must succeed",
 }
 
 TEST_AGAIN = (
     "another network, or other weights to start from",
     "another batch size",
-    "another number of local steps, or another learning rate",
+    "another number of local steps, or learning rate",
     "a new defence, or other values of this one",
     "another kind of images, or another image size",
     "a new attack is published",
@@ -93,8 +99,8 @@ GLOSSARY = (
     ("decoy", "another image that could have been in the place of a private one; identified means "
      "that the private image is told from its decoys"),
     ("p", "the probability of such a result by chance; leakage is stated at 0.04 or below"),
-    ("SSIM", "similarity of two images in structure: 1 for equal images, near 0 for unrelated ones"),
-    ("PSNR", "closeness of two images in decibels (dB): about 30 is hard to tell from the original"),
+    ("SSIM", "likeness of two images in structure: 1 for equal ones, near 0 for unrelated ones"),
+    ("PSNR", "likeness of two images in decibels (dB): 30 is hard to tell from the original"),
     ("ε, δ", "the strength of differential privacy, a formal guarantee against every attack: the "
      "smaller, the stronger"),
 )  # fmt: skip
@@ -117,20 +123,21 @@ class Reference:
 #: A document that has nothing on an item.
 NOTHING = "–"
 REFERENCES = (
-    Reference(1, "System, round, hashes, date", "para 58 (documentation)",
+    Reference(1, "System, hashes, date", "para 58 (documentation)",
               "9.2 Before data are made available", NOTHING),
-    Reference(2, "What leaves the site; what the attacker has",
+    Reference(2, "What leaves the site",
               "para 46 (context of release); para 58(c) (threat model)",
               "6.2 Threat modelling; 6.2.3 Motives and capacity to re-identify", "4: Trust Models"),
     Reference(3, "Test images", "para 55 (scope and quantity of tests)",
               "7.2 Data features; 7.3.3 Population or sample-based attack", NOTHING),
-    Reference(4, "Attacks, budget, positive control",
-              "para 55(iv) and (v) (model inversion, reconstruction); quality of tests",
-              "7.3 Attack modelling; 8.2.3 Adversarial testing", "2: on auditing and empirical measures"),
-    Reference(5, "Maximum and mean leakage", "para 55 (results of tests)",
+    Reference(4, "Attacks, budget",
+              "para 55(iv), (v) (model inversion, reconstruction)",
+              "7.3 Attack modelling; 8.2.3 Adversarial testing",
+              "2: on auditing and empirical measures"),
+    Reference(5, "What leaked", "para 55 (results of tests)",
               "7.3.2 Maximum or average risk; 8.2.2 Quantifying identifiability",
               "2: on auditing and empirical measures"),
-    Reference(6, "Protection, ε, unit, bound", "on privacy-preserving techniques in training",
+    Reference(6, "Protection, ε, bound", "on privacy-preserving techniques in training",
               "7.3.4 Data privacy models; 8.3.3 Transforming the data",
               "2: The Privacy Parameter ε; The Unit of Privacy"),
     Reference(7, "Warnings", "para 55 (quality of tests)", "8.2 Assessing identifiability",
@@ -139,10 +146,9 @@ REFERENCES = (
               "8.3.4 Re-evaluation; 9.3.2 Monitoring the data environment",
               "2: on several releases of the same data"),
     Reference(9, "Limits",
-              "para 55 (evidence for the tested attacks alone); executive summary (all means "
-              "reasonably likely to be used)",
+              "para 55 (evidence for the tested attacks alone)",
               "8.2.3 Adversarial testing", "2: on auditing, which proves no guarantee"),
-    Reference(10, "Command that repeats it", "para 58 (documentation)",
+    Reference(10, "Command", "para 58 (documentation)",
               "9.2.3 Establishing principles, policies and procedures", NOTHING),
 )  # fmt: skip
 SOURCES = (
