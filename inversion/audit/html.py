@@ -1,6 +1,7 @@
 """Writes report.html: an audit as one page for readers who know no machine learning."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -45,20 +46,27 @@ def render(audit: Mapping, folder: Path, *, with_images: bool) -> str:
     folder: where the pictures that it names lie. with_images: whether the page shows them; without,
     it says that they are withheld, and holds no pixel of an image. Every text is escaped.
     """
+    view = page_view.audit_view(audit, folder, with_images=with_images)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            audit=view,
+            words=page_words,
+            chart=_chart,
+            style=Markup((TEMPLATES / "style.css").read_text()),
+            with_images=with_images,
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
     )
     environment.filters |= FILTERS
-    view = page_view.audit_view(audit, folder, with_images=with_images)
-    return environment.get_template("report.html.j2").render(
-        audit=view,
-        words=page_words,
-        chart=_chart,
-        style=Markup((TEMPLATES / "style.css").read_text()),
-        with_images=with_images,
-    )
+    return environment
 
 
 def _chart(checkpoint: Mapping) -> Markup:

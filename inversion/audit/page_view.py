@@ -58,10 +58,11 @@ PICTURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 def audit_view(audit: Mapping, folder: Path, *, with_images: bool) -> dict[str, Any]:
     """Return the audit with every field of audit.json, None where it holds none, and more.
 
-    Added are to a checkpoint `meaning`, `decisive` (the part that its verdict rests on, or None),
-    `metric`, `highest` (image, value), `mean_leakage`, `likeness` (metrics), `number` (from 1) and
-    `picture` (a data URI, or None); to the audit `meaning`, `shown` (the checkpoint whose worst image
-    comes first) and `number_of_images`. folder: where the files of `pictures` lie.
+    Added are to a part `short` (its name in the chart) and `likeness` (metrics); to a checkpoint
+    `meaning`, `decisive` (the part that its verdict rests on, or None), `metric`, `highest` (image,
+    value), `mean_leakage`, `number` (from 1) and `picture` (a data URI, or None); to the audit
+    `meaning`, `shown` (the checkpoint whose worst image comes first) and `number_of_images`.
+    folder: where the files of `pictures` lie.
     """
     view = {**AUDIT, **audit}
     view["warnings"] = [{"code": None, "text": None, **w} for w in view["warnings"] or []]
@@ -99,7 +100,6 @@ def _checkpoint_view(found: Mapping, folder: Path, *, with_images: bool) -> dict
     view["meaning"] = meaning_of(view["verdict"])
     view["decisive"] = decisive_part(view["parts"], view["verdict"])
     view |= _figures(view["decisive"])
-    view["likeness"] = _likeness(view["decisive"])
     picture = (view["pictures"] or {}).get("worst")
     view["picture"] = data_uri(folder, picture) if with_images and picture else None
     return view
@@ -113,6 +113,7 @@ def _part_view(found: Mapping, index: int) -> dict[str, Any]:
         for name, figures in (view["leakage"] or {}).items()
         if figures is not None
     }
+    view["likeness"] = _likeness(view)
     return view
 
 
@@ -158,10 +159,8 @@ def _figures(part: Mapping | None) -> dict[str, Any]:
     return {"metric": metric, "highest": highest, "mean_leakage": found}
 
 
-def _likeness(part: Mapping | None) -> list[str]:
+def _likeness(part: Mapping) -> list[str]:
     """Name the metrics in which a part tells how alike images are, and has a value."""
-    if part is None:
-        return []
     rows = [part["mean"] or {}, *[found or {} for found in (part["controls"] or {}).values()]]
     return [
         name for name in rows[0] or rows[-1] if any(finite(r.get(name)) is not None for r in rows)
