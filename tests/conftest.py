@@ -41,7 +41,7 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """A test that does not run proves nothing: none is skipped but for want of a GPU, BOHB or a browser."""
+    """A test that does not run proves nothing: none is skipped but for want of what it needs."""
     if _unexpected_skips and exitstatus == 0:
         print(f"\nskipped without needing a GPU, BOHB or a browser: {', '.join(_unexpected_skips)}")
         session.exitstatus = 1

@@ -19,7 +19,7 @@ from tests.browser import SCREEN, measured, open_page, pdf_pages, screenshot
 from tests.support import attack
 
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
-HOSTILE = "<script>alert('x')</script>&\"{{ 7 * 7 }}</style><img src=x onerror=y>"
+HOSTILE = "<script>alert('x')</script>&\"{{ 191 * 7 }}</style><img src=x onerror=y>"
 
 
 class Page(HTMLParser):
@@ -76,7 +76,8 @@ def test_the_page_is_well_formed_and_complete_in_itself(name, pages):
         if attribute in ("src", "href"):
             assert value.startswith(("data:image/png;base64,", "#"))
             assert not value.startswith("#") or value[1:] in page.ids
-    assert not re.search(r"https?:|//\w|@import|url\((?!#)", pages[name].replace("base64,//", ""))
+    text = re.sub(r"data:image/png;base64,[\w+/=]+", "", pages[name])
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", text)
 
 
 def test_the_checks_of_a_page_see_what_is_wrong():
@@ -136,10 +137,8 @@ def expected(path, value):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_number_of_the_audit_is_there(name, pages):
     text = Page(pages[name]).text
-    found = [
-        (path, value) for path, value in numbers(EXAMPLES[name]()) if path[-1] not in ("format",)
-    ]
-    assert len(found) > 10
+    found = [(path, value) for path, value in numbers(EXAMPLES[name]()) if path != ("format",)]
+    assert len(found) > 5
     for path, value in found:
         if path[-2:] == ("labels", "chance") and "worked them out" not in text:
             continue  # to guess labels that were given is nothing to tell
@@ -153,24 +152,22 @@ def test_it_begins_with_the_verdict_and_its_limits(name, pages):
     meaning = page_words.MEANINGS[found["verdict"]]
     several = len(found["checkpoints"]) > 1
     headline = meaning.several.format(count=3) if several else meaning.one
-    places = [text.index(words) for words in (
-        found["verdict"] + " " + headline, found["sentence"], meaning.limit, "1. The system")]  # fmt: skip
+    first = f"{found['verdict']} {headline}"
+    words = (first, found["sentence"], meaning.limit, "1. The system")
+    places = [text.index(part) for part in words]
     assert places == sorted(places)
 
 
 def test_the_sections_come_in_their_order(pages):
-    page = Page(pages["leak"])
-    places = [page.text.index(f" {n}. ") for n in range(1, 13)]
     titles = re.findall(r"<h2>(\d+)\. ", pages["leak"])
     assert titles == [str(n) for n in range(1, 13)]
-    assert places[0] < places[-1]
 
 
 def test_several_updates_begin_with_a_table_of_all(pages):
     text = Page(pages["several"]).text
     assert text.index("The 3 updates") < text.index("Update 1:") < text.index("Update 3:")
-    assert text.count("5. What leaked") == 3
-    assert text.count("7. Warnings") == 1
+    assert pages["several"].count("<h2>5. What leaked") == 3
+    assert pages["several"].count("<h2>7. Warnings") == 1
 
 
 def test_the_worst_of_several_stands_first():
@@ -189,10 +186,20 @@ def test_the_deciding_part_is_of_the_verdict_and_leaks_most():
     assert page_view.decisive_part(found["parts"][2:], RECONSTRUCTION) is None
 
 
+def test_no_sentence_is_told_twice():
+    told = {"verdict": NOT_SHOWN, "sentence": f"{NOT_SHOWN}: p = 0.3"}
+    assert page_view.news(told, f"{NOT_SHOWN}: by matching: p = 0.3; nothing else") is None
+    assert page_view.news(told, f"{NOT_SHOWN}: p = 0.2") == told["sentence"]
+    assert page_view.news(told, None) == told["sentence"]
+    assert page_view.news({"verdict": None, "sentence": None}, "anything") is None
+
+
 def test_what_is_missing_is_named(pages):
     text = Page(pages["incomplete"]).text
-    for words in ("It was not recorded which parts leave", "Nothing was measured.", "None. The update",
-                  "skipped : the budget was used up", "interrupted", "failed", "not tested"):  # fmt: skip
+    for words in (
+        "It was not recorded which parts leave", "Nothing was measured.", "None. The update",
+        "skipped : the budget was used up", "interrupted", "failed", "not tested",
+    ):  # fmt: skip
         assert words in text
 
 
@@ -297,14 +304,14 @@ def test_every_text_of_a_file_is_escaped_and_shown(folder):
     assert "script" not in page.tags
     assert page.tags.count("style") == 1
     assert "img" not in page.tags  # no such picture in the folder
-    assert "49" not in re.findall(r"\d+", page.text)
+    assert "1337" not in page.text
     assert text.count(str(escape("<script>alert("))) > 50
     shown = {int(n) for n in re.findall(r"onerror=y>(\d+)\.", page.text)}
     hidden = set(range(total)) - shown
     assert total > 60
     named = [where for where, words in texts(hostile) if int(words[len(HOSTILE) : -1]) in hidden]
-    # Not to be read: names of pictures, and what does not apply to parts that were done.
-    assert {where[-1] for where in named} <= {"worst", "pairs", "status", "reason", "verdict"}
+    # Names of pictures, the verdict that stands at the top, the layer of a part that was refused.
+    assert {where[-1] for where in named} <= {"worst", "pairs", "verdict", "deepest_layer"}
 
 
 def texts(value, path=()):
@@ -320,7 +327,7 @@ def test_without_images_there_is_no_pixel(folder, pages):
     assert "data:image" in pages["leak"]
     for make in EXAMPLES.values():
         page = html.render(make(), folder, with_images=False)
-        assert "data:" not in page.replace("img-src data:", "")
+        assert "base64" not in page
         assert "img" not in Page(page).tags
         assert "Picture withheld" in page
 

@@ -77,4 +77,4 @@ def _chart(checkpoint: Mapping) -> Markup:
         for other in checkpoint["parts"]
         if other is not part and page_view.metric_of(other) == metric
     ]
-    return Markup(leakage_chart(part, others, metric))
+    return Markup(leakage_chart(part, others, metric, f"chart-{checkpoint['number']}"))

@@ -26,19 +26,19 @@ MARKERS = ("D", "^", "s", "v")
 NUMBERED = 32
 
 
-def leakage_chart(part: Mapping, others: Sequence[Mapping], metric: str) -> str:
+def leakage_chart(part: Mapping, others: Sequence[Mapping], metric: str, name: str) -> str:
     """Return an SVG of how far each image stands above everything made without the update.
 
     part: the entry of audit.json's `parts` that the verdict rests on, with `leakage`; others: the
     remaining ones, drawn as small marks. metric: a key of `leakage`, with the numbers of the
-    images in it. The band spans the controls' means, with the best control at 0. The same input
-    gives the same bytes.
+    images in it. name: what tells its ids from those of other charts of the page. The band spans
+    the controls' means, with the best control at 0. The same input gives the same bytes.
     """
     import matplotlib  # not above: it takes a second
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {"svg.hashsalt": "chart", "svg.fonttype": "none", "font.size": 9, "hatch.linewidth": 0}
+    style = {"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9, "hatch.linewidth": 0}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9.6, 2.05))
@@ -119,7 +119,8 @@ def _band(controls: Mapping | None, metric: str) -> float:
 def _embedded(svg: str) -> str:
     """Return the drawing for a page: without prologue, ids and addresses, in the page's colours."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for element in ("metadata", "style"):
+        svg = re.sub(rf"<{element}\b.*?</{element}>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = svg.replace("xlink:href", "href")

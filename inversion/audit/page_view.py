@@ -31,7 +31,7 @@ SYSTEM = dict.fromkeys(
     )
 )
 PROTECTION = dict.fromkeys(("mode", "text", "epsilon", "delta", "mu", "unit", "bound"))
-THREAT: dict[str, Any] = {"letter": None, "name": None, "reason": None, "rows": []}
+THREAT = dict.fromkeys(("letter", "name", "reason", "rows"))
 LABELS = dict.fromkeys(("known", "accuracy", "method", "chance"))
 DATA = dict.fromkeys(("name", "chosen", "images", "decoys"))
 CONTROL = dict.fromkeys(("passed", "what", "verdict", "leakage", "seconds"))
@@ -58,16 +58,18 @@ PICTURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 def audit_view(audit: Mapping, folder: Path, *, with_images: bool) -> dict[str, Any]:
     """Return the audit with every field of audit.json, None where it holds none, and more.
 
-    Added are to a part `short` (its name in the chart) and `likeness` (metrics); to a checkpoint
-    `meaning`, `decisive` (the part that its verdict rests on, or None), `metric`, `highest` (image,
-    value), `mean_leakage`, `number` (from 1) and `picture` (a data URI, or None); to the audit
-    `meaning`, `shown` (the checkpoint whose worst image comes first) and `number_of_images`.
+    Added are to a part `short` (its name in the chart), `likeness` (metrics) and `news` (a sentence
+    that was not told yet, or None); to a checkpoint `news`, `meaning`, `number` (from 1),
+    `decisive` (the part that its verdict rests on, or None), `metric`, `highest` (image, value),
+    `mean_leakage` and `picture` (a data URI, or None); to the audit `meaning`, `number_of_images`
+    and `shown` (the checkpoint whose worst image comes first).
     folder: where the files of `pictures` lie.
     """
     view = {**AUDIT, **audit}
     view["warnings"] = [{"code": None, "text": None, **w} for w in view["warnings"] or []]
     if view["positive_control"] is not None:
-        view["positive_control"] = {**CONTROL, **view["positive_control"]}
+        control = {**CONTROL, **view["positive_control"]}
+        view["positive_control"] = control | {"leakage": _leakage_view(control["leakage"])}
     view["checkpoints"] = [
         _checkpoint_view(found, folder, with_images=with_images)
         for found in view["checkpoints"] or []
@@ -76,6 +78,7 @@ def audit_view(audit: Mapping, folder: Path, *, with_images: bool) -> dict[str, 
     view["meaning"] = meaning_of(view["verdict"])
     for number, checkpoint in enumerate(view["checkpoints"], start=1):
         checkpoint["number"] = number
+        checkpoint["news"] = news(checkpoint, view["sentence"])
     view["shown"] = min(view["checkpoints"], key=_strength, default=None)
     view["number_of_images"] = sum(c["batch_size"] or 0 for c in view["checkpoints"])
     return view
@@ -91,13 +94,18 @@ def _checkpoint_view(found: Mapping, folder: Path, *, with_images: bool) -> dict
     for name, fields in {"system": SYSTEM, "data": DATA, "labels": LABELS}.items():
         view[name] = {**fields, **(view[name] or {})}
     if view["protection"] is not None:
-        view["protection"] = {**PROTECTION, **view["protection"]}
+        protection = {**PROTECTION, **view["protection"]}
+        bound = {"kappa": None, "gamma": None, **(protection["bound"] or {})}
+        view["protection"] = protection | {"bound": bound}
     if view["threat"] is not None:
-        view["threat"] = {**THREAT, **view["threat"]}
+        threat = {**THREAT, **view["threat"]}
+        view["threat"] = threat | {"rows": threat["rows"] or []}
     view["parts"] = [_part_view(part, i) for i, part in enumerate(view["parts"] or [])]
     view["identified"] = view["identified"] or []
     view["verdict"] = view["verdict"] or INCOMPLETE
     view["meaning"] = meaning_of(view["verdict"])
+    for part in view["parts"]:
+        part["news"] = news(part, view["sentence"])
     view["decisive"] = decisive_part(view["parts"], view["verdict"])
     view |= _figures(view["decisive"])
     picture = (view["pictures"] or {}).get("worst")
@@ -108,13 +116,26 @@ def _checkpoint_view(found: Mapping, folder: Path, *, with_images: bool) -> dict
 def _part_view(found: Mapping, index: int) -> dict[str, Any]:
     view = {**PART, **found, "short": short_name(index)}
     view["identified"] = view["identified"] or []
-    view["leakage"] = {
-        name: {**LEAKAGE, **figures, "images": figures.get("images") or []}
-        for name, figures in (view["leakage"] or {}).items()
-        if figures is not None
-    }
+    view["leakage"] = _leakage_view(view["leakage"])
     view["likeness"] = _likeness(view)
     return view
+
+
+def _leakage_view(found: Mapping | None) -> dict[str, dict[str, Any]]:
+    """Give every metric all its fields, and leave out those without any."""
+    return {
+        name: {**LEAKAGE, **figures, "images": figures.get("images") or []}
+        for name, figures in (found or {}).items()
+        if figures is not None
+    }
+
+
+def news(found: Mapping, told: str | None) -> str | None:
+    """Return the sentence of a part or checkpoint unless what was told already holds it."""
+    sentence = found["sentence"]
+    if not sentence:
+        return None
+    return None if sentence.removeprefix(f"{found['verdict']}: ") in (told or "") else sentence
 
 
 def short_name(index: int) -> str:
