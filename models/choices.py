@@ -12,3 +12,13 @@ BATCHNORM_REPLACEMENTS = ("groupnorm",)
 RANK_MODES = ("all", "original")
 #: `--dp-mode` and the mode of a `Protection` (models/target.py): whose gradient is clipped.
 PROTECTION_MODES = ("batch", "per-sample")
+#: `--sweep`: what train/variation.py can change in a client, each a flag of training.py.
+SWEEP_PARAMETERS = (
+    "sigma",
+    "C",
+    "batch-size",
+    "local-steps",
+    "defence",
+    "label-smoothing",
+    "replace-bn",
+)

@@ -19,6 +19,7 @@ from inversion.settings import (
     STRATEGIES,
     VERDICT_METRICS,
 )
+from models.choices import SWEEP_PARAMETERS
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
 
 
@@ -37,6 +38,7 @@ def parser() -> Parser:
     _add_seeds(parser.add_argument_group("several seeds").add_argument)
     _add_scoring(parser.add_argument_group("scoring").add_argument)
     _add_search(parser.add_argument_group("search of hyper-parameters").add_argument)
+    _add_sweep(parser.add_argument_group("sweep of defences").add_argument)
     add_process_flags(parser)(
         "--shard",
         choices=SHARDS,
@@ -351,6 +353,39 @@ def _add_search(add) -> None:
         type=integer_from(0, 3),
         default=3,
         help="How much Ray Tune prints, from 0 to 3.",
+    )
+
+
+def _add_sweep(add) -> None:
+    add(
+        "--sweep",
+        action="append",
+        metavar="PARAM=V1,V2",
+        help="Simulate the client of --checkpoint once per value, attack each, and compare: "
+        f"{', '.join(SWEEP_PARAMETERS)}.",
+    )
+    add(
+        "--repeats",
+        type=integer_from(1),
+        default=1,
+        help="--sweep: batches per value, from that of the checkpoint on.",
+    )
+    add(
+        "--sweep-workers",
+        type=integer_from(1),
+        default=1,
+        help="--sweep: attacks that run at the same time, in a process and a thread each.",
+    )
+    add(
+        "--sweep-TV",
+        metavar="V1,V2",
+        help="--sweep: attack each client with each of these weights of --TV, and tell the "
+        "strongest attack, with its p corrected for their number.",
+    )
+    add(
+        "--keep-checkpoints",
+        action="store_true",
+        help="--sweep: keep the checkpoints of the simulated clients, with their truth.",
     )
 
 

@@ -142,7 +142,7 @@ def score(
         truth.y,
         Rules(
             scoring.by_index, metrics.SSIMS[scoring.ssim], sealed.lpips_score,
-            scoring.verdict_metric,
+            scoring.verdict_metric, scoring.attempts,
         ),
         controls=controls.images,
         decoys=truth.decoys,

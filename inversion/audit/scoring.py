@@ -43,6 +43,8 @@ class Rules:
     lpips: Metric | None = None
     #: The metric that decides the verdict, a name in VERDICT_METRICS.
     verdict_metric: str = "ssim"
+    #: Attacks of which the strongest is told, as `verdict.judge` takes them.
+    attempts: int = 1
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -156,6 +158,7 @@ def score_images(
     verdict = judge(
         result["leakage"], identification, paired, metric=metric, unlike=unlike,
         missing=doubts.missing, doubt=doubts.doubt, arrived=doubts.arrived,
+        attempts=rules.attempts,
     )  # fmt: skip
     result["verdict"] = asdict(verdict)
     return result

@@ -17,6 +17,7 @@ from inversion.audit.flags import (
     tuned_flag,
     tuned_names,
 )
+from inversion.audit.sweep.settings import SweepSettings, sweep_from
 from inversion.settings import (
     AUTO,
     LABEL_METHODS,
@@ -74,6 +75,8 @@ class ScoringSettings:
     information: bool
     #: Whether to run the controls; None to run them after a short attack.
     controls: bool | None
+    #: Attacks on the same target of which the strongest is told: their p values are corrected.
+    attempts: int = 1
 
     @property
     def needs_truth(self) -> bool:
@@ -130,6 +133,8 @@ class Settings:
     dry_run: bool
     #: Every flag with its value: the record in result.json, read by nobody here.
     record: Mapping[str, object]
+    #: None where one checkpoint is attacked as it is.
+    sweep: SweepSettings | None = None
 
     @property
     def folder(self) -> Path:
@@ -192,6 +197,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         print_freq=args.print_freq,
         dry_run=args.dry_run,
         record=vars(args),
+        sweep=sweep_from(args),
     )
     writable_folder(str(settings.folder), "--root")
     return settings

@@ -61,6 +61,7 @@ def judge(
     missing: Sequence[str] = (),
     doubt: str | None = None,
     arrived: bool = True,
+    attempts: int = 1,
 ) -> Verdict:
     """Decide what may be said of an attack.
 
@@ -71,15 +72,18 @@ def judge(
     nearly as clearly as the attack: the decoys are then unlike the true images.
     missing: words for every control that should be there and is not. doubt: why an attack that
     found nothing has shown nothing, None where there is no such reason. arrived: whether the
-    attack's objective became as low as it is at the truth.
+    attack's objective became as low as it is at the truth. attempts: attacks of which the
+    strongest is told; every p is multiplied by it (Bonferroni).
     """
-    p, smallest = evidence_against_chance(identification, paired)
+    p, smallest = (
+        q and min(1.0, attempts * q) for q in evidence_against_chance(identification, paired)
+    )
     above = None if leakage is None else leakage[metric]
     worst = _worst(above, identification)
     shown = p is not None and p <= ALPHA and not unlike
     identified = []
     if shown and identification is not None:
-        identified = [i for i, q in enumerate(identification.image_p) if q <= ALPHA]
+        identified = [i for i, q in enumerate(identification.image_p) if attempts * q <= ALPHA]
     test = "no test, for want of decoys" if p is None else f"p = {p:.2g}"
     able = smallest is not None and smallest <= ALPHA
     if missing or above is None:
