@@ -39,6 +39,7 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     from inversion.audit.inputs import load_inputs
     from inversion.audit.plan import estimate, plan
     from inversion.audit.report import label_lines, notes
+    from inversion.audit.threat import threat_model
     from utils.console import Reporter, Silent, setting_lines
 
     settings = settings_from(parser().parse_args(argv))
@@ -55,6 +56,7 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     reporter.say("settings\n" + setting_lines(settings.record))
     for line in [
         *label_lines(settings.scoring, case, sealed),
+        "\n".join(threat_model(case, settings).lines),
         plan(settings.attack, case, shuffled=settings.inputs.shuffled),
         *notes(settings, case, sealed),
     ]:

@@ -3,6 +3,7 @@
 import argparse
 
 from inversion.audit.budget import seconds_of
+from inversion.audit.withhold import withheld_parts
 from inversion.settings import (
     ATTACKS,
     AUTO,
@@ -31,6 +32,7 @@ def parser() -> Parser:
     )
     _add_run(parser.add_argument_group("run").add_argument)
     _add_target(parser.add_argument_group("target").add_argument)
+    _add_knowledge(parser.add_argument_group("what the attacker lacks").add_argument)
     _add_attack(parser.add_argument_group("attack").add_argument)
     _add_labels(parser.add_argument_group("label reconstruction").add_argument)
     _add_objective(parser.add_argument_group("objective").add_argument)
@@ -89,12 +91,21 @@ def _add_target(add) -> None:
         help="File that training.py or the original project wrote; required. With --audit several.",
     )
     add(
+        "--model",
+        help="FILE.py:function that builds the network, if it came from such a file. The file is "
+        "run.",
+    )
+    add(
         "--truth",
         nargs="+",
         action=_OneOrSeveral,
         help="Sealed truth file, for --metric, --GInfoR and known labels. With --audit several.",
     )
-    add("--labels", help="Labels by hand, such as 3,1,2, or a file of them.")
+    add(
+        "--labels",
+        help="Labels by hand, such as 3,1,2, or a file of them; under "
+        "binary cross-entropy a row of K numbers per image.",
+    )
     add(
         "--pseudo-label-init",
         choices=("known", "from_grads"),
@@ -114,6 +125,16 @@ def _add_target(add) -> None:
         default="true",
         help="shuffled: permute the entries of the gradient, to check that the verdict becomes "
         '"no leakage shown".',
+    )
+
+
+def _add_knowledge(add) -> None:
+    add(
+        "--without",
+        type=withheld_parts,
+        help="Withhold parts from the attacker, such as bn,labels, to see what they buy: bn (the "
+        "uploaded BatchNorm statistics), labels, normalisation (0.5 is assumed), protection (the "
+        "report of clipping and noise).",
     )
 
 
@@ -150,8 +171,8 @@ def _add_labels(add) -> None:
     add(
         "--bit-depth",
         type=integer_from(8, 16),
-        help="For --label-aux: bits per grey value in image files of more than 8 bits. Without "
-        "it: as they say, else 16.",
+        help="For --label-aux: bits per grey value in image files of more than 8 bits that do not "
+        "say it. Without it: 16.",
     )
     add(
         "--label-prior",
