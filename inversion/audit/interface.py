@@ -148,7 +148,7 @@ def audit_gradient(
     found, y = _labels(own, target, truth, labels, "labels" in parts)
     case = make_case(settings, own, target, y, found, device, ALONE)
     case = replace(case, withheld=withheld)
-    check_case(settings, case, "model")
+    check_case(settings, case, "model", "model")
     chosen = _settings(settings, labels, found, parts, scored=truth is not None, controls=controls)
     sealed = None
     if truth is not None:

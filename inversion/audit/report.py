@@ -18,6 +18,7 @@ from inversion.audit.settings import ScoringSettings, Settings
 from inversion.audit.tables import information_table, label_table, score_table
 from inversion.audit.threat import threat_model
 from inversion.audit.truth import Finish, arrival, second_half_fall
+from inversion.audit.updates import update_entry, update_model_of
 from inversion.audit.verdict import ALPHA
 from inversion.layerwise.attack import Recovered
 from inversion.layerwise.images import decoded
@@ -26,6 +27,7 @@ from utils import metrics
 from utils.console import Reporter, duration
 from utils.device import device_name
 from utils.files import null_if_nan, null_unless_finite, write_csv, write_json
+from utils.matching import label_numbers
 from utils.pictures import (
     save_choices,
     save_controls,
@@ -116,7 +118,8 @@ def finish_of(settings: AttackSettings, case: Case, sealed: Sealed, attacked: At
     falls = [second_half_fall(losses) for losses in attacked.gradient_losses(settings)]
     fall = max((fall for fall in falls if fall is not None), default=None)
     final = attacked.outcome.final
-    at = arrival(case.objective, final.x.to(case.device), sealed.images_for(case), sealed.truth.y)
+    objective = case.objective.at_place(final.losses.alpha)
+    at = arrival(objective, final.x.to(case.device), sealed.images_for(case), sealed.truth.y)
     found = attacked.recovered
     return Finish(fall, at, final.stopped, None if found is None else found.stopped)
 
@@ -128,8 +131,13 @@ def score(
     attacked: Attacked,
     finish: Finish,
     controls: Controls = NOT_RUN,
+    *,
+    tests: int = 1,
 ) -> tuple[dict, str]:
-    """Score the reconstruction: the entry `metrics` of result.json, and what to print of it."""
+    """Score the reconstruction: the entry `metrics` of result.json, and what to print of it.
+
+    tests: attacks of which the strongest verdict will count.
+    """
     truth, check, doubt = sealed.truth, sealed.check, finish.doubt
     assert check is not None  # load_inputs saw to it
     if check.kind == "protected" and not sealed.bound:
@@ -147,7 +155,7 @@ def score(
         ),
         controls=controls.images,
         decoys=truth.decoys,
-        doubts=Doubts(controls.missing, doubt, finish.arrival.arrived),
+        doubts=Doubts(controls.missing, doubt, finish.arrival.arrived, tests),
     )  # fmt: skip
     reason = finish.reason
     figures = {
@@ -282,6 +290,9 @@ class Report:
             "information": null_unless_finite(self.information),
             "rounds": null_unless_finite(attacked.rounds),
             "layerwise": None if certificate is None else null_unless_finite(certificate.entry),
+            "update": update_entry(
+                update_model_of(self.settings.attack, case.target), case.target, losses.alpha
+            ),
         }
         write_json(result, self.folder / "result.json")
 
@@ -289,11 +300,14 @@ class Report:
         case, inputs = self.case, self.settings.inputs
         found = case.labels
         true = _true_labels(self.settings.scoring, self.sealed)
+        accuracy = None
+        if true is not None:
+            accuracy = metrics.label_accuracy(*label_numbers(case.y, true))
         record: dict[str, Any] = {
             "method": "known" if inputs.labels is None else "given",
             "reconstructed": case.y,
             "true": true,
-            "accuracy": None if true is None else metrics.label_accuracy(case.y, true),
+            "accuracy": accuracy,
         }
         if found is None:
             return record
@@ -333,6 +347,7 @@ def _target_entry(case: Case) -> dict:
         "train_mode": target.train_mode,
         "bn_statistics": target.bn_mean is not None,
         "replace_bn": target.replace_bn,
+        "loss": target.loss_kind,
         "protection": None if target.protection is None else asdict(target.protection),
     }
 

@@ -48,7 +48,7 @@ class InputSettings:
     label_method: str
     #: Folder of labelled images of the attacker's own.
     label_images: str | None
-    #: Bits per grey value in those files that can hold more than 8; None for what they say.
+    #: Bits per grey value in those of more than 8 bits that do not say it; None for 16.
     bit_depth: int | None
     #: Whether labels are known to be drawn evenly from all classes.
     uniform_labels: bool
@@ -58,6 +58,8 @@ class InputSettings:
     shuffled: bool
     #: Number of the GPU to compute on; None for the first one, else the CPU.
     gpu: int | None
+    #: FILE.py:function that builds the network; None for one by the checkpoint's name.
+    model: str | None = None
     #: Parts that the attacker is not given, names in WITHHELD.
     without: tuple[str, ...] = ()
 
@@ -157,6 +159,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     """
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
+    _refuse_audit_flags(args)
     search = _search_from(args)
     if args.attack == "matching":
         _refuse_solving(args)
@@ -183,6 +186,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
             gradient_scale=args.gradient_scale,
             shuffled=args.target_gradient == "shuffled",
             gpu=args.gpu,
+            model=args.model,
             without=args.without or (),
         ),
         scoring=ScoringSettings(
@@ -203,6 +207,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
     )
     writable_folder(str(settings.folder), "--root")
     return settings
+
+
+def _refuse_audit_flags(args) -> None:
+    """Refuse what concerns a whole audit where one attack is asked for."""
+    if args.budget is not None:
+        raise InputError(f"--budget {args.budget:g}s: belongs to --audit; give it as well")
+    if args.no_images and not args.audit:
+        raise InputError("--no-images: belongs to --audit; give it as well")
+    for flag in ("checkpoint", "truth"):
+        if isinstance(getattr(args, flag), list):
+            raise InputError(f"--{flag}: several files are for --audit; give one")
 
 
 def refuse_processes(settings: Settings, count: int) -> None:
@@ -264,6 +279,7 @@ def _attack_from(args) -> AttackSettings:
         bn_grad=args.bn_grad,
         bn_coupling=args.bn_coupling,
         shared=args.shard,
+        update_model=args.update_model,
     )
 
 
@@ -408,6 +424,11 @@ def _refuse_scoring(args) -> None:
 def _search_from(args) -> SearchSettings | None:
     """Return the search that the flags ask for; raise InputError for one that cannot run."""
     names = tuned_names(args)
+    if args.superparameters_search and args.update_model in ("sme", "unroll"):
+        raise InputError(
+            f"--update-model {args.update_model}: a search tries the gradient at the state before; "
+            "give --update-model mean"
+        )
     if not args.superparameters_search:
         flags = [f"{tuned_flag(name)}-tune" for name in names]
         given = ("simulation_checkpoint", "ray_address", "search_resume", "search_only")
