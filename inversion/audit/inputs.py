@@ -19,6 +19,7 @@ from inversion.settings import AttackSettings
 from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
 from models.binding import check_bound
+from models.choices import DP_MODES
 from models.forced import forced_statistics
 from models.gradient import couples_samples, forward_failure
 from models.reading import target_from_checkpoint, truth_from_checkpoint
