@@ -83,12 +83,12 @@ class Objective:
         """Prepare the target's gradient and moments on the model's device.
 
         model: the attacked network (`models.target.model_of`, or your own), which is left as it
-        was. y: (B,) labels. distance_name: a name in GRADIENT_DISTANCES. bn_source: where the BN
-        prior pulls to, the "running" statistics of the model or those of the "batch", which the
-        client sent. bn_grad: "exact", or "detached" for the original's truncated second derivative
-        of BatchNorm in train mode. bn_coupling: "exact", or "forced" for the client's statistics in
-        place of the candidate's own (models/forced.py). batch_shard: this process's part of the
-        batch.
+        was. y: B labels, as `ClientLoss.kind` has them. distance_name: a name in
+        GRADIENT_DISTANCES. bn_source: where the BN prior pulls to, the "running" statistics of the
+        model or those of the "batch", which the client sent. bn_grad: "exact", or "detached" for
+        the original's truncated second derivative of BatchNorm in train mode. bn_coupling: "exact",
+        or "forced" for the client's statistics in place of the candidate's own (models/forced.py).
+        batch_shard: this process's part of the batch.
 
         Raises InputError when the gradient is zero or does not fit the model, or when the client
         sent too little to force its statistics; and ValueError for other than B labels, an unknown

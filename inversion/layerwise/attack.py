@@ -102,8 +102,9 @@ def layerwise_attack(
 ) -> Recovered:
     """Solve the gradient for the network's tensors and make images of the deepest certified ones.
 
-    model: the attacked network. y: (B,) labels; where the head's gradient does not determine the
-    features that belong to them, labels are read from the gradient instead. public: (M, C, H, W)
+    model: the attacked network. y: (B,) labels, or (B, K) of a binary cross-entropy; where the
+    head's gradient does not determine the features that belong to class labels, labels are read
+    from the gradient instead. public: (M, C, H, W)
     normalised photographs that are none of the client's, for the linear decoder. on_layer: called
     with every certificate. should_stop: asked after every tensor, and while images are made; true
     ends with what there is.
