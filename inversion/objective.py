@@ -14,6 +14,7 @@ from inversion.distances import GRADIENT_DISTANCES, joint_norm
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
 from inversion.settings import BN_COUPLINGS, BN_GRADIENTS, PRIORS, UPDATE_MODELS, Weights
 from inversion.surrogate import START, SurrogatePlace
+from inversion.visible import view_of
 from models.batchnorm import batch_statistics, recorded_moments, running_moments
 from models.forced import forced_normalisation, forced_statistics
 from models.gradient import batch_gradient, couples_samples, gradient_mode, trainable_parameters
@@ -93,13 +94,13 @@ class Objective:
         """Prepare the target's gradient and moments on the model's device.
 
         model: the attacked network (`models.target.model_of`, or your own), which is left as it
-        was. y: (B,) labels. distance_name: a name in GRADIENT_DISTANCES. bn_source: where the BN
-        prior pulls to, the "running" statistics of the model or those of the "batch", which the
-        client sent. bn_grad: "exact", or "detached" for the original's truncated second derivative
-        of BatchNorm in train mode. bn_coupling: "exact", or "forced" for the client's statistics in
-        place of the candidate's own (models/forced.py). batch_shard: this process's part of the
-        batch. update_model: a name in UPDATE_MODELS; other than "mean" only for a target of several
-        local steps.
+        was. y: B labels, as `ClientLoss.kind` has them. distance_name: a name in
+        GRADIENT_DISTANCES. bn_source: where the BN prior pulls to, the "running" statistics of the
+        model or those of the "batch", which the client sent. bn_grad: "exact", or "detached" for
+        the original's truncated second derivative of BatchNorm in train mode. bn_coupling: "exact",
+        or "forced" for the client's statistics in place of the candidate's own (models/forced.py).
+        batch_shard: this process's part of the batch. update_model: a name in
+        UPDATE_MODELS; other than "mean" only for a target of several local steps.
 
         Raises InputError when the gradient is zero or does not fit the model, or when the client
         sent too little to force its statistics; and ValueError for other than B labels, an unknown
@@ -127,6 +128,7 @@ class Objective:
         self.target_gradient = [g.to(like) for g in target.gradient]
         if not joint_norm(self.target_gradient) > 0:
             raise InputError("the target's gradient is zero: it says nothing about the images")
+        self._view = view_of(target, like)
         _check_update_model(update_model, target, weights, bn_coupling, batch_shard)
         self._forced = forced_statistics(model, target) if bn_coupling == "forced" else None
         #: How the candidate's own local steps are taken, where they are unrolled.
@@ -138,19 +140,29 @@ class Objective:
         self._distance = GRADIENT_DISTANCES[distance_name]
         #: The distance from inner products; None where it is no function of them.
         self.distance_from_products = self._distance.from_products
+        if self._view is not None and self._view.largest is not None:
+            self.distance_from_products = None  # the cut of a sum is not the sum of cuts
         self._needs_moments = any(PRIORS[name].needs_moments for name in weights.at(0.0))
         self.target_moments: list[tuple[Tensor, Tensor]] = []
         if self._needs_moments:
             self.target_moments = _target_moments(model, target, bn_source)
 
     def distance(self, gradient: Sequence[Tensor]) -> Tensor:
-        """Return the distance of a candidate's gradient from the target's, differentiable."""
-        return self._distance.value(gradient, self.target_gradient)
+        """Return the distance of a candidate's gradient from the target's, differentiable.
+
+        Of a sparse update only what was sent is compared, as the client would have sent it.
+        """
+        return self._distance.value(self.seen(gradient), self.target_gradient)
 
     def distance_with_cotangent(self, gradient: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the same distance and its derivative by the gradient, without a graph."""
         with torch.no_grad():
-            return self._distance.with_cotangent(gradient, self.target_gradient)
+            value, v = self._distance.with_cotangent(self.seen(gradient), self.target_gradient)
+            return value, v if self._view is None else self._view.cotangent(v, gradient)
+
+    def seen(self, gradient: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return of a whole gradient what the client would have sent: all of it, or less."""
+        return gradient if self._view is None else self._view.of(gradient)
 
     def local_part(self, x: Tensor) -> Tensor:
         """Return this process's part of a whole batch `x` (B, ...)."""

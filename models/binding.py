@@ -15,7 +15,9 @@ PUBLIC_KEYS = (
     "target_gradient", "bn_mean_list", "bn_var_list", "label_smoothing", "protection", "replace_bn",
 )  # fmt: skip
 #: Entries that are covered as well where they are there: files of before have none of them.
-OPTIONAL_KEYS = ("local_steps", "local_lr", "local_batch", "local_epochs", "resolution")
+OPTIONAL_KEYS = (
+    "loss", "model_sha256", "local_steps", "local_lr", "local_batch", "local_epochs", "resolution",
+)  # fmt: skip
 #: For entries that are mappings: which of their own entries the digests cover.
 INNER_KEYS = {
     "dataset_setup": ("mean", "std", "size", "n_classes"),

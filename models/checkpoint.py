@@ -24,7 +24,7 @@ from utils.errors import InputError, naming
 from utils.tensor_files import load_plain, one_line
 
 #: Raised by one whenever a reader of the number before could misread the file.
-FORMAT = 4
+FORMAT = 5
 #: Entries without which no file is a checkpoint.
 REQUIRED = (
     "batch_size",
@@ -45,7 +45,7 @@ PRIVATE_KEYS = (
 class Task:
     """Says what the client trained on and how, which an attacker knows beside the update."""
 
-    #: A name that models/build.py knows if `run.py` is to read the file; else any word.
+    #: A name that models/build.py knows, or FILE.py:function of a user's network; else any word.
     arch: str
     #: Images in the batch, B.
     batch_size: int
@@ -61,6 +61,8 @@ class Task:
     loss: ClientLoss
     #: What replaces the architecture's BatchNorm layers, a name in BATCHNORM_REPLACEMENTS, or None.
     replace_bn: str | None = None
+    #: SHA-256 of the file that built the network, in hexadecimal; None where none did.
+    model_sha256: str | None = None
 
 
 def make_checkpoint(
@@ -80,14 +82,14 @@ def make_checkpoint(
     Auditors who have a gradient of their own start here.
 
     model: the network with the weights that the client started from; it may be wrapped by
-    DataParallel or torch.compile. update: an `Update`, or its gradient alone, ∂(mean
-    cross-entropy)/∂θ: one tensor per trainable parameter in the model's order, or a mapping by
-    parameter name. Arrays of numpy are as good as tensors, here and in `truth`. protection: what
-    was done to the gradient. protection_norms: private norms before and after it, to record.
-    truth: the batch, a control and decoys, for scoring. settings: plain values to record.
-    local: how the client stepped, where it sent the update of several local steps; the gradient
-    is then the mean one, (w_before − w_after) / (lr · T). resolution: relative rounding error of
-    the gradient, where it is not that of its type.
+    DataParallel or torch.compile. update: an `Update`, or its gradient alone, ∂(mean loss)/∂θ: one
+    tensor per trainable parameter in the model's order, or a mapping by parameter name. Arrays of
+    numpy are as good as tensors, here and in `truth`. protection: what was done to the gradient.
+    protection_norms: private norms before and after it, to record. truth: the batch, a control and
+    decoys, for scoring. settings: plain values to record. local: how the client stepped, where it
+    sent the update of several local steps; the gradient is then the mean one,
+    (w_before − w_after) / (lr · T). resolution: relative rounding error of the gradient, where it
+    is not that of its type.
 
     Raises InputError when the gradient does not fit the model's trainable parameters or another
     value is not what its field says, and for a mapping that holds buffers, as differences of state
@@ -120,6 +122,8 @@ def make_checkpoint(
         "label_smoothing": float(task.loss.label_smoothing),
         "protection": None if protection is None else asdict(protection),
         "replace_bn": task.replace_bn,
+        "loss": task.loss.kind,
+        "model_sha256": task.model_sha256,
         **_local_entries(local),
         "resolution": resolution,
         "args": dict(settings or {}),
@@ -287,6 +291,9 @@ def check_contents(checkpoint: dict) -> None:
         checking.check_plain_entries(checkpoint)
         checking.check_setup(checkpoint["dataset_setup"])
         checking.check_smoothing(checkpoint.get("label_smoothing", 0.0))
+        checking.check_loss(
+            checkpoint.get("loss", "cross-entropy"), checkpoint.get("label_smoothing", 0.0)
+        )
         checking.check_protection(checkpoint.get("protection"))
         checking.check_local_steps(checkpoint)
         state, names = checkpoint["state_dict"], checkpoint.get("trainable")
@@ -329,7 +336,7 @@ def check_truth(truth: dict, checkpoint: dict) -> None:
     batch_size, setup = checkpoint["batch_size"], checkpoint["dataset_setup"]
     with _refused("give the truth of this checkpoint"):
         checking.check_images(truth["x_true"], (batch_size, *setup["size"]))
-    check_labels(truth["y_true"], batch_size, setup["n_classes"])
+    check_labels(truth["y_true"], batch_size, setup["n_classes"], checkpoint.get("loss"))
     if truth.get("control") is not None:
         check_control(truth["control"], checkpoint)
     if truth.get("decoys") is not None:
@@ -337,8 +344,12 @@ def check_truth(truth: dict, checkpoint: dict) -> None:
             checking.check_decoys(truth["decoys"], (batch_size, *setup["size"]))
 
 
-def check_labels(y, batch_size: int, num_classes: int) -> None:
-    """Raise InputError unless `y` is B class indices."""
+def check_labels(y, batch_size: int, num_classes: int, loss: str | None = None) -> None:
+    """Raise InputError unless `y` is B class indices, or under "bce" (B, K) numbers in [0, 1]."""
+    if loss == "bce":
+        with _refused(f"give {batch_size} rows of {num_classes} numbers from 0 to 1"):
+            checking.check_label_vectors(y, batch_size, num_classes)
+        return
     with _refused(f"give {batch_size} integers from 0 to {num_classes - 1}"):
         checking.check_labels(y, batch_size, num_classes)
 

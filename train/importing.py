@@ -6,12 +6,12 @@ from dataclasses import replace
 from torch import nn
 
 from models.checkpoint import Task, make_checkpoint
-from models.gradient import ClientLoss
 from models.local import LocalSteps
 from models.target import GroundTruth
+from models.user_network import load_user_network
 from train import client, output
 from train.batches import Batch, client_batch
-from train.datasets import DatasetSpec, named_spec
+from train.datasets import DatasetSpec, named_spec, requested_normalisation
 from train.settings import ClientSettings
 from train.update_files import UpdateFile, read_update_file
 from train.update_settings import ImportSettings, LocalSettings
@@ -57,8 +57,9 @@ def _spec(settings: ClientSettings, files: ImportSettings) -> DatasetSpec:
     """Describe images that nobody knows: size, channels and classes by the flags."""
     spec = named_spec(settings.batch.data_name)
     channels, height, width = spec.shape
-    if settings.batch.request.size is not None:
-        height = width = settings.batch.request.size
+    request = settings.batch.request
+    if request.sides is not None:
+        height, width = request.sides
     wanted = files.channels or channels
     if wanted != channels:
         mean, std = sum(spec.mean) / channels, sum(spec.std) / channels
@@ -69,7 +70,8 @@ def _spec(settings: ClientSettings, files: ImportSettings) -> DatasetSpec:
             f"--data-name {settings.batch.data_name}: its classes are not known without its files; "
             "give --num-classes"
         )
-    return replace(spec, shape=(wanted, height, width), num_classes=classes)
+    spec = replace(spec, shape=(wanted, height, width), num_classes=classes)
+    return requested_normalisation(spec, request)
 
 
 def _read(
@@ -141,7 +143,6 @@ def _checkpoint(
     how: LocalSettings,
 ) -> dict:
     """Make the checkpoint, with the truth and a control where the images are known."""
-    loss = ClientLoss(settings.train_mode, settings.label_smoothing)
     network, truth = settings.network, None
     if batch is not None:
         control = None
@@ -155,8 +156,9 @@ def _checkpoint(
             ).update
         truth = GroundTruth(batch.x, batch.y, control, batch.decoys)
     task = Task(
-        network.arch, settings.batch.size, spec.shape, spec.class_count, spec.mean, spec.std, loss,
-        network.replace_bn,
+        network.arch, settings.batch.size, spec.shape, spec.class_count, spec.mean, spec.std,
+        client.settings_loss(settings), network.replace_bn,
+        None if network.model is None else load_user_network(network.model).sha256,
     )  # fmt: skip
     return make_checkpoint(
         model, found.update, task, truth=truth, local=found.local, resolution=found.resolution,

@@ -1,16 +1,18 @@
-"""What training.py writes: the checkpoint, the sealed truth, a picture of the batch, the log."""
+"""What training.py writes: checkpoint, sealed truth, picture and list of the batch, log."""
 
 from torch import nn
 
 from models.checkpoint import Task, make_checkpoint, seal
-from models.gradient import ClientLoss
 from models.target import GroundTruth, Protection
+from models.user_network import load_user_network
 from train.batches import Batch
-from train.client import Sent
+from train.client import Sent, settings_loss
+from train.label_vectors import shown_labels
 from train.local import local_steps
+from train.origins import COLUMNS, rows
 from train.settings import ClientSettings
 from utils.console import Reporter
-from utils.files import claimed_stem, free_stem
+from utils.files import claimed_stem, free_stem, write_csv
 from utils.images import denormalise
 from utils.pictures import save_panels
 from utils.script import git_revision, versions
@@ -21,6 +23,7 @@ ENDINGS = {
     "checkpoint": "-checkpoint.pth.tar",
     "truth": "-truth.pth.tar",
     "picture": "-target.png",
+    "images": "-images.csv",
     "log": ".log",
 }
 
@@ -34,6 +37,7 @@ def checkpoint_of(
     protection: Protection | None,
 ) -> dict:
     """Make the checkpoint of what the client sent for a batch, with the truth for scoring."""
+    model_file = settings.network.model
     task = Task(
         arch=settings.network.arch,
         batch_size=settings.batch.size,
@@ -41,8 +45,9 @@ def checkpoint_of(
         num_classes=batch.spec.class_count,
         mean=batch.spec.mean,
         std=batch.spec.std,
-        loss=ClientLoss(settings.train_mode, settings.label_smoothing),
+        loss=settings_loss(settings),
         replace_bn=settings.network.replace_bn,
+        model_sha256=None if model_file is None else load_user_network(model_file).sha256,
     )
     return make_checkpoint(
         model,
@@ -79,6 +84,7 @@ def write(
         if batch is not None:
             images = denormalise(batch.x, *batch.spec.normalisation)
             save_panels([("target", images)], paths["picture"])
+            write_csv(COLUMNS, rows(batch.origins, shown_labels(batch.y)), paths["images"])
         gradient = checkpoint["target_gradient"]
         norm = sum(float(g.double().square().sum()) for g in gradient) ** 0.5
         reporter.say(f"gradient: {len(gradient)} tensors, norm {norm:.6g}")
@@ -88,6 +94,8 @@ def write(
             reporter.say(f"BatchNorm statistics of {len(checkpoint['bn_mean_list'])} layers")
         if settings.seal:
             reporter.say(f"truth sealed in {paths['truth']}")
+        if batch is not None:
+            reporter.say(f"which image is which, as private as the truth: {paths['images']}")
         reporter.say(f"checkpoint written: {paths['checkpoint']}")
         reporter.log_to(paths["log"])
 

@@ -106,15 +106,23 @@ def _check_local(args) -> None:
             raise InputError(
                 f"{shown}: belongs to --import-update; a simulated client takes plain SGD"
             )
-    if several and not imports and args.enable_dp and args.dp_mode == "per-sample":
+    by_flag = "--defence dp-sgd" if _defence_of(args) == "dp-sgd" else None
+    if args.enable_dp and args.dp_mode == "per-sample":
+        by_flag = "--dp-mode per-sample"
+    if several and not imports and by_flag is not None:
         raise InputError(
-            "--dp-mode per-sample: clips every sample's gradient at one state of the weights, and "
-            "local steps have several; give --dp-mode batch"
+            f"{by_flag}: clips every sample's gradient at one state of the weights, and local "
+            "steps have several; clip the batch instead"
         )
     if several and not imports and args.upload_bn:
         raise InputError(
             "--upload-bn: each local step has batch statistics of its own; leave one of both out"
         )
+
+
+def _defence_of(args) -> str | None:
+    """Return the name of the defence asked for; None without."""
+    return None if args.defence is None else args.defence.partition(":")[0]
 
 
 def check_optimiser(how: LocalSettings) -> None:
@@ -156,6 +164,7 @@ def import_settings(args) -> ImportSettings | None:
     for flag, given, why in (
         ("--pretrained", args.pretrained, "the weights are those of BEFORE"),
         ("--enable-dp", args.enable_dp, "an imported update is as the client sent it"),
+        ("--defence", args.defence, "an imported update is as the client sent it"),
         ("--upload-bn", args.upload_bn, "statistics come from the buffers of BEFORE and AFTER"),
         ("--ra", args.ra, "needs no update"),
     ):

@@ -17,6 +17,7 @@ from inversion.audit.flags import (
     tuned_flag,
     tuned_names,
 )
+from inversion.audit.withhold import refuse_contradictions
 from inversion.settings import (
     AUTO,
     LABEL_METHODS,
@@ -47,6 +48,8 @@ class InputSettings:
     label_method: str
     #: Folder of labelled images of the attacker's own.
     label_images: str | None
+    #: Bits per grey value in those of more than 8 bits that do not say it; None for 16.
+    bit_depth: int | None
     #: Whether labels are known to be drawn evenly from all classes.
     uniform_labels: bool
     #: Factor by which the client multiplied its loss.
@@ -55,6 +58,10 @@ class InputSettings:
     shuffled: bool
     #: Number of the GPU to compute on; None for the first one, else the CPU.
     gpu: int | None
+    #: FILE.py:function that builds the network; None for one by the checkpoint's name.
+    model: str | None = None
+    #: Parts that the attacker is not given, names in WITHHELD.
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     """
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
+    _refuse_audit_flags(args)
     search = _search_from(args)
     if args.attack == "matching":
         _refuse_solving(args)
@@ -159,6 +167,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         _refuse_matching(args)
     else:
         _refuse_attack(args)
+    refuse_contradictions(args)
     _refuse_inputs(args)
     _refuse_optimiser(args)
     _refuse_strategy(args)
@@ -169,13 +178,16 @@ def settings_from(args: argparse.Namespace) -> Settings:
             checkpoint=args.checkpoint,
             truth=args.truth,
             labels=args.labels,
-            labels_from_gradient=args.pseudo_label_init == "from_grads",
+            labels_from_gradient=_reconstructs_labels(args),
             label_method=args.label_method,
             label_images=args.label_aux,
+            bit_depth=args.bit_depth,
             uniform_labels=args.label_prior == "uniform",
             gradient_scale=args.gradient_scale,
             shuffled=args.target_gradient == "shuffled",
             gpu=args.gpu,
+            model=args.model,
+            without=args.without or (),
         ),
         scoring=ScoringSettings(
             metric=args.metric,
@@ -195,6 +207,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
     )
     writable_folder(str(settings.folder), "--root")
     return settings
+
+
+def _refuse_audit_flags(args) -> None:
+    """Refuse what concerns a whole audit where one attack is asked for."""
+    if args.budget is not None:
+        raise InputError(f"--budget {args.budget:g}s: belongs to --audit; give it as well")
+    if args.no_images and not args.audit:
+        raise InputError("--no-images: belongs to --audit; give it as well")
+    for flag in ("checkpoint", "truth"):
+        if isinstance(getattr(args, flag), list):
+            raise InputError(f"--{flag}: several files are for --audit; give one")
 
 
 def refuse_processes(settings: Settings, count: int) -> None:
@@ -318,6 +341,10 @@ def _refuse_attack(args) -> None:
         )
 
 
+def _reconstructs_labels(args) -> bool:
+    return args.pseudo_label_init == "from_grads" or "labels" in (args.without or ())
+
+
 def _refuse_inputs(args) -> None:
     if args.pseudo_label_init == "from_grads" and args.labels is not None:
         raise InputError(
@@ -326,11 +353,15 @@ def _refuse_inputs(args) -> None:
         )
     for flag, unused in (("method", AUTO), ("aux", None), ("prior", "none")):
         value = getattr(args, f"label_{flag}")
-        if args.pseudo_label_init != "from_grads" and value != unused:
+        if not _reconstructs_labels(args) and value != unused:
             raise InputError(
                 f"--label-{flag} {value}: says how labels are reconstructed; give "
                 "--pseudo-label-init from_grads as well"
             )
+    if args.bit_depth is not None and args.label_aux is None:
+        raise InputError(
+            f"--bit-depth {args.bit_depth}: is for the files of --label-aux; give it as well"
+        )
     if args.label_method == AUTO:
         return
     method = LABEL_METHODS[args.label_method]
