@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import inversion.audit.flags
 import inversion.audit.settings
@@ -172,7 +174,7 @@ def test_there_are_commands():
 
 
 def test_the_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
     torch.manual_seed(0)
     space = {}
     exec(compile(code, "README.md", "exec"), space)
@@ -377,7 +379,27 @@ def mistakes(tmp_path_factory):
     (folder / "broken" / "a").mkdir(parents=True)
     (folder / "broken" / "a" / "x.png").write_text("no image")
     (folder / "file.txt").write_text("a file")
+    odd_folders(folder)
     return folder
+
+
+def odd_folders(folder):
+    """The image folders that the table of refusals names for what is in them."""
+    twelve = Image.fromarray(np.full((9, 9), 4000, dtype=np.uint16))
+    for name, classes in (("deep", ("a", "b")), ("eight", map(str, range(8)))):
+        for inner in classes:
+            (folder / name / inner).mkdir(parents=True)
+            twelve.save(folder / name / inner / "x.png")
+    for name in ("scans", "renamed", "links", "shared"):
+        image_folder(folder / name, classes=("b",), count=1)
+        (folder / name / "a").mkdir()
+    photo = (folder / "scans" / "b" / "000.png").read_bytes()
+    (folder / "scans" / "a" / "x.dcm").write_bytes(b"")
+    (folder / "renamed" / "a" / "x.old").write_bytes(photo)
+    (folder / "links" / "a" / "x.png").symlink_to("nothing")
+    (folder / "shared" / "a" / "x.png").write_bytes(photo)
+    (folder / "shared" / "b" / "x.png").symlink_to(folder / "shared" / "a" / "x.png")
+    image_folder(folder / "same", classes=("\N{LATIN SMALL LETTER E WITH ACUTE}", "e\u0301"))
 
 
 #: Images that no other file of the table has.
@@ -385,7 +407,7 @@ OTHER = ("--target-idx", "1")
 
 
 def everything_in(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(("command", "says"), error_rows())

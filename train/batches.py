@@ -20,7 +20,7 @@ from train.datasets import (
     requested_labels,
 )
 from train.label_vectors import classes_of, label_keys, label_vectors
-from train.origins import Origin
+from train.origins import Origin, has_deep_grey
 from train.request import Request
 from train.settings import BatchSettings
 from utils.errors import InputError, naming
@@ -146,8 +146,12 @@ def read_batch(name: str, request: Request, batch_size: int, target_idx: int) ->
         )
     order = _permutation(length, request.seed)
     x, y, origins = source.read(order[target_idx * batch_size : (target_idx + 1) * batch_size])
-    x = normalise(x, source.spec)
-    return Batch(x, y, source.spec, origins=origins, notes=source.notes)
+    notes = source.notes
+    if request.bit_depth is not None and not has_deep_grey(origins):
+        notes += (
+            f"no file of the batch has more than 8 bits: --bit-depth {request.bit_depth} idle",
+        )
+    return Batch(normalise(x, source.spec), y, source.spec, origins=origins, notes=notes)
 
 
 def _permutation(length: int, seed: int) -> list[int]:

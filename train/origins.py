@@ -31,6 +31,11 @@ class Origin:
         return "" if self.file is None else os.path.dirname(self.file)
 
 
+def has_deep_grey(origins: Sequence[Origin]) -> bool:
+    """Tell whether a file is grey and stored in integers of more than 8 bits."""
+    return any(o.reading is not None and o.reading.mode.startswith("I") for o in origins)
+
+
 def summary(origins: Sequence[Origin], notes: Sequence[str]) -> list[str]:
     """Return what is said of a batch and its folder: one line per kind of thing that was done.
 

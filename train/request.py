@@ -29,7 +29,7 @@ class Request:
     size: int | tuple[int, int] | None = None
     #: Channels of the images, 1 or 3, for `folder` and `photos`; None for their own.
     channels: int | None = None
-    #: Bits per grey value in files of more than 8 bits; None for what the files say, else 16.
+    #: Bits per grey value in files of more than 8 bits that do not say it; None for 16.
     bit_depth: int | None = None
     #: Number of distinct labels in a batch, for `photos`; None for free labels.
     distinct_labels: int | None = None

@@ -242,7 +242,7 @@ def _once(found: _Found) -> list[tuple[str, int]]:
 def _notes(found: _Found) -> tuple[str, ...]:
     """Return one line per kind of thing that is said."""
     return tuple(
-        f"{len(names)} {what} ({_some(list(dict.fromkeys(names)))})"
+        f"{what}: {len(names)} ({_some(list(dict.fromkeys(names)))})"
         for what, names in sorted(found.said.items())
         if names
     )

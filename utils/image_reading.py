@@ -26,8 +26,6 @@ DEEP = ("I", "F")
 DOUBTFUL_BITS = 14
 #: Tags of TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
-#: What is said of a file that EXIF turns or mirrors.
-TURNED = "turned by its EXIF orientation"
 
 
 class ColourError(InputError):
@@ -53,23 +51,22 @@ class Reading:
 def read_picture(path: str, channels: int, bit_depth: int | None = None) -> tuple[Tensor, Reading]:
     """Read one image file: pixels (channels, H, W) in [0, 1], upright, and how they were read.
 
-    channels: 1 or 3. bit_depth: bits per grey value in files that can hold more than 8, which are
-    then read from 0 to 2^bit_depth − 1; None for what the file says, else 16. Floats are read
-    from 0 to 1.
+    channels: 1 or 3. bit_depth: bits per grey value in files of more than 8 bits, which are then
+    read from 0 to 2^bit_depth − 1, unless they state their own; None for 16. Floats are read from
+    0 to 1.
 
     Transparent pixels are laid on black: encoders mostly store black under full transparency, so
     that this is what reading without the transparency shows as well.
 
     Raises InputError, naming the file, when it is broken or too large or holds values outside its
-    range; ColourError when it has colours where one channel was asked for; DepthError when
-    bit_depth contradicts the file, or is None and the file uses DOUBTFUL_BITS or fewer of 16.
+    range; ColourError when it has colours where one channel was asked for; DepthError when it holds
+    more than bit_depth, or bit_depth is None and it uses DOUBTFUL_BITS or fewer of 16.
     """
     with opened(path) as file:
-        mode, orientation = file.mode, _orientation(file)
-        done = _first_frame(file) + orientation + _lost_bits(file)
+        mode, done = file.mode, _first_frame(file) + _lost_bits(file)
         bits, inverted = _stated_bits(file), _is_inverted(file)
-        image = ImageOps.exif_transpose(file) if orientation == (TURNED,) else file
-        image.load()
+        image, turned = _upright(file)
+        done += turned
         size = image.size
         if mode.startswith(DEEP):
             values = np.asarray(image).astype(np.float32)
@@ -82,7 +79,7 @@ def read_picture(path: str, channels: int, bit_depth: int | None = None) -> tupl
             done += (f"grey of 16 bits and read from 0 to {highest}",)
         if inverted:
             values = highest - values
-            done += ("inverted, since its 0 is white",)
+            done += ("inverted, since 0 means white",)
         pixels = torch.from_numpy(values / highest)[None]
     else:
         pixels = eight_bit_pixels(image)
@@ -111,7 +108,9 @@ def opened(path: str) -> Iterator[Image.Image]:
             raise InputError(f"{name} is no file")
         if os.path.getsize(path) == 0:
             raise InputError(f"{name} is no readable image (it is empty); remove it")
-        with Image.open(path, formats=readable_formats()) as image:
+        # Not by name: Pillow 13 maps uncompressed TIFF files of grey values into memory by it, and
+        # then mixes up width and height of those that EXIF turns by a quarter.
+        with open(path, "rb") as file, Image.open(file, formats=readable_formats()) as image:
             _check_size(name, image)
             yield image
     except (InputError, MemoryError):
@@ -153,13 +152,17 @@ def _first_frame(image: Image.Image) -> tuple[str, ...]:
     return ("the first of several frames or pages",)
 
 
-def _orientation(image: Image.Image) -> tuple[str, ...]:
-    """Say whether EXIF turns the image; before it is loaded, since TIFF is turned by that."""
+def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """Load an image and turn it as EXIF says; say whether that did anything."""
+    orientations = [_tag(image, ExifTags.Base.Orientation, 1)]  # Pillow heeds TIFF's by loading
+    image.load()
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientations.append(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # the pixels of such files are sound, as many old photographs show
-        return ("of damaged EXIF data and taken as stored",)
-    return (TURNED,) if orientation in range(2, 9) else ()
+        return image, ("taken as stored, for damaged EXIF data",)
+    if all(orientation not in range(2, 9) for orientation in orientations):
+        return image, ()
+    return ImageOps.exif_transpose(image), ("turned by its EXIF orientation",)
 
 
 def _lost_bits(image: Image.Image) -> tuple[str, ...]:

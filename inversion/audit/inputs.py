@@ -1,14 +1,16 @@
 """The files of a run, read and checked: what an attacker has, and what only scoring may see."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.truth import TruthCheck, check_truth_gradient
+from inversion.audit.updates import update_model_of
+from inversion.audit.withhold import withhold, withhold_from_control
 from inversion.labels.counts import ScaledGradientError
 from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_labels
 from inversion.layerwise.attack import target_network
@@ -60,6 +62,8 @@ class Case:
     device: torch.device
     #: The processes of this run.
     processes: Shard
+    #: Parts that the attacker is not given (WITHHELD) → what was there, in words for the reader.
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, seed: int) -> Tensor:
         """Return the initial images of a seed, on the CPU."""
@@ -67,13 +71,22 @@ class Case:
         return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
 
     def images(self, x: Tensor) -> Tensor:
-        """Return normalised images (B, C, H, W) as colours in [0, 1], on the CPU."""
+        """Return images (B, C, H, W) as the network takes them as colours in [0, 1], on the CPU.
+
+        The colours are those that the attacker sees: by the normalisation that it knows or assumes.
+        """
         return denormalise(x, self.target.mean, self.target.std)
 
     def attacked_by(self, settings: AttackSettings, target: Target) -> "Case":
         """Return the case as these settings attack it, with this target in the place of its own."""
         model = self.objective.model
-        return make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
+        case = make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
+        return replace(case, withheld=self.withheld)
+
+    @property
+    def protected(self) -> bool:
+        """Whether the client reports a protection, known to the attacker or withheld from it."""
+        return self.target.protection is not None or "protection" in self.withheld
 
     @property
     def guarantee(self) -> list[str]:
@@ -100,6 +113,13 @@ class Sealed:
     bound: bool
     #: LPIPS of (B, C, H, W) images in [0, 1]; None without its weights.
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None
+    #: Mean and standard deviation by which the client normalised its images, (C, 1, 1) each.
+    normalisation: tuple[Tensor, Tensor]
+
+    @property
+    def colours(self) -> Tensor:
+        """The true images as colours in [0, 1], on the CPU."""
+        return denormalise(self.truth.x, *self.normalisation)
 
     def images_for(self, case: Case) -> Tensor:
         """Return the true images, normalised, where and as the attack computes."""
@@ -126,19 +146,34 @@ def load_inputs(
     for line in _notes_on_bn(attack, target):
         reporter.say(line)
     case = make_case(attack, model, target, y, labels, device, processes)
+    case = replace(case, withheld=files.withheld)
     lpips_score = load_lpips(scoring.lpips_weights) if scoring.metric else None
     if scoring.verdict_metric == "lpips" and lpips_score is None:
         raise InputError(f"--verdict-metric lpips: {LPIPS_HINT}")
-    _refuse_unfit_network(case, f"--checkpoint {inputs.checkpoint}")
-    _evaluate_once(attack, case, inputs)
-    if attack.method == "layerwise":
-        _refuse_unsolvable(case)
+    check_case(
+        attack, case, f"--checkpoint {inputs.checkpoint}",
+        None if inputs.model is None else f"--model {inputs.model}",
+    )  # fmt: skip
     if truth is None:
         return case, None
-    sealed = Sealed(truth, None, files.bound, lpips_score)
+    normalisation = files.sent.mean, files.sent.std
+    sealed = Sealed(truth, None, files.bound, lpips_score, normalisation)
     if scoring.metric or not files.bound:
         sealed = replace(sealed, check=_check_truth(inputs, files, case, sealed))
     return case, sealed if scoring.needs_truth else None
+
+
+def check_case(
+    settings: AttackSettings, case: Case, source: str, own_network: str | None = None
+) -> None:
+    """Raise InputError, naming `source`, for a case that these settings cannot attack.
+
+    own_network: what a network of the user's own is called in a message; None for a known one.
+    """
+    _refuse_unfit_network(case, source)
+    _evaluate_once(settings, case, own_network)
+    if settings.method == "layerwise":
+        _refuse_unsolvable(case)
 
 
 def _refuse_unsolvable(case: Case) -> None:
@@ -206,6 +241,7 @@ def make_case(
         bn_grad=settings.bn_grad,
         bn_coupling=settings.bn_coupling,
         batch_shard=processes if settings.shared == "batch" else ALONE,
+        update_model=update_model_of(settings, target),
     )
     return Case(target, y, labels, objective, source, device, processes)
 
@@ -236,6 +272,8 @@ class _Files:
     truth_source: str = ""
     #: What a reader should know of the network's file; "" for nothing.
     note: str = ""
+    #: As in `Case`.
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
 
 def _read_files(settings: Settings) -> _Files:
@@ -252,9 +290,11 @@ def _read_files(settings: Settings) -> _Files:
     target = sent = sent.unscaled(inputs.gradient_scale)
     if inputs.shuffled:
         target = shuffled(sent, seed)
+    with naming(f"--checkpoint {inputs.checkpoint}"):
+        target, withheld = withhold(target, inputs.without)
     knows_labels = inputs.labels is not None or inputs.labels_from_gradient
     if not scoring.needs_truth and knows_labels:
-        return _Files(target, sent, note=note)
+        return _Files(target, sent, note=note, withheld=withheld)
     source, truth_source = checkpoint, f"--checkpoint {inputs.checkpoint}"
     if inputs.truth is not None:
         truth_source = f"--truth {inputs.truth}"
@@ -275,7 +315,8 @@ def _read_files(settings: Settings) -> _Files:
     truth = truth.unscaled(inputs.gradient_scale)
     if inputs.shuffled and truth.control is not None:
         truth = replace(truth, control=shuffled_update(truth.control, seed + 1))
-    return _Files(target, sent, truth, bound, truth_source, note)
+    truth = withhold_from_control(truth, inputs.without)
+    return _Files(target, sent, truth, bound, truth_source, note, withheld)
 
 
 def _other_file(builder: UserNetwork, checkpoint: dict) -> str:
@@ -406,6 +447,8 @@ def _refuse_bn(settings: AttackSettings, target: Target, model: nn.Module) -> No
         )
     if settings.bn_coupling == "forced":
         with naming("--bn-coupling forced"):
+            if target.local is not None:
+                raise InputError("each local step has batch statistics of its own; leave it out")
             forced_statistics(model, target)
     weight = settings.weights.priors.get("bn", 0.0)
     if weight and not batchnorm_layers(model):
@@ -443,7 +486,7 @@ def _refuse_unfit_network(case: Case, source: str) -> None:
         ) from error
 
 
-def _evaluate_once(settings: AttackSettings, case: Case, inputs: InputSettings) -> None:
+def _evaluate_once(settings: AttackSettings, case: Case, own_network: str | None) -> None:
     """Evaluate the objective at the initial images, so that a fault shows before the long work.
 
     Raises InputError where a network of the user's has an operation without a second derivative.
@@ -453,9 +496,9 @@ def _evaluate_once(settings: AttackSettings, case: Case, inputs: InputSettings) 
     try:
         PIXEL_GRADIENTS[settings.pixel_gradient](objective, objective.local_part(x), 0.0)
     except (RuntimeError, NotImplementedError) as error:
-        if inputs.model is None or is_out_of_memory(error):
+        if own_network is None or is_out_of_memory(error):
             raise
         raise InputError(
-            f"--model {inputs.model}: its gradient cannot be differentiated by the images: "
+            f"{own_network}: its gradient cannot be differentiated by the images: "
             f"{' '.join(str(error).split())[:160]}"
         ) from error

@@ -59,6 +59,7 @@ class Doubts:
     missing: Sequence[str] = ()
     doubt: str | None = None
     arrived: bool = True
+    tests: int = 1
 
 
 #: Names of all metrics, in the order of the tables.
@@ -158,6 +159,7 @@ def score_images(
     verdict = judge(
         result["leakage"], identification, paired, metric=metric, unlike=unlike,
         missing=doubts.missing, doubt=doubts.doubt, arrived=doubts.arrived,
+        tests=doubts.tests,
     )  # fmt: skip
     result["verdict"] = asdict(verdict)
     return result
