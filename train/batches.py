@@ -120,7 +120,7 @@ def read_batch(name: str, request: Request, batch_size: int, target_idx: int) ->
     source = open_dataset(name, request)
     if isinstance(source, Endless):
         x, y = source.draw(batch_size, target_idx)
-        origins = tuple(Origin(file=source.class_names[label]) for label in y.tolist())
+        origins = tuple(Origin(class_name=source.class_names[label]) for label in y.tolist())
         return Batch(normalise(x, source.spec), y, source.spec, origins=origins)
     length, batches = len(source), len(source) // batch_size
     if batch_size > length:
