@@ -31,3 +31,15 @@ DEFENCE_NAMES = {
 SPARSE_MODES = ("topk", "random", "percentile", "svt")
 #: The mode of a `Protection`: what was done to the gradient; that of dp-sgd is "per-sample".
 PROTECTION_MODES = (*DP_MODES, *SPARSE_MODES, "int8", "sign")
+#: `--loss` and `ClientLoss.kind`: names in LOSSES (models/losses.py).
+LOSS_KINDS = ("cross-entropy", "bce")
+#: `--sweep`: what train/variation.py can change in a client, each a flag of training.py.
+SWEEP_PARAMETERS = (
+    "sigma",
+    "C",
+    "batch-size",
+    "local-steps",
+    "defence",
+    "label-smoothing",
+    "replace-bn",
+)

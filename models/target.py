@@ -14,6 +14,7 @@ from models.batchnorm import (
     uses_learned_statistics,
 )
 from models.build import (
+    Builder,
     WithoutMemory,
     build_model,
     is_known,
@@ -25,6 +26,8 @@ from models.build import (
 from models.choices import SPARSE_MODES
 from models.gradient import ClientLoss, Update, trainable_parameters
 from models.guarantee import NO_PRIVACY, bound_sentence, described
+from models.local import LocalSteps
+from models.user_network import UserNetwork, probe
 from utils.errors import InputError
 
 
@@ -148,11 +151,28 @@ class Target:
     #: Relative rounding error of the gradient's entries as they were sent; None for that of the
     #: narrowest type that holds them.
     resolution: float | None = None
+    #: A name in LOSS_KINDS (models/choices.py).
+    loss_kind: str = "cross-entropy"
+    #: Builds the network in the place of `arch`, which is then a name to show; None by that name.
+    builder: Builder | None = None
+    #: How the client stepped, where it sent the update of several local steps; `gradient` is then
+    #: the mean gradient (w_before − w_after) / (lr · T). None for one gradient.
+    local: LocalSteps | None = None
+
+    @property
+    def weight_change(self) -> tuple[Tensor, ...]:
+        """Return w_after − w_before of every trainable parameter, −lr · T · gradient.
+
+        Raises ValueError where one gradient was sent.
+        """
+        if self.local is None:
+            raise ValueError("one gradient was sent, no update of weights")
+        return tuple(-self.local.lr * self.local.steps * g for g in self.gradient)
 
     @property
     def loss(self) -> ClientLoss:
         """Return how the client took its loss."""
-        return ClientLoss(self.train_mode, self.label_smoothing)
+        return ClientLoss(self.train_mode, self.label_smoothing, self.loss_kind)
 
     @property
     def sent(self) -> tuple[Tensor, ...] | None:
@@ -177,7 +197,8 @@ class Target:
         if scale == 1:
             return self
         gradient = tuple(g / scale for g in self.gradient)
-        return replace(self, gradient=gradient, resolution=rounding_error(self.gradient))
+        sent = self.resolution or rounding_error(self.gradient)
+        return replace(self, gradient=gradient, resolution=sent)
 
     @property
     def network(self) -> str:
@@ -196,7 +217,7 @@ class GroundTruth:
 
     #: The images, (B, C, H, W), normalised.
     x: Tensor
-    #: Their classes, (B,).
+    #: Their labels: classes (B,), or (B, K) where the client's loss is binary cross-entropy.
     y: Tensor
     #: What the client would have sent for other images with the same labels, if stored.
     control: Update | None = None
@@ -226,15 +247,17 @@ def rounding_error(gradient: Sequence[Tensor]) -> float:
 
 @functools.lru_cache(maxsize=4)
 def outline_of(
-    arch: str, num_classes: int, image_shape: tuple[int, int, int], replace_bn: str | None
-) -> nn.Module:
+    arch: str, num_classes: int, image_shape: tuple[int, int, int], replace_bn: str | None,
+    builder: Builder | None = None,
+) -> nn.Module:  # fmt: skip
     """Build the network with names, shapes and dtypes but without memory; to be read only.
 
-    So sizes that a file claims cost nothing here, however large they are.
+    So sizes that a file claims cost nothing here, however large they are. builder: builds it in the
+    place of `arch`; one whose function reads its own weights has its network built with memory.
 
     Raises InputError when there is no such network.
     """
-    if not is_known(arch):
+    if builder is None and not is_known(arch):
         raise InputError(
             f"its network '{some([arch])}' is not one that models/build.py knows; add it there, "
             "or attack it from Python"
@@ -246,16 +269,21 @@ def outline_of(
         )
     try:
         with WithoutMemory():
-            return _build(arch, num_classes, image_shape, replace_bn)
+            return _build(arch, num_classes, image_shape, replace_bn, builder)
     except (InputError, RuntimeError, TypeError, OverflowError) as error:
+        if builder is not None:
+            return _build(arch, num_classes, image_shape, replace_bn, builder)
         raise InputError(
             f"{arch} cannot be built for images {image_shape} and {num_classes} classes: "
             f"{' '.join(str(error).split())[:160]}"
         ) from error
 
 
-def _build(arch, num_classes, image_shape, replace_bn) -> nn.Module:
-    model = build_model(arch, num_classes, image_shape)
+def _build(arch, num_classes, image_shape, replace_bn, builder) -> nn.Module:
+    if builder is None:
+        model = build_model(arch, num_classes, image_shape)
+    else:
+        model = builder(num_classes, image_shape)
     if replace_bn is not None:
         replace_batchnorm(model, replace_bn)
     return model
@@ -266,7 +294,9 @@ def check_fits(target: Target) -> None:
 
     Builds nothing large and reads no entries.
     """
-    outline = outline_of(target.arch, target.num_classes, target.image_shape, target.replace_bn)
+    outline = outline_of(
+        target.arch, target.num_classes, target.image_shape, target.replace_bn, target.builder
+    )
     problems = misfits(target.state_dict, outline.state_dict())
     if problems:
         raise InputError(
@@ -284,11 +314,15 @@ def check_fits(target: Target) -> None:
 def model_of(target: Target) -> nn.Module:
     """Build the attacked network with the weights the client started from.
 
-    Raises InputError when the weights do not fit the architecture.
+    Raises InputError when the weights do not fit the architecture, or when a network of the user's
+    makes no logits of such images (`probe`).
     """
     check_fits(target)
-    model = _build(target.arch, target.num_classes, target.image_shape, target.replace_bn)
+    task, builder = (target.num_classes, target.image_shape), target.builder
+    model = _build(target.arch, *task, target.replace_bn, builder)
     load_weights(model, target.state_dict)
+    if builder is not None:
+        probe(model, *task, builder.path if isinstance(builder, UserNetwork) else "")
     if target.trainable:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in target.trainable)

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -82,6 +83,7 @@ def workplace(tmp_path_factory):
     moco_file(torchvision.models.resnet50(), folder / "moco_v2_800ep_pretrain.pth.tar")
     torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
     os.rename(capture_photos(folder, "-a", "convnet", "-b", "4"), folder / "convnet.tar")
+    shutil.copytree(ROOT / "docs" / "examples", folder / "docs" / "examples")
     own = ("-a", "convnet", "-b", "4", "--target-idx", "1")
     os.rename(capture_photos(folder, *own), folder / "simulation.tar")
     return folder
@@ -172,7 +174,7 @@ def test_there_are_commands():
 
 
 def test_the_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
     torch.manual_seed(0)
     space = {}
     exec(compile(code, "README.md", "exec"), space)
@@ -290,6 +292,36 @@ def error_rows():
     )
 
 
+def own_networks(folder):
+    """Files of a user's, right and wrong, and a list of labels."""
+    shutil.copy(ROOT / "docs" / "examples" / "unet.py", folder)
+    (folder / "broken.py").write_text("import torch\n1 / 0\n")
+    (folder / "segment.py").write_text(SEGMENT)
+    (folder / "labels.csv").write_text("file,nodule\nno.png,1\n")
+
+
+#: Networks that make no logits, and one that has no head.
+SEGMENT = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, shape, then):
+        super().__init__()
+        self.map, self.then = nn.Conv2d(shape[0], num_classes, 1), then
+    def forward(self, x):
+        return self.then(self.map(x))
+
+def build(num_classes, shape):
+    return Net(num_classes, shape, lambda x: x)
+
+def both(num_classes, shape):
+    return Net(num_classes, shape, lambda x: {"out": x, "aux": x})
+
+def cold(num_classes, shape):
+    return Net(num_classes, shape, lambda x: x.mean((2, 3)))
+"""
+
+
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
     """A folder with the files that the tables of refusals name."""
@@ -297,6 +329,11 @@ def mistakes(tmp_path_factory):
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2"), folder / "lenet.tar")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "3", *OTHER), folder / "other.tar")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2", "--seal"), folder / "sealed.tar")
+    own_networks(folder)
+    own = ("-b", "2", "--model", f"{folder}/unet.py:build", "--outlayer-state", "keep")
+    os.rename(capture_photos(folder, *own), folder / "own.tar")
+    binary = ("-a", "lenet", "-b", "2", "--loss", "bce", "--distinct-labels", "2")
+    os.rename(capture_photos(folder, *binary), folder / "bce.tar")
     foreign = ("-a", "lenet", "-b", "2", "--seal", *OTHER)
     capture_photos(folder / "client", *foreign)
     os.rename(next((folder / "client").glob("*-truth.pth.tar")), folder / "foreign.tar")

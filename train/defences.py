@@ -22,7 +22,7 @@ from utils.shard import Shard
 #: Values per sign that `rounded_to_int8` rounds to; −128 is left out, so that it is symmetric.
 INT8_LEVELS = 127
 #: Passes over the entries after which the sparse vector technique gives up.
-MOST_PASSES = 1000
+MOST_PASSES = 300
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from models.target import Protection, guarantee_lines
 from train.batches import Batch
 from train.client import bare_network, without_batchnorm
 from train.datasets import dataset_length, dataset_spec
+from train.label_vectors import shown_labels
 from train.origins import listing, summary
 from train.privacy import Protected
 from train.settings import BatchSettings, ClientSettings, ProtectionSettings
@@ -21,13 +22,15 @@ from utils.errors import InputError
 
 def say_batch(batch: Batch, model: nn.Module, device: torch.device, reporter: Reporter) -> None:
     """Report how many images, labels and parameters there are, the device, and which files."""
+    kind = "distinct labels" if batch.y.dim() == 1 else "distinct label vectors"
+    outputs = "" if batch.y.dim() == 1 else " outputs"
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     reporter.say(
         f"batch: {len(batch.x)} images {tuple(batch.x.shape[1:])}, "
-        f"{len(batch.y.unique())} distinct labels of {batch.spec.num_classes}; "
+        f"{len(batch.y.unique(dim=0))} {kind} of {batch.spec.num_classes}{outputs}; "
         f"{parameters:,} parameters; {device_name(device)}"
     )
-    labels = batch.y.tolist()
+    labels = shown_labels(batch.y)
     for line in (*summary(batch.origins, batch.notes), *listing(batch.origins, labels)):
         reporter.say(line)
 

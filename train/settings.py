@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from models.choices import DP_MODES, PROTECTION_MODES
 from train.defence_settings import check_company, parsed, with_defence
+from train.flags import DEFAULT_ARCH
 from train.request import Request, check_batch_size, check_name, check_openable, check_request
+from train.update_settings import (
+    ImportSettings,
+    LocalSettings,
+    import_settings,
+    local_settings,
+)
 from utils.errors import InputError
 from utils.script import writable_folder
 
@@ -28,6 +35,13 @@ class NetworkSettings:
     replace_bn: str | None
     #: Seed of random weights and of the head.
     seed: int
+    #: FILE.py:function that builds the network; `arch` is then only a name to show. None without.
+    model: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """Return the flag that names the network, with its value, for messages."""
+        return f"--arch {self.arch}" if self.model is None else f"--model {self.model}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,12 @@ class ClientSettings:
     dry_run: bool
     #: All flags as given, by name: the record in the checkpoint and in the log.
     record: Mapping
+    #: The loss, a name in LOSS_KINDS (models/choices.py).
+    loss: str = "cross-entropy"
+    #: How the client steps; None where it sends the gradient of the whole batch.
+    local: LocalSettings | None = None
+    #: The update of a real client, which is then all that is read; None without.
+    imported: ImportSettings | None = None
 
 
 def settings_from(args) -> ClientSettings:
@@ -116,15 +136,27 @@ def settings_from(args) -> ClientSettings:
         distinct_labels=args.distinct_labels,
         seed=args.seed,
         workers=args.workers,
+        loss=args.loss,
+        labels_csv=args.labels_csv,
+        mean=args.mean,
+        std=args.std,
     )
     _check_company(args)
+    _check_network(args)
+    _check_loss(args)
     _check_protection(args)
+    imported, local = import_settings(args), local_settings(args)
     writable_folder(args.results, "--results")
     _check_request(args, request)
     return ClientSettings(
         network=NetworkSettings(
-            args.arch, args.pretrained, args.outlayer_state, args.replace_bn, args.seed
-        ),
+            _network_name(args),
+            args.pretrained,
+            args.outlayer_state,
+            args.replace_bn,
+            args.seed,
+            args.model,
+        ),  # fmt: skip
         batch=BatchSettings(
             data_name=args.data_name,
             request=request,
@@ -144,7 +176,37 @@ def settings_from(args) -> ClientSettings:
         seal=args.seal,
         dry_run=args.dry_run,
         record=vars(args),
+        loss=args.loss,
+        local=local,
+        imported=imported,
     )
+
+
+def _network_name(args) -> str:
+    """Name the network: --arch, or the function of --model after the base name of its file."""
+    return args.arch if args.model is None else os.path.basename(args.model)
+
+
+def _check_network(args) -> None:
+    """Refuse two networks at once."""
+    if args.model is not None and args.arch != DEFAULT_ARCH:
+        raise InputError(f"--arch {args.arch}: --model {args.model} is the network; give one")
+
+
+def _check_loss(args) -> None:
+    """Refuse what concerns another loss, and half a normalisation."""
+    if args.loss != "cross-entropy" and args.label_smoothing:
+        raise InputError(
+            f"--label-smoothing {args.label_smoothing:g}: moves a share of a class label to all "
+            f"classes, and --loss {args.loss} has none; leave it out"
+        )
+    if (args.mean is None) != (args.std is None):
+        given, missing = ("--mean", "--std") if args.std is None else ("--std", "--mean")
+        raise InputError(f"{given}: a normalisation has both; give {missing} as well")
+    if args.mean is not None and len(args.mean) != len(args.std):
+        raise InputError(
+            f"--std: {len(args.std)} numbers, --mean has {len(args.mean)}; give one per channel"
+        )
 
 
 def _check_company(args) -> None:
@@ -153,7 +215,7 @@ def _check_company(args) -> None:
         raise InputError(
             f"--pretrained {args.pretrained}: no such file; leave it out for random weights"
         )
-    for flag in ("image_size", "channels", "bit_depth", "distinct_labels"):
+    for flag in ("image_size", "channels", "bit_depth", "distinct_labels", "labels_csv"):
         if args.data_backup is not None and getattr(args, flag) is not None:
             raise InputError(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: a --data-backup is taken as "
@@ -169,7 +231,10 @@ def _check_company(args) -> None:
 
 def _check_request(args, request: Request) -> None:
     """Refuse what the data set cannot give, as far as that shows without its files."""
-    if args.data_backup is not None:
+    unknown_images = args.import_update is not None and not (
+        args.data or args.data_name == "photos"
+    )
+    if args.data_backup is not None or unknown_images:
         check_name(args.data_name)
     elif args.ra and args.data_name != "folder":
         check_request(args.data_name, request)  # its shape and classes are known without files
@@ -238,7 +303,6 @@ def _defence_from(args) -> ProtectionSettings | None:
 def _stem(args) -> str:
     """Name the files by what they hold; a number is added where such files are there."""
     weights = "random" if args.pretrained is None else os.path.basename(args.pretrained)
-    name = (
-        f"id{args.id}_{args.arch}_{weights}_{args.data_name}_b{args.batch_size}_i{args.target_idx}"
-    )
+    network = _network_name(args).replace(".py:", "-")
+    name = f"id{args.id}_{network}_{weights}_{args.data_name}_b{args.batch_size}_i{args.target_idx}"
     return os.path.join(args.results, name)

@@ -130,31 +130,54 @@ PUBLIC_PHOTOS: tuple[Callable[[], np.ndarray], ...] = (
 )
 
 
-def random_crop(photo: Image.Image, size: int, draw: np.random.Generator) -> Tensor:
-    """Cut a square out of a photograph and scale it: (channels, size, size) in [0, 1].
-
-    Its side is 50 to 100 % of the photograph's shorter one and its corner real-valued.
-    """
-    side = draw.uniform(0.5, 1.0) * min(photo.size)
-    return square_crop(photo, size, side, draw.uniform(), draw.uniform())
-
-
-def centre_crop(photo: Image.Image, size: int) -> Tensor:
-    """Scale the largest centred square of a photograph: (channels, size, size) in [0, 1]."""
-    return square_crop(photo, size, min(photo.size), 0.5, 0.5)
-
-
-def square_crop(
-    photo: Image.Image, size: int, side: float, x_share: float, y_share: float
+def random_crop(
+    photo: Image.Image, size: int | tuple[int, int], draw: np.random.Generator
 ) -> Tensor:
-    """Cut a square of `side` pixels out of a photograph: (channels, size, size) in [0, 1].
+    """Cut a part out of a photograph and scale it: (channels, H, W) in [0, 1].
+
+    size: the side of a square, or (H, W). The part is 50 to 100 % as high as the largest one of its
+    shape, and its corner is real-valued.
+    """
+    return shaped_crop(photo, size, draw.uniform(0.5, 1.0), draw.uniform(), draw.uniform())
+
+
+def centre_crop(photo: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """Scale the largest centred part of a photograph: (channels, H, W) in [0, 1]."""
+    return shaped_crop(photo, size, 1.0, 0.5, 0.5)
+
+
+def shaped_crop(
+    photo: Image.Image,
+    size: int | tuple[int, int],
+    share: float,
+    x_share: float,
+    y_share: float,
+) -> Tensor:
+    """Cut a part of the shape `size` out of a photograph and scale it: (channels, H, W) in [0, 1].
+
+    share: its height in that of the largest such part. x_share, y_share: as in `crop`.
+    """
+    rows, columns = (size, size) if isinstance(size, int) else size
+    height = share * min(photo.height, photo.width * rows / columns)
+    width = share * min(photo.width, photo.height * columns / rows)
+    return crop(photo, (rows, columns), (height, width), x_share, y_share)
+
+
+def crop(
+    photo: Image.Image,
+    sides: tuple[int, int],
+    part: tuple[float, float],
+    x_share: float,
+    y_share: float,
+) -> Tensor:
+    """Cut a part (height, width) in pixels out of a photograph: (channels, *sides) in [0, 1].
 
     x_share, y_share: in [0, 1], how far it lies from the left to the right and from the top to the
     bottom edge.
     """
-    left, top = x_share * (photo.width - side), y_share * (photo.height - side)
-    box = (left, top, left + side, top + side)
-    small = photo.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    left, top = x_share * (photo.width - part[1]), y_share * (photo.height - part[0])
+    box = (left, top, left + part[1], top + part[0])
+    small = photo.resize(sides[::-1], Image.Resampling.BICUBIC, box=box)
     return eight_bit_pixels(small)
 
 

@@ -102,8 +102,9 @@ def layerwise_attack(
 ) -> Recovered:
     """Solve the gradient for the network's tensors and make images of the deepest certified ones.
 
-    model: the attacked network. y: (B,) labels; where the head's gradient does not determine the
-    features that belong to them, labels are read from the gradient instead. public: (M, C, H, W)
+    model: the attacked network. y: (B,) labels, or (B, K) of a binary cross-entropy; where the
+    head's gradient does not determine the features that belong to class labels, labels are read
+    from the gradient instead. public: (M, C, H, W)
     normalised photographs that are none of the client's, for the linear decoder. on_layer: called
     with every certificate. should_stop: asked after every tensor, and while images are made; true
     ends with what there is.
@@ -135,9 +136,14 @@ def layerwise_attack(
 def target_network(model: nn.Module, target: Target, max_memory: int = MAX_MEMORY) -> Network:
     """Trace the attacked network, with what the client sent.
 
-    Raises ValueError, in one line, where the network cannot be walked through or the batch
-    statistics are missing.
+    Raises ValueError, in one line, where the network cannot be walked through, the batch statistics
+    are missing, or an update of several local steps was sent.
     """
+    if target.local is not None:
+        raise ValueError(
+            f"an update of {target.local.steps} local steps was sent, and the layers' equations "
+            "hold for one gradient"
+        )
     if target.protection is not None and target.protection.mode == "sign":
         raise ValueError(
             "the client sent the signs of its gradient alone, from which no equation follows"
