@@ -20,6 +20,7 @@ from inversion.audit.suite_verdict import (
 from inversion.audit.verdict import FEW_IMAGES, INCOMPLETE
 from models.batchnorm import uses_learned_statistics
 from models.gradient import trainable_parameters
+from models.guarantee import CANDIDATES, reconstruction_bound
 from utils.console import duration, table
 from utils.pictures import decibels, save_panels
 
@@ -187,10 +188,24 @@ def _protection(subject: Subject) -> dict[str, Any] | None:
         "text": "; ".join(subject.case.guarantee),
         "epsilon": protection.epsilon,
         "delta": protection.delta,
-        "mu": getattr(protection, "mu", None),
+        "mu": protection.mu,
         "unit": "one image more or less",
-        "bound": None,
+        "bound": attacker_bound(subject),
     }
+
+
+def attacker_bound(subject: Subject) -> dict[str, float] | None:
+    """Return how often any attacker names the true image among its decoys, at most, as `gamma`.
+
+    kappa: how often guessing does. None where the client's defence bounds nothing, or BatchNorm
+    statistics were sent beside it.
+    """
+    target, decoys = subject.case.target, subject.sealed.truth.decoys
+    mu = None if target.protection is None else target.protection.mu
+    if mu is None or target.bn_mean is not None:
+        return None
+    kappa = 1 / (CANDIDATES if decoys is None else 1 + decoys.shape[1])
+    return {"kappa": kappa, "gamma": reconstruction_bound(kappa, mu)}
 
 
 def checkpoint_warnings(
