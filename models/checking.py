@@ -31,6 +31,8 @@ OTHER_KEYS = tuple(field.name for field in fields(Protection) if field.default i
 #: What a record with epsilon must hold as well.
 PRIVACY_KEYS = ("noise_multiplier", "epsilon", "delta", "steps", "sample_rate")
 SETUP_KEYS = ("mean", "std", "size", "n_classes")
+#: What a checkpoint says of local steps, in the order of the fields of `LocalSteps`.
+LOCAL_KEYS = ("local_steps", "local_lr", "local_batch", "local_epochs")
 #: Last parts of the names of weights that are never integers, in no layer of torch.
 REAL_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
 
@@ -337,6 +339,23 @@ def check_origin(checkpoint: dict) -> None:
     steps = checkpoint.get("local_steps")
     if not (steps is None or is_count(steps)):
         raise UnfitError(f"local_steps is {shown(steps)}, not a number of local steps")
+
+
+def check_local_steps(checkpoint: dict) -> None:
+    """Check the entries of an update of several local steps, and the resolution."""
+    steps, lr, batch, epochs = (checkpoint.get(key) for key in LOCAL_KEYS)
+    if not (steps is None or is_count(steps)):
+        raise UnfitError(f"local_steps is {shown(steps)}, not a number of local steps")
+    if steps not in (None, 1) and (lr is None or not is_number(lr) or lr <= 0):
+        raise UnfitError(
+            f"local_lr is {shown(lr)} for {steps} local steps, not the step size above 0"
+        )
+    for key, value in (("local_batch", batch), ("local_epochs", epochs)):
+        if not (value is None or is_count(value)):
+            raise UnfitError(f"{key} is {shown(value)}, not a positive integer")
+    resolution = checkpoint.get("resolution")
+    if not (resolution is None or (is_number(resolution) and 0 < resolution <= 1)):
+        raise UnfitError(f"resolution is {shown(resolution)}, not above 0 and up to 1")
 
 
 def check_plain_entries(checkpoint: dict) -> None:

@@ -18,6 +18,7 @@ from models import checking
 from models.binding import bind
 from models.build import without_wrapper
 from models.gradient import ClientLoss, Update
+from models.local import LocalSteps
 from models.target import GroundTruth, Protection
 from utils.errors import InputError, naming
 from utils.tensor_files import load_plain, one_line
@@ -73,7 +74,8 @@ def make_checkpoint(
     protection_norms: Mapping | None = None,
     truth: GroundTruth | None = None,
     settings: Mapping | None = None,
-    local_steps: int = 1,
+    local: LocalSteps | None = None,
+    resolution: float | None = None,
 ) -> dict:
     """Make a checkpoint from a model and what a client sent for one batch.
 
@@ -84,18 +86,15 @@ def make_checkpoint(
     tensor per trainable parameter in the model's order, or a mapping by parameter name. Arrays of
     numpy are as good as tensors, here and in `truth`. protection: what was done to the gradient.
     protection_norms: private norms before and after it, to record. truth: the batch, a control and
-    decoys, for scoring. settings: plain values to record.
+    decoys, for scoring. settings: plain values to record. local: how the client stepped, where it
+    sent the update of several local steps; the gradient is then the mean one,
+    (w_before − w_after) / (lr · T). resolution: relative rounding error of the gradient, where it
+    is not that of its type.
 
     Raises InputError when the gradient does not fit the model's trainable parameters or another
-    value is not what its field says, and for what is no gradient of one step: a weight difference
-    after several local steps (`local_steps` > 1, or a mapping that holds buffers, as differences
-    of state dicts do).
+    value is not what its field says, and for a mapping that holds buffers, as differences of state
+    dicts do: train/updates.py makes a gradient of those.
     """
-    if local_steps != 1:
-        raise InputError(
-            f"local_steps {local_steps}: an update of several local steps is no gradient; "
-            "only a single step can be inverted here: send the gradient of one batch"
-        )
     sent, bn_mean, bn_var = update, None, None
     if isinstance(update, Update):
         sent, bn_mean, bn_var = update.gradient, update.bn_mean, update.bn_var
@@ -125,6 +124,8 @@ def make_checkpoint(
         "replace_bn": task.replace_bn,
         "loss": task.loss.kind,
         "model_sha256": task.model_sha256,
+        **_local_entries(local),
+        "resolution": resolution,
         "args": dict(settings or {}),
     }
     if protection_norms is not None:
@@ -137,6 +138,14 @@ def make_checkpoint(
             check_truth(checkpoint, checkpoint)
     bind(checkpoint)
     return checkpoint
+
+
+def _local_entries(local: LocalSteps | None) -> dict[str, int | float | None]:
+    """Make the entries of local steps; all None for one gradient."""
+    if local is None or local.steps == 1:
+        return dict.fromkeys(checking.LOCAL_KEYS)
+    values = (local.steps, local.lr, local.batch, local.epochs)
+    return dict(zip(checking.LOCAL_KEYS, values, strict=True))
 
 
 def _truth_entries(truth: GroundTruth, gradient: Sequence[Tensor]) -> dict:
@@ -172,7 +181,7 @@ def _in_order(model: nn.Module, gradient) -> tuple[list[str], list[Tensor]]:
         if buffers:
             raise InputError(
                 f"gradient: holds the buffer {buffers[0]}, so it is a difference of state dicts, "
-                "an update of local steps; give the gradient of one batch"
+                "an update of weights; make a gradient of it by gradient_from_update"
             )
         odd = sorted(set(parameters).symmetric_difference(gradient))
         if odd:
@@ -233,8 +242,8 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
 def load(path: str) -> dict:
     """Load and check a checkpoint, of this project or of the original.
 
-    Raises InputError, without the file's name, when it is missing, damaged, hostile, incomplete, of
-    a newer format, or holds an update of several local steps.
+    Raises InputError, without the file's name, when it is missing, damaged, hostile, incomplete or
+    of a newer format.
     """
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict):
@@ -255,11 +264,6 @@ def load(path: str) -> dict:
         raise InputError(
             f"free_last_layers_list {checking.shown(layers)}: only gradients of all "
             "parameters (['all']) of the original can be read; capture it anew with training.py"
-        )
-    if checkpoint.get("local_steps") not in (None, 1):
-        raise InputError(
-            f"an update of {checkpoint['local_steps']} local steps is no gradient; "
-            "capture the gradient of one batch"
         )
     check_contents(checkpoint)
     channels = checkpoint["dataset_setup"]["size"][0]
@@ -291,6 +295,7 @@ def check_contents(checkpoint: dict) -> None:
             checkpoint.get("loss", "cross-entropy"), checkpoint.get("label_smoothing", 0.0)
         )
         checking.check_protection(checkpoint.get("protection"))
+        checking.check_local_steps(checkpoint)
         state, names = checkpoint["state_dict"], checkpoint.get("trainable")
         checking.check_weights(state)
         checking.check_gradient(checkpoint["target_gradient"], names, len(state))

@@ -95,9 +95,7 @@ def _head_keys(model: nn.Module) -> tuple[list[str], str]:
     return [f"{name}.{parameter}" for parameter, _ in head.named_parameters()], name
 
 
-def _with_own_names(
-    state: dict[str, Tensor], own: Collection[str]
-) -> tuple[dict[str, Tensor], str]:
+def with_own_names(state: dict[str, Tensor], own: Collection[str]) -> tuple[dict[str, Tensor], str]:
     """Take a prefix off all names where it keeps them from being those of a network, `own`.
 
     Wrappers put one there: `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.` and
@@ -133,7 +131,7 @@ def _read_state(path: str, own: Collection[str]) -> tuple[dict[str, Tensor], lis
     state = {k.removeprefix("module."): v.detach() for k, v in content.items()}
     if any(k.startswith(MOCO_PREFIX) for k in state):
         return state, remarks
-    state, prefix = _with_own_names(state, own)
+    state, prefix = with_own_names(state, own)
     if prefix:
         remarks.append(f"'{prefix}' taken off the front of every name")
     return state, remarks

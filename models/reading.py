@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from models.build import Builder, is_known, without_wrapper
+from models.checking import LOCAL_KEYS
 from models.gradient import Update
+from models.local import LocalSteps
 from models.target import GroundTruth, Protection, Target, outline_of
 from utils.errors import InputError
 
@@ -51,7 +53,18 @@ def target_from_checkpoint(checkpoint: dict, builder: Builder | None = None) -> 
         replace_bn=checkpoint.get("replace_bn"),
         loss_kind=checkpoint.get("loss", "cross-entropy"),
         builder=builder,
+        resolution=checkpoint.get("resolution"),
+        local=_local_steps(checkpoint),
     )
+
+
+def _local_steps(checkpoint: dict) -> LocalSteps | None:
+    """Take how the client stepped; None where it sent one gradient."""
+    steps, lr, batch, epochs = (checkpoint.get(key) for key in LOCAL_KEYS)
+    if steps is None or steps == 1:
+        return None
+    assert lr is not None  # check_contents saw to it
+    return LocalSteps(steps, float(lr), batch, epochs)
 
 
 def gradient_order(checkpoint: dict, builder: Builder | None = None) -> list[int]:

@@ -26,6 +26,7 @@ from models.build import (
 from models.choices import SPARSE_MODES
 from models.gradient import ClientLoss, Update, trainable_parameters
 from models.guarantee import NO_PRIVACY, bound_sentence, described
+from models.local import LocalSteps
 from models.user_network import UserNetwork, probe
 from utils.errors import InputError
 
@@ -154,6 +155,19 @@ class Target:
     loss_kind: str = "cross-entropy"
     #: Builds the network in the place of `arch`, which is then a name to show; None by that name.
     builder: Builder | None = None
+    #: How the client stepped, where it sent the update of several local steps; `gradient` is then
+    #: the mean gradient (w_before − w_after) / (lr · T). None for one gradient.
+    local: LocalSteps | None = None
+
+    @property
+    def weight_change(self) -> tuple[Tensor, ...]:
+        """Return w_after − w_before of every trainable parameter, −lr · T · gradient.
+
+        Raises ValueError where one gradient was sent.
+        """
+        if self.local is None:
+            raise ValueError("one gradient was sent, no update of weights")
+        return tuple(-self.local.lr * self.local.steps * g for g in self.gradient)
 
     @property
     def loss(self) -> ClientLoss:
@@ -183,7 +197,8 @@ class Target:
         if scale == 1:
             return self
         gradient = tuple(g / scale for g in self.gradient)
-        return replace(self, gradient=gradient, resolution=rounding_error(self.gradient))
+        sent = self.resolution or rounding_error(self.gradient)
+        return replace(self, gradient=gradient, resolution=sent)
 
     @property
     def network(self) -> str:

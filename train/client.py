@@ -16,13 +16,13 @@ from models.gradient import (
     Update,
     couples_samples,
     forward_failure,
-    whole_batch_gradient,
 )
 from models.guarantee import gaussian_mu
 from models.pretrained import load_pretrained
 from models.target import Protection
 from models.user_network import load_user_network, probe
 from train.defences import PROTECTIONS, Step, laplace_scale
+from train.local import sent_update
 from train.privacy import Protected, epsilon
 from train.settings import ClientSettings, NetworkSettings, ProtectionSettings
 from utils.errors import InputError, naming
@@ -189,7 +189,7 @@ def update(
     Raises InputError where the gradient is not finite or zero.
     """
     loss = settings_loss(settings)
-    sent = whole_batch_gradient(model, x, y, loss, shard, moments=settings.upload_bn)
+    sent = sent_update(settings, model, x, y, loss, shard)
     _check_gradient(settings.network.flag, sent.gradient, images)
     if settings.protection is None:
         return Sent(sent, None)

@@ -143,18 +143,27 @@ def _requested_spec(name: str, request: Request) -> DatasetSpec:
     return spec
 
 
+def requested_normalisation(spec: DatasetSpec, request: Request) -> DatasetSpec:
+    """Return the spec with the normalisation asked for, or its own where none was.
+
+    Raises InputError where the normalisation is not one number per channel.
+    """
+    if request.mean is None or request.std is None:
+        return spec
+    if len(request.mean) != spec.shape[0]:
+        raise InputError(
+            f"--mean: {len(request.mean)} numbers for images of {spec.shape[0]} channels; give "
+            "one per channel"
+        )
+    return replace(spec, mean=request.mean, std=request.std)
+
+
 def requested_labels(spec: DatasetSpec, request: Request) -> DatasetSpec:
     """Return the spec with the outputs that the loss takes, and the normalisation asked for.
 
     Raises InputError where the normalisation is not one number per channel.
     """
-    if request.mean is not None and request.std is not None:
-        if len(request.mean) != spec.shape[0]:
-            raise InputError(
-                f"--mean: {len(request.mean)} numbers for images of {spec.shape[0]} channels; give "
-                "one per channel"
-            )
-        spec = replace(spec, mean=request.mean, std=request.std)
+    spec = requested_normalisation(spec, request)
     if spec.num_classes is None or request.labels_csv is not None:
         return spec
     return replace(spec, num_classes=output_count(spec.num_classes, request))

@@ -13,6 +13,7 @@ from models.choices import (
 )
 from train.defence_settings import usage
 from train.request import DATASET_NAMES
+from train.update_settings import LOCAL_OPTIMISERS
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
 
 #: The network without --arch and --model.
@@ -35,6 +36,8 @@ def parser() -> Parser:
     _add_sent(parser.add_argument_group("what is sent").add_argument)
     _add_defence(parser.add_argument_group("defence").add_argument)
     _add_protection(parser.add_argument_group("protection").add_argument)
+    _add_local_steps(parser.add_argument_group("local steps").add_argument)
+    _add_import(parser.add_argument_group("an update of your own").add_argument)
     _add_rank_analysis(parser.add_argument_group("rank analysis").add_argument)
     add_process_flags(parser)
     return parser
@@ -88,8 +91,8 @@ def _add_data(add) -> None:
         "--channels",
         type=int,
         choices=(1, 3),
-        help="For folder: channels to read. Without it: as the files are. For photos: 3, or 1 for "
-        "grey.",
+        help="For folder: channels to read; for an imported update: of its images. Without it: as "
+        "the files are. For photos: 3, or 1 for grey.",
     )
     add("--distinct-labels", type=int, help="For photos: number of distinct labels.")
     add("-j", "--workers", type=integer_from(0), default=4, help="Threads that decode images.")
@@ -247,6 +250,74 @@ def _add_protection(add) -> None:
         type=number(above=0, high=1),
         default=1.0,
         help="Probability that a sample is in a batch (Poisson sampling), for epsilon.",
+    )
+
+
+def _add_local_steps(add) -> None:
+    add(
+        "--local-steps",
+        type=integer_from(1),
+        help="Steps of plain SGD that the client takes before it sends the update. Without it: "
+        "one, the gradient.",
+    )
+    add(
+        "--local-epochs",
+        type=integer_from(1),
+        help="Passes over the batch in the place of --local-steps, of ceil(B / b) steps each.",
+    )
+    add(
+        "--local-batch",
+        type=integer_from(1),
+        help="Images b per local step, taken from the batch in turn. Without it: the whole batch.",
+    )
+    add(
+        "--local-lr",
+        type=number(above=0),
+        help="Step size of the local steps. Without it: 0.01 in a simulation.",
+    )
+
+
+def _add_import(add) -> None:
+    add(
+        "--import-update",
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="Make the checkpoint from the weights that a real client was sent and those that it "
+        "sent back, instead of simulating one.",
+    )
+    add(
+        "--update-difference",
+        action="store_true",
+        help="AFTER holds the difference, after minus before.",
+    )
+    add(
+        "--local-optimiser",
+        choices=LOCAL_OPTIMISERS,
+        default="sgd",
+        help="What the real client stepped with; others than sgd are undone for one step at most.",
+    )
+    add(
+        "--local-momentum",
+        type=number(0, below=1),
+        help="Momentum of the real client's optimiser; nesterov needs it.",
+    )
+    add(
+        "--local-weight-decay",
+        type=number(low=0),
+        default=0.0,
+        help="Weight decay of the real client's optimiser, undone for one step.",
+    )
+    add(
+        "--bn-momentum",
+        type=number(low=0, high=1),
+        default=0.1,
+        help="Momentum of BatchNorm's running statistics in the real client; 0 for the cumulative "
+        "average.",
+    )
+    add(
+        "--num-classes",
+        type=integer_from(2),
+        help="Classes of the imported network. Without it: those of the data set.",
     )
 
 

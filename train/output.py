@@ -8,6 +8,7 @@ from models.user_network import load_user_network
 from train.batches import Batch
 from train.client import Sent, settings_loss
 from train.label_vectors import shown_labels
+from train.local import local_steps
 from train.origins import COLUMNS, rows
 from train.settings import ClientSettings
 from utils.console import Reporter
@@ -58,6 +59,7 @@ def checkpoint_of(
             batch.x, batch.y, None if control is None else control.update, batch.decoys
         ),
         settings={**settings.record, "versions": versions(), "git": git_revision()},
+        local=local_steps(settings.local),
     )
 
 
@@ -66,24 +68,43 @@ def planned_file(settings: ClientSettings) -> str:
     return free_stem(settings.stem, tuple(ENDINGS.values())) + ENDINGS["checkpoint"]
 
 
-def write(settings: ClientSettings, checkpoint: dict, batch: Batch, reporter: Reporter) -> None:
-    """Write all files of the run, or none where one cannot be written, and report them."""
-    images = denormalise(batch.x, *batch.spec.normalisation)
+def write(
+    settings: ClientSettings, checkpoint: dict, batch: Batch | None, reporter: Reporter
+) -> None:
+    """Write all files of the run, or none where one cannot be written, and report them.
+
+    batch: the client's images; None where they are not known, of which then is no picture.
+    """
     with claimed_stem(settings.stem, tuple(ENDINGS.values())) as stem:
         paths = {kind: stem + ending for kind, ending in ENDINGS.items()}
         if settings.seal:
             checkpoint, truth = seal(checkpoint)
             save(truth, paths["truth"])
         save(checkpoint, paths["checkpoint"])
-        save_panels([("target", images)], paths["picture"])
-        write_csv(COLUMNS, rows(batch.origins, shown_labels(batch.y)), paths["images"])
+        if batch is not None:
+            images = denormalise(batch.x, *batch.spec.normalisation)
+            save_panels([("target", images)], paths["picture"])
+            write_csv(COLUMNS, rows(batch.origins, shown_labels(batch.y)), paths["images"])
         gradient = checkpoint["target_gradient"]
         norm = sum(float(g.double().square().sum()) for g in gradient) ** 0.5
         reporter.say(f"gradient: {len(gradient)} tensors, norm {norm:.6g}")
+        if checkpoint["local_steps"] is not None:
+            reporter.say(local_line(checkpoint))
         if checkpoint["bn_mean_list"] is not None:
             reporter.say(f"BatchNorm statistics of {len(checkpoint['bn_mean_list'])} layers")
         if settings.seal:
             reporter.say(f"truth sealed in {paths['truth']}")
-        reporter.say(f"which image is which, as private as the truth: {paths['images']}")
+        if batch is not None:
+            reporter.say(f"which image is which, as private as the truth: {paths['images']}")
         reporter.say(f"checkpoint written: {paths['checkpoint']}")
         reporter.log_to(paths["log"])
+
+
+def local_line(checkpoint: dict) -> str:
+    """Say what the gradient of an update of several local steps is."""
+    steps, lr, batch = (checkpoint[f"local_{key}"] for key in ("steps", "lr", "batch"))
+    each = "the whole batch" if batch is None else f"{batch} images in turn"
+    return (
+        f"update of {steps} local steps of plain SGD with step size {lr:g}, each on {each}: the "
+        "gradient is the mean one, (before - after) / (step size x steps)"
+    )

@@ -11,6 +11,12 @@ from models.choices import DP_MODES, PROTECTION_MODES
 from train.defence_settings import check_company, parsed, with_defence
 from train.flags import DEFAULT_ARCH
 from train.request import Request, check_batch_size, check_name, check_openable, check_request
+from train.update_settings import (
+    ImportSettings,
+    LocalSettings,
+    import_settings,
+    local_settings,
+)
 from utils.errors import InputError
 from utils.script import writable_folder
 
@@ -108,6 +114,10 @@ class ClientSettings:
     record: Mapping
     #: The loss, a name in LOSS_KINDS (models/choices.py).
     loss: str = "cross-entropy"
+    #: How the client steps; None where it sends the gradient of the whole batch.
+    local: LocalSettings | None = None
+    #: The update of a real client, which is then all that is read; None without.
+    imported: ImportSettings | None = None
 
 
 def settings_from(args) -> ClientSettings:
@@ -135,6 +145,7 @@ def settings_from(args) -> ClientSettings:
     _check_network(args)
     _check_loss(args)
     _check_protection(args)
+    imported, local = import_settings(args), local_settings(args)
     writable_folder(args.results, "--results")
     _check_request(args, request)
     return ClientSettings(
@@ -166,6 +177,8 @@ def settings_from(args) -> ClientSettings:
         dry_run=args.dry_run,
         record=vars(args),
         loss=args.loss,
+        local=local,
+        imported=imported,
     )
 
 
@@ -218,7 +231,10 @@ def _check_company(args) -> None:
 
 def _check_request(args, request: Request) -> None:
     """Refuse what the data set cannot give, as far as that shows without its files."""
-    if args.data_backup is not None:
+    unknown_images = args.import_update is not None and not (
+        args.data or args.data_name == "photos"
+    )
+    if args.data_backup is not None or unknown_images:
         check_name(args.data_name)
     elif args.ra and args.data_name != "folder":
         check_request(args.data_name, request)  # its shape and classes are known without files

@@ -270,4 +270,6 @@ def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
     chosen = settings.strategy if outcome.chosen is None else f"seed {first + outcome.chosen}"
     losses = outcome.final.losses
     terms = "  ".join(f"{name} {value:.4g}" for name, value in losses.terms.items())
+    if losses.alpha is not None:
+        terms += f"  between the states at alpha {losses.alpha:.3f}"
     return [*lines, f"chosen: {chosen}  gradient loss {losses.gradient:.6g}  {terms}"]

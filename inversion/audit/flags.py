@@ -19,8 +19,10 @@ from inversion.settings import (
     SHARDS,
     SSIMS,
     STRATEGIES,
+    UPDATE_MODELS,
     VERDICT_METRICS,
 )
+from models.choices import SWEEP_PARAMETERS
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
 
 
@@ -36,11 +38,13 @@ def parser() -> Parser:
     _add_attack(parser.add_argument_group("attack").add_argument)
     _add_labels(parser.add_argument_group("label reconstruction").add_argument)
     _add_objective(parser.add_argument_group("objective").add_argument)
+    _add_updates(parser.add_argument_group("several local steps").add_argument)
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
     _add_seeds(parser.add_argument_group("several seeds").add_argument)
     _add_scoring(parser.add_argument_group("scoring").add_argument)
     _add_search(parser.add_argument_group("search of hyper-parameters").add_argument)
     _add_audit(parser.add_argument_group("a whole audit").add_argument)
+    _add_sweep(parser.add_argument_group("sweep of defences").add_argument)
     add_process_flags(parser)(
         "--shard",
         choices=SHARDS,
@@ -221,6 +225,16 @@ def _add_objective(add) -> None:
         choices=PIXEL_GRADIENTS,
         default="exact",
         help="How the derivative of the pixels is computed; plain is the slow twin of exact.",
+    )
+
+
+def _add_updates(add) -> None:
+    add(
+        "--update-model",
+        choices=UPDATE_MODELS,
+        help="What an update of several local steps is compared with. sme: the gradient at a "
+        "place between the two states, which is learned; mean: the gradient at the state before; "
+        "unroll: the candidate's own local steps. Without it: sme.",
     )
 
 
@@ -421,14 +435,49 @@ class _OneOrSeveral(argparse.Action):
 
 def suite_flags() -> dict[str, object]:
     """Return the flags that --audit sets itself, with their defaults."""
-    found = _defaults_of(_add_attack, _add_objective, _add_optimisation, _add_seeds, _add_search)
+    found = _defaults_of(
+        _add_attack, _add_objective, _add_updates, _add_optimisation, _add_seeds, _add_search
+    )
     del found["--max-memory"]
     return found
 
 
+def _add_sweep(add) -> None:
+    add(
+        "--sweep",
+        action="append",
+        metavar="PARAM=V1,V2",
+        help="Simulate the client of --checkpoint once per value, attack each, and compare: "
+        f"{', '.join(SWEEP_PARAMETERS)}.",
+    )
+    add(
+        "--repeats",
+        type=integer_from(1),
+        default=1,
+        help="--sweep: batches per value, from that of the checkpoint on.",
+    )
+    add(
+        "--sweep-workers",
+        type=integer_from(1),
+        default=1,
+        help="--sweep: attacks that run at the same time, in a process and a thread each.",
+    )
+    add(
+        "--sweep-TV",
+        metavar="V1,V2",
+        help="--sweep: attack each client with each of these weights of --TV, and tell the "
+        "strongest attack, with its p corrected for their number.",
+    )
+    add(
+        "--keep-checkpoints",
+        action="store_true",
+        help="--sweep: keep the checkpoints of the simulated clients, with their truth.",
+    )
+
+
 def matching_flags() -> dict[str, object]:
     """Return the flags that concern the matching of gradients alone, with their defaults."""
-    return _defaults_of(_add_objective, _add_optimisation, _add_seeds)
+    return _defaults_of(_add_objective, _add_updates, _add_optimisation, _add_seeds)
 
 
 def _defaults_of(*groups) -> dict[str, object]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.truth import TruthCheck, check_truth_gradient
+from inversion.audit.updates import update_model_of
 from inversion.audit.withhold import withhold, withhold_from_control
 from inversion.labels.counts import ScaledGradientError
 from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_labels
@@ -240,6 +241,7 @@ def make_case(
         bn_grad=settings.bn_grad,
         bn_coupling=settings.bn_coupling,
         batch_shard=processes if settings.shared == "batch" else ALONE,
+        update_model=update_model_of(settings, target),
     )
     return Case(target, y, labels, objective, source, device, processes)
 
@@ -445,6 +447,8 @@ def _refuse_bn(settings: AttackSettings, target: Target, model: nn.Module) -> No
         )
     if settings.bn_coupling == "forced":
         with naming("--bn-coupling forced"):
+            if target.local is not None:
+                raise InputError("each local step has batch statistics of its own; leave it out")
             forced_statistics(model, target)
     weight = settings.weights.priors.get("bn", 0.0)
     if weight and not batchnorm_layers(model):

@@ -10,6 +10,7 @@ from functools import partial
 from inversion.audit.attack import own_seeds
 from inversion.audit.inputs import Case
 from inversion.audit.settings import Settings
+from inversion.audit.updates import update_lines, update_model_of
 from inversion.combine import combination_method
 from inversion.layerwise.attack import target_network
 from inversion.layerwise.least_squares import memory_of_system
@@ -31,6 +32,7 @@ def plan(settings: AttackSettings, case: Case, *, shuffled: bool) -> str:
         lines.append(f"plan: solve the gradient layer by layer, {_setting(case)}")
     if settings.method != "layerwise":
         lines += _matching_lines(settings, case)
+    lines += update_lines(update_model_of(settings, case.target), case.target)
     lines += _protection_lines(case)
     if shuffled:
         lines.append("what was sent is shuffled: there is nothing to find in it")

@@ -18,6 +18,7 @@ from inversion.audit.settings import ScoringSettings, Settings
 from inversion.audit.tables import information_table, label_table, score_table
 from inversion.audit.threat import threat_model
 from inversion.audit.truth import Finish, arrival, second_half_fall
+from inversion.audit.updates import update_entry, update_model_of
 from inversion.audit.verdict import ALPHA
 from inversion.layerwise.attack import Recovered
 from inversion.layerwise.images import decoded
@@ -117,7 +118,8 @@ def finish_of(settings: AttackSettings, case: Case, sealed: Sealed, attacked: At
     falls = [second_half_fall(losses) for losses in attacked.gradient_losses(settings)]
     fall = max((fall for fall in falls if fall is not None), default=None)
     final = attacked.outcome.final
-    at = arrival(case.objective, final.x.to(case.device), sealed.images_for(case), sealed.truth.y)
+    objective = case.objective.at_place(final.losses.alpha)
+    at = arrival(objective, final.x.to(case.device), sealed.images_for(case), sealed.truth.y)
     found = attacked.recovered
     return Finish(fall, at, final.stopped, None if found is None else found.stopped)
 
@@ -288,6 +290,9 @@ class Report:
             "information": null_unless_finite(self.information),
             "rounds": null_unless_finite(attacked.rounds),
             "layerwise": None if certificate is None else null_unless_finite(certificate.entry),
+            "update": update_entry(
+                update_model_of(self.settings.attack, case.target), case.target, losses.alpha
+            ),
         }
         write_json(result, self.folder / "result.json")
 

@@ -17,6 +17,7 @@ from inversion.audit.flags import (
     tuned_flag,
     tuned_names,
 )
+from inversion.audit.sweep.settings import SweepSettings, sweep_from
 from inversion.audit.withhold import refuse_contradictions
 from inversion.settings import (
     AUTO,
@@ -137,6 +138,8 @@ class Settings:
     dry_run: bool
     #: Every flag with its value: the record in result.json, read by nobody here.
     record: Mapping[str, object]
+    #: None where one checkpoint is attacked as it is.
+    sweep: SweepSettings | None = None
 
     @property
     def folder(self) -> Path:
@@ -204,6 +207,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         print_freq=args.print_freq,
         dry_run=args.dry_run,
         record=vars(args),
+        sweep=sweep_from(args),
     )
     writable_folder(str(settings.folder), "--root")
     return settings
@@ -279,6 +283,7 @@ def _attack_from(args) -> AttackSettings:
         bn_grad=args.bn_grad,
         bn_coupling=args.bn_coupling,
         shared=args.shard,
+        update_model=args.update_model,
     )
 
 
@@ -423,6 +428,11 @@ def _refuse_scoring(args) -> None:
 def _search_from(args) -> SearchSettings | None:
     """Return the search that the flags ask for; raise InputError for one that cannot run."""
     names = tuned_names(args)
+    if args.superparameters_search and args.update_model in ("sme", "unroll"):
+        raise InputError(
+            f"--update-model {args.update_model}: a search tries the gradient at the state before; "
+            "give --update-model mean"
+        )
     if not args.superparameters_search:
         flags = [f"{tuned_flag(name)}-tune" for name in names]
         given = ("simulation_checkpoint", "ray_address", "search_resume", "search_only")

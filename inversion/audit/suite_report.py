@@ -190,6 +190,7 @@ def _protection(subject: Subject) -> dict[str, Any] | None:
         "delta": protection.delta,
         "mu": protection.mu,
         "unit": "one image more or less",
+<<<<<<< HEAD
         "bound": attacker_bound(subject),
     }
 
@@ -206,6 +207,22 @@ def attacker_bound(subject: Subject) -> dict[str, float] | None:
         return None
     kappa = 1 / (CANDIDATES if decoys is None else 1 + decoys.shape[1])
     return {"kappa": kappa, "gamma": reconstruction_bound(kappa, mu)}
+=======
+        "bound": _bound(subject),
+    }
+
+
+def _bound(subject: Subject) -> dict[str, float] | None:
+    """Return with what probability any attacker names an image; None where nothing bounds it.
+
+    Of CANDIDATES equally likely images, from one such gradient.
+    """
+    target = subject.case.target
+    protection, kappa = target.protection, 1 / CANDIDATES
+    if protection is None or protection.mu is None or target.bn_mean is not None:
+        return None
+    return {"kappa": kappa, "gamma": reconstruction_bound(kappa, protection.mu)}
+>>>>>>> main
 
 
 def checkpoint_warnings(

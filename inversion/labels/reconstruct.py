@@ -134,7 +134,8 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
         uniform_labels=inputs.uniform_labels,
     )
     with_bias = with_bias_gradient(evidence)
-    check_scale(with_bias)
+    if target.local is None:  # local steps may weigh some images more than others
+        check_scale(with_bias)
     try:
         estimate = LABEL_FUNCTIONS[method](evidence)
     except torch.linalg.LinAlgError as error:
@@ -144,6 +145,12 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
     if evidence.defence:
         reason = f"{reason}; {evidence.defence}"
     bounds, certain = lower_bounds(with_bias)
+    if target.local is not None:
+        certain = False
+        reason = (
+            f"{reason}; an update of {target.local.steps} local steps is no gradient, so that "
+            "counts and bounds are likely at best"
+        )
     if not certain and bounds.sum() > target.batch_size:  # what is likely, but cannot be
         bounds = round_counts(estimate.counts.double(), bounds, target.batch_size)
     return LabelResult(

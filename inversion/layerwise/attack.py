@@ -136,9 +136,14 @@ def layerwise_attack(
 def target_network(model: nn.Module, target: Target, max_memory: int = MAX_MEMORY) -> Network:
     """Trace the attacked network, with what the client sent.
 
-    Raises ValueError, in one line, where the network cannot be walked through or the batch
-    statistics are missing.
+    Raises ValueError, in one line, where the network cannot be walked through, the batch statistics
+    are missing, or an update of several local steps was sent.
     """
+    if target.local is not None:
+        raise ValueError(
+            f"an update of {target.local.steps} local steps was sent, and the layers' equations "
+            "hold for one gradient"
+        )
     if target.protection is not None and target.protection.mode == "sign":
         raise ValueError(
             "the client sent the signs of its gradient alone, from which no equation follows"
