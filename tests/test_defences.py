@@ -1,7 +1,6 @@
 """Defences: what each sends, what is said of it, and what the attacker makes of it."""
 
 import math
-from argparse import Namespace
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from scipy.stats import norm as normal
 
-from inversion.audit.suite_report import attacker_bound
 from inversion.combine import combination_method, combine
 from inversion.labels.evidence import gather_evidence
 from inversion.labels.reconstruct import LabelInputs, reconstruct_labels
@@ -229,9 +227,7 @@ def test_a_defence_may_stand_for_another_flag():
         assert settings.record["defence"] == text
     assert args.defence is None
     assert settings_from(flags("--defence", "groupnorm")).network.replace_bn == "groupnorm"
-    assert with_defence(Namespace(local_steps=1), "local-steps:4").local_steps == 4
-    with pytest.raises(InputError, match="this client takes one step"):
-        with_defence(Namespace(), "local-steps:4")
+    assert settings_from(with_defence(args, "local-steps:4")).local.steps == 4
 
 
 def test_clipping_and_noise_are_those_of_the_other_flags(tmp_path):
@@ -352,24 +348,6 @@ def test_mu_is_recorded_and_said(tmp_path):
     assert f"at most {normal.cdf(normal.ppf(0.01) + 0.5):.3g}; after 4 gradients (mu 1)" in said
     assert f"of at most {normal.cdf(normal.ppf(0.01) + 1):.3g}" in said
     assert gaussian_mu(0.0) is None
-
-
-def test_the_audit_has_the_bound_among_its_decoys():
-    def bound(decoys, mu=1.0, bn_mean=None):
-        protection = None if mu is None else Protection("per-sample", 0.1, 1.0, mu=mu)
-        target = Namespace(protection=protection, bn_mean=bn_mean)
-        return attacker_bound(
-            Namespace(
-                case=Namespace(target=target), sealed=Namespace(truth=Namespace(decoys=decoys))
-            )
-        )
-
-    assert bound(torch.zeros(2, 9, 3, 4, 4)) == {
-        "kappa": 0.1, "gamma": pytest.approx(normal.cdf(normal.ppf(0.1) + 1)),
-    }  # fmt: skip
-    assert bound(None)["kappa"] == 0.01
-    assert bound(None, mu=None) is None
-    assert bound(None, bn_mean=(torch.zeros(1),)) is None
 
 
 # What the attacker makes of it --------------------------------------------------------------

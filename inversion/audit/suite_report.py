@@ -190,24 +190,6 @@ def _protection(subject: Subject) -> dict[str, Any] | None:
         "delta": protection.delta,
         "mu": protection.mu,
         "unit": "one image more or less",
-<<<<<<< HEAD
-        "bound": attacker_bound(subject),
-    }
-
-
-def attacker_bound(subject: Subject) -> dict[str, float] | None:
-    """Return how often any attacker names the true image among its decoys, at most, as `gamma`.
-
-    kappa: how often guessing does. None where the client's defence bounds nothing, or BatchNorm
-    statistics were sent beside it.
-    """
-    target, decoys = subject.case.target, subject.sealed.truth.decoys
-    mu = None if target.protection is None else target.protection.mu
-    if mu is None or target.bn_mean is not None:
-        return None
-    kappa = 1 / (CANDIDATES if decoys is None else 1 + decoys.shape[1])
-    return {"kappa": kappa, "gamma": reconstruction_bound(kappa, mu)}
-=======
         "bound": _bound(subject),
     }
 
@@ -222,7 +204,6 @@ def _bound(subject: Subject) -> dict[str, float] | None:
     if protection is None or protection.mu is None or target.bn_mean is not None:
         return None
     return {"kappa": kappa, "gamma": reconstruction_bound(kappa, protection.mu)}
->>>>>>> main
 
 
 def checkpoint_warnings(
