@@ -33,13 +33,14 @@ from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_l
 from inversion.settings import AttackSettings, Loop, Weights
 from models import checkpoint as checkpoints
 from models.checkpoint import Task, make_checkpoint
-from models.gradient import Update, whole_batch_gradient
+from models.gradient import ClientLoss, Update, whole_batch_gradient
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Protection, Target
 from utils.console import Reporter, Silent
 from utils.errors import InputError
 from utils.files import claim_folder
 from utils.images import normalise
+from utils.matching import label_numbers
 from utils.script import Interrupts
 from utils.shard import ALONE
 
@@ -130,9 +131,10 @@ def audit_gradient(
     `models.checkpoint.make_checkpoint`. settings: MATCHING, LAYERWISE or your own; steps: in the
     place of its number of iterations. truth: the batch and what scoring needs besides
     (`ground_truth`); without it nothing is judged. labels: (B,) class indices that the attack goes
-    by; without them those of the truth, or else they are reconstructed from the gradient. without:
-    names in WITHHELD, of what the attacker is not given. controls: whether the same attack runs
-    again without the client's gradient. quiet: print nothing.
+    by, or (B, K) numbers under binary cross-entropy; without them those of the truth, or else they
+    are reconstructed from the gradient. without: names in WITHHELD, of what the attacker is not
+    given. controls: whether the same attack runs again without the client's gradient. quiet: print
+    nothing.
 
     Raises InputError for what does not fit together, or cannot be attacked.
     """
@@ -170,18 +172,19 @@ def ground_truth(
 ) -> GroundTruth:
     """Put together what a verdict needs: the batch, the gradient of other images, and decoys.
 
-    images: (B, C, H, W) of the batch as colours in [0, 1]; labels: (B,). pool: (N, C, H, W) in
-    [0, 1], other images that could have been in the batch; pool_labels: (N,). One image of the pool
-    with the same label stands for each of the batch in the control, and up to DECOYS more are its
-    decoys; `seed` draws them, none twice. send: what the client sends for normalised images
-    (B, C, H, W) and labels (B,), with its protection if it has one; None for the plain gradient.
+    images: (B, C, H, W) of the batch as colours in [0, 1]; labels: (B,), or (B, K) under binary
+    cross-entropy. pool: (N, C, H, W) in [0, 1], other images that could have been in the batch;
+    pool_labels: their labels. One image of the pool with the same label stands for each of the
+    batch in the control, and up to DECOYS more are its decoys; `seed` draws them, none twice. send:
+    what the client sends for normalised images (B, C, H, W) and labels (B,), with its protection if
+    it has one; None for the plain gradient.
 
     Raises InputError where the pool has too few images of a label.
     """
     dtype = next(model.parameters()).dtype
     mean, std = (torch.as_tensor(v, dtype=dtype).view(-1, 1, 1) for v in (task.mean, task.std))
-    y = torch.as_tensor(labels).long()
-    others, decoys = _drawn(y, torch.as_tensor(pool_labels).long(), seed)
+    y, of_pool = (labels_as_tensor(values, task.loss) for values in (labels, pool_labels))
+    others, decoys = _drawn(*label_numbers(y, of_pool), seed)
     x_others = normalise(pool[others], mean, std).to(next(model.parameters()).device)
     if send is None:
         control = whole_batch_gradient(model, x_others, y.to(x_others.device), task.loss)
@@ -214,8 +217,8 @@ def _labels(
 ) -> tuple[LabelResult | None, Tensor]:
     """Return the labels (B,) of the attack, after how they were reconstructed, None if known."""
     if given is not None:
-        y = torch.as_tensor(given).long()
-        checkpoints.check_labels(y, target.batch_size, target.num_classes)
+        y = labels_as_tensor(given, target.loss)
+        checkpoints.check_labels(y, target.batch_size, target.num_classes, target.loss_kind)
         return None, y
     if truth is not None and not withheld:
         return None, truth.y
@@ -225,6 +228,12 @@ def _labels(
     except ValueError as error:
         raise InputError(f"labels: cannot be reconstructed: {error}; give them") from error
     return found, found.labels
+
+
+def labels_as_tensor(labels: Sequence | Tensor, loss: ClientLoss) -> Tensor:
+    """Return labels as the loss takes them: integers, or under binary cross-entropy floats."""
+    y = torch.as_tensor(labels)
+    return y.float() if loss.kind == "bce" else y.long()
 
 
 def _drawn(y: Tensor, pool: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -252,7 +261,7 @@ def _settings(
     base = settings_from(parser().parse_args(["--checkpoint", "-", "--epochs", "1", "--lr", "1"]))
     inputs = replace(
         base.inputs,
-        labels=None if labels is None else ",".join(str(int(label)) for label in labels),
+        labels=None if labels is None else ",".join(map(str, torch.as_tensor(labels).tolist())),
         labels_from_gradient=found is not None,
         without=parts,
     )

@@ -195,11 +195,13 @@ def label_finding(case: Case, sealed: Sealed) -> LabelFinding:
 def chance_of_labels(y: Tensor, num_classes: int) -> float:
     """Return the expected `metrics.label_accuracy` of B labels drawn evenly from all classes.
 
-    y: (B,) true labels, n_k of class k. The drawn number of class k is binomial, X ~ (B, 1/K), so
-    the overlap is Σ_k E min(n_k, X) = Σ_k Σ_{j = 1 … n_k} P(X ≥ j), over B.
+    y: (B,) true labels, n_k of class k; or label vectors (B, K), of which there are 2^K. The drawn
+    number of class k is binomial, X ~ (B, 1/K), so the overlap is Σ_k E min(n_k, X) = Σ_k Σ_{j = 1
+    … n_k} P(X ≥ j), over B.
     """
     from scipy.stats import binom  # half a second, of an audit alone
 
-    counts = y.bincount(minlength=num_classes).tolist()
-    tail = [float(binom.sf(j, len(y), 1 / num_classes)) for j in range(max(counts))]
+    share = 1 / num_classes if y.dim() == 1 else 0.5**num_classes
+    counts = y.unique(dim=0, return_counts=True)[1].tolist()
+    tail = [float(binom.sf(j, len(y), share)) for j in range(max(counts))]
     return sum(sum(tail[:count]) for count in counts) / len(y)
