@@ -5,6 +5,7 @@ any `nn.Module`. docs/python.md has a recipe per question.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from inversion.settings import AttackSettings, Loop, Weights
 from models import checkpoint as checkpoints
 from models.checkpoint import Task, make_checkpoint
 from models.gradient import Update, whole_batch_gradient
+from models.local import LocalSteps
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Protection, Target
 from utils.console import Reporter, Silent
@@ -119,6 +121,7 @@ def audit_gradient(
     labels: Sequence[int] | Tensor | None = None,
     steps: int | None = None,
     protection: Protection | None = None,
+    local: LocalSteps | None = None,
     without: Sequence[str] = (),
     controls: bool = True,
     quiet: bool = True,
@@ -126,20 +129,23 @@ def audit_gradient(
     """Attack a recorded gradient of one batch, and judge what was found.
 
     model: the network with the weights that the client started from, of any class; it is left as it
-    was, and the attack runs where its parameters lie. gradient, task and protection: as for
+    was, and the attack runs where its parameters lie. gradient, task, protection and local: as for
     `models.checkpoint.make_checkpoint`. settings: MATCHING, LAYERWISE or your own; steps: in the
     place of its number of iterations. truth: the batch and what scoring needs besides
     (`ground_truth`); without it nothing is judged. labels: (B,) class indices that the attack goes
-    by; without them those of the truth, or else they are reconstructed from the gradient. without:
-    names in WITHHELD, of what the attacker is not given. controls: whether the same attack runs
-    again without the client's gradient. quiet: print nothing.
+    by, or (B, K) numbers in [0, 1] under binary cross-entropy; without them those of the truth, or
+    else they are reconstructed from the gradient. without: names in WITHHELD, of what the attacker
+    is not given. controls: whether the same attack runs again without the client's gradient.
+    quiet: print nothing.
 
     Raises InputError for what does not fit together, or cannot be attacked.
     """
     if steps is not None:
         settings = replace(settings, loop=replace(settings.loop, steps=steps))
     parts = _checked_parts(without, labels)
-    checkpoint = make_checkpoint(model, gradient, task, protection=protection, truth=truth)
+    checkpoint = make_checkpoint(
+        model, gradient, task, protection=protection, truth=truth, local=local
+    )
     sent = target_from_checkpoint(checkpoint)
     target, withheld = withhold(sent, parts)
     device = next(model.parameters()).device
@@ -170,7 +176,8 @@ def ground_truth(
 ) -> GroundTruth:
     """Put together what a verdict needs: the batch, the gradient of other images, and decoys.
 
-    images: (B, C, H, W) of the batch as colours in [0, 1]; labels: (B,). pool: (N, C, H, W) in
+    images: (B, C, H, W) of the batch as colours in [0, 1]; labels: (B,), or (B, K) under binary
+    cross-entropy. pool: (N, C, H, W) in
     [0, 1], other images that could have been in the batch; pool_labels: (N,). One image of the pool
     with the same label stands for each of the batch in the control, and up to DECOYS more are its
     decoys; `seed` draws them, none twice. send: what the client sends for normalised images
@@ -180,8 +187,8 @@ def ground_truth(
     """
     dtype = next(model.parameters()).dtype
     mean, std = (torch.as_tensor(v, dtype=dtype).view(-1, 1, 1) for v in (task.mean, task.std))
-    y = torch.as_tensor(labels).long()
-    others, decoys = _drawn(y, torch.as_tensor(pool_labels).long(), seed)
+    y = _as_labels(labels, task.loss.kind)
+    others, decoys = _drawn(y, _as_labels(pool_labels, task.loss.kind), seed)
     x_others = normalise(pool[others], mean, std).to(next(model.parameters()).device)
     if send is None:
         control = whole_batch_gradient(model, x_others, y.to(x_others.device), task.loss)
@@ -214,8 +221,8 @@ def _labels(
 ) -> tuple[LabelResult | None, Tensor]:
     """Return the labels (B,) of the attack, after how they were reconstructed, None if known."""
     if given is not None:
-        y = torch.as_tensor(given).long()
-        checkpoints.check_labels(y, target.batch_size, target.num_classes)
+        y = _as_labels(given, target.loss_kind)
+        checkpoints.check_labels(y, target.batch_size, target.num_classes, target.loss_kind)
         return None, y
     if truth is not None and not withheld:
         return None, truth.y
@@ -227,20 +234,27 @@ def _labels(
     return found, found.labels
 
 
+def _as_labels(labels: Sequence | Tensor, kind: str) -> Tensor:
+    """Return labels as integers (B,), or as numbers (B, K) under binary cross-entropy, "bce"."""
+    y = torch.as_tensor(labels)
+    return y.float() if kind == "bce" else y.long()
+
+
 def _drawn(y: Tensor, pool: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw per label of `y` (B,) the places of one image, (B,), and of decoys, (B, n)."""
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    places = {int(label): order[pool[order] == label].tolist() for label in y.unique()}
-    wanted = {label: int((y == label).sum()) for label in places}
+    """Draw for every label of `y` the places of one image, (B,), and of decoys, (B, n)."""
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+    labels, of_pool = map(str, y.tolist()), [str(label) for label in pool.tolist()]
+    wanted = Counter(labels)
+    places = {label: [i for i in order if of_pool[i] == label] for label in wanted}
     for label, found in places.items():
         if len(found) < wanted[label]:
             raise InputError(
                 f"pool: {len(found)} images of label {label} for {wanted[label]} of the batch; "
                 "give more"
             )
-    others = [places[int(label)].pop() for label in y]
+    others = [places[str(label)].pop() for label in y.tolist()]
     count = min(DECOYS, *(len(found) // wanted[label] for label, found in places.items()))
-    decoys = [[places[int(label)].pop() for _ in range(count)] for label in y]
+    decoys = [[places[str(label)].pop() for _ in range(count)] for label in y.tolist()]
     return torch.tensor(others), torch.tensor(decoys, dtype=torch.long)
 
 
@@ -252,7 +266,7 @@ def _settings(
     base = settings_from(parser().parse_args(["--checkpoint", "-", "--epochs", "1", "--lr", "1"]))
     inputs = replace(
         base.inputs,
-        labels=None if labels is None else ",".join(str(int(label)) for label in labels),
+        labels=None if labels is None else str(torch.as_tensor(labels).tolist()),
         labels_from_gradient=found is not None,
         without=parts,
     )
