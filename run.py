@@ -27,11 +27,26 @@ def main(argv: list[str]) -> int:
 
         return run_audit(suite)
     settings = settings_from(args)
+    if settings.sweep is not None:
+        return sweep(settings)
     from utils.launch import group_from, launch
 
     group = group_from(process_settings(args))
     refuse_processes(settings, group.size)
     return launch(work, argv, group)
+
+
+def sweep(settings: Settings) -> int:
+    """Simulate the checkpoint's client with one setting changed, and attack each; exit code."""
+    from functools import partial
+
+    from inversion.audit.sweep.run import client_record, run_sweep
+    from train.variation import base_flags, simulate
+    from utils.errors import naming
+
+    with naming(f"--checkpoint {settings.inputs.checkpoint}"):
+        base = base_flags(client_record(settings.inputs))
+    return run_sweep(settings, partial(simulate, base))
 
 
 def work(argv: list[str], processes, local_rank: int) -> int:

@@ -33,3 +33,13 @@ SPARSE_MODES = ("topk", "random", "percentile", "svt")
 PROTECTION_MODES = (*DP_MODES, *SPARSE_MODES, "int8", "sign")
 #: `--loss` and `ClientLoss.kind`: names in LOSSES (models/losses.py).
 LOSS_KINDS = ("cross-entropy", "bce")
+#: `--sweep`: what train/variation.py can change in a client, each a flag of training.py.
+SWEEP_PARAMETERS = (
+    "sigma",
+    "C",
+    "batch-size",
+    "local-steps",
+    "defence",
+    "label-smoothing",
+    "replace-bn",
+)

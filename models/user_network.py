@@ -5,7 +5,6 @@ file's SHA-256: code is never taken from it.
 """
 
 import hashlib
-import importlib.util
 import inspect
 import os
 import re
@@ -13,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Generator, Tensor, nn
@@ -88,7 +88,7 @@ def load_user_network(text: str) -> UserNetwork:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a file that is there") from error
     digest = hashlib.sha256(content).hexdigest()
-    module = _module(path, digest)
+    module = _module(path, content, digest)
     function = getattr(module, function_name, None)
     base = os.path.basename(path)
     if isinstance(function, nn.Module):
@@ -120,7 +120,7 @@ def _takes_task(function: Callable[..., object], name: str) -> bool:
     )
 
 
-def _module(path: str, digest: str):
+def _module(path: str, content: bytes, digest: str) -> ModuleType:
     """Run a file as a module of its own, or return it where it ran before."""
     path = os.path.abspath(path)
     name = f"user_network_{hashlib.sha256(path.encode()).hexdigest()[:8]}_{digest[:16]}"
@@ -129,13 +129,11 @@ def _module(path: str, digest: str):
     folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.append(folder)  # at the end: no file there takes the place of an installed package
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None  # the name ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = path
     sys.modules[name] = module  # dataclasses and pickle look a class up there
     try:
-        spec.loader.exec_module(module)
+        exec(compile(content, path, "exec"), vars(module))  # what was hashed, and no other file
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InputError(fault(error, path)) from error

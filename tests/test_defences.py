@@ -442,15 +442,6 @@ def test_seeds_are_combined_by_what_was_sent(mode, search):
     assert best * (1 - 1e-9) <= found.loss <= min(map(objective.gradient_distance, seeds))
 
 
-@pytest.mark.usefixtures("in_two_processes")
-def test_two_processes_compare_the_same(tmp_path, captured):
-    path = captured("-a", "lenet", "-b", "2", "--defence", "topk:0.2")
-    one, two = (
-        attack(tmp_path / n, path, "--epochs", 3, "--nproc", n)[0]["losses"] for n in ("1", "2")
-    )
-    assert two == pytest.approx(one, rel=1e-3)
-
-
 def lenet_target(labels=(5, 1), size=16):
     torch.manual_seed(0)
     model = build_model("lenet", 8, (3, size, size))

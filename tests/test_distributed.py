@@ -113,6 +113,15 @@ def test_training_in_two_processes(captured):
 
 
 @pytest.mark.usefixtures("in_two_processes")
+def test_two_processes_compare_what_was_sent_of_a_sparse_update(tmp_path, captured):
+    path = captured("-a", "lenet", "-b", "3", "--defence", "topk:0.2")
+    alone, shared = (
+        attack(tmp_path / n, path, "--epochs", 3, "--nproc", n)[0]["losses"] for n in ("1", "2")
+    )
+    assert shared == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.usefixtures("in_two_processes")
 def test_attack_in_two_processes(tmp_path, captured):
     path = captured("-a", "convnet", "-b", "5", "--upload-bn")
     flags = (

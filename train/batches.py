@@ -215,8 +215,9 @@ def _with_labels(
     chosen = []
     for label in wanted_labels:
         if not of_class.get(label):
+            what = f"class {label}" if isinstance(label, int) else f"label vector {label}"
             raise InputError(
-                f"--with-control: class {label} of {source} has too few images outside the batch; "
+                f"--with-control: {what} of {source} has too few images outside the batch; "
                 "take a smaller --batch-size, or leave it out"
             )
         chosen.append(of_class[label].pop())

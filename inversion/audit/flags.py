@@ -22,6 +22,7 @@ from inversion.settings import (
     UPDATE_MODELS,
     VERDICT_METRICS,
 )
+from models.choices import SWEEP_PARAMETERS
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
 
 
@@ -43,6 +44,7 @@ def parser() -> Parser:
     _add_scoring(parser.add_argument_group("scoring").add_argument)
     _add_search(parser.add_argument_group("search of hyper-parameters").add_argument)
     _add_audit(parser.add_argument_group("a whole audit").add_argument)
+    _add_sweep(parser.add_argument_group("sweep of defences").add_argument)
     add_process_flags(parser)(
         "--shard",
         choices=SHARDS,
@@ -438,6 +440,39 @@ def suite_flags() -> dict[str, object]:
     )
     del found["--max-memory"]
     return found
+
+
+def _add_sweep(add) -> None:
+    add(
+        "--sweep",
+        action="append",
+        metavar="PARAM=V1,V2",
+        help="Simulate the client of --checkpoint once per value, attack each, and compare: "
+        f"{', '.join(SWEEP_PARAMETERS)}.",
+    )
+    add(
+        "--repeats",
+        type=integer_from(1),
+        default=1,
+        help="--sweep: batches per value, from that of the checkpoint on.",
+    )
+    add(
+        "--sweep-workers",
+        type=integer_from(1),
+        default=1,
+        help="--sweep: attacks that run at the same time, in a process and a thread each.",
+    )
+    add(
+        "--sweep-TV",
+        metavar="V1,V2",
+        help="--sweep: attack each client with each of these weights of --TV, and tell the "
+        "strongest attack, with its p corrected for their number.",
+    )
+    add(
+        "--keep-checkpoints",
+        action="store_true",
+        help="--sweep: keep the checkpoints of the simulated clients, with their truth.",
+    )
 
 
 def matching_flags() -> dict[str, object]:

@@ -17,6 +17,7 @@ from inversion.audit.flags import (
     tuned_flag,
     tuned_names,
 )
+from inversion.audit.sweep.settings import SweepSettings, sweep_from
 from inversion.audit.withhold import refuse_contradictions
 from inversion.settings import (
     AUTO,
@@ -137,6 +138,8 @@ class Settings:
     dry_run: bool
     #: Every flag with its value: the record in result.json, read by nobody here.
     record: Mapping[str, object]
+    #: None where one checkpoint is attacked as it is.
+    sweep: SweepSettings | None = None
 
     @property
     def folder(self) -> Path:
@@ -204,6 +207,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         print_freq=args.print_freq,
         dry_run=args.dry_run,
         record=vars(args),
+        sweep=sweep_from(args),
     )
     writable_folder(str(settings.folder), "--root")
     return settings

@@ -22,6 +22,7 @@ from inversion.audit.threat import threat_model
 from inversion.audit.verdict import FEW_IMAGES, INCOMPLETE
 from models.batchnorm import uses_learned_statistics
 from models.gradient import trainable_parameters
+from models.guarantee import CANDIDATES, reconstruction_bound
 from utils.console import duration, table
 from utils.pictures import decibels, save_panels
 
@@ -197,10 +198,22 @@ def _protection(subject: Subject) -> dict[str, Any] | None:
         "text": "; ".join(subject.case.guarantee),
         "epsilon": protection.epsilon,
         "delta": protection.delta,
-        "mu": getattr(protection, "mu", None),
+        "mu": protection.mu,
         "unit": "one image more or less",
-        "bound": None,
+        "bound": _bound(subject),
     }
+
+
+def _bound(subject: Subject) -> dict[str, float] | None:
+    """Return with what probability any attacker names an image; None where nothing bounds it.
+
+    Of CANDIDATES equally likely images, from one such gradient.
+    """
+    target = subject.case.target
+    protection, kappa = target.protection, 1 / CANDIDATES
+    if protection is None or protection.mu is None or target.bn_mean is not None:
+        return None
+    return {"kappa": kappa, "gamma": reconstruction_bound(kappa, protection.mu)}
 
 
 def checkpoint_warnings(

@@ -406,8 +406,9 @@ def counts(evidence: Evidence) -> Estimate:
     e, bounds = prepared(evidence)
     spread, limit = logit_spread(e)
     remark = clipping_remark(e)
-    if e.signs_only:  # the classes that occur, evenly
-        x = plausible_spread(e, bounds)
+    if e.signs_only:  # the classes that occur, evenly; all of them where none is known to
+        present = bounds > 0 if (bounds > 0).any() else torch.ones_like(bounds, dtype=torch.bool)
+        x = present.double() * e.batch_size / present.sum()
         return Estimate(round_counts(x, bounds, e.batch_size), None, remark)
     if spread < limit:
         return Estimate(round_counts(homogeneous(e), bounds, e.batch_size), "homogeneous", remark)
