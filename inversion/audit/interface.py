@@ -5,6 +5,7 @@ any `nn.Module`. docs/python.md has a recipe per question.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from inversion.settings import AttackSettings, Loop, Weights
 from models import checkpoint as checkpoints
 from models.checkpoint import Task, make_checkpoint
 from models.gradient import ClientLoss, Update, whole_batch_gradient
+from models.local import LocalSteps
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Protection, Target
 from utils.console import Reporter, Silent
@@ -120,6 +122,7 @@ def audit_gradient(
     labels: Sequence[int] | Tensor | None = None,
     steps: int | None = None,
     protection: Protection | None = None,
+    local: LocalSteps | None = None,
     without: Sequence[str] = (),
     controls: bool = True,
     quiet: bool = True,
@@ -127,7 +130,7 @@ def audit_gradient(
     """Attack a recorded gradient of one batch, and judge what was found.
 
     model: the network with the weights that the client started from, of any class; it is left as it
-    was, and the attack runs where its parameters lie. gradient, task and protection: as for
+    was, and the attack runs where its parameters lie. gradient, task, protection and local: as for
     `models.checkpoint.make_checkpoint`. settings: MATCHING, LAYERWISE or your own; steps: in the
     place of its number of iterations. truth: the batch and what scoring needs besides
     (`ground_truth`); without it nothing is judged. labels: (B,) class indices that the attack goes
@@ -141,7 +144,9 @@ def audit_gradient(
     if steps is not None:
         settings = replace(settings, loop=replace(settings.loop, steps=steps))
     parts = _checked_parts(without, labels)
-    checkpoint = make_checkpoint(model, gradient, task, protection=protection, truth=truth)
+    checkpoint = make_checkpoint(
+        model, gradient, task, protection=protection, truth=truth, local=local
+    )
     sent = target_from_checkpoint(checkpoint)
     target, withheld = withhold(sent, parts)
     device = next(model.parameters()).device
@@ -237,19 +242,20 @@ def labels_as_tensor(labels: Sequence | Tensor, loss: ClientLoss) -> Tensor:
 
 
 def _drawn(y: Tensor, pool: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw per label of `y` (B,) the places of one image, (B,), and of decoys, (B, n)."""
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    places = {int(label): order[pool[order] == label].tolist() for label in y.unique()}
-    wanted = {label: int((y == label).sum()) for label in places}
+    """Draw for every label of `y` the places of one image, (B,), and of decoys, (B, n)."""
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+    labels, of_pool = map(str, y.tolist()), [str(label) for label in pool.tolist()]
+    wanted = Counter(labels)
+    places = {label: [i for i in order if of_pool[i] == label] for label in wanted}
     for label, found in places.items():
         if len(found) < wanted[label]:
             raise InputError(
                 f"pool: {len(found)} images of label {label} for {wanted[label]} of the batch; "
                 "give more"
             )
-    others = [places[int(label)].pop() for label in y]
+    others = [places[str(label)].pop() for label in y.tolist()]
     count = min(DECOYS, *(len(found) // wanted[label] for label, found in places.items()))
-    decoys = [[places[int(label)].pop() for _ in range(count)] for label in y]
+    decoys = [[places[str(label)].pop() for _ in range(count)] for label in y.tolist()]
     return torch.tensor(others), torch.tensor(decoys, dtype=torch.long)
 
 

@@ -1,6 +1,7 @@
 """What a whole audit prints and leaves behind: tables, audit.json, pictures."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from inversion.audit.suite_verdict import (
     best_part,
     checkpoint_verdict,
 )
+from inversion.audit.threat import threat_model
 from inversion.audit.verdict import FEW_IMAGES, INCOMPLETE
 from models.batchnorm import uses_learned_statistics
 from models.gradient import trainable_parameters
@@ -130,6 +132,14 @@ def _image_table(scores: Mapping[str, Any]) -> str:
 # Checkpoints -------------------------------------------------------------------------------
 
 
+def _threat(subject: Subject) -> dict[str, Any]:
+    """Say what the attacker of all parts together has."""
+    method = "matching" if "layerwise" in subject.refused else "auto"
+    settings = subject.settings
+    settings = replace(settings, attack=replace(settings.attack, method=method))
+    return threat_model(subject.case, settings).entry
+
+
 def checkpoint_entry(
     subject: Subject, labels: LabelFinding, parts: Sequence[Mapping[str, Any]],
     positive_passed: bool, pictures: Mapping[str, str],
@@ -144,7 +154,7 @@ def checkpoint_entry(
         "id": source.id,
         "captured": source.captured,
         "system": _system(subject),
-        "threat": None,
+        "threat": _threat(subject),
         "data": {
             "name": source.flags.get("data_name"),
             "chosen": source.chosen,
