@@ -38,6 +38,7 @@ KEYS = {
 }  # fmt: skip
 NEW_KEYS = {"format", "trainable", "label_smoothing", "protection", "replace_bn", "id"}
 NEW_KEYS |= {"truth_digest", "truth_salt", "checkpoint_digest", "loss", "model_sha256"}
+NEW_KEYS |= {"local_steps", "local_lr", "local_batch", "local_epochs", "resolution"}
 
 
 def test_keys_and_plain_types(captured):
