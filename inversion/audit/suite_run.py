@@ -31,6 +31,7 @@ from inversion.audit.suite_report import (
     part_lines,
     save_pictures,
     summary,
+    threat,
 )
 from inversion.audit.suite_settings import SuiteSettings
 from inversion.audit.suite_verdict import ALREADY_SHOWN, best_part
@@ -152,7 +153,7 @@ def examine(audit: Audit, subject: Subject) -> None:
     """Run the suite on a checkpoint; print, record and write what it found."""
     audit.reporter.say(f"checkpoint {subject.source.name}")
     labels = label_finding(subject.case, subject.sealed)
-    audit.reporter.say(labels.line)
+    audit.reporter.say("\n".join([*threat(subject).lines, labels.line]))
     parts: list[Done] = []
     for part in SUITE:
         parts.append(run_one(audit, subject, part, parts))
