@@ -18,7 +18,6 @@ from inversion.audit.suite import (
     Part,
     Run,
     part_settings,
-    renewed,
     run_matching,
     run_part,
 )
@@ -189,8 +188,7 @@ def run_one(audit: Audit, subject: Subject, part: Part, before: Sequence[Done]) 
     seed = audit.settings.first_seed + number
     try:
         if part.method == "matching":
-            pace = renewed(subject.pace, before[-1]) if before else subject.pace
-            return run_matching(part, case, subject.sealed, seconds, pace, seed, run)
+            return run_matching(part, case, subject.sealed, seconds, seed, run)
         memory = subject.settings.attack.max_memory
         settings = part_settings(part, case.target, FEWEST_ITERATIONS, seed, memory)
         return run_part(part, settings, case, subject.sealed, seconds, run)
