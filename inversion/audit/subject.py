@@ -151,8 +151,9 @@ class LabelFinding:
     reason: str
     #: Share of the labels that are right, in [0, 1]; None where no method applies.
     accuracy: float | None
-    #: The same share for labels drawn evenly from all classes, in the mean.
-    chance: float
+    #: The same share for labels drawn evenly from all classes, in the mean; None for several
+    #: labels per image.
+    chance: float | None
 
     @property
     def entry(self) -> dict:
@@ -166,12 +167,12 @@ class LabelFinding:
     @property
     def line(self) -> str:
         """What to print."""
-        guess = f"guessing {100 * self.chance:.1f} %"
+        guess = "" if self.chance is None else f", guessing {100 * self.chance:.1f} %"
         if self.found is None or self.accuracy is None:
-            text = f"labels: the gradient gives none ({self.reason}); {guess}"
+            text = f"labels: the gradient gives none ({self.reason}){guess}"
         else:
             text = (
-                f"labels from the gradient: {100 * self.accuracy:.1f} % right, {guess} "
+                f"labels from the gradient: {100 * self.accuracy:.1f} % right{guess} "
                 f"({self.found.method}, {self.found.seconds:.2f} s)"
             )
         return f"{text}; the attacks go by {'known labels' if self.known else 'these'}"
@@ -186,9 +187,10 @@ def label_finding(case: Case, sealed: Sealed) -> LabelFinding:
             found = reconstruct_labels(target, known)
         except ValueError as error:
             reason = " ".join(str(error).split())
-    y = sealed.truth.y
-    accuracy = None if found is None else metrics.label_accuracy(found.labels, y)
-    chance = chance_of_labels(y, target.num_classes)
+    y, accuracy, chance = sealed.truth.y, None, None
+    if y.dim() == 1:
+        chance = chance_of_labels(y, target.num_classes)
+        accuracy = None if found is None else metrics.label_accuracy(found.labels, y)
     return LabelFinding(case.labels is None, found, reason, accuracy, chance)
 
 
