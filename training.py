@@ -24,6 +24,12 @@ def main(argv: list[str]) -> int:
 
         say_ranks(settings, Reporter())
         return 0
+    if settings.imported is not None:
+        from train.importing import import_update
+        from utils.console import Reporter
+
+        import_update(settings, settings.imported, Reporter())
+        return 0
     from utils.launch import group_from, launch
 
     return launch(work, argv, group_from(process_settings(args)))
@@ -34,50 +40,30 @@ def work(argv: list[str], shard, local_rank: int) -> int:
 
     local_rank: number of the process on this machine. Returns the exit code.
     """
-    from train import client, output, report
-    from train.batches import client_batch
+    from train import output, report
+    from train.capture import capture
     from utils.console import Reporter, Silent, setting_lines
     from utils.device import choose_device
 
     settings = settings_from(parser().parse_args(argv))
     reporter = Reporter() if shard.is_main else Silent()
-    device = choose_device(settings.gpu, local_rank)
-
-    # the private batch, and the network that the server sent
-    batch = client_batch(settings.batch, reporter.say)
-    spec = batch.spec
-    model = client.network(settings.network, spec.class_count, spec.shape, reporter.say)
-    client.check_network(settings, model)
-    report.say_batch(batch, model, device, reporter)
-    if shard.size > 1:
-        reporter.say(f"{shard.size} processes share the batch")
-
-    # the update, protected if the flags ask for it, and that of other images as a control
-    model.to(device)
-    x, y = batch.x.to(device), batch.y.to(device)
-    client.check_processes(settings, model, x)
-    protection, noise = client.protection_of(settings)
-    sent = client.update(settings, model, x, y, noise, shard)
-    control = None
-    if batch.other is not None:
-        other = batch.other.to(device)
-        control = client.update(settings, model, other, y, noise, shard, "control")
+    captured = capture(settings, choose_device(settings.gpu, local_rank), reporter, shard)
+    sent, protection = captured.sent, captured.protection
 
     reporter.say("settings\n" + setting_lines(settings.record))  # a refusal would be lost below
     if not shard.is_main:
         return 0
     if sent.protected is not None:
         assert protection is not None  # the record of how it was done
-        report.say_protection(settings, sent.protected, protection, model, reporter)
-    if control is not None:
+        report.say_protection(settings, sent.protected, protection, captured.model, reporter)
+    if captured.control is not None:
         reporter.say("control: the update for other images with the same labels, for scoring alone")
 
     # what the server gets, and for the audit the truth
     if settings.dry_run:
         reporter.say(f"dry run: would write {output.planned_file(settings)}")
         return 0
-    checkpoint = output.checkpoint_of(settings, batch, model, sent, control, protection)
-    output.write(settings, checkpoint, batch, reporter)
+    output.write(settings, captured.checkpoint, captured.batch, reporter)
     return 0
 
 

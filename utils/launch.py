@@ -201,7 +201,7 @@ def _child(
 ) -> None:
     """Join the other processes, work, and report what went wrong: the body of a child."""
     os.setpgrp()  # a terminal's Ctrl-C reaches the parent, which passes it on once
-    _die_with(parent)
+    die_with(parent)
     torch.set_num_threads(max(1, torch.get_num_threads() // group.local))
     rank = group.first + local
 
@@ -215,7 +215,7 @@ def _child(
     sys.exit(run_script(run, argv, complain=report))
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Let the kernel end this process when its parent ends, however that happens (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

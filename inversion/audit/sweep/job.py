@@ -1,0 +1,246 @@
+"""One client of a sweep: simulated, attacked by every attack, scored, told as a row."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inversion.audit.attack import Attacked, attack
+from inversion.audit.controls import run_controls
+from inversion.audit.inputs import Case, Sealed, load_inputs
+from inversion.audit.report import finish_of, score
+from inversion.audit.settings import Settings
+from inversion.audit.sweep.row import STRENGTH, Job, Result, Row
+from inversion.audit.verdict import ALPHA, corrected
+from inversion.settings import AttackSettings
+from utils import metrics
+from utils.console import Silent
+from utils.device import choose_device
+from utils.errors import FaultError, InputError, is_out_of_memory
+from utils.script import Interrupts
+from utils.shard import ALONE
+from utils.tensor_files import save
+
+#: (parameter, value, repeat, decoys per image and image of the batch, device) → checkpoint with its
+#: truth, and the command that makes such a one. It raises InputError for what cannot be captured.
+Simulate = Callable[[str, str, int, int, torch.device], tuple[dict, str]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Holds one attack on a client, scored."""
+
+    settings: AttackSettings
+    attacked: Attacked
+    #: The entry `metrics` of result.json.
+    scores: Mapping
+
+    @property
+    def strength(self) -> tuple[int, float]:
+        """Order attacks, the strongest first."""
+        verdict, above = self.scores["verdict"], self.scores["leakage"]
+        mean = above[verdict["metric"]]["mean"] if above else -float("inf")
+        return STRENGTH.index(verdict["verdict"]), -mean
+
+
+def decoys_per_image(attempts: int) -> int:
+    """Return how many decoys each image needs, per image of the batch, to be identified alone.
+
+    With N candidates each, B images and `attempts` attacks the lowest corrected p of one image
+    is about attempts · B / N; a quarter more, because the test draws its cases.
+    """
+    return int(np.ceil(1.25 * attempts / ALPHA))
+
+
+def attacks_of(settings: AttackSettings, tv: Sequence[float], repeat: int) -> list[AttackSettings]:
+    """Return the attacks on a client, one per weight of total variation, with the repeat's seed.
+
+    A weight at the last iteration keeps its ratio to the first one.
+    """
+    first = replace(settings, first_seed=settings.first_seed + repeat * settings.num_seeds)
+    before, end = settings.weights.priors.get("tv", 0.0), settings.weights.priors_end.get("tv")
+    found = []
+    for weight in tv:
+        priors = {**settings.weights.priors, "tv": weight}
+        priors = {name: value for name, value in priors.items() if value != 0}
+        ends = {} if end is None or weight == 0 else {"tv": end / before * weight}
+        weights = replace(settings.weights, priors=priors, priors_end=ends)
+        found.append(replace(first, weights=weights))
+    return found or [first]
+
+
+def run_job(
+    settings: Settings, simulate: Simulate, job: Job, folder: Path, interrupts: Interrupts
+) -> Result | None:
+    """Simulate and attack one client; None where it was interrupted.
+
+    folder: where its checkpoint is written. What cannot be captured or attacked is a row with the
+    reason.
+    """
+    start = time.perf_counter()
+    try:
+        result = _attacked(settings, simulate, job, folder, interrupts)
+    except (InputError, FaultError) as error:
+        result = Result(Row(job.value, job.repeat, reason=_one_line(error)))
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            raise
+        result = Result(Row(job.value, job.repeat, reason="out of memory"))
+    if result is None:
+        return None
+    return replace(result, row=replace(result.row, seconds=time.perf_counter() - start))
+
+
+def _attacked(
+    settings: Settings, simulate: Simulate, job: Job, folder: Path, interrupts: Interrupts
+) -> Result | None:
+    """Do the work of `run_job`; raises what ends it."""
+    sweep = settings.sweep
+    assert sweep is not None  # it has jobs
+    device = choose_device(settings.inputs.gpu, 0)
+    checkpoint, command = simulate(
+        sweep.parameter, job.value, job.repeat, decoys_per_image(sweep.attempts), device
+    )
+    path = folder / f"{sweep.parameter}={_file_name(job.value)}-{job.repeat}-checkpoint.pth.tar"
+    save(checkpoint, str(path))
+    settings = replace(
+        settings,
+        inputs=replace(settings.inputs, checkpoint=str(path), truth=None),
+        scoring=replace(settings.scoring, metric=True, controls=True),
+    )
+    case, sealed = load_inputs(settings, Silent(), ALONE, 0)
+    assert sealed is not None  # it is scored
+    found: list[Found] = []
+    for attack_settings in attacks_of(settings.attack, sweep.tv, job.repeat):
+        theirs = case.attacked_by(attack_settings, case.target)
+        one = _scored(
+            replace(settings, attack=attack_settings), theirs, sealed, interrupts, sweep.attempts
+        )
+        if one is None:
+            return None
+        found.append(one)
+    best = min(found, key=lambda one: one.strength)
+    row = Row(job.value, job.repeat, reason=None, client=command)
+    row = replace(row, **_of_client(settings, case, sealed), **_of_attack(best, found))
+    order = [image["reconstruction"] for image in best.scores["images"]]
+    images = best.attacked.images[order]
+    return Result(row, _bytes(case.images(sealed.truth.x)), _bytes(images))
+
+
+def _scored(
+    settings: Settings, case: Case, sealed: Sealed, interrupts: Interrupts, tests: int
+) -> Found | None:
+    """Run one attack of `tests` with its controls, and score it; None where it was interrupted."""
+    attacked = attack(settings.attack, case, interrupts, Silent(), print_freq=settings.print_freq)
+    if attacked.interrupted:
+        return None
+    if attacked.failed:
+        raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
+    finish = finish_of(settings.attack, case, sealed, attacked)
+    controls = run_controls(
+        settings.attack,
+        case,
+        sealed,
+        attacked,
+        interrupts,
+        Silent(),
+        print_freq=settings.print_freq,
+    )
+    if interrupts.signal is not None:
+        return None
+    scores, _ = score(settings.scoring, case, sealed, attacked, finish, controls, tests=tests)
+    return Found(settings.attack, attacked, scores)
+
+
+def _of_client(settings: Settings, case: Case, sealed: Sealed) -> dict:
+    """Describe the client and what it sent."""
+    protection, check = case.target.protection, sealed.check
+    assert check is not None  # load_inputs saw to it
+    labels, method = _labels(settings, case, sealed)
+    return {
+        "batch_size": case.target.batch_size,
+        "protection": None if protection is None else dict(vars(protection)),
+        "epsilon": None if protection is None else protection.epsilon,
+        "candidates": None if sealed.truth.decoys is None else sealed.truth.decoys.shape[1] + 1,
+        "cosine": 1 - check.distance,
+        "label_accuracy": labels,
+        "label_method": method,
+    }
+
+
+def _labels(settings: Settings, case: Case, sealed: Sealed) -> tuple[float | None, str]:
+    """Return the accuracy of the labels from the gradient, and their method or why there are none.
+
+    The attack goes by them only where the settings ask for that.
+    """
+    found = case.labels
+    if found is None:
+        inputs = replace(settings.inputs, labels_from_gradient=True)
+        try:
+            other, _ = load_inputs(replace(settings, inputs=inputs), Silent(), ALONE, 0)
+        except InputError as error:
+            return None, _one_line(error)
+        found = other.labels
+    assert found is not None  # that was asked for
+    return metrics.label_accuracy(found.labels, sealed.truth.y), found.method
+
+
+def _of_attack(best: Found, found: Sequence[Found]) -> dict:
+    """Describe the strongest attack, with the verdicts of all."""
+    scores, verdict = best.scores, best.scores["verdict"]
+    metric, above = verdict["metric"], scores["leakage"]
+    recovered = best.attacked.recovered
+    certified = [] if recovered is None else recovered.certified
+    return {
+        "tv": best.settings.weights.priors.get("tv", 0.0),
+        "verdict": verdict["verdict"],
+        "sentence": verdict["sentence"],
+        "p": corrected(verdict["p"], verdict["tests"]),
+        "smallest_p": corrected(verdict["smallest_p"], verdict["tests"]),
+        "identified": verdict["identified"],
+        "metric": metric,
+        "leakage": above[metric]["images"] if above else (),
+        "scores": {name: _values(scores["images"], name) for name in ("psnr", "ssim")},
+        "controls": {name: _best_control(scores, name) for name in ("psnr", "ssim")},
+        "deepest": certified[-1].name if certified else None,
+        "certified": None if recovered is None else len(certified),
+        "attempts": [
+            {
+                "tv": one.settings.weights.priors.get("tv", 0.0),
+                "verdict": one.scores["verdict"]["verdict"],
+                "p": corrected(one.scores["verdict"]["p"], len(found)),
+            }
+            for one in found
+        ],
+    }
+
+
+def _values(images: Sequence[Mapping], metric: str) -> list[float]:
+    """Return a metric per image; the PSNR of an exact image is that which counts in a mean."""
+    return [metrics.PSNR_CEILING if image[metric] is None else image[metric] for image in images]
+
+
+def _best_control(scores: Mapping, metric: str) -> list[float]:
+    """Return per image the best value of its controls."""
+    of_all = [
+        [metrics.PSNR_CEILING if value is None else value for value in control["images"][metric]]
+        for control in (scores["controls"] or {}).values()
+        if metric in control["images"]
+    ]
+    return [max(values) for values in zip(*of_all, strict=True)]
+
+
+def _bytes(images: Tensor) -> np.ndarray:
+    return (images * 255).round().byte().numpy()
+
+
+def _file_name(value: str) -> str:
+    return value.replace("/", "_").replace(":", "_")[:60]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

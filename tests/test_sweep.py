@@ -1,0 +1,353 @@
+"""A sweep: the client simulated again, every value attacked, one table, whatever the workers."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inversion.audit.flags import parser
+from inversion.audit.identification import identify
+from inversion.audit.settings import settings_from
+from inversion.audit.sweep.job import attacks_of, decoys_per_image
+from inversion.audit.sweep.picture import positions, save_sweep
+from inversion.audit.sweep.row import Row
+from inversion.audit.sweep.table import sweep_table
+from inversion.audit.verdict import (
+    ALPHA,
+    IDENTIFIABLE,
+    INCOMPLETE,
+    NOT_SHOWN,
+    corrected,
+    judge,
+)
+from models.checkpoint import load
+from tests.support import ROOT, call, succeed, wait_until
+from train.variation import base_flags, simulate, varied
+from utils.tensor_files import save
+
+CLIENT = ("-a", "lenet", "-b", "2", "--image-size", "16", "--outlayer-state", "keep")
+ATTACK = ("--epochs", 3, "--lr", 0.05, "--TV", 1e-4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(captured):
+    return captured(*CLIENT, "--target-idx", "10")
+
+
+def sweep(folder, checkpoint, *flags):
+    """Sweep; return the outcome, sweep.json and the folder."""
+    outcome = succeed("run.py", "--root", folder, "--checkpoint", checkpoint, *ATTACK, *flags)
+    (results,) = (folder / "results" / "exp").iterdir()
+    return outcome, json.loads((results / "sweep.json").read_text()), results
+
+
+def without_times(record):
+    return [{name: v for name, v in row.items() if name != "seconds"} for row in record["rows"]]
+
+
+@pytest.fixture(scope="module")
+def swept(checkpoint, tmp_path_factory):
+    """Three values with two batches each, one of which cannot be captured, in one process."""
+    folder = tmp_path_factory.mktemp("swept")
+    return sweep(folder, checkpoint, "--sweep", "sigma=0,0.5,much", "--repeats", 2)
+
+
+def test_a_client_is_simulated_as_it_was(checkpoint):
+    original = load(str(checkpoint))
+    again, command = simulate(base_flags(original["args"]), "", "", 0, 1, torch.device("cpu"))
+    for name in ("x_true", "y_true"):
+        assert torch.equal(original[name], again[name])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(original["target_gradient"], again["target_gradient"], strict=True)
+    )
+    assert again["protection"] is None
+    assert again["decoys"].shape[1] == 99
+    assert command == (
+        "python training.py --data-name=photos --target-idx=10 --batch-size=2 --image-size=16 "
+        "--arch=lenet --outlayer-state=keep --decoys=99 --with-control"
+    )
+
+
+def test_its_command_captures_the_same_client(checkpoint, tmp_path):
+    """Noise too, whose seed the command names."""
+    base = base_flags(load(str(checkpoint))["args"])
+    swept, command = simulate(base, "sigma", "0.5", 1, 1, torch.device("cpu"))
+    succeed(*command.split()[1:], "--results", tmp_path)
+    (path,) = tmp_path.glob("*-checkpoint.pth.tar")
+    again = load(str(path))
+    for a, b in zip(swept["target_gradient"], again["target_gradient"], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(swept["decoys"], again["decoys"])
+
+
+@pytest.mark.parametrize(
+    ("given", "parameter", "value", "expected"),
+    [
+        ([], "sigma", "0.1", {"enable_dp": True, "sigma": 0.1}),
+        ([], "sigma", "0", {"enable_dp": False, "sigma": None}),
+        ([], "C", "none", {"enable_dp": False, "max_per_sample_grad_norm": None}),
+        (["--enable-dp", "-C", "2"], "sigma", "0", {"enable_dp": True, "sigma": 0.0}),
+        (
+            ["--enable-dp", "-C", "2", "--sigma", "0.1", "--dp-mode", "per-sample"],
+            "C", "3",
+            {"dp_mode": "per-sample", "max_per_sample_grad_norm": 3.0, "sigma": 0.1},
+        ),
+        (["--enable-dp", "--sigma", "1"], "batch-size", "3", {"batch_size": 3, "sigma": 1.0}),
+        ([], "label-smoothing", "0.2", {"label_smoothing": 0.2}),
+        (["--label-smoothing", "0.2"], "label-smoothing", "none", {"label_smoothing": 0.0}),
+        ([], "replace-bn", "groupnorm", {"replace_bn": "groupnorm"}),
+    ],
+)  # fmt: skip
+def test_a_parameter_is_changed_and_nothing_else(given, parameter, value, expected):
+    base = ["--data-name", "photos", "-b", "4", "--target-idx", "10", *given]
+    before, after = varied(base, "", "", 0), varied(base, parameter, value, 2)
+    changed = {name: v for name, v in vars(after).items() if v != getattr(before, name)}
+    expected = {name: v for name, v in expected.items() if v != getattr(before, name)}
+    assert changed == {"target_idx": 12, **expected}
+
+
+def test_noise_differs_between_batches_and_is_the_same_again():
+    def sent(repeat, value="0.5"):
+        base = ["--data-name", "photos", *CLIENT, "--enable-dp", "-C", "1", "--sigma", "0.1"]
+        base += ["--dp-mode", "per-sample"]
+        return simulate(base, "sigma", value, repeat, 1, torch.device("cpu"))[0]
+
+    first, again, other = sent(0), sent(0), sent(1)
+    assert torch.equal(first["target_gradient"][0], again["target_gradient"][0])
+    assert first["args"]["noise_seed"] != other["args"]["noise_seed"]
+    assert first["protection"]["epsilon"] > 0
+
+
+def test_rows_tell_what_was_found(swept):
+    _, record, _ = swept
+    rows = {(row["value"], row["repeat"]): row for row in record["rows"]}
+    assert list(rows) == [(v, r) for v in ("0", "0.5", "much") for r in (0, 1)]
+    plain, noisy, refused = rows["0", 0], rows["0.5", 0], rows["much", 1]
+    assert plain["cosine"] == pytest.approx(1, abs=1e-6)
+    assert noisy["cosine"] < 0.5
+    assert plain["label_accuracy"] == 1
+    assert plain["protection"] is None
+    assert noisy["protection"]["sigma"] == 0.5
+    assert plain["candidates"] == 100
+    for row in (plain, noisy):
+        assert row["reason"] is None
+        assert row["batch_size"] == len(row["leakage"]) == 2
+        for name in ("psnr", "ssim"):
+            above = np.subtract(row["scores"][name], row["controls"][name])
+            if name == row["metric"]:
+                assert row["leakage"] == pytest.approx(above.tolist())
+        assert row["sentence"].startswith(row["verdict"])
+    assert rows["0", 0]["scores"] != rows["0", 1]["scores"]
+    assert refused["verdict"] is None
+    assert "argument --sigma: 'much' is not a number" in refused["reason"]
+
+
+def test_table_and_files(swept):
+    outcome, record, folder = swept
+    header, *lines = csv.reader((folder / "sweep.csv").open())
+    assert len(lines) == len(record["rows"]) == 6
+    first = dict(zip(header, lines[0], strict=True))
+    assert first["parameter"] == "sigma"
+    assert float(first["leakage_max"]) == pytest.approx(max(record["rows"][0]["leakage"]))
+    assert float(first["control_psnr"]) == pytest.approx(
+        np.mean(record["rows"][0]["controls"]["psnr"])
+    )
+    assert dict(zip(header, lines[5], strict=True))["verdict"] == ""
+    assert "a control and decoys, which the checkpoint lacks, are captured" in outcome.out
+    assert "which no defence has tuned" in outcome.out
+    assert "left out: much: " in outcome.out
+    assert "each of the 4 verdicts" in outcome.out
+    table = [line for line in outcome.out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table] == ["sigma", "0", "0.5", "much"]
+    assert (folder / "log.txt").read_text().endswith(outcome.out.splitlines()[-1] + "\n")
+    assert not (folder / "clients").exists()
+    for name in ("sweep.png", "images.png"):
+        assert np.asarray(Image.open(folder / name).convert("RGB")).std() > 1
+
+
+def test_two_workers_find_what_one_does(checkpoint, swept, tmp_path):
+    flags = ("--sweep", "sigma=0,0.5", "--repeats", 2, "--sweep-workers", 2, "--keep-checkpoints")
+    _, record, folder = sweep(tmp_path, checkpoint, *flags)
+    assert without_times(record) == without_times(swept[1])[:4]
+    assert len(list((folder / "clients").glob("sigma=0.5-?-checkpoint.pth.tar"))) == 2
+
+
+def test_several_weights_are_tried_and_corrected_for(checkpoint, tmp_path):
+    _, record, _ = sweep(tmp_path, checkpoint, "--sweep", "C=1", "--sweep-TV", "1e-4,1e-2")
+    (row,) = record["rows"]
+    assert [attempt["tv"] for attempt in row["attempts"]] == [1e-4, 1e-2]
+    assert row["tv"] in (1e-4, 1e-2)
+    assert row["candidates"] > 2 * 2 / ALPHA
+
+
+def test_a_layerwise_attack_tells_the_deepest_layer(captured, tmp_path):
+    target = captured("-a", "convnet", "-b", "1", "--image-size", "16", "--target-idx", "10")
+    flags = ("--attack", "layerwise", "--sweep", "sigma=0,1")
+    outcome = succeed("run.py", "--root", tmp_path, "--checkpoint", target, *flags)
+    record = json.loads((tmp_path / "results/exp/test/sweep.json").read_text())
+    plain, noisy = record["rows"]
+    assert plain["certified"] > noisy["certified"]
+    assert "deepest certified" in outcome.out
+    assert plain["deepest"] in outcome.out
+
+
+def test_an_interrupted_sweep_keeps_what_is_done(checkpoint, tmp_path):
+    flags = [*map(str, ATTACK), "--sweep", "sigma=0,0.1,0.2,0.3,0.4,0.5,0.6,0.7", "--repeats", "20"]
+    script = [sys.executable, str(ROOT / "run.py"), "--root", str(tmp_path)]
+    process = subprocess.Popen(
+        [*script, "--checkpoint", str(checkpoint), *flags], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log = tmp_path / "results/exp/test/log.txt"
+    wait_until(lambda: log.exists() and "[1/160" in log.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    record = json.loads((log.parent / "sweep.json").read_text())
+    assert record["interrupted"] is True
+    assert 1 <= len(record["rows"]) < 160
+    assert f"{len(record['rows'])} of 160 clients" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "refusal"),
+    [
+        (("--sweep", "sigma"), "--sweep sigma: is written PARAM=V1,V2"),
+        (("--sweep", "sigma=0,,1"), "--sweep sigma=0,,1: is written PARAM=V1,V2"),
+        (("--sweep", "lr=1,2"), "--sweep lr=1,2: unknown parameter; choose from sigma, C, "),
+        (("--sweep", "C=1,1"), "--sweep C=1,1: 1 stands there twice"),
+        (("--sweep", "C=1", "--sweep", "sigma=1"), "--sweep sigma=1: one sweep at a time"),
+        (("--sweep", "C=1", "--labels", "1,2"), "--labels: the batches of a sweep have labels"),
+        (("--sweep", "C=1", "--no-controls"), "--no-controls: no value can be judged without"),
+        (("--sweep", "C=1", "--nproc", "2"), "--sweep C=1: every attack runs in one process"),
+        (("--sweep", "C=1", "--sweep-TV", "a"), "--sweep-TV a: give weights of 0 or more"),
+        (("--sweep", "C=1", "--sweep-TV", "1,1"), "--sweep-TV 1,1: give every weight once"),
+        (("--repeats", "2"), "--repeats 2: belongs to --sweep"),
+        (("--keep-checkpoints",), "--keep-checkpoints: belongs to --sweep"),
+    ],
+)
+def test_what_a_sweep_refuses(flags, refusal, tmp_path):
+    flags = ("--root", tmp_path, "--checkpoint", "none", "--epochs", 1, "--lr", 0.1, *flags)
+    outcome = call("run.py", *flags)
+    assert (outcome.code, outcome.err[: len(refusal) + 7]) == (2, f"error: {refusal}")
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (lambda c: c | {"args": {}}, "holds no record of a client"),
+        (lambda c: {k: v for k, v in c.items() if k != "x_true"}, "holds neither its truth nor"),
+        (lambda c: c | {"args": c["args"] | {"import_update": ["a", "b"]}}, "was imported"),
+        (lambda c: c | {"args": c["args"] | {"seed": "x"}}, "argument --seed: 'x' is not"),
+        (lambda c: c | {"args": c["args"] | {"data_name": "none"}}, "--data-name none: unknown"),
+    ],
+)
+def test_checkpoints_without_a_client_are_refused(change, refusal, checkpoint, tmp_path):
+    path = tmp_path / "changed.pth.tar"
+    save(change(load(str(checkpoint))), str(path))
+    outcome = call("run.py", "--root", tmp_path, "--checkpoint", path, *ATTACK, "--sweep", "C=1")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: --checkpoint {path}: ")
+    assert refusal in outcome.err
+
+
+def test_a_sealed_client_is_simulated_from_its_truth(captured, tmp_path):
+    path = captured(*CLIENT, "--target-idx", "11", "--seal")
+    truth = str(path).replace("-checkpoint", "-truth")
+    flags = ("--root", tmp_path, "--checkpoint", path, *ATTACK, "--sweep", "C=1", "--dry-run")
+    assert (
+        "the client, as it is simulated again: " in succeed("run.py", *flags, "--truth", truth).out
+    )
+    assert "give the sealed file by --truth" in call("run.py", *flags).err
+
+
+def test_weights_keep_the_ratio_of_their_decay():
+    flags = ["--checkpoint", "x", "--epochs", "1", "--lr", "1", "--TV", "1e-2", "--TV-end", "1e-4"]
+    settings = settings_from(parser().parse_args([*flags, "--seed", "5", "--n-seed", "2"])).attack
+    first, zero = attacks_of(settings, (1e-3, 0.0), 3)
+    assert first.weights.priors == {"tv": 1e-3}
+    assert first.weights.priors_end == {"tv": pytest.approx(1e-5)}
+    assert first.first_seed == 11
+    assert zero.weights.priors == zero.weights.priors_end == {}
+    assert attacks_of(settings, (), 0) == [settings]
+
+
+def test_p_is_corrected_for_the_number_of_attacks():
+    matrix = np.random.default_rng(0).normal(size=(2, 100))
+    matrix[:, 0] = 9.0, 0.5
+    above = {"ssim": {"mean": 0.05, "low": 0.0, "high": 0.1, "images": [0.1, 0.0]}}
+    one, three, many = (
+        judge(above, identify(matrix), None, metric="ssim", tests=k) for k in (1, 3, 10**4)
+    )
+    assert corrected(three.p, three.tests) == pytest.approx(3 * one.p)
+    assert one.verdict == IDENTIFIABLE
+    assert one.identified == [0]
+    assert corrected(many.p, many.tests) == 1
+    assert many.verdict == INCOMPLETE
+    assert many.identified == []
+
+
+@pytest.mark.parametrize(("attempts", "size"), [(1, 4), (3, 8)])
+def test_there_are_decoys_enough_to_identify_one_image(attempts, size):
+    candidates = decoys_per_image(attempts) * size
+    assert attempts * (1 - (1 - 1 / candidates) ** size) < ALPHA
+
+
+def test_places_of_values():
+    assert positions(["none", "topk:0.1", "int8"]) == ([0, 1, 2], None)
+    assert positions(["4", "8"]) == ([0, 1], None)
+    places, split = positions(["0", "1e-3", "1e-2", "1e-1"])
+    assert places == pytest.approx([-1, 0, 1, 2])
+    assert split == -0.5
+    places, split = positions(["10", "1000"])
+    assert places == pytest.approx([0, 1])
+    assert split == 0
+
+
+def row(value, repeat=0, **changes):
+    scores = {"psnr": [20.0, 30.0], "ssim": [0.5, 0.7]}
+    made = Row(
+        value, repeat, None, batch_size=2, cosine=0.25, label_accuracy=0.5, verdict=NOT_SHOWN,
+        metric="ssim", leakage=[0.1, 0.3], scores=scores, controls=scores, candidates=100,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def test_cells_of_the_table():
+    rows = [
+        row("a"),
+        row("a", 1, verdict=IDENTIFIABLE, identified=[1], leakage=[0.3, 0.3], epsilon=2.5),
+        row("b", deepest="layer1", certified=3),
+        Row("c", 0, "cannot be captured"),
+    ]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in sweep_table("defence", ["a", "b", "c", "d"], rows).splitlines()
+        if line.startswith("|")
+    ]
+    head, a, b, c, d = (dict(zip(lines[0], line, strict=True)) for line in lines)
+    assert a["identified"] == "1 of 4"
+    assert a["leakage max"] == "0.300"
+    assert a["leakage mean"] == "0.250 (0.200 to 0.300)"
+    assert a["labels %"] == "50"
+    assert a["verdict"] == "leakage: identifiable (1 of 2)"
+    assert (b["deepest certified"], b["verdict"]) == ("layer1", "no leakage shown")
+    assert b["PSNR dB"] == "25.0"
+    assert c["verdict"] == "cannot be captured"
+    assert d["verdict"] == "not run"
+
+
+def test_small_images_are_drawn_by_psnr(tmp_path):
+    nan = {"psnr": [20.0, 30.0], "ssim": [math.nan, math.nan]}
+    save_sweep("C", ["1", "2"], [row("1", scores=nan, controls=nan), row("2")], tmp_path / "a.png")
+    assert np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).std() > 1

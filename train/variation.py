@@ -1,0 +1,148 @@
+"""The client of a checkpoint once more, with one setting changed: what a sweep simulates."""
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from models.choices import SWEEP_PARAMETERS
+from train.batches import DECOYS
+from train.capture import capture
+from train.flags import parser
+from train.settings import ClientSettings, settings_from
+from utils.console import Silent
+from utils.errors import InputError
+from utils.shard import ALONE
+
+#: Flags without which a record is none of training.py.
+NEEDED = ("data_name", "arch", "batch_size", "target_idx")
+#: Flags that concern the run that wrote the record, not the client.
+OF_THE_RUN = {
+    "id", "results", "gpu", "dry_run", "seal", "ra", "ra_mode", "noise_seed", "with_control",
+    "multiprocessing_distributed", "nproc", "world_size", "rank", "dist_url", "dist_backend",
+}  # fmt: skip
+#: Flags of the protection, which a swept defence takes the place of.
+OF_PROTECTION = {"enable_dp", "dp_mode", "sigma", "max_per_sample_grad_norm", "defence"}
+#: Values that leave a flag out.
+LEFT_OUT = ("none", "")
+
+
+def base_flags(record: Mapping) -> list[str]:
+    """Return the command line of training.py that gives a client again, from its record.
+
+    record: entry `args` of a checkpoint. Every value passes the parser once more.
+
+    Raises InputError, without the file's name, where the record does not describe a client that
+    can be simulated.
+    """
+    if any(name not in record for name in NEEDED):
+        raise InputError(
+            "holds no record of a client that training.py can simulate again, as an imported "
+            "gradient or a checkpoint of another program; capture one by training.py"
+        )
+    if record.get("import_update"):
+        raise InputError(
+            "its update was imported, so that no client can be simulated again; capture one by "
+            "training.py on images of yours"
+        )
+    flags = _command_line(record)
+    parser().parse_args(flags)  # for its refusals
+    return flags
+
+
+def _command_line(record: Mapping) -> list[str]:
+    """Write the flags of a record that are not at their defaults."""
+    flags = []
+    for action in parser()._actions:
+        value = record.get(action.dest, action.default)
+        if action.dest in OF_THE_RUN or value is None or value == action.default:
+            continue
+        option = action.option_strings[-1]
+        if value is True:
+            flags.append(option)
+        elif isinstance(value, list | tuple):
+            flags += [option, *map(str, value)]
+        else:
+            flags.append(f"{option}={value}")
+    return flags
+
+
+def varied(base: Sequence[str], parameter: str, value: str, repeat: int) -> argparse.Namespace:
+    """Return the flags of the client `base` with a parameter at a value and a later batch.
+
+    parameter: a name in SWEEP_PARAMETERS; "" changes nothing. value: as its flag takes it, or
+    "none". repeat: how many batches after that of `base`.
+
+    Raises InputError, naming the flag, for a value that it does not take.
+    """
+    args = parser().parse_args(list(base))
+    args.target_idx += repeat
+    if not parameter:
+        return args
+    flag = "-C" if parameter == "C" else f"--{parameter}"
+    given = [] if value in LEFT_OUT and parameter != "defence" else [flag, value]
+    read = parser().parse_args(given)
+    name = _attribute(parameter)
+    if parameter == "defence":
+        for other in OF_PROTECTION & vars(args).keys():
+            setattr(args, other, parser().get_default(other))
+    setattr(args, name, getattr(read, name))
+    if parameter in ("sigma", "C"):
+        args.enable_dp = _protects(args)
+    return args
+
+
+def _attribute(parameter: str) -> str:
+    """Return the attribute in which the parser keeps a parameter."""
+    return "max_per_sample_grad_norm" if parameter == "C" else parameter.replace("-", "_")
+
+
+def _protects(args) -> bool:
+    """Whether noise or clipping is left; a noise of 0 alone is none, and its flag is taken back."""
+    if not args.sigma and args.max_per_sample_grad_norm is None:
+        args.sigma, args.dp_mode = None, "batch"
+        return False
+    return True
+
+
+def simulate(
+    base: Sequence[str],
+    parameter: str,
+    value: str,
+    repeat: int,
+    decoys_per_image: int,
+    device: torch.device,
+) -> tuple[dict, str]:
+    """Capture the client `base` with one parameter changed, a control and decoys; write nothing.
+
+    base: of `base_flags`. The other arguments but these are those of `varied`. decoys_per_image:
+    decoys of each image for each image of the batch, unless the record says their number.
+
+    Returns the checkpoint, with its truth, and the command that makes such a one. Noise is drawn
+    from a seed that the client's own and the number of the batch give, so that a sweep can be
+    repeated. Raises InputError for what cannot be captured.
+    """
+    assert parameter in ("", *SWEEP_PARAMETERS)
+    args = varied(base, parameter, value, repeat)
+    settings = settings_from(args)
+    decoys = settings.batch.decoys or max(DECOYS, decoys_per_image * settings.batch.size - 1)
+    settings = _repeatable(settings, args)
+    batch = replace(settings.batch, with_control=True, decoys=decoys)
+    settings = replace(settings, batch=batch, record={
+        **settings.record, "with_control": True, "decoys": decoys,
+    })  # fmt: skip
+    captured = capture(settings, device, Silent(), ALONE)
+    return captured.checkpoint, shlex.join(
+        ["python", "training.py", *_command_line(settings.record), "--with-control"]
+    )
+
+
+def _repeatable(settings: ClientSettings, args) -> ClientSettings:
+    """Return the settings with a seed for the noise of the protection, where there is one."""
+    if settings.protection is None:
+        return settings
+    seed = (args.seed * 1000 + args.target_idx) % 2**31
+    protection = replace(settings.protection, noise_seed=seed)
+    return replace(settings, protection=protection, record={**settings.record, "noise_seed": seed})
