@@ -246,7 +246,8 @@ def test_every_entry_of_a_result_is_described(tmp_path):
 
 
 #: Command lines that between them make the settings read every flag.
-CLIENT = ("--data-name photos --enable-dp --sigma 1 -C 1 --with-control", "--ra")
+IMPORT = "--import-update a b --local-lr 1 --local-steps 2 --num-classes 3"
+CLIENT = ("--data-name photos --enable-dp --sigma 1 -C 1 --with-control", "--ra", IMPORT)
 SEARCH = "--superparameters-search --TV-tune --simulation-checkpoint g --min-t 2 --max-t 4"
 ATTACKER = (
     "--checkpoint f --epochs 9 --lr 0.1 --metric --MinCombine",
