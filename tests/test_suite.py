@@ -381,7 +381,8 @@ def test_too_short_a_budget_fails_the_positive_control(captured, tmp_path, monke
     assert "the positive control failed" in found["sentence"]
     assert "positive-control-failed" in {warning["code"] for warning in found["warnings"]}
     assert found["checkpoints"][0]["pictures"] == {}
-    assert {path.name for path in folder.iterdir()} == {"audit.json", "log.txt"}
+    assert {path.name for path in folder.iterdir()} == {"audit.json", "report.html", "log.txt"}
+    assert "base64" not in (folder / "report.html").read_text()
 
 
 def test_an_interruption_ends_the_part_and_writes_what_there_is(captured, tmp_path, monkeypatch):

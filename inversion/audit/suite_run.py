@@ -200,7 +200,9 @@ def run_one(audit: Audit, subject: Subject, part: Part, before: Sequence[Done]) 
 
 
 def write(audit: Audit) -> dict[str, Any]:
-    """Write audit.json with what there is; checkpoints that were not reached are incomplete."""
+    """Write audit.json and report.html; checkpoints that were not reached are incomplete."""
+    from inversion.audit.html import write_report  # not above: its templates are needed here alone
+
     entries, warnings = list(audit.entries), list(audit.warnings)
     for subject in audit.subjects[len(entries) :]:
         parts = [part_entry(Done(part, "skipped", NOT_REACHED)) for part in SUITE]
@@ -210,4 +212,5 @@ def write(audit: Audit) -> dict[str, Any]:
     whole = audit_entry(audit.frame, audit.positive, entries, warnings, audit.budget.spent)
     plain = null_unless_finite(whole)
     write_json(plain, audit.folder / "audit.json")
+    write_report(plain, audit.folder, with_images=audit.settings.with_images)
     return plain
