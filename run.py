@@ -1,6 +1,7 @@
 """The attacker: checkpoint → labels → reconstruction → tables and pictures.
 
     python run.py --checkpoint FILE --epochs 3000 --lr 0.05 --TV 1e-4 --grad-sign --metric
+    python run.py --audit --budget 5m --checkpoint FILE [FILE …]
 
 Reads what training.py wrote. Run with --help for all flags, --dry-run to check them.
 """
@@ -9,6 +10,7 @@ import sys
 
 from inversion.audit.flags import parser
 from inversion.audit.settings import Settings, refuse_processes, settings_from
+from inversion.audit.suite_settings import suite_settings_from
 from utils.flags import process_settings
 from utils.script import Interrupts, run_script
 
@@ -19,6 +21,11 @@ from utils.script import Interrupts, run_script
 def main(argv: list[str]) -> int:
     """Attack one checkpoint as the flags say, in one process or several; return the exit code."""
     args = parser().parse_args(argv)
+    if args.audit:
+        suite = suite_settings_from(args, argv)
+        from inversion.audit.suite_run import run_audit
+
+        return run_audit(suite)
     settings = settings_from(args)
     if settings.sweep is not None:
         return sweep(settings)
@@ -47,6 +54,7 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     from inversion.audit.inputs import load_inputs
     from inversion.audit.plan import estimate, plan
     from inversion.audit.report import label_lines, notes
+    from inversion.audit.threat import threat_model
     from utils.console import Reporter, Silent, setting_lines
 
     settings = settings_from(parser().parse_args(argv))
@@ -63,6 +71,7 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     reporter.say("settings\n" + setting_lines(settings.record))
     for line in [
         *label_lines(settings.scoring, case, sealed),
+        "\n".join(threat_model(case, settings).lines),
         plan(settings.attack, case, shuffled=settings.inputs.shuffled),
         *notes(settings, case, sealed),
     ]:

@@ -24,6 +24,12 @@ def main(argv: list[str]) -> int:
 
         say_ranks(settings, Reporter())
         return 0
+    if settings.imported is not None:
+        from train.importing import import_update
+        from utils.console import Reporter
+
+        import_update(settings, settings.imported, Reporter())
+        return 0
     from utils.launch import group_from, launch
 
     return launch(work, argv, group_from(process_settings(args)))

@@ -32,7 +32,7 @@ from models.gradient import ClientLoss, batch_gradient
 from train.datasets import DATASETS
 from train.photos import PHOTOS
 from utils.files import write_csv
-from utils.image_files import public_photographs, square_crop
+from utils.image_files import crop, public_photographs
 from utils.metrics import label_accuracy
 
 SIZE, JITTER = 32, 6
@@ -57,7 +57,7 @@ class Crops:
         for _ in range(num_classes):
             photo = photos[rng.integers(len(photos))]
             edge = side * SCALES[rng.integers(len(SCALES))]
-            tile = square_crop(photo, side, edge, rng.uniform(), rng.uniform())
+            tile = crop(photo, (side, side), (edge, edge), rng.uniform(), rng.uniform())
             order = PERMUTATIONS[rng.integers(len(PERMUTATIONS))]
             tiles.append(tile[list(order)])
         self.tiles = torch.stack(tiles)

@@ -248,7 +248,9 @@ def attempt(
 def tensor_rows(case: Case, audit: AuditCase, found: Recovered, of: Client) -> list[dict]:
     """Return one row per recovered tensor: its certificate, RA-i and its true error."""
     x = normalise(of.true, SPEC)
-    errors = true_errors(audit, found, Sealed(GroundTruth(x, of.y), None, False, None))
+    errors = true_errors(
+        audit, found, Sealed(GroundTruth(x, of.y), None, False, None, SPEC.normalisation)
+    )
     ranks = predictions(audit, found.layers)
     names = ("arch", "size", "batch", "seed", "index", "train_mode", "trained", "head", "noise")
     shared = {name: vars(case)[name] for name in (*names, "level", "classes_used")}

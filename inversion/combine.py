@@ -195,7 +195,8 @@ def _inner_products(
             raise InterruptedSearchError
         if place < len(rows):
             s, i = divmod(number, batch_size)
-            gradient = objective.image_gradient(x_seeds[s][i : i + 1].to(device), i)
+            whole = objective.image_gradient(x_seeds[s][i : i + 1].to(device), i)
+            gradient = objective.seen(whole)
             torch.cat([g.flatten() for g in gradient], out=rows[place])
     rows /= batch_size
     gram = torch.zeros(len(rows), count, dtype=torch.float64, device=device)

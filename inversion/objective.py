@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from inversion.distances import GRADIENT_DISTANCES, joint_norm
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
-from inversion.settings import BN_COUPLINGS, BN_GRADIENTS, PRIORS, Weights
+from inversion.settings import BN_COUPLINGS, BN_GRADIENTS, PRIORS, UPDATE_MODELS, Weights
+from inversion.surrogate import START, SurrogatePlace
+from inversion.visible import view_of
 from models.batchnorm import batch_statistics, recorded_moments, running_moments
 from models.forced import forced_normalisation, forced_statistics
-from models.gradient import batch_gradient, couples_samples, gradient_mode
+from models.gradient import batch_gradient, couples_samples, gradient_mode, trainable_parameters
+from models.local import local_gradient, replaced_parameters
 from models.target import Target, check_gradient_fits
 from utils.errors import InputError
 from utils.shard import ALONE, Shard, differentiable_sum, sum_tensors
@@ -33,6 +36,9 @@ class Losses(Generic[Value]):
     gradient: Value | None
     #: Name of each prior in use → its value, unweighted.
     terms: Mapping[str, Value]
+    #: Where between the two states of an update the gradient was taken, α in [0, 1]; None for one
+    #: gradient, and where nothing learns it.
+    alpha: Value | None = None
 
     @property
     def criterion(self) -> Value:
@@ -41,10 +47,15 @@ class Losses(Generic[Value]):
 
     def floats(self: "Losses[Tensor]") -> "Losses[float]":
         """Return the same values as floats, with one transfer from the device."""
-        stacked = torch.stack([self.total, self.criterion, *self.terms.values()]).detach()
-        total, criterion, *terms = stacked.tolist()
-        gradient = None if self.gradient is None else criterion
-        return Losses(total, gradient, dict(zip(self.terms, terms, strict=True)))
+        alpha = self.total if self.alpha is None else self.alpha
+        values = [self.total, self.criterion, alpha, *self.terms.values()]
+        total, criterion, place, *terms = torch.stack(values).detach().tolist()
+        return Losses(
+            total,
+            None if self.gradient is None else criterion,
+            dict(zip(self.terms, terms, strict=True)),
+            None if self.alpha is None else place,
+        )
 
 
 #: The losses of images at which nothing finite was computed.
@@ -78,16 +89,18 @@ class Objective:
         bn_grad: str = "exact",
         bn_coupling: str = "exact",
         batch_shard: Shard = ALONE,
+        update_model: str = "mean",
     ):
         """Prepare the target's gradient and moments on the model's device.
 
         model: the attacked network (`models.target.model_of`, or your own), which is left as it
-        was. y: (B,) labels. distance_name: a name in GRADIENT_DISTANCES. bn_source: where the BN
-        prior pulls to, the "running" statistics of the model or those of the "batch", which the
-        client sent. bn_grad: "exact", or "detached" for the original's truncated second derivative
-        of BatchNorm in train mode. bn_coupling: "exact", or "forced" for the client's statistics in
-        place of the candidate's own (models/forced.py). batch_shard: this process's part of the
-        batch.
+        was. y: B labels, as `ClientLoss.kind` has them. distance_name: a name in
+        GRADIENT_DISTANCES. bn_source: where the BN prior pulls to, the "running" statistics of the
+        model or those of the "batch", which the client sent. bn_grad: "exact", or "detached" for
+        the original's truncated second derivative of BatchNorm in train mode. bn_coupling: "exact",
+        or "forced" for the client's statistics in place of the candidate's own (models/forced.py).
+        batch_shard: this process's part of the batch. update_model: a name in
+        UPDATE_MODELS; other than "mean" only for a target of several local steps.
 
         Raises InputError when the gradient is zero or does not fit the model, or when the client
         sent too little to force its statistics; and ValueError for other than B labels, an unknown
@@ -115,23 +128,41 @@ class Objective:
         self.target_gradient = [g.to(like) for g in target.gradient]
         if not joint_norm(self.target_gradient) > 0:
             raise InputError("the target's gradient is zero: it says nothing about the images")
+        self._view = view_of(target, like)
+        _check_update_model(update_model, target, weights, bn_coupling, batch_shard)
         self._forced = forced_statistics(model, target) if bn_coupling == "forced" else None
+        #: How the candidate's own local steps are taken, where they are unrolled.
+        self._unrolled = target.local if update_model == "unroll" else None
+        #: The surrogate's place between the two states; None without one.
+        self.place: SurrogatePlace | None = None
+        if update_model == "sme":
+            self.place = SurrogatePlace([change.to(like) for change in target.weight_change])
         self._distance = GRADIENT_DISTANCES[distance_name]
         #: The distance from inner products; None where it is no function of them.
         self.distance_from_products = self._distance.from_products
+        if self._view is not None and self._view.largest is not None:
+            self.distance_from_products = None  # the cut of a sum is not the sum of cuts
         self._needs_moments = any(PRIORS[name].needs_moments for name in weights.at(0.0))
         self.target_moments: list[tuple[Tensor, Tensor]] = []
         if self._needs_moments:
             self.target_moments = _target_moments(model, target, bn_source)
 
     def distance(self, gradient: Sequence[Tensor]) -> Tensor:
-        """Return the distance of a candidate's gradient from the target's, differentiable."""
-        return self._distance.value(gradient, self.target_gradient)
+        """Return the distance of a candidate's gradient from the target's, differentiable.
+
+        Of a sparse update only what was sent is compared, as the client would have sent it.
+        """
+        return self._distance.value(self.seen(gradient), self.target_gradient)
 
     def distance_with_cotangent(self, gradient: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the same distance and its derivative by the gradient, without a graph."""
         with torch.no_grad():
-            return self._distance.with_cotangent(gradient, self.target_gradient)
+            value, v = self._distance.with_cotangent(self.seen(gradient), self.target_gradient)
+            return value, v if self._view is None else self._view.cotangent(v, gradient)
+
+    def seen(self, gradient: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return of a whole gradient what the client would have sent: all of it, or less."""
+        return gradient if self._view is None else self._view.of(gradient)
 
     def local_part(self, x: Tensor) -> Tensor:
         """Return this process's part of a whole batch `x` (B, ...)."""
@@ -156,10 +187,23 @@ class Objective:
     def _batch_gradient(
         self, x: Tensor, y: Tensor, *, total: int | None = None, create_graph: bool = False
     ) -> tuple[Tensor, ...]:
-        with self._normalisation(len(x) if total is None else total) as added:
+        if self._unrolled is not None:
+            return local_gradient(
+                self.model, x, y, self.loss, self._unrolled, create_graph=create_graph
+            )
+        images = len(x) if total is None else total
+        with self._surrogate(create_graph), self._normalisation(images) as added:
             return batch_gradient(
                 self.model, x, y, self.loss, create_graph=create_graph, total=total, added=added
             )
+
+    def _surrogate(self, on_graph: bool):
+        """Make the context in which the model has the surrogate's weights, if there is one."""
+        if self.place is None:
+            return nullcontext()
+        own = trainable_parameters(self.model)
+        moved = self.place.moved(list(own.values()), on_graph=on_graph)
+        return replaced_parameters(self.model, dict(zip(own, moved, strict=True)))
 
     def _normalisation(self, images: int):
         """Make the context for a forward pass of images, of `images` in all, or a part of them."""
@@ -252,6 +296,23 @@ class Objective:
         scalars = (value[0] for value in summed[len(gradient) :])
         return summed[: len(gradient)], dict(zip(terms, scalars, strict=True))
 
+    def afresh(self) -> "Objective":
+        """Return the objective for a run of its own: the surrogate's place starts anew."""
+        return self if self.place is None else self.at_place(START)
+
+    def at_place(self, alpha: float | None) -> "Objective":
+        """Return the objective with the surrogate at `alpha`; as it is without a surrogate."""
+        if self.place is None or alpha is None:
+            return self
+        other = copy.copy(self)
+        other.place = SurrogatePlace(self.place.change, alpha)
+        return other
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """Where the surrogate is, as `Losses.alpha` has it."""
+        return None if self.place is None else self.place.alpha.detach().clone()
+
     def with_consensus(self, consensus: Tensor | None) -> "Objective":
         """Return the objective with group consistency to `consensus` (B, C, H, W), or without."""
         other = copy.copy(self)
@@ -288,7 +349,7 @@ class Objective:
             gradient, terms = self.sum_over_processes(gradient, self._terms(part, moments))
             distance, _ = self.distance_with_cotangent(gradient)
             total = self.weights.gradient * distance + self.weighted_sum(terms, progress)
-        return Losses(total, distance, terms)
+        return Losses(total, distance, terms, self.alpha)
 
     def weighted_sum(self, terms: Mapping[str, Tensor], progress: float) -> Tensor | float:
         """Return the weighted sum of the priors at `progress` of the run; 0 without priors."""
@@ -309,7 +370,33 @@ class Objective:
             _, terms = self.sum_over_processes(gradient, terms)
             value = self.weights.gradient * distance + self.weighted_sum(terms, progress)
             total = total + (value - total).detach()
-        return Losses(total, distance, terms)
+        return Losses(total, distance, terms, self.alpha)
+
+
+def _check_update_model(
+    name: str, target: Target, weights: Weights, bn_coupling: str, batch_shard: Shard
+) -> None:
+    """Raise ValueError or InputError where an update cannot be modelled so."""
+    if name not in UPDATE_MODELS:
+        raise ValueError(f"update_model {name}: choose of {', '.join(UPDATE_MODELS)}")
+    if target.local is not None and bn_coupling == "forced":
+        raise InputError(
+            "the statistics of several local steps cannot be forced: each has its own; leave it out"
+        )
+    if name == "mean":
+        return
+    if target.local is None:
+        raise InputError(f"update model {name}: one gradient was sent, not several local steps")
+    if batch_shard.size > 1:
+        raise InputError(
+            f"update model {name}: processes cannot share the images of local steps; give them "
+            "whole seeds, or the update model mean"
+        )
+    if name == "unroll" and any(PRIORS[prior].needs_moments for prior in weights.at(0.0)):
+        raise InputError(
+            "update model unroll: a prior on BatchNorm's statistics needs one forward pass, not "
+            "one per local step; leave the prior out"
+        )
 
 
 def _target_moments(

@@ -22,7 +22,8 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
 
     By the chain rule ∂distance(g(x))/∂x = vᵀ ∂g/∂x with v = ∂distance/∂g. The cotangent v has a
     closed form, so no graph of the distance is kept over all parameters, and nothing is
-    accumulated for the parameters themselves.
+    accumulated for the parameters themselves. Where a surrogate of several local steps is learned,
+    the same product gives the derivative by its place α, which then moves.
     """
     x = x.detach().requires_grad_()
     gradient, terms = objective.gradient_and_priors(x)
@@ -34,15 +35,19 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     outputs = [(g, v) for g, v in zip(gradient, cotangents, strict=True) if g.requires_grad]
     if isinstance(prior, Tensor) and prior.requires_grad:
         outputs.append((prior, torch.ones_like(prior)))
-    (derivative,) = torch.autograd.grad(
+    place = objective.place
+    derivative, *slope = torch.autograd.grad(
         [output for output, _ in outputs],
-        x,
+        [x] if place is None else [x, place.alpha],
         [cotangent for _, cotangent in outputs],
         allow_unused=True,
         materialize_grads=True,
     )
     total = objective.weights.gradient * distance + objective.weighted_sum(values, progress)
-    return Losses(total, distance, values), derivative
+    losses = Losses(total, distance, values, objective.alpha)
+    if place is not None:
+        place.learn(slope[0], progress)
+    return losses, derivative
 
 
 def plain(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losses[Tensor], Tensor]:
@@ -58,7 +63,11 @@ def plain(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     for parameter in objective.model.parameters():
         parameter.grad = None
     terms = {name: term.detach() for name, term in losses.terms.items()}
-    return Losses(losses.total.detach(), losses.criterion.detach(), terms), x.grad
+    if objective.place is not None:
+        slope = objective.place.alpha.grad
+        assert slope is not None
+        objective.place.learn(slope, progress)
+    return Losses(losses.total.detach(), losses.criterion.detach(), terms, losses.alpha), x.grad
 
 
 def prior_only(

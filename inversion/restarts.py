@@ -87,7 +87,7 @@ def run_own_seeds(
         if not restarts.seed_shard.owns(index) or (last is not None and last.stopped is not None):
             continue
         run = reconstruct(
-            partial(pixel_gradient, objective),
+            partial(pixel_gradient, objective.afresh()),
             (start if last is None else last.x).to(generator.device),
             restarts.loop,
             generator=generator,

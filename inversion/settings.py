@@ -122,6 +122,10 @@ STRATEGIES = {
 
 #: `--attack`: match the gradient by optimising images, solve it layer by layer, or try that first.
 ATTACKS = ("matching", "layerwise", "auto")
+#: `--update-model`: what an update of several local steps is compared with. The gradient at a place
+#: between the two states that is learned (inversion/surrogate.py); the gradient at the state
+#: before; the update of the candidate's own local steps.
+UPDATE_MODELS = ("sme", "mean", "unroll")
 #: `--gradient-loss-fun`; functions in `inversion.distances.GRADIENT_DISTANCES`.
 GRADIENT_DISTANCES = ("sim", "L2")
 #: `--pixel-gradient`; functions in `inversion.pixel_gradient.PIXEL_GRADIENTS`.
@@ -305,6 +309,8 @@ class AttackSettings:
     bn_coupling: str = "exact"
     #: A name in SHARDS: what several processes share out.
     shared: str = "batch"
+    #: A name in UPDATE_MODELS; None for "sme" where several local steps were sent, else "mean".
+    update_model: str | None = None
 
     @property
     def seeds(self) -> range:

@@ -14,6 +14,10 @@ PUBLIC_KEYS = (
     "batch_size", "dataset_setup", "arch", "model_eval", "state_dict", "trainable",
     "target_gradient", "bn_mean_list", "bn_var_list", "label_smoothing", "protection", "replace_bn",
 )  # fmt: skip
+#: Entries that are covered as well where they are there: files of before have none of them.
+OPTIONAL_KEYS = (
+    "loss", "model_sha256", "local_steps", "local_lr", "local_batch", "local_epochs", "resolution",
+)  # fmt: skip
 #: For entries that are mappings: which of their own entries the digests cover.
 INNER_KEYS = {
     "dataset_setup": ("mean", "std", "size", "n_classes"),
@@ -34,7 +38,7 @@ def bind(checkpoint: dict) -> None:
         return
     checkpoint["truth_salt"] = secrets.token_hex(16)
     checkpoint["truth_digest"] = _truth_digest(checkpoint)
-    checkpoint["checkpoint_digest"] = _digest(_entries(checkpoint, PUBLIC_KEYS))
+    checkpoint["checkpoint_digest"] = _digest(_public_entries(checkpoint))
 
 
 def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint_name: str) -> bool:
@@ -63,7 +67,7 @@ def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint
             f"{truth_name}: has been changed since it was written with {checkpoint_name}; capture "
             "both anew"
         )
-    if _digest(_entries(checkpoint, PUBLIC_KEYS)) != truth["checkpoint_digest"]:
+    if _digest(_public_entries(checkpoint)) != truth["checkpoint_digest"]:
         raise InputError(
             f"{checkpoint_name}: has been changed since it was written with its truth, "
             f"{truth_name}; capture both anew"
@@ -73,6 +77,12 @@ def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint
 
 def _truth_digest(truth: Mapping) -> str:
     return _digest([truth["truth_salt"], *_entries(truth, TRUTH_KEYS)])
+
+
+def _public_entries(checkpoint: Mapping) -> list:
+    """List what the digest of a checkpoint covers."""
+    optional = [[key, checkpoint[key]] for key in OPTIONAL_KEYS if checkpoint.get(key) is not None]
+    return _entries(checkpoint, PUBLIC_KEYS) + optional
 
 
 def _entries(content: Mapping, keys: Sequence[str]) -> list:

@@ -1,7 +1,7 @@
 """Network architectures by name, and the one place that knows where the classifier head is."""
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from utils.errors import InputError
+
+#: Builds a network for a number of classes and images (C, H, W).
+Builder = Callable[[int, tuple[int, int, int]], nn.Module]
+#: Attribute of a network that names its head, where someone has looked for it; None for no head.
+HEAD_MARK = "_head_of_logits"
 
 
 def lenet(num_classes: int, image_shape: tuple[int, int, int], width: int = 32) -> nn.Module:
@@ -124,13 +129,16 @@ def build_model(arch: str, num_classes: int, image_shape: tuple[int, int, int]) 
     return model
 
 
-def input_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
-    """Find the first convolution: its name and module."""
-    return next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+def input_convolution(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
+    """Find the first convolution: its name and module; None in a network without one."""
+    found = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    return next(found, None)
 
 
 def _change_input_channels(model: nn.Module, channels: int) -> None:
-    name, old = input_convolution(model)
+    first = input_convolution(model)
+    assert first is not None  # every image classifier of torchvision has one
+    name, old = first
     settings = {
         key: getattr(old, key)
         for key in inspect.signature(nn.Conv2d).parameters
@@ -208,15 +216,29 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
     """Find the classifier head, the layer whose outputs are the logits: its name and module.
 
-    The last linear layer; in networks without one (squeezenet) the last convolution.
+    The last linear layer; in networks without one (squeezenet) the last convolution; where the head
+    was marked, that one.
 
-    Raises ValueError for a model with neither.
+    Raises ValueError for a model without a head.
     """
+    if hasattr(model, HEAD_MARK):
+        name = getattr(model, HEAD_MARK)
+        if name is None:
+            raise ValueError(
+                "the outputs of no linear layer and of no convolution are the logits: no "
+                "classifier head"
+            )
+        return name, model.get_submodule(name)
     for kind in (nn.Linear, nn.Conv2d):
         found = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
         if found:
             return found[-1]
     raise ValueError("the model has no linear layer and no convolution: no classifier head")
+
+
+def mark_head(model: nn.Module, name: str | None) -> None:
+    """Let `find_head` return this layer; None: the network has no classifier head."""
+    setattr(model, HEAD_MARK, name)
 
 
 def _init_normal(weight: Tensor, bias: Tensor | None) -> None:

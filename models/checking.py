@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields
 import torch
 from torch import Tensor, nn
 
-from models.choices import PROTECTION_MODES
+from models.choices import LOSS_KINDS, PROTECTION_MODES
 from models.target import Protection
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,8 +27,12 @@ ANY = (*FLOATS, *INTEGERS, torch.bool)
 LARGEST = 2**31 - 1
 #: What a record of protection must hold, and what else it may.
 PROTECTION_KEYS = tuple(field.name for field in fields(Protection) if field.default is MISSING)
-PRIVACY_KEYS = tuple(field.name for field in fields(Protection) if field.default is not MISSING)
+OTHER_KEYS = tuple(field.name for field in fields(Protection) if field.default is not MISSING)
+#: What a record with epsilon must hold as well.
+PRIVACY_KEYS = ("noise_multiplier", "epsilon", "delta", "steps", "sample_rate")
 SETUP_KEYS = ("mean", "std", "size", "n_classes")
+#: What a checkpoint says of local steps, in the order of the fields of `LocalSteps`.
+LOCAL_KEYS = ("local_steps", "local_lr", "local_batch", "local_epochs")
 #: Last parts of the names of weights that are never integers, in no layer of torch.
 REAL_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
 
@@ -264,6 +268,14 @@ def check_smoothing(smoothing) -> None:
         raise UnfitError(f"label_smoothing is {shown(smoothing)}, not from 0 to below 1")
 
 
+def check_loss(kind, smoothing: float) -> None:
+    """Check loss: a name in LOSS_KINDS; labels are smoothed under cross-entropy alone."""
+    if not (isinstance(kind, str) and kind in LOSS_KINDS):
+        raise UnfitError(f"loss is {shown(kind)}, not one of {', '.join(LOSS_KINDS)}")
+    if kind != "cross-entropy" and smoothing:
+        raise UnfitError(f"label_smoothing is {smoothing:g} with the loss {kind}, which has none")
+
+
 def _protection_rules():
     """Map every entry of a record of protection to what it must be, and to the test of that."""
     at_least_zero = ("a number from 0", lambda v: is_number(v) and v >= 0)
@@ -279,6 +291,9 @@ def _protection_rules():
         "delta": ("between 0 and 1", lambda v: is_number(v) and 0 < v < 1),
         "steps": ("a positive integer", is_count),
         "sample_rate": ("above 0 and up to 1", lambda v: is_number(v) and 0 < v <= 1),
+        "mu": at_least_zero,
+        "amount": at_least_zero,
+        "largest": ("a number above 0", lambda v: is_number(v) and v > 0),
     }
 
 
@@ -293,11 +308,11 @@ def check_protection(record) -> None:
         if key not in record:
             raise UnfitError(f"{start}: no {key}")
     for key in record:
-        if key not in PROTECTION_KEYS + PRIVACY_KEYS:
+        if key not in PROTECTION_KEYS + OTHER_KEYS:
             raise UnfitError(f"{start}: what is {shown(key)}?")
     for key, (what, holds) in _protection_rules().items():
         value = record.get(key)
-        if not (holds(value) or (value is None and key in PRIVACY_KEYS)):
+        if not (holds(value) or (value is None and key in OTHER_KEYS)):
             raise UnfitError(f"{start}: its {key} is {shown(value)}, not {what}")
     if record.get("epsilon") is not None:
         for key in PRIVACY_KEYS:
@@ -326,6 +341,23 @@ def check_origin(checkpoint: dict) -> None:
         raise UnfitError(f"local_steps is {shown(steps)}, not a number of local steps")
 
 
+def check_local_steps(checkpoint: dict) -> None:
+    """Check the entries of an update of several local steps, and the resolution."""
+    steps, lr, batch, epochs = (checkpoint.get(key) for key in LOCAL_KEYS)
+    if not (steps is None or is_count(steps)):
+        raise UnfitError(f"local_steps is {shown(steps)}, not a number of local steps")
+    if steps not in (None, 1) and (lr is None or not is_number(lr) or lr <= 0):
+        raise UnfitError(
+            f"local_lr is {shown(lr)} for {steps} local steps, not the step size above 0"
+        )
+    for key, value in (("local_batch", batch), ("local_epochs", epochs)):
+        if not (value is None or is_count(value)):
+            raise UnfitError(f"{key} is {shown(value)}, not a positive integer")
+    resolution = checkpoint.get("resolution")
+    if not (resolution is None or (is_number(resolution) and 0 < resolution <= 1)):
+        raise UnfitError(f"resolution is {shown(resolution)}, not above 0 and up to 1")
+
+
 def check_plain_entries(checkpoint: dict) -> None:
     """Check the entries that are one plain value each."""
     plain = {
@@ -333,6 +365,7 @@ def check_plain_entries(checkpoint: dict) -> None:
         "arch": ("a name", lambda v: isinstance(v, str)),
         "model_eval": ("true or false", lambda v: isinstance(v, bool)),
         "replace_bn": ("a name", lambda v: v is None or isinstance(v, str)),
+        "model_sha256": ("a digest", lambda v: v is None or isinstance(v, str)),
         "clock": (
             "a time",
             lambda v: (
@@ -382,6 +415,22 @@ def check_labels(y, batch_size: int, num_classes: int) -> None:
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= num_classes:
         raise UnfitError(f"labels {low} to {high}, but the classes are 0 to {num_classes - 1}")
+
+
+def check_label_vectors(y, batch_size: int, num_classes: int) -> None:
+    """Check y_true of a binary cross-entropy: (batch_size, num_classes) numbers in [0, 1]."""
+    what = f"labels for a batch of {batch_size} under binary cross-entropy"
+    if not isinstance(y, Tensor) or y.is_nested:
+        raise UnfitError(f"{what} are {shown(y)}, not numbers {(batch_size, num_classes)}")
+    if not y.is_floating_point() or y.shape != (batch_size, num_classes):
+        raise UnfitError(
+            f"{what} are {y.dtype} of shape {tuple(y.shape)}, not floating-point numbers "
+            f"{(batch_size, num_classes)}"
+        )
+    check_tensor(y, "the tensor of labels")
+    check_finite(y, "the tensor of labels")
+    if float(y.min()) < 0 or float(y.max()) > 1:
+        raise UnfitError(f"labels {float(y.min()):g} to {float(y.max()):g}, not from 0 to 1")
 
 
 def check_like(tensors, model, what: str) -> None:

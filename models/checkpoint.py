@@ -18,12 +18,13 @@ from models import checking
 from models.binding import bind
 from models.build import without_wrapper
 from models.gradient import ClientLoss, Update
+from models.local import LocalSteps
 from models.target import GroundTruth, Protection
 from utils.errors import InputError, naming
 from utils.tensor_files import load_plain, one_line
 
 #: Raised by one whenever a reader of the number before could misread the file.
-FORMAT = 4
+FORMAT = 5
 #: Entries without which no file is a checkpoint.
 REQUIRED = (
     "batch_size",
@@ -44,7 +45,7 @@ PRIVATE_KEYS = (
 class Task:
     """Says what the client trained on and how, which an attacker knows beside the update."""
 
-    #: A name that models/build.py knows if `run.py` is to read the file; else any word.
+    #: A name that models/build.py knows, or FILE.py:function of a user's network; else any word.
     arch: str
     #: Images in the batch, B.
     batch_size: int
@@ -60,6 +61,8 @@ class Task:
     loss: ClientLoss
     #: What replaces the architecture's BatchNorm layers, a name in BATCHNORM_REPLACEMENTS, or None.
     replace_bn: str | None = None
+    #: SHA-256 of the file that built the network, in hexadecimal; None where none did.
+    model_sha256: str | None = None
 
 
 def make_checkpoint(
@@ -71,29 +74,27 @@ def make_checkpoint(
     protection_norms: Mapping | None = None,
     truth: GroundTruth | None = None,
     settings: Mapping | None = None,
-    local_steps: int = 1,
+    local: LocalSteps | None = None,
+    resolution: float | None = None,
 ) -> dict:
     """Make a checkpoint from a model and what a client sent for one batch.
 
     Auditors who have a gradient of their own start here.
 
     model: the network with the weights that the client started from; it may be wrapped by
-    DataParallel or torch.compile. update: an `Update`, or its gradient alone, ∂(mean
-    cross-entropy)/∂θ: one tensor per trainable parameter in the model's order, or a mapping by
-    parameter name. Arrays of numpy are as good as tensors, here and in `truth`. protection: what
-    was done to the gradient. protection_norms: private norms before and after it, to record.
-    truth: the batch, a control and decoys, for scoring. settings: plain values to record.
+    DataParallel or torch.compile. update: an `Update`, or its gradient alone, ∂(mean loss)/∂θ: one
+    tensor per trainable parameter in the model's order, or a mapping by parameter name. Arrays of
+    numpy are as good as tensors, here and in `truth`. protection: what was done to the gradient.
+    protection_norms: private norms before and after it, to record. truth: the batch, a control and
+    decoys, for scoring. settings: plain values to record. local: how the client stepped, where it
+    sent the update of several local steps; the gradient is then the mean one,
+    (w_before − w_after) / (lr · T). resolution: relative rounding error of the gradient, where it
+    is not that of its type.
 
     Raises InputError when the gradient does not fit the model's trainable parameters or another
-    value is not what its field says, and for what is no gradient of one step: a weight difference
-    after several local steps (`local_steps` > 1, or a mapping that holds buffers, as differences
-    of state dicts do).
+    value is not what its field says, and for a mapping that holds buffers, as differences of state
+    dicts do: train/updates.py makes a gradient of those.
     """
-    if local_steps != 1:
-        raise InputError(
-            f"local_steps {local_steps}: an update of several local steps is no gradient; "
-            "only a single step can be inverted here: send the gradient of one batch"
-        )
     sent, bn_mean, bn_var = update, None, None
     if isinstance(update, Update):
         sent, bn_mean, bn_var = update.gradient, update.bn_mean, update.bn_var
@@ -121,6 +122,10 @@ def make_checkpoint(
         "label_smoothing": float(task.loss.label_smoothing),
         "protection": None if protection is None else asdict(protection),
         "replace_bn": task.replace_bn,
+        "loss": task.loss.kind,
+        "model_sha256": task.model_sha256,
+        **_local_entries(local),
+        "resolution": resolution,
         "args": dict(settings or {}),
     }
     if protection_norms is not None:
@@ -133,6 +138,14 @@ def make_checkpoint(
             check_truth(checkpoint, checkpoint)
     bind(checkpoint)
     return checkpoint
+
+
+def _local_entries(local: LocalSteps | None) -> dict[str, int | float | None]:
+    """Make the entries of local steps; all None for one gradient."""
+    if local is None or local.steps == 1:
+        return dict.fromkeys(checking.LOCAL_KEYS)
+    values = (local.steps, local.lr, local.batch, local.epochs)
+    return dict(zip(checking.LOCAL_KEYS, values, strict=True))
 
 
 def _truth_entries(truth: GroundTruth, gradient: Sequence[Tensor]) -> dict:
@@ -168,7 +181,7 @@ def _in_order(model: nn.Module, gradient) -> tuple[list[str], list[Tensor]]:
         if buffers:
             raise InputError(
                 f"gradient: holds the buffer {buffers[0]}, so it is a difference of state dicts, "
-                "an update of local steps; give the gradient of one batch"
+                "an update of weights; make a gradient of it by gradient_from_update"
             )
         odd = sorted(set(parameters).symmetric_difference(gradient))
         if odd:
@@ -229,8 +242,8 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
 def load(path: str) -> dict:
     """Load and check a checkpoint, of this project or of the original.
 
-    Raises InputError, without the file's name, when it is missing, damaged, hostile, incomplete, of
-    a newer format, or holds an update of several local steps.
+    Raises InputError, without the file's name, when it is missing, damaged, hostile, incomplete or
+    of a newer format.
     """
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict):
@@ -251,11 +264,6 @@ def load(path: str) -> dict:
         raise InputError(
             f"free_last_layers_list {checking.shown(layers)}: only gradients of all "
             "parameters (['all']) of the original can be read; capture it anew with training.py"
-        )
-    if checkpoint.get("local_steps") not in (None, 1):
-        raise InputError(
-            f"an update of {checkpoint['local_steps']} local steps is no gradient; "
-            "capture the gradient of one batch"
         )
     check_contents(checkpoint)
     channels = checkpoint["dataset_setup"]["size"][0]
@@ -283,7 +291,11 @@ def check_contents(checkpoint: dict) -> None:
         checking.check_plain_entries(checkpoint)
         checking.check_setup(checkpoint["dataset_setup"])
         checking.check_smoothing(checkpoint.get("label_smoothing", 0.0))
+        checking.check_loss(
+            checkpoint.get("loss", "cross-entropy"), checkpoint.get("label_smoothing", 0.0)
+        )
         checking.check_protection(checkpoint.get("protection"))
+        checking.check_local_steps(checkpoint)
         state, names = checkpoint["state_dict"], checkpoint.get("trainable")
         checking.check_weights(state)
         checking.check_gradient(checkpoint["target_gradient"], names, len(state))
@@ -324,7 +336,7 @@ def check_truth(truth: dict, checkpoint: dict) -> None:
     batch_size, setup = checkpoint["batch_size"], checkpoint["dataset_setup"]
     with _refused("give the truth of this checkpoint"):
         checking.check_images(truth["x_true"], (batch_size, *setup["size"]))
-    check_labels(truth["y_true"], batch_size, setup["n_classes"])
+    check_labels(truth["y_true"], batch_size, setup["n_classes"], checkpoint.get("loss"))
     if truth.get("control") is not None:
         check_control(truth["control"], checkpoint)
     if truth.get("decoys") is not None:
@@ -332,8 +344,12 @@ def check_truth(truth: dict, checkpoint: dict) -> None:
             checking.check_decoys(truth["decoys"], (batch_size, *setup["size"]))
 
 
-def check_labels(y, batch_size: int, num_classes: int) -> None:
-    """Raise InputError unless `y` is B class indices."""
+def check_labels(y, batch_size: int, num_classes: int, loss: str | None = None) -> None:
+    """Raise InputError unless `y` is B class indices, or under "bce" (B, K) numbers in [0, 1]."""
+    if loss == "bce":
+        with _refused(f"give {batch_size} rows of {num_classes} numbers from 0 to 1"):
+            checking.check_label_vectors(y, batch_size, num_classes)
+        return
     with _refused(f"give {batch_size} integers from 0 to {num_classes - 1}"):
         checking.check_labels(y, batch_size, num_classes)
 

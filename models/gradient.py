@@ -16,21 +16,12 @@ from models.batchnorm import (
     batchnorm_layers,
     uses_batch_statistics,
 )
+from models.losses import ClientLoss, mean_loss, output_problem
 from utils.errors import is_out_of_memory
 from utils.shard import ALONE, Shard, sum_tensors
 
 #: Bytes that the per-sample gradients of one chunk may take.
 CHUNK_BYTES = 2**29
-
-
-@dataclass(frozen=True)
-class ClientLoss:
-    """Says how the client takes its mean cross-entropy; both sides must agree."""
-
-    #: Whether BatchNorm normalises by the batch's own statistics, else by its running ones.
-    train_mode: bool
-    #: Share ε in [0, 1) of every label that the loss moves evenly to all classes.
-    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,8 +75,10 @@ def gradient_mode(model: nn.Module, train_mode: bool):
             del layer.forward
 
 
-def forward_failure(model: nn.Module, x: Tensor, train_mode: bool) -> Exception | None:
-    """Return why the network cannot process images `x` (B, C, H, W); None if it can.
+def forward_failure(
+    model: nn.Module, x: Tensor, train_mode: bool, num_classes: int
+) -> Exception | None:
+    """Return why the network makes no logits of images `x` (B, C, H, W); None if it does.
 
     Two images suffice to find out: BatchNorm by batch statistics needs more than one value per
     channel. Only this forward pass is tried, so that a failure elsewhere keeps its traceback. An
@@ -93,12 +86,13 @@ def forward_failure(model: nn.Module, x: Tensor, train_mode: bool) -> Exception 
     """
     try:
         with gradient_mode(model, train_mode), torch.no_grad():
-            model(x[:2])
+            output = model(x[:2])
     except (RuntimeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
         return error
-    return None
+    problem = output_problem(output, len(x[:2]), num_classes)
+    return ValueError(problem) if problem else None
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:
@@ -115,9 +109,10 @@ def batch_gradient(
     total: int | None = None,
     added: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Compute the gradient of the batch's mean cross-entropy by the trainable parameters.
+    """Compute the gradient of the batch's mean loss by the trainable parameters.
 
-    x: (B, C, H, W) normalised images. y: (B,) class indices. Returns one tensor per trainable
+    x: (B, C, H, W) normalised images. y: (B,) class indices, or (B, K) for binary cross-entropy
+    (`ClientLoss.kind`). Returns one tensor per trainable
     parameter, in the model's order, shaped like it; zeros where a parameter takes no part.
     create_graph: the result can be differentiated once more with respect to `x`. total: images of
     the whole batch where `x` is a part of it; the result is then this part's share, and the shares
@@ -126,11 +121,7 @@ def batch_gradient(
     """
     parameters = list(trainable_parameters(model).values())
     with gradient_mode(model, loss.train_mode), torch.enable_grad():
-        options = {"label_smoothing": loss.label_smoothing}
-        if total is None:
-            value = F.cross_entropy(model(x), y, **options)
-        else:
-            value = F.cross_entropy(model(x), y, reduction="sum", **options) / total
+        value = mean_loss(model(x), y, loss, total)
         if added is not None:
             value = value + added()
         return torch.autograd.grad(
@@ -147,7 +138,7 @@ def whole_batch_gradient(
     *,
     moments: bool = False,
 ) -> Update:
-    """Compute what a client sends for the batch `x` (B, C, H, W) normalised, `y` (B,).
+    """Compute what a client sends for the batch `x` (B, C, H, W) normalised with labels `y`.
 
     moments: also the mean and biased variance of the batch at the input of every BatchNorm layer,
     where the model has any. shard: several processes, each given the whole batch, compute their
@@ -188,9 +179,9 @@ def per_sample_gradients(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Compute the gradient of every sample's own cross-entropy, chunk by chunk along the batch.
+    """Compute the gradient of every sample's own loss, chunk by chunk along the batch.
 
-    x: (B, C, H, W) and y: (B,) as in `batch_gradient`, which is the mean of these. A chunk is one
+    x: (B, C, H, W) and y as in `batch_gradient`, which is the mean of these. A chunk is one
     tensor (n, *shape) per trainable parameter, for as many samples as `chunk_bytes` hold, one at
     least; computed by torch.func (vmap of grad). Nothing is on a graph.
 
@@ -203,7 +194,7 @@ def per_sample_gradients(
 
     def of_sample(values, image, label):
         logits = functional_call(model, values, (image[None],))
-        return F.cross_entropy(logits, label[None], label_smoothing=loss.label_smoothing)
+        return mean_loss(logits, label[None], loss)
 
     of_samples = vmap(grad(of_sample), in_dims=(None, 0, 0))
     size = sum(p.numel() * p.element_size() for p in parameters.values())

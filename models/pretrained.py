@@ -22,7 +22,7 @@ AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 class Loaded:
     """What came from a file of weights."""
 
-    #: Whether the classifier head did.
+    #: Whether the classifier head did, if the network has one.
     has_head: bool
     #: Lines for the user.
     remarks: list[str]
@@ -45,8 +45,7 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
     """
     own = model.state_dict()
     state, remarks = _read_state(path, own)
-    head_name, head = find_head(model)
-    head_keys = [f"{head_name}.{name}" for name, _ in head.named_parameters()]
+    head_keys, head_name = _head_keys(model)
 
     is_moco = any(key.startswith(MOCO_PREFIX) for key in state)
     if is_moco:
@@ -56,7 +55,8 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
     elif any(key in state and state[key].shape != own[key].shape for key in head_keys):
         shape = tuple(state[head_keys[0]].shape)
         remarks.append(
-            f"the file's head {shape} has another size than {tuple(head.weight.shape)}: left out"
+            f"the file's head {shape} has another size than {tuple(own[head_keys[0]].shape)}: left "
+            "out"
         )
         state = {k: v for k, v in state.items() if k not in head_keys}
     auxiliary = [k for k in state if k.startswith(AUXILIARY_HEADS) and k not in own]
@@ -64,13 +64,14 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
         remarks.append(f"{len(auxiliary)} tensors of auxiliary heads left out")
         state = {k: v for k, v in state.items() if k not in auxiliary}
 
-    conv_name, conv = input_convolution(model)
-    conv_key = f"{conv_name}.weight"
-    if conv.in_channels == 1 and conv_key in state and state[conv_key].shape[1:2] == (3,):
+    first = input_convolution(model)
+    conv_key = "" if first is None else f"{first[0]}.weight"
+    grey = first is not None and first[1].in_channels == 1
+    if grey and conv_key in state and state[conv_key].shape[1:2] == (3,):
         state[conv_key] = state[conv_key].sum(1, keepdim=True)
         remarks.append(f"{conv_key} summed over its three channels for grey images")
 
-    has_head = any(key in state for key in head_keys)
+    has_head = not head_keys or any(key in state for key in head_keys)
     optional = {k for k in own if k.endswith("num_batches_tracked")}
     if not has_head:
         optional |= set(head_keys)
@@ -85,9 +86,16 @@ def load_pretrained(model: nn.Module, path: str) -> Loaded:
     return Loaded(has_head, remarks)
 
 
-def _with_own_names(
-    state: dict[str, Tensor], own: Collection[str]
-) -> tuple[dict[str, Tensor], str]:
+def _head_keys(model: nn.Module) -> tuple[list[str], str]:
+    """Name the parameters of the classifier head, and the head; nothing for a network without."""
+    try:
+        name, head = find_head(model)
+    except ValueError:
+        return [], ""
+    return [f"{name}.{parameter}" for parameter, _ in head.named_parameters()], name
+
+
+def with_own_names(state: dict[str, Tensor], own: Collection[str]) -> tuple[dict[str, Tensor], str]:
     """Take a prefix off all names where it keeps them from being those of a network, `own`.
 
     Wrappers put one there: `module.` (DataParallel), `_orig_mod.` (torch.compile), `model.` and
@@ -123,7 +131,7 @@ def _read_state(path: str, own: Collection[str]) -> tuple[dict[str, Tensor], lis
     state = {k.removeprefix("module."): v.detach() for k, v in content.items()}
     if any(k.startswith(MOCO_PREFIX) for k in state):
         return state, remarks
-    state, prefix = _with_own_names(state, own)
+    state, prefix = with_own_names(state, own)
     if prefix:
         remarks.append(f"'{prefix}' taken off the front of every name")
     return state, remarks

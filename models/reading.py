@@ -4,15 +4,18 @@ from collections.abc import Sequence
 
 import torch
 
-from models.build import is_known, without_wrapper
+from models.build import Builder, is_known, without_wrapper
+from models.checking import LOCAL_KEYS
 from models.gradient import Update
+from models.local import LocalSteps
 from models.target import GroundTruth, Protection, Target, outline_of
 from utils.errors import InputError
 
 
-def target_from_checkpoint(checkpoint: dict) -> Target:
+def target_from_checkpoint(checkpoint: dict, builder: Builder | None = None) -> Target:
     """Take the attacker's view of a loaded checkpoint; no entry of the truth is read.
 
+    builder: builds the network in the place of the file's `arch` (models/user_network.py).
     Half-precision gradients are widened to float32, the least that the attack computes in.
     Gradients in another order than the network's are put into it by their names.
     """
@@ -21,7 +24,7 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
     dtype = torch.float32
     for g in checkpoint["target_gradient"]:
         dtype = torch.promote_types(dtype, g.dtype)
-    order = gradient_order(checkpoint)
+    order = gradient_order(checkpoint, builder)
     gradient = tuple(checkpoint["target_gradient"][place].to(dtype) for place in order)
     names = [without_wrapper(name) for name in checkpoint.get("trainable") or ()]
     if len(names) == len(order):
@@ -48,10 +51,23 @@ def target_from_checkpoint(checkpoint: dict) -> Target:
         label_smoothing=float(checkpoint.get("label_smoothing", 0.0)),
         protection=Protection(**record) if record else None,
         replace_bn=checkpoint.get("replace_bn"),
+        loss_kind=checkpoint.get("loss", "cross-entropy"),
+        builder=builder,
+        resolution=checkpoint.get("resolution"),
+        local=_local_steps(checkpoint),
     )
 
 
-def gradient_order(checkpoint: dict) -> list[int]:
+def _local_steps(checkpoint: dict) -> LocalSteps | None:
+    """Take how the client stepped; None where it sent one gradient."""
+    steps, lr, batch, epochs = (checkpoint.get(key) for key in LOCAL_KEYS)
+    if steps is None or steps == 1:
+        return None
+    assert lr is not None  # check_contents saw to it
+    return LocalSteps(steps, float(lr), batch, epochs)
+
+
+def gradient_order(checkpoint: dict, builder: Builder | None = None) -> list[int]:
     """Find the places of `target_gradient` in the order of the network's parameters.
 
     They are sorted by the names in `trainable`; the network's order is that of its state dict.
@@ -63,12 +79,12 @@ def gradient_order(checkpoint: dict) -> list[int]:
     if not names or len(names) != len(places):
         return list(places)
     of_network = [without_wrapper(name) for name in checkpoint["state_dict"]]
-    if is_known(checkpoint["arch"]):
+    if builder is not None or is_known(checkpoint["arch"]):
         setup = checkpoint["dataset_setup"]
         size = tuple(setup["size"])
         try:
             outline = outline_of(
-                checkpoint["arch"], setup["n_classes"], size, checkpoint.get("replace_bn")
+                checkpoint["arch"], setup["n_classes"], size, checkpoint.get("replace_bn"), builder
             )
         except InputError:
             return list(places)
@@ -80,10 +96,13 @@ def gradient_order(checkpoint: dict) -> list[int]:
     return sorted(places, key=lambda place: position[names[place]])
 
 
-def truth_from_checkpoint(truth: dict, checkpoint: dict | None = None) -> GroundTruth | None:
+def truth_from_checkpoint(
+    truth: dict, checkpoint: dict | None = None, builder: Builder | None = None
+) -> GroundTruth | None:
     """Take the truth out of a loaded checkpoint or truth file; None where it holds none.
 
     checkpoint: the one that a truth file belongs to; the control's gradients are in its order.
+    builder: as in `target_from_checkpoint`.
     """
     if truth.get("x_true") is None or truth.get("y_true") is None:
         return None
@@ -93,10 +112,12 @@ def truth_from_checkpoint(truth: dict, checkpoint: dict | None = None) -> Ground
         owner = truth if checkpoint is None else checkpoint
         places: Sequence[int] = range(len(control["target_gradient"]))
         if "target_gradient" in owner:
-            places = gradient_order(owner)
+            places = gradient_order(owner, builder)
         control = Update(
             tuple(control["target_gradient"][place] for place in places),
             tuple(mean) if mean else None,
             tuple(var) if var else None,
         )
-    return GroundTruth(truth["x_true"], truth["y_true"].long(), control, truth.get("decoys"))
+    y = truth["y_true"]
+    y = y.float() if y.is_floating_point() else y.long()
+    return GroundTruth(truth["x_true"], y, control, truth.get("decoys"))

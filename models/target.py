@@ -14,6 +14,7 @@ from models.batchnorm import (
     uses_learned_statistics,
 )
 from models.build import (
+    Builder,
     WithoutMemory,
     build_model,
     is_known,
@@ -22,7 +23,11 @@ from models.build import (
     some,
     without_wrapper,
 )
+from models.choices import SPARSE_MODES
 from models.gradient import ClientLoss, Update, trainable_parameters
+from models.guarantee import NO_PRIVACY, bound_sentence, described
+from models.local import LocalSteps
+from models.user_network import UserNetwork, probe
 from utils.errors import InputError
 
 
@@ -30,13 +35,14 @@ from utils.errors import InputError
 class Protection:
     """Records what the client did to the gradient before sending it, as it reports.
 
-    The fields with a default concern "per-sample" alone, from which (ε, δ)-differential privacy
-    follows. They are None where there is no bound or the client reported none.
+    The fields from `noise_multiplier` to `mu` concern "per-sample" alone, from which
+    differential privacy follows. They are None where there is no bound or the client reported none.
     """
 
-    #: "batch" clips the batch's mean gradient, "per-sample" every sample's (PROTECTION_MODES).
+    #: "batch" clips the batch's mean gradient, "per-sample" every sample's; the other names in
+    #: PROTECTION_MODES are those of `--defence`.
     mode: str
-    #: Standard deviation of the noise in every entry sent, ≥ 0.
+    #: Standard deviation of the noise in every entry sent, ≥ 0; for "svt" before the cut.
     sigma: float
     #: Largest Euclidean norm C that clipping leaves, > 0; None without clipping.
     clip: float | None
@@ -50,15 +56,26 @@ class Protection:
     steps: int | None = None
     #: Probability in (0, 1] that a sample of the client's data is in a batch.
     sample_rate: float | None = None
+    #: μ of Gaussian differential privacy of one such gradient, without subsampling.
+    mu: float | None = None
+    #: The kept share ("topk", "random", "svt"), the percentile, or the bits per entry ("int8",
+    #: "sign").
+    amount: float | None = None
+    #: Largest magnitude γ that the client let an entry have, > 0; None where it cut none.
+    largest: float | None = None
+
+    @property
+    def description(self) -> str:
+        """Say in a few words what the client did."""
+        return described(
+            self.mode, sigma=self.sigma, clip=self.clip, amount=self.amount, largest=self.largest
+        )
 
     @property
     def guarantee(self) -> str:
         """Say which differential privacy follows."""
-        if self.mode == "batch":
-            return (
-                "this carries no differential-privacy guarantee: the batch is clipped, not each "
-                "image"
-            )
+        if self.mode in NO_PRIVACY:
+            return f"this carries no differential-privacy guarantee: {NO_PRIVACY[self.mode]}"
         if self.epsilon is None:
             why = (
                 "epsilon is not reported or too large"
@@ -87,6 +104,8 @@ def guarantee_lines(
             "the BatchNorm statistics sent with it are not protected, so the message as a whole "
             "carries no guarantee"
         )
+    elif protection.mu is not None:
+        lines.append(bound_sentence(protection.mu, protection.steps or 1))
     if protection.epsilon is not None and uses_learned_statistics(model, train_mode):
         lines.append(
             "the running statistics of BatchNorm in the network are not covered: where private "
@@ -132,11 +151,42 @@ class Target:
     #: Relative rounding error of the gradient's entries as they were sent; None for that of the
     #: narrowest type that holds them.
     resolution: float | None = None
+    #: A name in LOSS_KINDS (models/choices.py).
+    loss_kind: str = "cross-entropy"
+    #: Builds the network in the place of `arch`, which is then a name to show; None by that name.
+    builder: Builder | None = None
+    #: How the client stepped, where it sent the update of several local steps; `gradient` is then
+    #: the mean gradient (w_before − w_after) / (lr · T). None for one gradient.
+    local: LocalSteps | None = None
+
+    @property
+    def weight_change(self) -> tuple[Tensor, ...]:
+        """Return w_after − w_before of every trainable parameter, −lr · T · gradient.
+
+        Raises ValueError where one gradient was sent.
+        """
+        if self.local is None:
+            raise ValueError("one gradient was sent, no update of weights")
+        return tuple(-self.local.lr * self.local.steps * g for g in self.gradient)
 
     @property
     def loss(self) -> ClientLoss:
         """Return how the client took its loss."""
-        return ClientLoss(self.train_mode, self.label_smoothing)
+        return ClientLoss(self.train_mode, self.label_smoothing, self.loss_kind)
+
+    @property
+    def sent(self) -> tuple[Tensor, ...] | None:
+        """Return what was sent of a sparse update: bool masks like `gradient`; None for all of it.
+
+        An entry that is 0 counts as not sent, since nothing tells the two apart.
+        """
+        how = self.protection
+        if how is None or how.mode not in SPARSE_MODES:
+            return None
+        if how.mode in ("topk", "random") and how.amount == 1:
+            return None
+        masks = tuple(g != 0 for g in self.gradient)
+        return None if all(mask.all() for mask in masks) else masks
 
     def unscaled(self, scale: float) -> "Target":
         """Divide the gradient by `scale`, by which the client multiplied it.
@@ -147,7 +197,8 @@ class Target:
         if scale == 1:
             return self
         gradient = tuple(g / scale for g in self.gradient)
-        return replace(self, gradient=gradient, resolution=rounding_error(self.gradient))
+        sent = self.resolution or rounding_error(self.gradient)
+        return replace(self, gradient=gradient, resolution=sent)
 
     @property
     def network(self) -> str:
@@ -166,7 +217,7 @@ class GroundTruth:
 
     #: The images, (B, C, H, W), normalised.
     x: Tensor
-    #: Their classes, (B,).
+    #: Their labels: classes (B,), or (B, K) where the client's loss is binary cross-entropy.
     y: Tensor
     #: What the client would have sent for other images with the same labels, if stored.
     control: Update | None = None
@@ -196,15 +247,17 @@ def rounding_error(gradient: Sequence[Tensor]) -> float:
 
 @functools.lru_cache(maxsize=4)
 def outline_of(
-    arch: str, num_classes: int, image_shape: tuple[int, int, int], replace_bn: str | None
-) -> nn.Module:
+    arch: str, num_classes: int, image_shape: tuple[int, int, int], replace_bn: str | None,
+    builder: Builder | None = None,
+) -> nn.Module:  # fmt: skip
     """Build the network with names, shapes and dtypes but without memory; to be read only.
 
-    So sizes that a file claims cost nothing here, however large they are.
+    So sizes that a file claims cost nothing here, however large they are. builder: builds it in the
+    place of `arch`; one whose function reads its own weights has its network built with memory.
 
     Raises InputError when there is no such network.
     """
-    if not is_known(arch):
+    if builder is None and not is_known(arch):
         raise InputError(
             f"its network '{some([arch])}' is not one that models/build.py knows; add it there, "
             "or attack it from Python"
@@ -216,16 +269,21 @@ def outline_of(
         )
     try:
         with WithoutMemory():
-            return _build(arch, num_classes, image_shape, replace_bn)
+            return _build(arch, num_classes, image_shape, replace_bn, builder)
     except (InputError, RuntimeError, TypeError, OverflowError) as error:
+        if builder is not None:
+            return _build(arch, num_classes, image_shape, replace_bn, builder)
         raise InputError(
             f"{arch} cannot be built for images {image_shape} and {num_classes} classes: "
             f"{' '.join(str(error).split())[:160]}"
         ) from error
 
 
-def _build(arch, num_classes, image_shape, replace_bn) -> nn.Module:
-    model = build_model(arch, num_classes, image_shape)
+def _build(arch, num_classes, image_shape, replace_bn, builder) -> nn.Module:
+    if builder is None:
+        model = build_model(arch, num_classes, image_shape)
+    else:
+        model = builder(num_classes, image_shape)
     if replace_bn is not None:
         replace_batchnorm(model, replace_bn)
     return model
@@ -236,7 +294,9 @@ def check_fits(target: Target) -> None:
 
     Builds nothing large and reads no entries.
     """
-    outline = outline_of(target.arch, target.num_classes, target.image_shape, target.replace_bn)
+    outline = outline_of(
+        target.arch, target.num_classes, target.image_shape, target.replace_bn, target.builder
+    )
     problems = misfits(target.state_dict, outline.state_dict())
     if problems:
         raise InputError(
@@ -254,11 +314,15 @@ def check_fits(target: Target) -> None:
 def model_of(target: Target) -> nn.Module:
     """Build the attacked network with the weights the client started from.
 
-    Raises InputError when the weights do not fit the architecture.
+    Raises InputError when the weights do not fit the architecture, or when a network of the user's
+    makes no logits of such images (`probe`).
     """
     check_fits(target)
-    model = _build(target.arch, target.num_classes, target.image_shape, target.replace_bn)
+    task, builder = (target.num_classes, target.image_shape), target.builder
+    model = _build(target.arch, *task, target.replace_bn, builder)
     load_weights(model, target.state_dict)
+    if builder is not None:
+        probe(model, *task, builder.path if isinstance(builder, UserNetwork) else "")
     if target.trainable:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in target.trainable)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from matplotlib import pyplot
 
+from tests.browser import missing_browser
+
 matplotlib.use("Agg")
 # A shell's background job ignores Ctrl-C, and so would the scripts that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,6 +24,7 @@ def pytest_collection_modifyitems(items):
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "bohb": None if has_bohb else "needs requirements-bohb.txt",
+        "browser": missing_browser(),
     }
     for item in items:
         for marker, reason in missing.items():
@@ -33,14 +36,14 @@ _unexpected_skips = []
 
 
 def pytest_runtest_logreport(report):
-    if report.skipped and not {"gpu", "bohb"} & set(report.keywords):
+    if report.skipped and not {"gpu", "bohb", "browser"} & set(report.keywords):
         _unexpected_skips.append(report.nodeid)
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """A test that does not run proves nothing: none is skipped but for want of a GPU or BOHB."""
+    """A test that does not run proves nothing: none is skipped but for want of what it needs."""
     if _unexpected_skips and exitstatus == 0:
-        print(f"\nskipped without needing a GPU or BOHB: {', '.join(_unexpected_skips)}")
+        print(f"\nskipped without needing a GPU, BOHB or a browser: {', '.join(_unexpected_skips)}")
         session.exitstatus = 1
 
 

@@ -36,7 +36,7 @@ KEYS = {
     "args",
 }  # fmt: skip
 NEW_KEYS = {"format", "trainable", "label_smoothing", "protection", "replace_bn", "id"}
-NEW_KEYS |= {"truth_digest", "truth_salt", "checkpoint_digest"}
+NEW_KEYS |= {"truth_digest", "truth_salt", "checkpoint_digest", "loss", "model_sha256"}
 
 
 def test_keys_and_plain_types(captured):

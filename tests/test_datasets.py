@@ -82,8 +82,10 @@ def test_normalisation():
 def test_folder_batches_are_disjoint_and_decoded_alone(tmp_path, monkeypatch):
     root = image_folder(tmp_path)
     decoded = []
-    real = image_files.decode
-    monkeypatch.setattr(image_files, "decode", lambda p, *a: (decoded.append(p), real(p, *a))[1])
+    real = image_files.read_picture
+    monkeypatch.setattr(
+        image_files, "read_picture", lambda p, *a: (decoded.append(p), real(p, *a))[1]
+    )
     request = Request(root=str(root), size=16, seed=3)
     batches = [load_batch("folder", request, 5, index) for index in range(2)]
     assert len(decoded) == 10

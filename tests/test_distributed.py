@@ -48,11 +48,13 @@ def figures(tmp_path_factory, pair):
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    ("part", "tolerance"),
-    [("derivatives", 1e-10), ("captures", 1e-10), ("measures", 1e-10), ("runs", 1e-8)],
-)
+    ("size", "part", "tolerance"),
+    [
+        (2, "derivatives", 1e-10), (2, "captures", 1e-10), (2, "measures", 1e-10),
+        (2, "runs", 1e-8), (3, "derivatives", 1e-10), (3, "captures", 1e-10),
+    ],
+)  # fmt: skip
 def test_several_processes_equal_one(figures, size, part, tolerance):
     (alone,) = figures[1]
     assert len(alone[part]) >= 7
@@ -108,6 +110,15 @@ def test_training_in_two_processes(captured):
         for a, b in zip(alone[key], shared[key], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert torch.equal(alone["x_true"], shared["x_true"])
+
+
+@pytest.mark.usefixtures("in_two_processes")
+def test_two_processes_compare_what_was_sent_of_a_sparse_update(tmp_path, captured):
+    path = captured("-a", "lenet", "-b", "3", "--defence", "topk:0.2")
+    alone, shared = (
+        attack(tmp_path / n, path, "--epochs", 3, "--nproc", n)[0]["losses"] for n in ("1", "2")
+    )
+    assert shared == pytest.approx(alone, rel=1e-3)
 
 
 @pytest.mark.usefixtures("in_two_processes")

@@ -4,12 +4,15 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import inversion.audit.flags
 import inversion.audit.settings
@@ -80,6 +83,7 @@ def workplace(tmp_path_factory):
     moco_file(torchvision.models.resnet50(), folder / "moco_v2_800ep_pretrain.pth.tar")
     torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
     os.rename(capture_photos(folder, "-a", "convnet", "-b", "4"), folder / "convnet.tar")
+    shutil.copytree(ROOT / "docs" / "examples", folder / "docs" / "examples")
     own = ("-a", "convnet", "-b", "4", "--target-idx", "1")
     os.rename(capture_photos(folder, *own), folder / "simulation.tar")
     return folder
@@ -170,7 +174,7 @@ def test_there_are_commands():
 
 
 def test_the_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
     torch.manual_seed(0)
     space = {}
     exec(compile(code, "README.md", "exec"), space)
@@ -288,6 +292,36 @@ def error_rows():
     )
 
 
+def own_networks(folder):
+    """Files of a user's, right and wrong, and a list of labels."""
+    shutil.copy(ROOT / "docs" / "examples" / "unet.py", folder)
+    (folder / "broken.py").write_text("import torch\n1 / 0\n")
+    (folder / "segment.py").write_text(SEGMENT)
+    (folder / "labels.csv").write_text("file,nodule\nno.png,1\n")
+
+
+#: Networks that make no logits, and one that has no head.
+SEGMENT = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, shape, then):
+        super().__init__()
+        self.map, self.then = nn.Conv2d(shape[0], num_classes, 1), then
+    def forward(self, x):
+        return self.then(self.map(x))
+
+def build(num_classes, shape):
+    return Net(num_classes, shape, lambda x: x)
+
+def both(num_classes, shape):
+    return Net(num_classes, shape, lambda x: {"out": x, "aux": x})
+
+def cold(num_classes, shape):
+    return Net(num_classes, shape, lambda x: x.mean((2, 3)))
+"""
+
+
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
     """A folder with the files that the tables of refusals name."""
@@ -295,6 +329,11 @@ def mistakes(tmp_path_factory):
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2"), folder / "lenet.tar")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "3", *OTHER), folder / "other.tar")
     os.rename(capture_photos(folder, "-a", "lenet", "-b", "2", "--seal"), folder / "sealed.tar")
+    own_networks(folder)
+    own = ("-b", "2", "--model", f"{folder}/unet.py:build", "--outlayer-state", "keep")
+    os.rename(capture_photos(folder, *own), folder / "own.tar")
+    binary = ("-a", "lenet", "-b", "2", "--loss", "bce", "--distinct-labels", "2")
+    os.rename(capture_photos(folder, *binary), folder / "bce.tar")
     foreign = ("-a", "lenet", "-b", "2", "--seal", *OTHER)
     capture_photos(folder / "client", *foreign)
     os.rename(next((folder / "client").glob("*-truth.pth.tar")), folder / "foreign.tar")
@@ -340,7 +379,27 @@ def mistakes(tmp_path_factory):
     (folder / "broken" / "a").mkdir(parents=True)
     (folder / "broken" / "a" / "x.png").write_text("no image")
     (folder / "file.txt").write_text("a file")
+    odd_folders(folder)
     return folder
+
+
+def odd_folders(folder):
+    """The image folders that the table of refusals names for what is in them."""
+    twelve = Image.fromarray(np.full((9, 9), 4000, dtype=np.uint16))
+    for name, classes in (("deep", ("a", "b")), ("eight", map(str, range(8)))):
+        for inner in classes:
+            (folder / name / inner).mkdir(parents=True)
+            twelve.save(folder / name / inner / "x.png")
+    for name in ("scans", "renamed", "links", "shared"):
+        image_folder(folder / name, classes=("b",), count=1)
+        (folder / name / "a").mkdir()
+    photo = (folder / "scans" / "b" / "000.png").read_bytes()
+    (folder / "scans" / "a" / "x.dcm").write_bytes(b"")
+    (folder / "renamed" / "a" / "x.old").write_bytes(photo)
+    (folder / "links" / "a" / "x.png").symlink_to("nothing")
+    (folder / "shared" / "a" / "x.png").write_bytes(photo)
+    (folder / "shared" / "b" / "x.png").symlink_to(folder / "shared" / "a" / "x.png")
+    image_folder(folder / "same", classes=("\N{LATIN SMALL LETTER E WITH ACUTE}", "e\u0301"))
 
 
 #: Images that no other file of the table has.
@@ -348,7 +407,7 @@ OTHER = ("--target-idx", "1")
 
 
 def everything_in(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(("command", "says"), error_rows())

@@ -156,7 +156,7 @@ def resumed(captured, tmp_path_factory):
         "--input-boxed", "--min-grads-loss", "--epochs", 30, "--metric",
         "--superparameters-search", "--lr-tune", "--TV-tune", "--BN-tune",
         "--simulation-checkpoint", captured(*SIMULATION), "--search-alg", "optuna",
-        "--num-samples", 3, "--max-t", 400, "--min-t", 30, "--HP-epochs", 400,
+        "--num-samples", 3, "--max-t", 250, "--min-t", 30, "--HP-epochs", 250,
         "--max-concurrent", 2, "--verbose", 0,
     ]  # fmt: skip
     with started(words) as process:
@@ -187,7 +187,7 @@ def test_a_killed_search_goes_on(resumed):
 
 def test_a_search_is_resumed_with_its_own_flags_only(resumed):
     assert resumed.refused.code == 2
-    assert "was begun with max_t 400, not 300" in resumed.refused.err
+    assert "was begun with max_t 250, not 300" in resumed.refused.err
 
 
 def test_the_search_finds_the_settings_of_least_error(resumed):
@@ -198,7 +198,7 @@ def test_the_search_finds_the_settings_of_least_error(resumed):
     assert found["best"] == {name: first[name] for name in ("lr", "tv", "bn")}
     for name, value in found["best"].items():
         assert RANGES[name].low <= value <= RANGES[name].high
-    assert {trial["iterations"] for trial in found["trials"]} <= set(Budget(3, 30, 400).reports())
+    assert {trial["iterations"] for trial in found["trials"]} <= set(Budget(3, 30, 250).reports())
     assert "best settings: --lr" in resumed.out
 
 

@@ -21,7 +21,14 @@ from inversion.audit.sweep.job import attacks_of, decoys_per_image
 from inversion.audit.sweep.picture import positions, save_sweep
 from inversion.audit.sweep.row import Row
 from inversion.audit.sweep.table import sweep_table
-from inversion.audit.verdict import ALPHA, IDENTIFIABLE, INCOMPLETE, NOT_SHOWN, judge
+from inversion.audit.verdict import (
+    ALPHA,
+    IDENTIFIABLE,
+    INCOMPLETE,
+    NOT_SHOWN,
+    corrected,
+    judge,
+)
 from models.checkpoint import load
 from tests.support import ROOT, call, succeed, wait_until
 from train.variation import base_flags, simulate, varied
@@ -294,12 +301,12 @@ def test_p_is_corrected_for_the_number_of_attacks():
     matrix[:, 0] = 9.0, 0.5
     above = {"ssim": {"mean": 0.05, "low": 0.0, "high": 0.1, "images": [0.1, 0.0]}}
     one, three, many = (
-        judge(above, identify(matrix), None, metric="ssim", attempts=k) for k in (1, 3, 10**4)
+        judge(above, identify(matrix), None, metric="ssim", tests=k) for k in (1, 3, 10**4)
     )
-    assert three.p == pytest.approx(3 * one.p)
+    assert corrected(three.p, three.tests) == pytest.approx(3 * one.p)
     assert one.verdict == IDENTIFIABLE
     assert one.identified == [0]
-    assert many.p == 1
+    assert corrected(many.p, many.tests) == 1
     assert many.verdict == INCOMPLETE
     assert many.identified == []
 

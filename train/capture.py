@@ -58,7 +58,7 @@ def capture(
     # the update, protected if the flags ask for it, and that of other images as a control
     model.to(device)
     x, y = batch.x.to(device), batch.y.to(device)
-    client.check_processes(settings, model, x)
+    client.check_processes(settings, model, x, spec.class_count)
     protection, noise = client.protection_of(settings)
     sent = client.update(settings, model, x, y, noise, shard)
     control = None

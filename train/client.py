@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,11 +16,14 @@ from models.gradient import (
     Update,
     couples_samples,
     forward_failure,
-    whole_batch_gradient,
 )
+from models.guarantee import gaussian_mu
 from models.pretrained import load_pretrained
 from models.target import Protection
-from train.privacy import Mechanism, Protected, epsilon, protect_batch, protect_per_sample
+from models.user_network import load_user_network, probe
+from train.defences import PROTECTIONS, Step, laplace_scale
+from train.local import sent_update
+from train.privacy import Protected, epsilon
 from train.settings import ClientSettings, NetworkSettings, ProtectionSettings
 from utils.errors import InputError, naming
 from utils.shard import Shard
@@ -30,9 +34,18 @@ def bare_network(
     settings: NetworkSettings, num_classes: int, image_shape: tuple[int, int, int]
 ) -> nn.Module:
     """Build the architecture with random weights. Raises InputError, naming the flag."""
+    if settings.model is not None:
+        with naming(f"--model {settings.model}"):
+            user = load_user_network(settings.model)
+            model = user(num_classes, image_shape)
+            probe(model, num_classes, image_shape, user.path)
+            return model
     with naming(f"--arch {settings.arch}"):
         check_known(settings.arch)
-    with naming(f"--image-size {image_shape[1]}"):
+    sides = f"{image_shape[1]}"
+    if image_shape[1] != image_shape[2]:
+        sides += f"x{image_shape[2]}"
+    with naming(f"--image-size {sides}"):
         return build_model(settings.arch, num_classes, image_shape)
 
 
@@ -57,7 +70,7 @@ def network(
     """Build the network the client trains: architecture, weights, head. `say` prints one line."""
     torch.manual_seed(settings.seed)
     model = bare_network(settings, num_classes, image_shape)
-    head_name, head = find_head(model)
+    head_name, head = _head_of(model, settings)
     if settings.pretrained is None:
         say(f"model: {settings.arch} with random weights (no --pretrained given)")
     else:
@@ -66,9 +79,27 @@ def network(
         count = without_batchnorm(model, settings)
         lost = " and the running statistics of the weights dropped" if settings.pretrained else ""
         say(f"  {count} BatchNorm layers replaced by {settings.replace_bn}{lost}")
+    if head is None:
+        say("  no head: the outputs of no linear layer and of no convolution are the logits")
+        return model
     init_head(model, settings.head_init)
     say(f"  head {head_name} {tuple(head.weight.shape)}: {settings.head_init}")
     return model
+
+
+def _head_of(model: nn.Module, settings: NetworkSettings) -> tuple[str, Any]:
+    """Find the classifier head: its name and module, or nothing where it is to be kept.
+
+    Raises InputError where there is none to initialise.
+    """
+    try:
+        return find_head(model)
+    except ValueError as error:
+        if settings.head_init == "keep":
+            return "", None
+        raise InputError(
+            f"--outlayer-state {settings.head_init}: {settings.arch}: {error}; give keep"
+        ) from error
 
 
 def _load(model, settings: NetworkSettings, head_name: str, num_classes: int, say) -> None:
@@ -98,16 +129,20 @@ def check_network(settings: ClientSettings, model: nn.Module) -> None:
         return
     if couples_samples(model, settings.train_mode):
         also = "" if couples_samples(model, False) else ", or --model-eval"
+        given = settings.record.get("defence")
+        flag = "--dp-mode per-sample" if given is None else f"--defence {given}"
         raise InputError(
-            "--dp-mode per-sample: BatchNorm by batch statistics mixes the samples of the batch, "
+            f"{flag}: BatchNorm by batch statistics mixes the samples of the batch, "
             f"so none of {arch} has a gradient of its own to clip; give --replace-bn "
             f"groupnorm{also}"
         )
 
 
-def check_processes(settings: ClientSettings, model: nn.Module, x: Tensor) -> None:
+def check_processes(
+    settings: ClientSettings, model: nn.Module, x: Tensor, num_classes: int
+) -> None:
     """Raise InputError unless the network can process the batch `x` (B, C, H, W)."""
-    error = forward_failure(model, x, settings.train_mode)
+    error = forward_failure(model, x, settings.train_mode, num_classes)
     if error is None:
         return
     text = " ".join(str(error).split())
@@ -117,8 +152,13 @@ def check_processes(settings: ClientSettings, model: nn.Module, x: Tensor) -> No
             "larger batch or a larger --image-size"
         ) from error
     raise InputError(
-        f"--arch {settings.network.arch}: cannot process images {tuple(x.shape[1:])}: {text[:160]}"
+        f"{settings.network.flag}: cannot process images {tuple(x.shape[1:])}: {text[:160]}"
     ) from error
+
+
+def settings_loss(settings: ClientSettings) -> ClientLoss:
+    """Return how the client takes its loss."""
+    return ClientLoss(settings.train_mode, settings.label_smoothing, settings.loss)
 
 
 @dataclass(frozen=True)
@@ -142,34 +182,31 @@ def update(
 ) -> Sent:
     """Compute what the client sends for a batch, protected if the settings ask for it.
 
-    x: (B, C, H, W) normalised, y: (B,), on the model's device, the whole batch on every process.
-    noise: source of the noise, which a second batch draws from in turn; None without protection.
-    images: what the batch is called in a message.
+    x: (B, C, H, W) normalised, y: its labels, on the model's device, the whole batch on every
+    process. noise: source of the noise, which a second batch draws from in turn; None without
+    protection. images: what the batch is called in a message.
 
     Raises InputError where the gradient is not finite or zero.
     """
-    loss = ClientLoss(settings.train_mode, settings.label_smoothing)
-    sent = whole_batch_gradient(model, x, y, loss, shard, moments=settings.upload_bn)
-    _check_gradient(settings.network.arch, sent.gradient, images)
+    loss = settings_loss(settings)
+    sent = sent_update(settings, model, x, y, loss, shard)
+    _check_gradient(settings.network.flag, sent.gradient, images)
     if settings.protection is None:
         return Sent(sent, None)
-    how = Mechanism(settings.protection.sigma, settings.protection.clip, noise)
-    if settings.protection.mode == "batch":
-        protected = protect_batch(sent.gradient, how)
-    else:
-        protected = protect_per_sample(sent.gradient, how, model, x, y, loss, shard)
+    step = Step(sent.gradient, model, x, y, loss, shard)
+    assert noise is not None  # protection_of makes it
+    protected = PROTECTIONS[settings.protection.mode](step, settings.protection, noise)
     return Sent(replace(sent, gradient=protected.gradient), protected)
 
 
-def _check_gradient(arch: str, gradient: Sequence[Tensor], images: str) -> None:
+def _check_gradient(network: str, gradient: Sequence[Tensor], images: str) -> None:
     if not all(torch.isfinite(g).all() for g in gradient):
         raise InputError(
-            f"--arch {arch}: the gradient of {images} is not finite; check the weights and the "
-            "images"
+            f"{network}: the gradient of {images} is not finite; check the weights and the images"
         )
     if not any(g.any() for g in gradient):
         raise InputError(
-            f"--arch {arch}: the gradient of {images} is zero: the network is already certain of "
+            f"{network}: the gradient of {images} is zero: the network is already certain of "
             "every label; give other weights"
         )
 
@@ -197,9 +234,11 @@ def protection_of(settings: ClientSettings) -> tuple[Protection | None, Generato
 
 
 def _record_of(how: ProtectionSettings, batch_size: int) -> Protection:
-    """Record a protection with the ε that follows."""
+    """Record a protection with the ε and μ that follow."""
     if how.mode == "batch":
         return Protection("batch", how.sigma, how.clip)
+    if how.mode != "per-sample":
+        return _record_of_filter(how)
     assert how.clip is not None  # train/settings.py refuses per-sample protection without it
     multiplier = how.sigma * batch_size / how.clip
     bound = epsilon(multiplier, how.sample_rate, how.steps, how.delta)
@@ -212,4 +251,18 @@ def _record_of(how: ProtectionSettings, batch_size: int) -> Protection:
         delta=how.delta,
         steps=how.steps,
         sample_rate=how.sample_rate,
+        mu=gaussian_mu(multiplier),
     )
+
+
+def _record_of_filter(how: ProtectionSettings) -> Protection:
+    """Record a defence from which no differential privacy follows."""
+    bits = {"int8": 8.0, "sign": 1.0}
+    amount = bits[how.mode] if how.mode in bits else how.amounts[0]
+    sigma, largest = 0.0, None
+    if how.mode == "percentile":
+        _, largest = how.amounts
+    elif how.mode == "svt":
+        _, _, noise_var, largest, _ = how.amounts
+        sigma = math.sqrt(2) * laplace_scale(largest, noise_var)
+    return Protection(how.mode, sigma, None, amount=amount, largest=largest)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 import utils.images
+from train.label_vectors import LabelFile, label_vectors, output_count, read_label_file
+from train.origins import Origin
 from train.photos import photo_batch
 from train.request import (
     PHOTO_NAMES,
@@ -24,7 +26,10 @@ from train.request import (
     check_request,
 )
 from utils.errors import InputError, naming
-from utils.image_files import ColourError, decode_all, image_folder, is_grey
+from utils.files import printable
+from utils.image_files import decode_all
+from utils.image_folder import ImageFolder, image_folder
+from utils.image_reading import ColourError, DepthError, is_grey
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)
@@ -36,10 +41,13 @@ class Finite:
     """An opened data set whose images can be counted."""
 
     spec: "DatasetSpec"
-    #: Class of every image.
-    labels: Sequence[int]
-    #: (indices) → their images (B, C, H, W) in [0, 1] and labels (B,).
-    read: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+    #: Class of every image, or its label vector.
+    labels: Sequence
+    #: (indices) → their images (B, C, H, W) in [0, 1], labels, (B,) or (B, K), and where they come
+    #: from.
+    read: Callable[[Sequence[int]], tuple[Tensor, Tensor, tuple[Origin, ...]]]
+    #: What is to be said of the files, one line each.
+    notes: tuple[str, ...] = ()
 
     def __len__(self):
         return len(self.labels)
@@ -52,6 +60,8 @@ class Endless:
     spec: "DatasetSpec"
     #: (batch size B, number of the batch) → images (B, C, H, W) in [0, 1] and labels (B,).
     draw: Callable[[int, int], tuple[Tensor, Tensor]]
+    #: Names of its classes.
+    class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,8 @@ class DatasetSpec:
 
     #: (C, H, W) of the images.
     shape: tuple[int, int, int]
-    #: Number of classes; None where it depends on the files, and the opened set's spec has it.
+    #: Number of classes, that is of the network's outputs; None where it depends on the files, and
+    #: the opened set's spec has it.
     num_classes: int | None
     #: Mean of the normalisation, C numbers.
     mean: tuple[float, ...]
@@ -94,7 +105,12 @@ def open_dataset(name: str, request: Request) -> Finite | Endless:
     """
     check_openable(name, request)
     spec = _requested_spec(name, request)
-    return spec.open(request, spec)
+    source = spec.open(request, spec)
+    final = requested_labels(source.spec, request)
+    source = replace(source, spec=final)
+    if request.loss == "cross-entropy" or isinstance(source, Endless):
+        return source  # `read_batch` makes the vectors of an endless set
+    return _with_vectors(source)
 
 
 def dataset_length(name: str, request: Request) -> int | None:
@@ -113,14 +129,55 @@ def dataset_spec(name: str, request: Request) -> DatasetSpec:
     """
     check_request(name, request)
     spec = _requested_spec(name, request)
-    return spec if spec.num_classes is not None else open_dataset(name, request).spec
+    if spec.num_classes is None:
+        return open_dataset(name, request).spec
+    return requested_labels(spec, request)
 
 
 def _requested_spec(name: str, request: Request) -> DatasetSpec:
     spec = named_spec(name)
-    if request.size is not None:
-        spec = replace(spec, shape=(spec.shape[0], request.size, request.size))
+    if request.sides is not None:
+        spec = replace(spec, shape=(spec.shape[0], *request.sides))
+    if request.channels == 1 and name == "photos":
+        spec = replace(spec, shape=(1, *spec.shape[1:]), mean=GREY_MEAN, std=GREY_STD)
     return spec
+
+
+def requested_normalisation(spec: DatasetSpec, request: Request) -> DatasetSpec:
+    """Return the spec with the normalisation asked for, or its own where none was.
+
+    Raises InputError where the normalisation is not one number per channel.
+    """
+    if request.mean is None or request.std is None:
+        return spec
+    if len(request.mean) != spec.shape[0]:
+        raise InputError(
+            f"--mean: {len(request.mean)} numbers for images of {spec.shape[0]} channels; give "
+            "one per channel"
+        )
+    return replace(spec, mean=request.mean, std=request.std)
+
+
+def requested_labels(spec: DatasetSpec, request: Request) -> DatasetSpec:
+    """Return the spec with the outputs that the loss takes, and the normalisation asked for.
+
+    Raises InputError where the normalisation is not one number per channel.
+    """
+    spec = requested_normalisation(spec, request)
+    if spec.num_classes is None or request.labels_csv is not None:
+        return spec
+    return replace(spec, num_classes=output_count(spec.num_classes, request))
+
+
+def _with_vectors(source: Finite) -> Finite:
+    """Return the data set with label vectors in the place of classes."""
+    read, outputs = source.read, source.spec.class_count
+
+    def read_vectors(indices: Sequence[int]) -> tuple[Tensor, Tensor, tuple[Origin, ...]]:
+        x, y, origins = read(indices)
+        return x, y if y.dim() == 2 else label_vectors(y, outputs), origins
+
+    return replace(source, read=read_vectors)
 
 
 def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
@@ -131,61 +188,81 @@ def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
 # Image files -------------------------------------------------------------------------------
 
 
-def _files_source(paths: Sequence[str], labels: Sequence[int], request: Request, spec) -> Finite:
-    channels, size, _ = spec.shape
+def _files_source(
+    paths: Sequence[str], labels: Sequence, request: Request, spec, notes: tuple[str, ...] = ()
+) -> Finite:
+    channels, *size = spec.shape
 
     def read(indices):
         chosen = [paths[i] for i in indices]
         with naming("--data"):
             try:
-                images = decode_all(chosen, channels, size, request.workers)
+                images, readings = decode_all(
+                    chosen, channels, tuple(size), request.workers, request.bit_depth
+                )
             except ColourError as error:
                 raise InputError(f"{error}; give --channels 3 to read all in colour") from error
-        return images, torch.tensor([labels[i] for i in indices])
+            except DepthError as error:
+                raise InputError(
+                    f"{error}; give --bit-depth with the bits that the files hold"
+                ) from error
+        origins = tuple(
+            Origin(i, os.path.relpath(path, request.root), reading)
+            for i, path, reading in zip(indices, chosen, readings, strict=True)
+        )
+        return images, torch.tensor([labels[i] for i in indices]), origins
 
-    return Finite(spec, labels, read)
+    return Finite(spec, labels, read, notes)
 
 
 def _folder_of(request: Request) -> str:
     assert request.root is not None  # check_openable refuses a missing --data
     if not os.path.isdir(request.root):
-        raise InputError(f"--data {request.root}: no such folder; give the folder of the data set")
+        raise InputError(
+            f"--data {printable(request.root)}: no such folder; give the folder of the data set"
+        )
     return request.root
 
 
-def _class_folders(root: str) -> tuple[list[str], list[int], int]:
-    with naming(f"--data {root}"):
+def _class_folders(root: str) -> ImageFolder:
+    with naming(f"--data {printable(root)}"):
         return image_folder(root)
 
 
 def _open_folder(request: Request, spec: DatasetSpec) -> Finite:
-    """Open a folder with one subfolder per class.
+    """Open a folder with one subfolder per class, or with a CSV file of labels.
 
     Its images are grey where the first file of every class is, unless channels are given.
     """
-    paths, labels, num_classes = _class_folders(_folder_of(request))
+    folder: ImageFolder | LabelFile
+    if request.labels_csv is not None:
+        with naming(f"--labels-csv {request.labels_csv}"):
+            folder = read_label_file(request.labels_csv, _folder_of(request))
+        firsts = folder.paths[:1]
+    else:
+        folder = classes = _class_folders(_folder_of(request))
+        firsts = [folder.paths[classes.labels.index(c)] for c in range(len(folder.classes))]
     channels = request.channels
     if channels is None:
-        firsts = [paths[labels.index(c)] for c in range(num_classes)]
         with naming("--data"):
             channels = 1 if all(is_grey(path) for path in firsts) else 3
-    spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=num_classes)
+    spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=len(folder.classes))
     if channels == 1:
         spec = replace(spec, mean=GREY_MEAN, std=GREY_STD)
-    return _files_source(paths, labels, request, spec)
+    return _files_source(folder.paths, folder.labels, request, spec, folder.notes)
 
 
 def _open_imagenet(request: Request, spec: DatasetSpec) -> Finite:
     """Open the class folders in `root/train`, or in `root` itself; classes are sorted by name."""
     root = _folder_of(request)
     inner = os.path.join(root, "train")
-    paths, labels, num_classes = _class_folders(inner if os.path.isdir(inner) else root)
-    if num_classes > spec.class_count:
+    folder = _class_folders(inner if os.path.isdir(inner) else root)
+    if len(folder.classes) > spec.class_count:
         raise InputError(
-            f"--data {root}: {num_classes} class folders, imagenet has {spec.class_count}; give "
-            "--data-name folder"
+            f"--data {root}: {len(folder.classes)} class folders, imagenet has {spec.class_count}; "
+            "give --data-name folder"
         )
-    return _files_source(paths, labels, request, spec)
+    return _files_source(folder.paths, folder.labels, request, spec, folder.notes)
 
 
 def _open_celeba(request: Request, spec: DatasetSpec) -> Finite:
@@ -233,15 +310,16 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _array_source(data: np.ndarray, labels: Sequence[int], spec: DatasetSpec) -> Finite:
     """Make a data set of arrays; data: (N, 3, H, W) of uint8."""
-    size = spec.shape[1]
+    sides = spec.shape[1:]
 
     def read(indices):
         x = torch.from_numpy(data[indices]).float() / 255
-        if x.shape[-1] != size:
+        if x.shape[-2:] != sides:
             from torchvision.transforms.v2.functional import resize  # seconds that only this needs
 
-            x = resize(x, [size, size], antialias=True).clamp(0, 1)
-        return x, torch.tensor([int(labels[i]) for i in indices])
+            x = resize(x, list(sides), antialias=True).clamp(0, 1)
+        y = torch.tensor([int(labels[i]) for i in indices])
+        return x, y, tuple(Origin(i) for i in indices)
 
     return Finite(spec, labels, read)
 
@@ -297,12 +375,13 @@ def _open_photos(request: Request, spec: DatasetSpec) -> Endless:
         return photo_batch(
             batch_size,
             target_idx,
-            spec.shape[1],
+            spec.shape[1:],
             seed=request.seed,
             distinct_labels=request.distinct_labels,
+            channels=spec.shape[0],
         )
 
-    return Endless(spec, draw)
+    return Endless(spec, draw, PHOTO_NAMES)
 
 
 #: `--data-name`: name → DatasetSpec.

@@ -1,8 +1,23 @@
 """The command line of training.py; what its flags mean together is in train/settings.py."""
 
-from models.choices import BATCHNORM_REPLACEMENTS, HEAD_INITS, PROTECTION_MODES, RANK_MODES
+import argparse
+from collections.abc import Callable
+
+from models.choices import (
+    BATCHNORM_REPLACEMENTS,
+    DEFENCE_NAMES,
+    DP_MODES,
+    HEAD_INITS,
+    LOSS_KINDS,
+    RANK_MODES,
+)
+from train.defence_settings import usage
 from train.request import DATASET_NAMES
+from train.update_settings import LOCAL_OPTIMISERS
 from utils.flags import Parser, add_process_flags, file_name, integer_from, number
+
+#: The network without --arch and --model.
+DEFAULT_ARCH = "resnet50"
 
 
 def parser() -> Parser:
@@ -13,10 +28,16 @@ def parser() -> Parser:
         "→ checkpoint.",
     )
     _add_run(parser.add_argument_group("run").add_argument)
-    _add_data(parser.add_argument_group("data").add_argument)
+    data = parser.add_argument_group("data").add_argument
+    _add_data(data)
+    _add_files(data)
+    _add_labels(parser.add_argument_group("labels and normalisation").add_argument)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_sent(parser.add_argument_group("what is sent").add_argument)
+    _add_defence(parser.add_argument_group("defence").add_argument)
     _add_protection(parser.add_argument_group("protection").add_argument)
+    _add_local_steps(parser.add_argument_group("local steps").add_argument)
+    _add_import(parser.add_argument_group("an update of your own").add_argument)
     _add_rank_analysis(parser.add_argument_group("rank analysis").add_argument)
     add_process_flags(parser)
     return parser
@@ -63,25 +84,85 @@ def _add_data(add) -> None:
     add("-b", "--batch-size", type=integer_from(1), default=256, help="Images per batch.")
     add(
         "--image-size",
-        type=integer_from(1),
-        help="Side of the images in pixels. Without it: that of the data set.",
+        type=image_size,
+        help="Side of the images in pixels, or HxW. Without it: that of the data set.",
     )
     add(
         "--channels",
         type=int,
         choices=(1, 3),
-        help="For folder: channels to read. Without it: as the files are.",
+        help="For folder: channels to read; for an imported update: of its images. Without it: as "
+        "the files are. For photos: 3, or 1 for grey.",
     )
     add("--distinct-labels", type=int, help="For photos: number of distinct labels.")
     add("-j", "--workers", type=integer_from(0), default=4, help="Threads that decode images.")
+
+
+def _add_labels(add) -> None:
+    add(
+        "--loss",
+        choices=LOSS_KINDS,
+        default=LOSS_KINDS[0],
+        help="Loss of the client; bce is binary cross-entropy for each output, as for several "
+        "findings per image.",
+    )
+    add(
+        "--labels-csv",
+        help="For folder, with --loss bce: CSV file of the labels, with columns file, class, "
+        "class, … of 0 and 1.",
+    )
+    add(
+        "--mean",
+        type=numbers(number()),
+        help="Mean of the normalisation, one number per channel. Without it: that of the data set.",
+    )
+    add(
+        "--std",
+        type=numbers(number(above=0)),
+        help="Standard deviation of the normalisation, as --mean.",
+    )
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """Return the side of square images, or (H, W) of "HxW" or "H,W" (a flag type)."""
+    words = text.replace(",", "x").split("x")
+    side = integer_from(1)
+    if len(words) == 1:
+        return side(text)
+    if len(words) != 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a side nor HxW; give 224 or 192x256")
+    return side(words[0]), side(words[1])
+
+
+def numbers(of: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    """Return a flag type for numbers with commas between them, each as `of` reads it."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        return tuple(of(word) for word in text.split(","))
+
+    return parse
+
+
+def _add_files(add) -> None:
+    add(
+        "--bit-depth",
+        type=integer_from(8, 16),
+        help="Bits per grey value in image files of more than 8 bits that do not say it. "
+        "Without it: 16.",
+    )
 
 
 def _add_model(add) -> None:
     add(
         "-a",
         "--arch",
-        default="resnet50",
+        default=DEFAULT_ARCH,
         help="Network: lenet, convnet, resnet18_cifar, or a classifier of torchvision by its name.",
+    )
+    add(
+        "--model",
+        help="FILE.py:function, instead of --arch: a function of yours that builds the network. "
+        "The file is run.",
     )
     add("--pretrained", help="File of weights: .pth, .tar or MoCo v2. Without it: random weights.")
     add(
@@ -120,11 +201,19 @@ def _add_sent(add) -> None:
     )
 
 
+def _add_defence(add) -> None:
+    add(
+        "--defence",
+        metavar="NAME[:AMOUNT…]",
+        help=f"Defend by one of {', '.join(map(usage, DEFENCE_NAMES))} (docs/defences.md).",
+    )
+
+
 def _add_protection(add) -> None:
     add("--enable-dp", action="store_true", help="Clip the gradient and add noise.")
     add(
         "--dp-mode",
-        choices=PROTECTION_MODES,
+        choices=DP_MODES,
         default="batch",
         help="Clip the batch's mean gradient, as the original does, or every sample's.",
     )
@@ -161,6 +250,74 @@ def _add_protection(add) -> None:
         type=number(above=0, high=1),
         default=1.0,
         help="Probability that a sample is in a batch (Poisson sampling), for epsilon.",
+    )
+
+
+def _add_local_steps(add) -> None:
+    add(
+        "--local-steps",
+        type=integer_from(1),
+        help="Steps of plain SGD that the client takes before it sends the update. Without it: "
+        "one, the gradient.",
+    )
+    add(
+        "--local-epochs",
+        type=integer_from(1),
+        help="Passes over the batch in the place of --local-steps, of ceil(B / b) steps each.",
+    )
+    add(
+        "--local-batch",
+        type=integer_from(1),
+        help="Images b per local step, taken from the batch in turn. Without it: the whole batch.",
+    )
+    add(
+        "--local-lr",
+        type=number(above=0),
+        help="Step size of the local steps. Without it: 0.01 in a simulation.",
+    )
+
+
+def _add_import(add) -> None:
+    add(
+        "--import-update",
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="Make the checkpoint from the weights that a real client was sent and those that it "
+        "sent back, instead of simulating one.",
+    )
+    add(
+        "--update-difference",
+        action="store_true",
+        help="AFTER holds the difference, after minus before.",
+    )
+    add(
+        "--local-optimiser",
+        choices=LOCAL_OPTIMISERS,
+        default="sgd",
+        help="What the real client stepped with; others than sgd are undone for one step at most.",
+    )
+    add(
+        "--local-momentum",
+        type=number(0, below=1),
+        help="Momentum of the real client's optimiser; nesterov needs it.",
+    )
+    add(
+        "--local-weight-decay",
+        type=number(low=0),
+        default=0.0,
+        help="Weight decay of the real client's optimiser, undone for one step.",
+    )
+    add(
+        "--bn-momentum",
+        type=number(low=0, high=1),
+        default=0.1,
+        help="Momentum of BatchNorm's running statistics in the real client; 0 for the cumulative "
+        "average.",
+    )
+    add(
+        "--num-classes",
+        type=integer_from(2),
+        help="Classes of the imported network. Without it: those of the data set.",
     )
 
 

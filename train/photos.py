@@ -25,9 +25,17 @@ PHOTOS = {
 
 
 def photo_batch(
-    batch_size: int, target_idx: int, size: int, *, seed: int, distinct_labels: int | None = None
+    batch_size: int,
+    target_idx: int,
+    size: int | tuple[int, int],
+    *,
+    seed: int,
+    distinct_labels: int | None = None,
+    channels: int = 3,
 ) -> tuple[Tensor, Tensor]:
-    """Cut batch `target_idx` out of the photographs: x (B, 3, size, size) in [0, 1], y (B,).
+    """Cut batch `target_idx` out of the photographs: x (B, channels, H, W) in [0, 1], y (B,).
+
+    size: the side of square images, or (H, W). channels: 3, or 1 for grey ones.
 
     Batch 0 with B ≤ 8 and free labels: centre crops of the first B photographs, in the order
     of PHOTOS. Every other batch: position p is a crop drawn from (seed, target_idx, p) with a
@@ -40,7 +48,8 @@ def photo_batch(
 
     def photo(label):
         if label not in photos:
-            photos[label] = Image.fromarray(PHOTOS[names[label]]())
+            photo = Image.fromarray(PHOTOS[names[label]]())
+            photos[label] = photo.convert("L") if channels == 1 else photo
         return photos[label]
 
     if target_idx == 0 and batch_size <= len(names) and distinct_labels is None:

@@ -56,11 +56,11 @@ def protect_batch(gradient: Sequence[Tensor], how: Mechanism) -> Protected:
     No differential privacy follows: one image can change the mean gradient by any amount below
     2 · clip, however large the batch, because no person's own part is clipped.
     """
-    norm = _norm(gradient)
+    norm = joint_norm(gradient)
     factor = 1.0 if how.clip is None else min(1.0, how.clip / max(norm, 1e-12))
     clipped = [g * factor for g in gradient]
     sent = _with_noise(clipped, how)
-    return Protected(sent, norm, _norm(clipped), _norm(sent))
+    return Protected(sent, norm, joint_norm(clipped), joint_norm(sent))
 
 
 def protect_per_sample(
@@ -97,7 +97,7 @@ def protect_per_sample(
     clipped = [total / len(x) for total in sum_tensors(totals, shard)]
     sent = _with_noise(clipped, how)
     all_norms = shard.gather(torch.cat(norms), len(x)).cpu()
-    return Protected(sent, _norm(gradient), _norm(clipped), _norm(sent), all_norms)
+    return Protected(sent, joint_norm(gradient), joint_norm(clipped), joint_norm(sent), all_norms)
 
 
 def sample_norms(chunk: Sequence[Tensor]) -> Tensor:
@@ -147,5 +147,6 @@ def _with_noise(gradient: Sequence[Tensor], how: Mechanism) -> tuple[Tensor, ...
     )
 
 
-def _norm(gradient: Sequence[Tensor]) -> float:
+def joint_norm(gradient: Sequence[Tensor]) -> float:
+    """Return the Euclidean norm of all tensors read as one vector, summed in float64."""
     return sum(g.double().square().sum().item() for g in gradient) ** 0.5

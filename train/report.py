@@ -5,11 +5,14 @@ import math
 import torch
 from torch import nn
 
+from models.choices import DP_MODES
 from models.gradient import trainable_parameters
 from models.target import Protection, guarantee_lines
 from train.batches import Batch
 from train.client import bare_network, without_batchnorm
 from train.datasets import dataset_length, dataset_spec
+from train.label_vectors import shown_labels
+from train.origins import listing, summary
 from train.privacy import Protected
 from train.settings import BatchSettings, ClientSettings, ProtectionSettings
 from utils.console import Reporter, table
@@ -18,13 +21,18 @@ from utils.errors import InputError
 
 
 def say_batch(batch: Batch, model: nn.Module, device: torch.device, reporter: Reporter) -> None:
-    """Report how many images, labels and parameters there are, and the device."""
+    """Report how many images, labels and parameters there are, the device, and which files."""
+    kind = "distinct labels" if batch.y.dim() == 1 else "distinct label vectors"
+    outputs = "" if batch.y.dim() == 1 else " outputs"
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     reporter.say(
         f"batch: {len(batch.x)} images {tuple(batch.x.shape[1:])}, "
-        f"{len(batch.y.unique())} distinct labels of {batch.spec.num_classes}; "
+        f"{len(batch.y.unique(dim=0))} {kind} of {batch.spec.num_classes}{outputs}; "
         f"{parameters:,} parameters; {device_name(device)}"
     )
+    labels = shown_labels(batch.y)
+    for line in (*summary(batch.origins, batch.notes), *listing(batch.origins, labels)):
+        reporter.say(line)
 
 
 def say_protection(
@@ -35,19 +43,7 @@ def say_protection(
     reporter: Reporter,
 ) -> None:
     """Report norms before and after, the noise, and which privacy follows."""
-    rows = []
-    if protected.sample_norms is not None:
-        before = protected.sample_norms
-        after = before.clamp(max=protection.clip)
-        for name, of in (("lowest", torch.amin), ("median", torch.median), ("highest", torch.amax)):
-            rows.append([f"one sample, {name}", *(of(v).item() for v in (before, after)), ""])
-    rows.append(["mean", protected.norm, protected.clipped_norm, protected.sent_norm])
-    header = ["gradient norm", "before", "clipped", "sent"]
-    clipping = "no clipping" if protection.clip is None else f"clipping to {protection.clip:g}"
-    reporter.say(
-        f"protection ({protection.mode}): {clipping}, noise with standard deviation "
-        f"{protection.sigma:g} per entry\n{table(header, rows)}"
-    )
+    reporter.say(_norms(protected, protection))
     if protected.sample_norms is not None:
         clipped = int((protected.sample_norms > protection.clip).sum())
         reporter.say(f"  {clipped} of {len(protected.sample_norms)} samples clipped")
@@ -58,6 +54,31 @@ def say_protection(
     if protection.epsilon is not None:
         assert settings.protection is not None  # whose ε it is
         _say_doubts(settings.protection, settings.batch, reporter)
+
+
+def _norms(protected: Protected, protection: Protection) -> str:
+    """Return the title and the table of norms before and after."""
+    if protection.mode not in DP_MODES:
+        entries = sum(g.numel() for g in protected.gradient)
+        sent = sum(int(g.count_nonzero()) for g in protected.gradient)
+        rows = [["mean", protected.norm, protected.sent_norm]]
+        return (
+            f"defence: {protection.description}; {sent:,} of {entries:,} entries are not 0\n"
+            f"{table(['gradient norm', 'before', 'sent'], rows)}"
+        )
+    rows = []
+    if protected.sample_norms is not None:
+        before = protected.sample_norms
+        after = before.clamp(max=protection.clip)
+        for name, of in (("lowest", torch.amin), ("median", torch.median), ("highest", torch.amax)):
+            rows.append([f"one sample, {name}", *(of(v).item() for v in (before, after)), ""])
+    rows.append(["mean", protected.norm, protected.clipped_norm, protected.sent_norm])
+    header = ["gradient norm", "before", "clipped", "sent"]
+    clipping = "no clipping" if protection.clip is None else f"clipping to {protection.clip:g}"
+    return (
+        f"protection ({protection.mode}): {clipping}, noise with standard deviation "
+        f"{protection.sigma:g} per entry\n{table(header, rows)}"
+    )
 
 
 def _say_doubts(how: ProtectionSettings, batch: BatchSettings, reporter: Reporter) -> None:

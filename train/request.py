@@ -25,16 +25,30 @@ class Request:
 
     #: Folder with its files.
     root: str | None = None
-    #: Side of the square images in pixels; None for the data set's own.
-    size: int | None = None
-    #: Channels of the images, 1 or 3, for `folder`; None for the files' own.
+    #: Side of the square images in pixels, or (H, W); None for the data set's own.
+    size: int | tuple[int, int] | None = None
+    #: Channels of the images, 1 or 3, for `folder` and `photos`; None for their own.
     channels: int | None = None
+    #: Bits per grey value in files of more than 8 bits that do not say it; None for 16.
+    bit_depth: int | None = None
     #: Number of distinct labels in a batch, for `photos`; None for free labels.
     distinct_labels: int | None = None
     #: Seed that draws the order of the images.
     seed: int = 0
     #: Threads that decode images.
     workers: int = 4
+    #: The client's loss, a name in LOSS_KINDS: it says what labels are (train/label_vectors.py).
+    loss: str = "cross-entropy"
+    #: CSV file with the label vectors of the images below `root`; None for class folders.
+    labels_csv: str | None = None
+    #: Mean and standard deviation of the normalisation, one number per channel; None for the set's.
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Return (H, W) of the images, None for the data set's own."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 def check_name(name: str) -> None:
@@ -51,9 +65,28 @@ def check_request(name: str, request: Request) -> None:
             f"--distinct-labels {request.distinct_labels}: only for --data-name photos; leave it "
             "out"
         )
-    if request.channels is not None and name != "folder":
+    if request.channels is not None and name not in ("folder", "photos"):
         raise InputError(
-            f"--channels {request.channels}: only for --data-name folder; leave it out"
+            f"--channels {request.channels}: only for --data-name folder and photos; leave it out"
+        )
+    _check_labels_csv(name, request)
+
+
+def _check_labels_csv(name: str, request: Request) -> None:
+    if request.labels_csv is None:
+        return
+    if name != "folder":
+        raise InputError(
+            f"--labels-csv {request.labels_csv}: only for --data-name folder; leave it out"
+        )
+    if request.loss != "bce":
+        raise InputError(
+            f"--labels-csv {request.labels_csv}: holds one number per class, which --loss bce "
+            "takes; give it as well"
+        )
+    if request.bit_depth is not None and name not in ("folder", "imagenet", "celeba"):
+        raise InputError(
+            f"--bit-depth {request.bit_depth}: only for data sets of image files; leave it out"
         )
 
 

@@ -7,7 +7,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from models.choices import DP_MODES, PROTECTION_MODES
+from train.defence_settings import check_company, parsed, with_defence
+from train.flags import DEFAULT_ARCH
 from train.request import Request, check_batch_size, check_name, check_openable, check_request
+from train.update_settings import (
+    ImportSettings,
+    LocalSettings,
+    import_settings,
+    local_settings,
+)
 from utils.errors import InputError
 from utils.script import writable_folder
 
@@ -26,6 +35,13 @@ class NetworkSettings:
     replace_bn: str | None
     #: Seed of random weights and of the head.
     seed: int
+    #: FILE.py:function that builds the network; `arch` is then only a name to show. None without.
+    model: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """Return the flag that names the network, with its value, for messages."""
+        return f"--arch {self.arch}" if self.model is None else f"--model {self.model}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ class BatchSettings:
 class ProtectionSettings:
     """How the client protects its gradient before it sends it."""
 
-    #: Whose gradient is clipped, a name in PROTECTION_MODES.
+    #: What is done to the gradient, a name in PROTECTION_MODES.
     mode: str
     #: Standard deviation of the noise per entry of the mean gradient, ≥ 0.
     sigma: float
@@ -66,6 +82,8 @@ class ProtectionSettings:
     steps: int
     #: Probability in (0, 1] that a sample is in a batch.
     sample_rate: float
+    #: What stands behind the name of `--defence`, where that is neither dp-sgd nor batch.
+    amounts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,12 @@ class ClientSettings:
     dry_run: bool
     #: All flags as given, by name: the record in the checkpoint and in the log.
     record: Mapping
+    #: The loss, a name in LOSS_KINDS (models/choices.py).
+    loss: str = "cross-entropy"
+    #: How the client steps; None where it sends the gradient of the whole batch.
+    local: LocalSettings | None = None
+    #: The update of a real client, which is then all that is read; None without.
+    imported: ImportSettings | None = None
 
 
 def settings_from(args) -> ClientSettings:
@@ -102,22 +126,37 @@ def settings_from(args) -> ClientSettings:
     Raises InputError for everything that can be refused without opening data or building the
     network.
     """
+    if args.defence is not None:
+        args = with_defence(args, args.defence)
     request = Request(
         root=args.data,
         size=args.image_size,
         channels=args.channels,
+        bit_depth=args.bit_depth,
         distinct_labels=args.distinct_labels,
         seed=args.seed,
         workers=args.workers,
+        loss=args.loss,
+        labels_csv=args.labels_csv,
+        mean=args.mean,
+        std=args.std,
     )
     _check_company(args)
+    _check_network(args)
+    _check_loss(args)
     _check_protection(args)
+    imported, local = import_settings(args), local_settings(args)
     writable_folder(args.results, "--results")
     _check_request(args, request)
     return ClientSettings(
         network=NetworkSettings(
-            args.arch, args.pretrained, args.outlayer_state, args.replace_bn, args.seed
-        ),
+            _network_name(args),
+            args.pretrained,
+            args.outlayer_state,
+            args.replace_bn,
+            args.seed,
+            args.model,
+        ),  # fmt: skip
         batch=BatchSettings(
             data_name=args.data_name,
             request=request,
@@ -137,7 +176,37 @@ def settings_from(args) -> ClientSettings:
         seal=args.seal,
         dry_run=args.dry_run,
         record=vars(args),
+        loss=args.loss,
+        local=local,
+        imported=imported,
     )
+
+
+def _network_name(args) -> str:
+    """Name the network: --arch, or the function of --model after the base name of its file."""
+    return args.arch if args.model is None else os.path.basename(args.model)
+
+
+def _check_network(args) -> None:
+    """Refuse two networks at once."""
+    if args.model is not None and args.arch != DEFAULT_ARCH:
+        raise InputError(f"--arch {args.arch}: --model {args.model} is the network; give one")
+
+
+def _check_loss(args) -> None:
+    """Refuse what concerns another loss, and half a normalisation."""
+    if args.loss != "cross-entropy" and args.label_smoothing:
+        raise InputError(
+            f"--label-smoothing {args.label_smoothing:g}: moves a share of a class label to all "
+            f"classes, and --loss {args.loss} has none; leave it out"
+        )
+    if (args.mean is None) != (args.std is None):
+        given, missing = ("--mean", "--std") if args.std is None else ("--std", "--mean")
+        raise InputError(f"{given}: a normalisation has both; give {missing} as well")
+    if args.mean is not None and len(args.mean) != len(args.std):
+        raise InputError(
+            f"--std: {len(args.std)} numbers, --mean has {len(args.mean)}; give one per channel"
+        )
 
 
 def _check_company(args) -> None:
@@ -146,7 +215,7 @@ def _check_company(args) -> None:
         raise InputError(
             f"--pretrained {args.pretrained}: no such file; leave it out for random weights"
         )
-    for flag in ("image_size", "channels", "distinct_labels"):
+    for flag in ("image_size", "channels", "bit_depth", "distinct_labels", "labels_csv"):
         if args.data_backup is not None and getattr(args, flag) is not None:
             raise InputError(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: a --data-backup is taken as "
@@ -162,7 +231,10 @@ def _check_company(args) -> None:
 
 def _check_request(args, request: Request) -> None:
     """Refuse what the data set cannot give, as far as that shows without its files."""
-    if args.data_backup is not None:
+    unknown_images = args.import_update is not None and not (
+        args.data or args.data_name == "photos"
+    )
+    if args.data_backup is not None or unknown_images:
         check_name(args.data_name)
     elif args.ra and args.data_name != "folder":
         check_request(args.data_name, request)  # its shape and classes are known without files
@@ -174,6 +246,9 @@ def _check_request(args, request: Request) -> None:
 
 def _check_protection(args) -> None:
     """Refuse flags of protection that do nothing or cannot be followed together."""
+    if args.defence is not None:
+        check_company(args, parsed(args.defence))
+        return
     for flag, value in (
         ("--sigma", args.sigma),
         ("-C", args.max_per_sample_grad_norm),
@@ -194,6 +269,8 @@ def _check_protection(args) -> None:
 
 
 def _protection_from(args) -> ProtectionSettings | None:
+    if args.defence is not None:
+        return _defence_from(args)
     if not args.enable_dp:
         return None
     return ProtectionSettings(
@@ -207,10 +284,25 @@ def _protection_from(args) -> ProtectionSettings | None:
     )
 
 
+def _defence_from(args) -> ProtectionSettings | None:
+    """Return the protection that `--defence` asks for; None where it is another flag, or none."""
+    defence = parsed(args.defence)
+    mode = {"dp-sgd": "per-sample"}.get(defence.name, defence.name)
+    if mode not in PROTECTION_MODES:
+        return None
+    sigma, clip, amounts = 0.0, None, defence.amounts
+    if mode in DP_MODES:
+        clip, noise = amounts
+        sigma = noise * clip / args.batch_size if mode == "per-sample" else noise
+        amounts = ()
+    return ProtectionSettings(
+        mode, sigma, clip, args.noise_seed, args.delta, args.dp_steps, args.sample_rate, amounts
+    )
+
+
 def _stem(args) -> str:
     """Name the files by what they hold; a number is added where such files are there."""
     weights = "random" if args.pretrained is None else os.path.basename(args.pretrained)
-    name = (
-        f"id{args.id}_{args.arch}_{weights}_{args.data_name}_b{args.batch_size}_i{args.target_idx}"
-    )
+    network = _network_name(args).replace(".py:", "-")
+    name = f"id{args.id}_{network}_{weights}_{args.data_name}_b{args.batch_size}_i{args.target_idx}"
     return os.path.join(args.results, name)

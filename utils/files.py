@@ -51,6 +51,15 @@ def whole_file(path: str | Path, *, text: bool = False) -> Iterator[IO]:
             os.unlink(temporary)
 
 
+def printable(name: str) -> str:
+    """Return a file name in which what would break or disguise a printed line is escaped.
+
+    Such are line ends, other control characters, invisible ones that turn the direction of
+    writing, and bytes that are no UTF-8. Letters of all languages and emoji stay.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def package_folder(name: str) -> Path:
     """Return the folder of a package that is required, without importing it."""
     spec = importlib.util.find_spec(name)

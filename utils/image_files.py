@@ -1,13 +1,11 @@
-"""Reading images: files, folders with one subfolder per class, and the public photographs.
+"""Images of one size: from files, from class folders, and out of the public photographs.
 
 torchvision and scikit-image take seconds to import, so each is imported inside the functions that
 need it.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -16,119 +14,84 @@ from PIL import Image
 from torch import Tensor
 
 from utils.errors import InputError
-from utils.files import package_folder
-
-#: Modes of PIL for files of one channel.
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-
-
-class ColourError(InputError):
-    """A file in colour where one channel was asked for."""
+from utils.files import package_folder, printable
+from utils.image_folder import image_folder
+from utils.image_reading import Reading, eight_bit_pixels, read_picture
 
 
-def decode(path: str, channels: int, size: int) -> Tensor:
-    """Read one image file: (channels, size, size) in [0, 1].
+def decode(
+    path: str, channels: int, size: int | tuple[int, int], bit_depth: int | None = None
+) -> Tensor:
+    """Read one image file as `read_picture` does, and fit it: (channels, height, width) in [0, 1].
 
-    The shorter side is scaled to `size` and the centre cut out. Grey files of 8 bits, of 16 bits
-    (0 to 65535, also inside 32-bit integers) and floats (0 to 1) keep their range.
+    size: (height, width), or the side of a square. The image is scaled until it covers that
+    rectangle, and the centre is cut out.
 
-    Raises InputError, naming the file, when it is broken or too large or holds values outside that
-    range, and ColourError when it has colours where one channel was asked for.
+    Raises InputError as `read_picture` does, and for an image too narrow to be scaled.
     """
+    return _fitted(path, channels, size, bit_depth)[0]
+
+
+def _fitted(path, channels, size, bit_depth) -> tuple[Tensor, Reading]:
+    """Decode a file, and return how it was read."""
     from torchvision.transforms.v2.functional import center_crop, resize
 
-    with _opened(path) as image:
-        image.load()
-    is_grey = image.mode in GREY_MODES
-    if channels == 1 and not is_grey:
-        raise ColourError(f"{path} is in colour, among grey ones")
-    if image.mode.startswith(("I", "F")):
-        highest = 65535 if image.mode.startswith("I") else 1
-        values = np.asarray(image).astype(np.float32)
-        if not (values.min() >= 0 and values.max() <= highest):
-            raise InputError(
-                f"{path} holds {values.min():g} to {values.max():g}, but images of kind "
-                f"{image.mode} are read from 0 to {highest}; rescale it"
-            )
-        pixels = torch.from_numpy(values / highest)[None]
-    else:
-        pixels = _pixels(image.convert("L" if is_grey else "RGB"))
-    if pixels.shape[0] < channels:
-        pixels = pixels.expand(channels, -1, -1)
-    pixels = resize(pixels, [size], antialias=True).clamp(0, 1)
-    return center_crop(pixels, [size, size])
+    pixels, reading = read_picture(path, channels, bit_depth)
+    goal = (size, size) if isinstance(size, int) else size
+    scaled = covering_size(pixels.shape[-2], pixels.shape[-1], goal)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and scaled[0] * scaled[1] > limit:
+        raise InputError(
+            f"{printable(path)} has {pixels.shape[-1]}×{pixels.shape[-2]} pixels: too narrow to be "
+            "scaled and cut; cut it"
+        )
+    pixels = resize(pixels, list(scaled), antialias=True).clamp(0, 1)
+    return center_crop(pixels, list(goal)), reading
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    """Return the pixels of an 8-bit image: (channels, height, width) in [0, 1]."""
-    values = torch.from_numpy(np.array(image))
-    return values.view(image.height, image.width, -1).permute(2, 0, 1).float() / 255
+def covering_size(height: int, width: int, goal: tuple[int, int]) -> tuple[int, int]:
+    """Return the least (height, width) of the same shape, rounded down, that covers `goal`."""
+    if goal[1] * height >= goal[0] * width:  # the width decides
+        return max(goal[0], int(goal[1] * height / width)), goal[1]
+    return goal[0], max(goal[1], int(goal[0] * width / height))
 
 
-def is_grey(path: str) -> bool:
-    """Tell whether an image file holds one channel. Raises InputError when it is broken."""
-    with _opened(path) as image:
-        return image.mode in GREY_MODES
+def decode_all(
+    paths: Sequence[str],
+    channels: int,
+    size: int | tuple[int, int],
+    workers: int = 4,
+    bit_depth: int | None = None,
+) -> tuple[Tensor, tuple[Reading, ...]]:
+    """Decode several files with `workers` threads: (N, channels, height, width) in [0, 1].
 
-
-@contextmanager
-def _opened(path: str):
-    """Open the image file `path`; whatever goes wrong with it becomes an InputError naming it."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is no readable image ({error}); remove it") from error
-
-
-def decode_all(paths: Sequence[str], channels: int, size: int, workers: int = 4) -> Tensor:
-    """Decode several files with `workers` threads: (N, channels, size, size) in [0, 1].
-
-    Raises InputError as `decode` does.
+    Also returns how each was read. Raises InputError as `decode` does.
     """
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return torch.stack(list(pool.map(lambda path: decode(path, channels, size), paths)))
-
-
-def image_folder(root: str) -> tuple[list[str], list[int], int]:
-    """List a folder with one subfolder per class: files, class indices, number of classes.
-
-    Raises InputError for a missing folder, no class, or a class without images.
-    """
-    from torchvision.datasets import ImageFolder
-
-    if not os.path.isdir(root):
-        raise InputError("no such folder; give one with one subfolder per class")
-    try:
-        folder = ImageFolder(root)
-    except OSError as error:  # no class, a class without images, no permission
-        raise InputError(
-            f"needs one subfolder per class with images in each: {' '.join(str(error).split())}"
-        ) from error
-    return [p for p, _ in folder.samples], [c for _, c in folder.samples], len(folder.classes)
+        read = list(pool.map(lambda path: _fitted(path, channels, size, bit_depth), paths))
+    return torch.stack([pixels for pixels, _ in read]), tuple(reading for _, reading in read)
 
 
 def load_auxiliary(
-    root: str, num_classes: int, image_shape: tuple[int, int, int]
+    root: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    bit_depth: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read all images of a folder with one subfolder per class, and their labels.
 
     Returns images (N, C, H, W) in [0, 1] and labels (N,).
     Raises InputError unless it has `num_classes` subfolders of readable images.
     """
-    from torchvision.transforms.v2.functional import center_crop
-
-    paths, labels, found = image_folder(root)
-    if found != num_classes:
+    folder = image_folder(root)
+    if len(folder.classes) != num_classes:
         raise InputError(
-            f"{found} class folders, but the network has {num_classes} classes; give one "
-            "subfolder per class, sorted as the classes are"
+            f"{len(folder.classes)} class folders, but the network has {num_classes} classes; give "
+            "one subfolder per class, sorted as the classes are"
         )
     channels, height, width = image_shape
-    images = decode_all(paths, channels, max(height, width))
-    return center_crop(images, [height, width]), torch.tensor(labels)
+    images, _ = decode_all(folder.paths, channels, (height, width), bit_depth=bit_depth)
+    return images, torch.tensor(folder.labels)
 
 
 # Photographs inside scikit-image and scikit-learn --------------------------------------------
@@ -167,32 +130,55 @@ PUBLIC_PHOTOS: tuple[Callable[[], np.ndarray], ...] = (
 )
 
 
-def random_crop(photo: Image.Image, size: int, draw: np.random.Generator) -> Tensor:
-    """Cut a square out of a photograph and scale it: (channels, size, size) in [0, 1].
-
-    Its side is 50 to 100 % of the photograph's shorter one and its corner real-valued.
-    """
-    side = draw.uniform(0.5, 1.0) * min(photo.size)
-    return square_crop(photo, size, side, draw.uniform(), draw.uniform())
-
-
-def centre_crop(photo: Image.Image, size: int) -> Tensor:
-    """Scale the largest centred square of a photograph: (channels, size, size) in [0, 1]."""
-    return square_crop(photo, size, min(photo.size), 0.5, 0.5)
-
-
-def square_crop(
-    photo: Image.Image, size: int, side: float, x_share: float, y_share: float
+def random_crop(
+    photo: Image.Image, size: int | tuple[int, int], draw: np.random.Generator
 ) -> Tensor:
-    """Cut a square of `side` pixels out of a photograph: (channels, size, size) in [0, 1].
+    """Cut a part out of a photograph and scale it: (channels, H, W) in [0, 1].
+
+    size: the side of a square, or (H, W). The part is 50 to 100 % as high as the largest one of its
+    shape, and its corner is real-valued.
+    """
+    return shaped_crop(photo, size, draw.uniform(0.5, 1.0), draw.uniform(), draw.uniform())
+
+
+def centre_crop(photo: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """Scale the largest centred part of a photograph: (channels, H, W) in [0, 1]."""
+    return shaped_crop(photo, size, 1.0, 0.5, 0.5)
+
+
+def shaped_crop(
+    photo: Image.Image,
+    size: int | tuple[int, int],
+    share: float,
+    x_share: float,
+    y_share: float,
+) -> Tensor:
+    """Cut a part of the shape `size` out of a photograph and scale it: (channels, H, W) in [0, 1].
+
+    share: its height in that of the largest such part. x_share, y_share: as in `crop`.
+    """
+    rows, columns = (size, size) if isinstance(size, int) else size
+    height = share * min(photo.height, photo.width * rows / columns)
+    width = share * min(photo.width, photo.height * columns / rows)
+    return crop(photo, (rows, columns), (height, width), x_share, y_share)
+
+
+def crop(
+    photo: Image.Image,
+    sides: tuple[int, int],
+    part: tuple[float, float],
+    x_share: float,
+    y_share: float,
+) -> Tensor:
+    """Cut a part (height, width) in pixels out of a photograph: (channels, *sides) in [0, 1].
 
     x_share, y_share: in [0, 1], how far it lies from the left to the right and from the top to the
     bottom edge.
     """
-    left, top = x_share * (photo.width - side), y_share * (photo.height - side)
-    box = (left, top, left + side, top + side)
-    small = photo.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return _pixels(small)
+    left, top = x_share * (photo.width - part[1]), y_share * (photo.height - part[0])
+    box = (left, top, left + part[1], top + part[0])
+    small = photo.resize(sides[::-1], Image.Resampling.BICUBIC, box=box)
+    return eight_bit_pixels(small)
 
 
 def public_photographs(

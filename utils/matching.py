@@ -1,7 +1,20 @@
 """Pairs reconstructed with true images, one to one."""
 
 import numpy as np
+import torch
 from torch import Tensor
+
+
+def label_numbers(y: Tensor, y_true: Tensor) -> tuple[Tensor, Tensor]:
+    """Return labels as integers (B,) each: classes as they are, label vectors (B, K) numbered.
+
+    Equal vectors of either batch have the same number.
+    """
+    if y.dim() == 1:
+        return y, y_true
+    both = torch.cat([y.cpu(), y_true.cpu().to(y.dtype)])
+    numbers = both.unique(dim=0, return_inverse=True)[1]
+    return numbers[: len(y)], numbers[len(y) :]
 
 
 def assign(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import Protocol
 
 from utils.errors import FaultError, InputError, is_out_of_memory
 from utils.files import package_folder
@@ -44,11 +45,23 @@ def writable_folder(path: str, flag: str) -> str:
     return path
 
 
+class Stop(Protocol):
+    """Tells long work whether to end cleanly: on a signal, or when its time is over."""
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether to end now; asked wherever the work can end cleanly."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the work was asked to end, by a signal or by a true `should_stop`."""
+
+
 class Interrupts:
     """Turns the first Ctrl-C or SIGTERM into a request to stop; the second acts as usual.
 
-    Use `with Interrupts() as interrupts:` and check `interrupts.signal` wherever the work can end
-    cleanly. The end of the context restores the former handlers.
+    Use `with Interrupts() as interrupts:` and ask `interrupts.should_stop` wherever the work can
+    end cleanly. It is a `Stop`. The end of the context restores the former handlers.
     """
 
     #: Number of the signal that came, or None.
@@ -60,6 +73,16 @@ class Interrupts:
         for number_ in self._before:
             signal.signal(number_, self._request)
         return self
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
 
     def _request(self, number_, frame):
         self.signal = number_

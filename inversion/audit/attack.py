@@ -23,7 +23,7 @@ from inversion.strategies import STRATEGIES
 from utils.console import Progress, Reporter
 from utils.device import peak_memory_mib
 from utils.errors import InputError
-from utils.script import Interrupts
+from utils.script import Stop
 from utils.shard import ALONE, Shard
 
 #: Rows of losses.csv per seed at most.
@@ -38,7 +38,7 @@ class Recorder:
 
     settings: AttackSettings
     progress: Progress
-    interrupts: Interrupts
+    interrupts: Stop
     #: Called with the iterations done and the images of a new consensus, if at all.
     save_consensus: Callable[[int, Tensor], None] | None = None
     #: What stands before every line.
@@ -63,7 +63,7 @@ class Recorder:
         if step % max(1, steps // RECORDED_STEPS) == 0 or step == steps - 1:
             terms = [losses.terms.get(term, "") for term in settings.prior_names]
             self.rows.append([name, step, rate, losses.total, losses.gradient, *terms])
-        return self.interrupts.signal is not None
+        return self.interrupts.should_stop
 
     def on_round(self, done: int, combination: Combination) -> None:
         """Record a consensus formed after `done` iterations of every seed."""
@@ -100,7 +100,7 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
         seed_shard=ALONE if settings.shared == "batch" else case.processes,
         on_step=recorder.on_step,
         on_round=recorder.on_round,
-        should_stop=lambda: objective.batch_shard.any(recorder.interrupts.signal is not None),
+        should_stop=lambda: objective.batch_shard.any(recorder.interrupts.should_stop),
     )
     pixel_gradient = PIXEL_GRADIENTS[settings.pixel_gradient]
     return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
@@ -147,7 +147,7 @@ class Attacked:
 def attack(
     settings: AttackSettings,
     case: Case,
-    interrupts: Interrupts,
+    interrupts: Stop,
     reporter: Reporter,
     *,
     print_freq: int,
@@ -195,7 +195,7 @@ def attack(
 
 
 def _solve(
-    case: Case, interrupts: Interrupts, reporter: Reporter, title: str, max_memory: int
+    case: Case, interrupts: Stop, reporter: Reporter, title: str, max_memory: int
 ) -> tuple[Attacked | None, str]:
     """Solve the gradient layer by layer; return what it gave, and why that is not enough, or "".
 
@@ -214,25 +214,25 @@ def _solve(
     try:
         found = layerwise_attack(
             case.objective.model, target, case.y, public, on_layer=on_layer,
-            should_stop=lambda: interrupts.signal is not None, max_memory=max_memory,
+            should_stop=lambda: interrupts.should_stop, max_memory=max_memory,
         )  # fmt: skip
     except ValueError as error:
         return None, str(error)
     x = found.images.to(target.gradient[0].dtype)
     losses = case.objective.value(x, 1.0).floats()
-    stopped = "interrupted" if interrupts.signal is not None else None
+    stopped = "interrupted" if interrupts.stopped else None
     reconstruction = Reconstruction(x, losses, len(found.layers), stopped)
     outcome = Outcome(reconstruction, (reconstruction,), 0, len(found.layers))
     attacked = Attacked(
         outcome, case.images(x), [], [], [], time.perf_counter() - start,
-        peak_memory_mib(case.device), interrupted=interrupts.signal is not None, recovered=found,
+        peak_memory_mib(case.device), interrupted=interrupts.stopped, recovered=found,
     )  # fmt: skip
     return attacked, found.shortfall
 
 
-def asked_to_stop(case: Case, interrupts: Interrupts) -> bool:
+def asked_to_stop(case: Case, interrupts: Stop) -> bool:
     """Return whether any process was asked to stop; the answer is the same on all of them."""
-    return case.processes.any(interrupts.signal is not None)
+    return case.processes.any(interrupts.stopped)
 
 
 def own_seeds(settings: AttackSettings, processes: Shard) -> int:
@@ -270,4 +270,6 @@ def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
     chosen = settings.strategy if outcome.chosen is None else f"seed {first + outcome.chosen}"
     losses = outcome.final.losses
     terms = "  ".join(f"{name} {value:.4g}" for name, value in losses.terms.items())
+    if losses.alpha is not None:
+        terms += f"  between the states at alpha {losses.alpha:.3f}"
     return [*lines, f"chosen: {chosen}  gradient loss {losses.gradient:.6g}  {terms}"]

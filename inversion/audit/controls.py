@@ -14,7 +14,7 @@ from models.target import Target, Update
 from utils.console import Reporter, duration
 from utils.errors import InputError
 from utils.image_files import public_photographs
-from utils.script import Interrupts
+from utils.script import Stop
 
 #: Controls run unasked where the attack takes less, in seconds.
 CONTROL_SECONDS = 600
@@ -70,7 +70,7 @@ def run_controls(
     case: Case,
     sealed: Sealed,
     attacked: Attacked,
-    interrupts: Interrupts,
+    interrupts: Stop,
     reporter: Reporter,
     *,
     print_freq: int,

@@ -2,6 +2,8 @@
 
 import argparse
 
+from inversion.audit.budget import seconds_of
+from inversion.audit.withhold import withheld_parts
 from inversion.settings import (
     ATTACKS,
     AUTO,
@@ -17,6 +19,7 @@ from inversion.settings import (
     SHARDS,
     SSIMS,
     STRATEGIES,
+    UPDATE_MODELS,
     VERDICT_METRICS,
 )
 from models.choices import SWEEP_PARAMETERS
@@ -31,13 +34,16 @@ def parser() -> Parser:
     )
     _add_run(parser.add_argument_group("run").add_argument)
     _add_target(parser.add_argument_group("target").add_argument)
+    _add_knowledge(parser.add_argument_group("what the attacker lacks").add_argument)
     _add_attack(parser.add_argument_group("attack").add_argument)
     _add_labels(parser.add_argument_group("label reconstruction").add_argument)
     _add_objective(parser.add_argument_group("objective").add_argument)
+    _add_updates(parser.add_argument_group("several local steps").add_argument)
     _add_optimisation(parser.add_argument_group("optimisation").add_argument)
     _add_seeds(parser.add_argument_group("several seeds").add_argument)
     _add_scoring(parser.add_argument_group("scoring").add_argument)
     _add_search(parser.add_argument_group("search of hyper-parameters").add_argument)
+    _add_audit(parser.add_argument_group("a whole audit").add_argument)
     _add_sweep(parser.add_argument_group("sweep of defences").add_argument)
     add_process_flags(parser)(
         "--shard",
@@ -82,9 +88,28 @@ def _add_run(add) -> None:
 
 
 def _add_target(add) -> None:
-    add("--checkpoint", help="File that training.py or the original project wrote; required.")
-    add("--truth", help="Sealed truth file, for --metric, --GInfoR and known labels.")
-    add("--labels", help="Labels by hand, such as 3,1,2, or a file of them.")
+    add(
+        "--checkpoint",
+        nargs="+",
+        action=_OneOrSeveral,
+        help="File that training.py or the original project wrote; required. With --audit several.",
+    )
+    add(
+        "--model",
+        help="FILE.py:function that builds the network, if it came from such a file. The file is "
+        "run.",
+    )
+    add(
+        "--truth",
+        nargs="+",
+        action=_OneOrSeveral,
+        help="Sealed truth file, for --metric, --GInfoR and known labels. With --audit several.",
+    )
+    add(
+        "--labels",
+        help="Labels by hand, such as 3,1,2, or a file of them; under "
+        "binary cross-entropy a row of K numbers per image.",
+    )
     add(
         "--pseudo-label-init",
         choices=("known", "from_grads"),
@@ -104,6 +129,16 @@ def _add_target(add) -> None:
         default="true",
         help="shuffled: permute the entries of the gradient, to check that the verdict becomes "
         '"no leakage shown".',
+    )
+
+
+def _add_knowledge(add) -> None:
+    add(
+        "--without",
+        type=withheld_parts,
+        help="Withhold parts from the attacker, such as bn,labels, to see what they buy: bn (the "
+        "uploaded BatchNorm statistics), labels, normalisation (0.5 is assumed), protection (the "
+        "report of clipping and noise).",
     )
 
 
@@ -136,6 +171,12 @@ def _add_labels(add) -> None:
         "--label-aux",
         help="Folder of labelled images of the attacker's own, one subfolder per class, sorted "
         "as the classes are.",
+    )
+    add(
+        "--bit-depth",
+        type=integer_from(8, 16),
+        help="For --label-aux: bits per grey value in image files of more than 8 bits that do not "
+        "say it. Without it: 16.",
     )
     add(
         "--label-prior",
@@ -184,6 +225,16 @@ def _add_objective(add) -> None:
         choices=PIXEL_GRADIENTS,
         default="exact",
         help="How the derivative of the pixels is computed; plain is the slow twin of exact.",
+    )
+
+
+def _add_updates(add) -> None:
+    add(
+        "--update-model",
+        choices=UPDATE_MODELS,
+        help="What an update of several local steps is compared with. sme: the gradient at a "
+        "place between the two states, which is learned; mean: the gradient at the state before; "
+        "unroll: the candidate's own local steps. Without it: sme.",
     )
 
 
@@ -356,6 +407,41 @@ def _add_search(add) -> None:
     )
 
 
+def _add_audit(add) -> None:
+    add(
+        "--audit",
+        action="store_true",
+        help="Run the whole suite on one or several checkpoints: labels, every attack with its "
+        "controls and its test, the positive control; it sets every --attack flag itself.",
+    )
+    add(
+        "--budget",
+        type=seconds_of,
+        help="Time of the whole audit, such as 90s, 5m or 1h. Without it: 5m.",
+    )
+    add(
+        "--no-images",
+        action="store_true",
+        help="Keep the client's images, and reconstructions of them, out of all files of --audit.",
+    )
+
+
+class _OneOrSeveral(argparse.Action):
+    """Keeps one value as itself, and several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def suite_flags() -> dict[str, object]:
+    """Return the flags that --audit sets itself, with their defaults."""
+    found = _defaults_of(
+        _add_attack, _add_objective, _add_updates, _add_optimisation, _add_seeds, _add_search
+    )
+    del found["--max-memory"]
+    return found
+
+
 def _add_sweep(add) -> None:
     add(
         "--sweep",
@@ -391,12 +477,17 @@ def _add_sweep(add) -> None:
 
 def matching_flags() -> dict[str, object]:
     """Return the flags that concern the matching of gradients alone, with their defaults."""
+    return _defaults_of(_add_objective, _add_updates, _add_optimisation, _add_seeds)
+
+
+def _defaults_of(*groups) -> dict[str, object]:
+    """Return the flags that these functions add, with their defaults."""
     found: dict[str, object] = {}
 
     def note(flag: str, *_, default: object = None, action: str = "", **__) -> None:
         found[flag] = False if action == "store_true" else default
 
-    for add_flags in (_add_objective, _add_optimisation, _add_seeds):
+    for add_flags in groups:
         add_flags(note)
     return found
 

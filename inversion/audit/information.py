@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.batchnorm import batch_statistics
@@ -16,6 +15,7 @@ from models.gradient import (
     trainable_parameters,
     whole_batch_gradient,
 )
+from models.losses import image_losses
 from utils.shard import ALONE, Shard, sum_tensors
 
 
@@ -23,9 +23,10 @@ from utils.shard import ALONE, Shard, sum_tensors
 class Information:
     """Compares every sample's gradient g_i with g, that of the batch. Tensors are (B,)."""
 
-    #: Softmax output of the true class.
+    #: Softmax output of the true class; under binary cross-entropy the mean over the outputs of the
+    #: probability of what is true there.
     confidence: Tensor
-    #: The class with the highest output, and that output.
+    #: The class with the highest output, and that output's probability.
     predicted: Tensor
     predicted_confidence: Tensor
     #: ‖g_i‖.
@@ -56,8 +57,8 @@ def gradient_information_ratio(
 ) -> Information:
     """Compare every sample's gradient with the batch's (E2EGI, 2023, its GInfoR).
 
-    x: (B, C, H, W) normalised, y: (B,), on the model's device; the whole batch on every process.
-    g is the mean of the g_i, without any protection. The model is left as it was.
+    x: (B, C, H, W) normalised, y: its labels, on the model's device; the whole batch on every
+    process. g is the mean of the g_i, without any protection. The model is left as it was.
     """
     own_x, own_y = shard.split(x), shard.split(y)
     whole = whole_batch_gradient(model, x, y, loss, shard).gradient
@@ -66,7 +67,9 @@ def gradient_information_ratio(
         gradient_mode(model, loss.train_mode),
         torch.no_grad(),
     ):
-        probabilities = shard.gather(model(own_x).softmax(1), len(x)).double().cpu()
+        logits = model(own_x)
+        outputs = logits.softmax(1) if loss.kind == "cross-entropy" else logits.sigmoid()
+        probabilities = shard.gather(outputs, len(x)).double().cpu()
 
     coupled = couples_samples(model, loss.train_mode)
     if coupled:
@@ -83,9 +86,12 @@ def gradient_information_ratio(
     square, squared_l2, product, agreeing = figures.cpu().T
     batch_square = sum(g.double().square().sum().item() for g in whole)
     lengths = (square * batch_square).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    highest, predicted = probabilities.max(1)
+    if probabilities.shape[1] == 1:  # a binary head: the classes are 0 and 1
+        highest, predicted = torch.cat([1 - probabilities, probabilities], 1).max(1)
+    else:
+        highest, predicted = probabilities.max(1)
     return Information(
-        confidence=probabilities[torch.arange(len(y)), y.cpu()],
+        confidence=_confidence(probabilities, y.cpu()),
         predicted=predicted,
         predicted_confidence=highest,
         norm=square.sqrt(),
@@ -97,6 +103,14 @@ def gradient_information_ratio(
         batch_norm=batch_square**0.5,
         independent=not coupled,
     )
+
+
+def _confidence(probabilities: Tensor, y: Tensor) -> Tensor:
+    """Return how sure the network is of what is true: (B,)."""
+    if y.dim() == 1:
+        return probabilities[torch.arange(len(y)), y]
+    y = y.double()
+    return (y * probabilities + (1 - y) * (1 - probabilities)).mean(1)
 
 
 def information_ratio(information: Tensor) -> Tensor:
@@ -146,12 +160,7 @@ def _shares_of_samples(
         gradient_mode(model, loss.train_mode),
         torch.enable_grad(),
     ):
-        losses = F.cross_entropy(
-            model(shard.split(x)),
-            shard.split(y),
-            reduction="none",
-            label_smoothing=loss.label_smoothing,
-        )
+        losses = image_losses(model(shard.split(x)), shard.split(y), loss)
         for index in range(len(x)):
             own = 0 * losses
             if block.start <= index < block.stop:

@@ -1,14 +1,16 @@
 """The files of a run, read and checked: what an attacker has, and what only scoring may see."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.truth import TruthCheck, check_truth_gradient
+from inversion.audit.updates import update_model_of
+from inversion.audit.withhold import withhold, withhold_from_control
 from inversion.labels.counts import ScaledGradientError
 from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_labels
 from inversion.layerwise.attack import target_network
@@ -19,14 +21,19 @@ from inversion.settings import AttackSettings
 from models import checkpoint as checkpoints
 from models.batchnorm import batchnorm_layers
 from models.binding import check_bound
+from models.build import is_known, some
+from models.choices import DP_MODES
 from models.forced import forced_statistics
 from models.gradient import couples_samples, forward_failure
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Target, Update, check_fits, guarantee_lines, model_of
+from models.user_network import UserNetwork, is_user_network, load_user_network
 from utils.console import Reporter
 from utils.device import choose_device
-from utils.errors import InputError, naming
+from utils.errors import InputError, is_out_of_memory, naming
+from utils.files import printable
 from utils.image_files import load_auxiliary, public_photographs
+from utils.image_reading import DepthError
 from utils.images import denormalise, normalise
 from utils.metrics import LPIPS_BACKBONE, load_lpips
 from utils.shard import ALONE, Shard
@@ -45,7 +52,7 @@ class Case:
 
     #: As it is attacked: unscaled, and shuffled where that was asked for.
     target: Target
-    #: (B,) labels that the attack goes by.
+    #: Labels that the attack goes by: (B,), or (B, K) under binary cross-entropy.
     y: Tensor
     #: How the labels were reconstructed; None where they were known.
     labels: LabelResult | None
@@ -55,6 +62,8 @@ class Case:
     device: torch.device
     #: The processes of this run.
     processes: Shard
+    #: Parts that the attacker is not given (WITHHELD) → what was there, in words for the reader.
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, seed: int) -> Tensor:
         """Return the initial images of a seed, on the CPU."""
@@ -62,13 +71,22 @@ class Case:
         return initial_images(seed, target.batch_size, target.image_shape, target.gradient[0].dtype)
 
     def images(self, x: Tensor) -> Tensor:
-        """Return normalised images (B, C, H, W) as colours in [0, 1], on the CPU."""
+        """Return images (B, C, H, W) as the network takes them as colours in [0, 1], on the CPU.
+
+        The colours are those that the attacker sees: by the normalisation that it knows or assumes.
+        """
         return denormalise(x, self.target.mean, self.target.std)
 
     def attacked_by(self, settings: AttackSettings, target: Target) -> "Case":
         """Return the case as these settings attack it, with this target in the place of its own."""
         model = self.objective.model
-        return make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
+        case = make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
+        return replace(case, withheld=self.withheld)
+
+    @property
+    def protected(self) -> bool:
+        """Whether the client reports a protection, known to the attacker or withheld from it."""
+        return self.target.protection is not None or "protection" in self.withheld
 
     @property
     def guarantee(self) -> list[str]:
@@ -95,6 +113,13 @@ class Sealed:
     bound: bool
     #: LPIPS of (B, C, H, W) images in [0, 1]; None without its weights.
     lpips_score: Callable[[Tensor, Tensor], Tensor] | None
+    #: Mean and standard deviation by which the client normalised its images, (C, 1, 1) each.
+    normalisation: tuple[Tensor, Tensor]
+
+    @property
+    def colours(self) -> Tensor:
+        """The true images as colours in [0, 1], on the CPU."""
+        return denormalise(self.truth.x, *self.normalisation)
 
     def images_for(self, case: Case) -> Tensor:
         """Return the true images, normalised, where and as the attack computes."""
@@ -112,25 +137,43 @@ def load_inputs(
     device = choose_device(inputs.gpu, local_rank)
     files = _read_files(settings)
     target, truth = files.target, files.truth
-    model = model_of(target).to(device)
+    if files.note:
+        reporter.say(files.note)
+    with naming(_network_source(inputs)):
+        model = model_of(target).to(device)
     labels, y = _labels(inputs, target, truth, model, processes)
     _refuse_bn(attack, target, model)
     for line in _notes_on_bn(attack, target):
         reporter.say(line)
     case = make_case(attack, model, target, y, labels, device, processes)
+    case = replace(case, withheld=files.withheld)
     lpips_score = load_lpips(scoring.lpips_weights) if scoring.metric else None
     if scoring.verdict_metric == "lpips" and lpips_score is None:
         raise InputError(f"--verdict-metric lpips: {LPIPS_HINT}")
-    _refuse_unfit_network(case, f"--checkpoint {inputs.checkpoint}")
-    _evaluate_once(attack, case)
-    if attack.method == "layerwise":
-        _refuse_unsolvable(case)
+    check_case(
+        attack, case, f"--checkpoint {inputs.checkpoint}",
+        None if inputs.model is None else f"--model {inputs.model}",
+    )  # fmt: skip
     if truth is None:
         return case, None
-    sealed = Sealed(truth, None, files.bound, lpips_score)
+    normalisation = files.sent.mean, files.sent.std
+    sealed = Sealed(truth, None, files.bound, lpips_score, normalisation)
     if scoring.metric or not files.bound:
         sealed = replace(sealed, check=_check_truth(inputs, files, case, sealed))
     return case, sealed if scoring.needs_truth else None
+
+
+def check_case(
+    settings: AttackSettings, case: Case, source: str, own_network: str | None = None
+) -> None:
+    """Raise InputError, naming `source`, for a case that these settings cannot attack.
+
+    own_network: what a network of the user's own is called in a message; None for a known one.
+    """
+    _refuse_unfit_network(case, source)
+    _evaluate_once(settings, case, own_network)
+    if settings.method == "layerwise":
+        _refuse_unsolvable(case)
 
 
 def _refuse_unsolvable(case: Case) -> None:
@@ -139,6 +182,33 @@ def _refuse_unsolvable(case: Case) -> None:
         target_network(case.objective.model, case.target)
     except ValueError as error:
         raise InputError(f"--attack layerwise: {error}; give --attack matching") from error
+
+
+def _network_source(inputs: InputSettings) -> str:
+    """Name the flag that the network comes from, with its value."""
+    if inputs.model is None:
+        return f"--checkpoint {inputs.checkpoint}"
+    return f"--model {inputs.model}"
+
+
+def user_network_of(inputs: InputSettings, checkpoint: dict) -> UserNetwork | None:
+    """Load the network of --model for a checkpoint; None without that flag.
+
+    Raises InputError where the flag is missing or does not belong to this checkpoint, and for
+    errors in the file.
+    """
+    arch = checkpoint["arch"]
+    if inputs.model is None:
+        if not is_known(arch) and is_user_network(arch):
+            raise InputError(
+                f"--checkpoint {inputs.checkpoint}: its network {some([arch])} came from a file of "
+                "its user, whose code no checkpoint holds; give --model FILE.py:function"
+            )
+        return None
+    with naming(f"--model {inputs.model}"):
+        if is_known(arch):
+            raise InputError(f"the checkpoint's network is {arch}, of no file; leave it out")
+        return load_user_network(inputs.model)
 
 
 def public_images(count: int, target: Target) -> Tensor:
@@ -171,6 +241,7 @@ def make_case(
         bn_grad=settings.bn_grad,
         bn_coupling=settings.bn_coupling,
         batch_shard=processes if settings.shared == "batch" else ALONE,
+        update_model=update_model_of(settings, target),
     )
     return Case(target, y, labels, objective, source, device, processes)
 
@@ -199,6 +270,10 @@ class _Files:
     bound: bool = False
     #: The file of the truth, with its flag.
     truth_source: str = ""
+    #: What a reader should know of the network's file; "" for nothing.
+    note: str = ""
+    #: As in `Case`.
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
 
 def _read_files(settings: Settings) -> _Files:
@@ -207,14 +282,19 @@ def _read_files(settings: Settings) -> _Files:
     seed = settings.attack.first_seed
     with naming(f"--checkpoint {inputs.checkpoint}"):
         checkpoint = checkpoints.load(inputs.checkpoint)
-        sent = target_from_checkpoint(checkpoint)
+    builder = user_network_of(inputs, checkpoint)
+    note = "" if builder is None else _other_file(builder, checkpoint)
+    with naming(f"--checkpoint {inputs.checkpoint}"):
+        sent = target_from_checkpoint(checkpoint, builder)
         check_fits(sent)  # before a truth is compared with it, which may be the sound one
     target = sent = sent.unscaled(inputs.gradient_scale)
     if inputs.shuffled:
         target = shuffled(sent, seed)
+    with naming(f"--checkpoint {inputs.checkpoint}"):
+        target, withheld = withhold(target, inputs.without)
     knows_labels = inputs.labels is not None or inputs.labels_from_gradient
     if not scoring.needs_truth and knows_labels:
-        return _Files(target, sent)
+        return _Files(target, sent, note=note, withheld=withheld)
     source, truth_source = checkpoint, f"--checkpoint {inputs.checkpoint}"
     if inputs.truth is not None:
         truth_source = f"--truth {inputs.truth}"
@@ -230,12 +310,23 @@ def _read_files(settings: Settings) -> _Files:
     with naming(truth_source):
         checkpoints.check_truth(source, checkpoint)
     bound = check_bound(source, checkpoint, truth_source, f"--checkpoint {inputs.checkpoint}")
-    truth = truth_from_checkpoint(source, checkpoint)
+    truth = truth_from_checkpoint(source, checkpoint, builder)
     assert truth is not None  # its entries are there
     truth = truth.unscaled(inputs.gradient_scale)
     if inputs.shuffled and truth.control is not None:
         truth = replace(truth, control=shuffled_update(truth.control, seed + 1))
-    return _Files(target, sent, truth, bound, truth_source)
+    truth = withhold_from_control(truth, inputs.without)
+    return _Files(target, sent, truth, bound, truth_source, note, withheld)
+
+
+def _other_file(builder: UserNetwork, checkpoint: dict) -> str:
+    """Warn where the file of the network is not the one that the client used; "" where it is."""
+    if checkpoint.get("model_sha256") in (None, builder.sha256):
+        return ""
+    return (
+        f"warning: {builder.name} is not the file that the client built its network from (its "
+        "SHA-256 is another); the weights fit, but the network may compute something else"
+    )
 
 
 def shuffled(target: Target, seed: int) -> Target:
@@ -282,7 +373,7 @@ def _labels(
     model: nn.Module,
     processes: Shard,
 ) -> tuple[LabelResult | None, Tensor]:
-    """Return the labels, (B,), after how they were reconstructed, None for known ones."""
+    """Return the labels after how they were reconstructed, None for known ones."""
     if inputs.labels_from_gradient:
         found = None
         if processes.is_main:  # rounding may differ between machines, labels may not
@@ -296,19 +387,21 @@ def _labels(
 
 
 def _given_labels(given: str, target: Target) -> Tensor:
-    """Read the labels of `--labels`, (B,)."""
-    text = given
+    """Read the labels of `--labels`: (B,), or (B, K) under binary cross-entropy."""
+    text, is_bce = given, target.loss_kind == "bce"
+    kind = "numbers like 1,0,1" if is_bce else "integers like 3,1,2"
     try:
         if os.path.isfile(text):
             with open(text, errors="replace") as file:
                 text = file.read()
-        y = torch.tensor([int(word) for word in text.replace(",", " ").split()])
+        words = text.replace(",", " ").split()
+        y = torch.tensor([float(word) if is_bce else int(word) for word in words])
     except (ValueError, OSError) as error:
-        raise InputError(
-            f"--labels {given[:80]}: neither a readable file nor integers like 3,1,2"
-        ) from error
+        raise InputError(f"--labels {given[:80]}: neither a readable file nor {kind}") from error
     with naming(f"--labels {given[:80]}"):
-        checkpoints.check_labels(y, target.batch_size, target.num_classes)
+        if is_bce and len(y) == target.batch_size * target.num_classes:
+            y = y.view(target.batch_size, target.num_classes)
+        checkpoints.check_labels(y, target.batch_size, target.num_classes, target.loss_kind)
     return y
 
 
@@ -318,8 +411,15 @@ def _labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Modul
     public = public_images(PUBLIC_IMAGES, target)
     auxiliary = None
     if inputs.label_images is not None:
-        with naming(f"--label-aux {inputs.label_images}"):
-            x, y = load_auxiliary(inputs.label_images, target.num_classes, shape)
+        with naming(f"--label-aux {printable(inputs.label_images)}"):
+            try:
+                x, y = load_auxiliary(
+                    inputs.label_images, target.num_classes, shape, inputs.bit_depth
+                )
+            except DepthError as error:
+                raise InputError(
+                    f"{error}; give --bit-depth with the bits that the files hold"
+                ) from error
         auxiliary = normalise(x, target.mean, target.std), y
     known = LabelInputs(model, public, auxiliary, inputs.uniform_labels)
     try:
@@ -347,6 +447,8 @@ def _refuse_bn(settings: AttackSettings, target: Target, model: nn.Module) -> No
         )
     if settings.bn_coupling == "forced":
         with naming("--bn-coupling forced"):
+            if target.local is not None:
+                raise InputError("each local step has batch statistics of its own; leave it out")
             forced_statistics(model, target)
     weight = settings.weights.priors.get("bn", 0.0)
     if weight and not batchnorm_layers(model):
@@ -363,9 +465,11 @@ def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
             "used; capture with training.py --upload-bn to have them"
         )
     if settings.bn_coupling == "forced" and target.protection is not None:
+        how = target.protection.mode
+        what = "clipped them or added noise" if how in DP_MODES else f"changed them by {how}"
         notes.append(
             "warning: --bn-coupling forced takes the gradients of BatchNorm's scale and shift for "
-            "exact, but the client clipped them or added noise"
+            f"exact, but the client {what}"
         )
     return notes
 
@@ -373,7 +477,8 @@ def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
 def _refuse_unfit_network(case: Case, source: str) -> None:
     """Raise InputError, naming `source`, when the network cannot process the images."""
     target = case.target
-    error = forward_failure(case.objective.model, case.start(0).to(case.device), target.train_mode)
+    start = case.start(0).to(case.device)
+    error = forward_failure(case.objective.model, start, target.train_mode, target.num_classes)
     if error is not None:
         raise InputError(
             f"{source}: {target.arch} cannot process its images {target.image_shape}: "
@@ -381,8 +486,19 @@ def _refuse_unfit_network(case: Case, source: str) -> None:
         ) from error
 
 
-def _evaluate_once(settings: AttackSettings, case: Case) -> None:
-    """Evaluate the objective at the initial images, so that a fault shows before the long work."""
+def _evaluate_once(settings: AttackSettings, case: Case, own_network: str | None) -> None:
+    """Evaluate the objective at the initial images, so that a fault shows before the long work.
+
+    Raises InputError where a network of the user's has an operation without a second derivative.
+    """
     x = case.start(settings.first_seed).to(case.device)
     objective = case.objective
-    PIXEL_GRADIENTS[settings.pixel_gradient](objective, objective.local_part(x), 0.0)
+    try:
+        PIXEL_GRADIENTS[settings.pixel_gradient](objective, objective.local_part(x), 0.0)
+    except (RuntimeError, NotImplementedError) as error:
+        if own_network is None or is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{own_network}: its gradient cannot be differentiated by the images: "
+            f"{' '.join(str(error).split())[:160]}"
+        ) from error

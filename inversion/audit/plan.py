@@ -1,6 +1,8 @@
 """Says what an attack will do, and what time and memory it will take."""
 
+import itertools
 import math
+import statistics
 import time
 from dataclasses import replace
 from functools import partial
@@ -8,6 +10,7 @@ from functools import partial
 from inversion.audit.attack import own_seeds
 from inversion.audit.inputs import Case
 from inversion.audit.settings import Settings
+from inversion.audit.updates import update_lines, update_model_of
 from inversion.combine import combination_method
 from inversion.layerwise.attack import target_network
 from inversion.layerwise.least_squares import memory_of_system
@@ -29,6 +32,7 @@ def plan(settings: AttackSettings, case: Case, *, shuffled: bool) -> str:
         lines.append(f"plan: solve the gradient layer by layer, {_setting(case)}")
     if settings.method != "layerwise":
         lines += _matching_lines(settings, case)
+    lines += update_lines(update_model_of(settings, case.target), case.target)
     lines += _protection_lines(case)
     if shuffled:
         lines.append("what was sent is shuffled: there is nothing to find in it")
@@ -82,13 +86,8 @@ def _protection_lines(case: Case) -> list[str]:
     protection = case.target.protection
     if protection is None:
         return []
-    clip = "no clipping" if protection.clip is None else f"clipped to {protection.clip:g}"
     first, *rest = case.guarantee
-    return [
-        f"the client's protection: {protection.mode}, {clip}, noise with standard "
-        f"deviation {protection.sigma:g} per entry; {first}",
-        *rest,
-    ]
+    return [f"the client's protection: {protection.description}; {first}", *rest]
 
 
 def layerwise_estimate(case: Case, max_memory: int) -> str:
@@ -123,6 +122,23 @@ def _matching_estimate(settings: Settings, case: Case, beside: str) -> str:
     beside: when it will run, in words.
     """
     attack, scoring = settings.attack, settings.scoring
+    seconds = measured_step(attack, case)
+    total = seconds * attack.total_iterations(own_seeds(attack, case.processes))
+    left_out = ["combinations"] if attack.forms_consensus else []
+    left_out += ["controls"] if scoring.metric and scoring.controls is not False else []
+    left_out += ["--GInfoR"] if scoring.information else []
+    not_counted = f", {' and '.join(left_out)} not counted" if left_out else ""
+    return (
+        f"estimate{beside}: {seconds * 1e3:.1f} ms per iteration, {duration(total)} in "
+        f"all{not_counted}, peak memory {peak_memory_mib(case.device):.0f} MiB"
+    )
+
+
+def measured_step(attack: AttackSettings, case: Case, steps: int = 2) -> float:
+    """Return the seconds of one step of the loop: the median of `steps` after the first.
+
+    Raises FaultError where a loss is not finite.
+    """
     times = [time.perf_counter()]
 
     def note_time(*_) -> bool:
@@ -133,21 +149,13 @@ def _matching_estimate(settings: Settings, case: Case, beside: str) -> str:
     reconstruct(
         partial(PIXEL_GRADIENTS[attack.pixel_gradient], case.objective),
         case.start(attack.first_seed).to(case.device),
-        replace(loop, steps=max(2, loop.steps)),
+        replace(loop, steps=max(steps, loop.steps)),
         generator=noise_generator(attack.first_seed, case.device),
         on_step=note_time,
-        span=range(2),
+        span=range(steps),
         batch_shard=case.objective.batch_shard,
     )
-    if len(times) < 3:
+    if len(times) <= steps:
         raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
-    seconds = times[2] - times[1]  # the first step warms up
-    total = seconds * attack.total_iterations(own_seeds(attack, case.processes))
-    left_out = ["combinations"] if attack.forms_consensus else []
-    left_out += ["controls"] if scoring.metric and scoring.controls is not False else []
-    left_out += ["--GInfoR"] if scoring.information else []
-    not_counted = f", {' and '.join(left_out)} not counted" if left_out else ""
-    return (
-        f"estimate{beside}: {seconds * 1e3:.1f} ms per iteration, {duration(total)} in "
-        f"all{not_counted}, peak memory {peak_memory_mib(case.device):.0f} MiB"
-    )
+    taken = [end - begin for begin, end in itertools.pairwise(times)]
+    return statistics.median(taken[1:])  # the first step warms up

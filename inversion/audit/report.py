@@ -16,7 +16,9 @@ from inversion.audit.inputs import LPIPS_HINT, Case, Sealed, public_images
 from inversion.audit.scoring import Doubts, Rules, score_images
 from inversion.audit.settings import ScoringSettings, Settings
 from inversion.audit.tables import information_table, label_table, score_table
+from inversion.audit.threat import threat_model
 from inversion.audit.truth import Finish, arrival, second_half_fall
+from inversion.audit.updates import update_entry, update_model_of
 from inversion.audit.verdict import ALPHA
 from inversion.layerwise.attack import Recovered
 from inversion.layerwise.images import decoded
@@ -25,6 +27,7 @@ from utils import metrics
 from utils.console import Reporter, duration
 from utils.device import device_name
 from utils.files import null_if_nan, null_unless_finite, write_csv, write_json
+from utils.matching import label_numbers
 from utils.pictures import (
     save_choices,
     save_controls,
@@ -101,7 +104,7 @@ def information_entry(case: Case, sealed: Sealed) -> tuple[dict, str]:
         columns,
         found.batch_norm,
         independent=found.independent,
-        protected=target.protection is not None,
+        protected=case.protected,
     )
     figures = {"batch_norm": found.batch_norm, "independent": found.independent}
     return {**columns, **figures, "seconds": seconds}, f"{text}\ncomputed in {duration(seconds)}"
@@ -115,7 +118,8 @@ def finish_of(settings: AttackSettings, case: Case, sealed: Sealed, attacked: At
     falls = [second_half_fall(losses) for losses in attacked.gradient_losses(settings)]
     fall = max((fall for fall in falls if fall is not None), default=None)
     final = attacked.outcome.final
-    at = arrival(case.objective, final.x.to(case.device), sealed.images_for(case), sealed.truth.y)
+    objective = case.objective.at_place(final.losses.alpha)
+    at = arrival(objective, final.x.to(case.device), sealed.images_for(case), sealed.truth.y)
     found = attacked.recovered
     return Finish(fall, at, final.stopped, None if found is None else found.stopped)
 
@@ -127,8 +131,13 @@ def score(
     attacked: Attacked,
     finish: Finish,
     controls: Controls = NOT_RUN,
+    *,
+    tests: int = 1,
 ) -> tuple[dict, str]:
-    """Score the reconstruction: the entry `metrics` of result.json, and what to print of it."""
+    """Score the reconstruction: the entry `metrics` of result.json, and what to print of it.
+
+    tests: attacks of which the strongest verdict will count.
+    """
     truth, check, doubt = sealed.truth, sealed.check, finish.doubt
     assert check is not None  # load_inputs saw to it
     if check.kind == "protected" and not sealed.bound:
@@ -137,16 +146,16 @@ def score(
         doubt = "what was attacked is not the truth's gradient, so that nothing follows"
     scores = score_images(
         attacked.images,
-        case.images(truth.x),
+        sealed.colours,
         case.y,
         truth.y,
         Rules(
             scoring.by_index, metrics.SSIMS[scoring.ssim], sealed.lpips_score,
-            scoring.verdict_metric, scoring.attempts,
+            scoring.verdict_metric,
         ),
         controls=controls.images,
         decoys=truth.decoys,
-        doubts=Doubts(controls.missing, doubt, finish.arrival.arrived),
+        doubts=Doubts(controls.missing, doubt, finish.arrival.arrived, tests),
     )  # fmt: skip
     reason = finish.reason
     figures = {
@@ -166,6 +175,8 @@ def score(
     protection = case.target.protection
     if protection is not None:
         lines.append(f"the client's protection ({protection.mode}): {'; '.join(case.guarantee)}")
+    elif case.protected:
+        lines.append(f"the client's protection: withheld; {case.withheld['protection']}")
     return scores, "\n".join(lines)
 
 
@@ -200,7 +211,7 @@ class Report:
         write_csv(attacked.header, attacked.rows, folder / "losses.csv")
         self._write_result(attacked, scores, None, certificate)
         self._save_decoys(attacked, scores)
-        true = None if sealed is None or scores is None else self.case.images(sealed.truth.x)
+        true = None if sealed is None or scores is None else sealed.colours
         save_pairs(attacked.images, true, scores, folder)
         if attacked.rows:
             save_losses(attacked.header, attacked.rows, attacked.rounds, folder / "losses.png")
@@ -221,7 +232,7 @@ class Report:
         assert self.sealed is not None  # controls are scored
         self._write_result(attacked, scores, controls, certificate)
         self._save_decoys(attacked, scores)
-        true = self.case.images(self.sealed.truth.x)
+        true = self.sealed.colours
         path = self.folder / "controls.png"
         save_controls(attacked.images, true, controls.images, scores, path)
 
@@ -230,7 +241,7 @@ class Report:
             return
         truth = self.sealed.truth
         path = self.folder / "decoys.png"
-        save_decoys(attacked.images, self.case.images(truth.x), truth.decoys, scores, path)
+        save_decoys(attacked.images, self.sealed.colours, truth.decoys, scores, path)
 
     def _write_result(
         self,
@@ -245,6 +256,7 @@ class Report:
             "format": RESULT_FORMAT,
             "settings": self.settings.record,
             "target": _target_entry(case),
+            "threat": threat_model(case, self.settings).entry,
             "versions": versions(),
             "git": git_revision(),
             "device": device_name(case.device),
@@ -278,6 +290,9 @@ class Report:
             "information": null_unless_finite(self.information),
             "rounds": null_unless_finite(attacked.rounds),
             "layerwise": None if certificate is None else null_unless_finite(certificate.entry),
+            "update": update_entry(
+                update_model_of(self.settings.attack, case.target), case.target, losses.alpha
+            ),
         }
         write_json(result, self.folder / "result.json")
 
@@ -285,11 +300,14 @@ class Report:
         case, inputs = self.case, self.settings.inputs
         found = case.labels
         true = _true_labels(self.settings.scoring, self.sealed)
+        accuracy = None
+        if true is not None:
+            accuracy = metrics.label_accuracy(*label_numbers(case.y, true))
         record: dict[str, Any] = {
             "method": "known" if inputs.labels is None else "given",
             "reconstructed": case.y,
             "true": true,
-            "accuracy": None if true is None else metrics.label_accuracy(case.y, true),
+            "accuracy": accuracy,
         }
         if found is None:
             return record
@@ -329,6 +347,7 @@ def _target_entry(case: Case) -> dict:
         "train_mode": target.train_mode,
         "bn_statistics": target.bn_mean is not None,
         "replace_bn": target.replace_bn,
+        "loss": target.loss_kind,
         "protection": None if target.protection is None else asdict(target.protection),
     }
 

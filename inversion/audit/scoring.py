@@ -18,7 +18,7 @@ from inversion.audit.identification import (
 )
 from inversion.audit.verdict import ALPHA, LEAKAGE_DIGITS, judge
 from utils import metrics
-from utils.matching import assign
+from utils.matching import assign, label_numbers
 
 #: A control whose p is at most this many times the attack's tells true images from decoys nearly as
 #: well, without knowing anything of them: the decoys are then unlike them.
@@ -43,8 +43,6 @@ class Rules:
     lpips: Metric | None = None
     #: The metric that decides the verdict, a name in VERDICT_METRICS.
     verdict_metric: str = "ssim"
-    #: Attacks of which the strongest is told, as `verdict.judge` takes them.
-    attempts: int = 1
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -61,6 +59,7 @@ class Doubts:
     missing: Sequence[str] = ()
     doubt: str | None = None
     arrived: bool = True
+    tests: int = 1
 
 
 #: Names of all metrics, in the order of the tables.
@@ -111,7 +110,8 @@ def score_images(
     Beside the scores stand those of images that need no attack (`metrics.baselines`): an image
     whose PSNR is not above the better of them is no reconstruction.
 
-    y_found, y_true: (B,) labels that the attack went by, and the true ones. controls: name →
+    y_found, y_true: labels that the attack went by, and the true ones: classes (B,), or vectors
+    (B, K), of which equal ones count as one class. controls: name →
     (B, C, H, W) in [0, 1], what an attack without the client's gradient made, paired by the same
     rules; `leakage` sets the scores against them. decoys: (B, N − 1, C, H, W) of uint8, images that
     could have been in the place of each true one (`identification.identify`).
@@ -119,11 +119,12 @@ def score_images(
     Returns the `metrics` entry of result.json. In it the PSNR of an exact image is None and
     `exact` true; metrics that do not apply are None or NaN.
     """
-    batch = _Batch(true, y_true, y_found, rules)
+    numbers_found, numbers_true = label_numbers(y_found, y_true)
+    batch = _Batch(true, numbers_true, numbers_found, rules)
     order = batch.pairing(found)
     scores = batch.score(found[order])
     references = {name: batch.score(x) for name, x in metrics.baselines(true).items()}
-    images = _image_entries(batch, order, scores, references)
+    images = _image_entries((y_found, y_true), order, scores, references)
     result: dict[str, Any] = {
         "pairing": "index" if rules.by_index else "assignment",
         "mean": {name: scores.mean.get(name) for name in NAMES},
@@ -158,7 +159,7 @@ def score_images(
     verdict = judge(
         result["leakage"], identification, paired, metric=metric, unlike=unlike,
         missing=doubts.missing, doubt=doubts.doubt, arrived=doubts.arrived,
-        attempts=rules.attempts,
+        tests=doubts.tests,
     )  # fmt: skip
     result["verdict"] = asdict(verdict)
     return result
@@ -194,12 +195,16 @@ def _test(
 
 
 def _image_entries(
-    batch: _Batch,
+    labels: tuple[Tensor, Tensor],
     order: Sequence[int],
     scores: metrics.Scores,
     references: Mapping[str, metrics.Scores],
 ) -> list[dict]:
-    """Make an entry per true image: its pair, labels, scores, and how they stand to flat images."""
+    """Make an entry per true image: its pair, labels, scores, and how they stand to flat images.
+
+    labels: those that the attack went by, and the true ones.
+    """
+    y_found, y_true = labels
     images = []
     for i, source in enumerate(order):
         values = {
@@ -210,8 +215,8 @@ def _image_entries(
             {
                 "true": i,
                 "reconstruction": source,
-                "label_true": int(batch.y_true[i]),
-                "label": int(batch.y_found[source]),
+                "label_true": y_true[i].tolist(),
+                "label": y_found[source].tolist(),
                 **values,
                 "psnr": _written_psnr(values["psnr"]),
                 "exact": values["mse"] == 0,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from inversion.audit.flags import tuned_flag
-from inversion.audit.inputs import bn_source, load_inputs
+from inversion.audit.inputs import bn_source, load_inputs, user_network_of
 from inversion.audit.settings import SearchSettings, Settings, settings_from
 from inversion.audit.truth import check_truth_gradient
 from inversion.search.trial import Problem
@@ -41,7 +41,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 #: Root mean square difference of normalised images up to which they are the same image.
 SAME_IMAGE = 1e-2
 #: What a target and its simulation must have in common.
-ALIKE = ("arch", "replace_bn", "num_classes", "image_shape", "train_mode", "label_smoothing")
+ALIKE = (
+    "arch", "replace_bn", "num_classes", "image_shape", "train_mode", "label_smoothing",
+    "loss_kind",
+)  # fmt: skip
 #: Ray: no usage reports, nothing written beside the search, trials saved as they report.
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -80,7 +83,7 @@ def run_search(settings: Settings, reporter: Reporter) -> dict | None:
             problem,
             wanted.parameters,
             Budget(wanted.num_samples, wanted.first_report, wanted.last_report),
-            _resources(wanted, gpus),
+            _resources(wanted, gpus, settings.inputs.model),
             algorithm=algorithm,
             folder=str(folder),
             resume=wanted.resume,
@@ -129,10 +132,12 @@ def _refuse_machine(wanted: SearchSettings, gpu: int | None) -> None:
         check_reachable(wanted.address, "--ray-address")
 
 
-def _resources(wanted: SearchSettings, gpus: float) -> Resources:
+def _resources(wanted: SearchSettings, gpus: float, model: str | None) -> Resources:
+    """Say what trials take. model: FILE.py:function, whose folder trials on this machine see."""
     packages: Mapping = {"working_dir": str(ROOT), "excludes": RAY_EXCLUDED}
     if wanted.address is None:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        beside = None if model is None else os.path.dirname(os.path.abspath(model))
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH"), beside])]
         packages = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     return Resources(wanted.cpus, gpus, wanted.max_concurrent, wanted.address, packages)
 
@@ -150,16 +155,18 @@ def load_problem(settings: Settings, wanted: SearchSettings, device: str) -> Pro
         simulation = checkpoints.load(wanted.simulation)
     with naming(f"--checkpoint {settings.inputs.checkpoint}"):
         checkpoint = checkpoints.load(settings.inputs.checkpoint)
-        target = target_from_checkpoint(checkpoint)
+    builder = user_network_of(settings.inputs, checkpoint)
+    with naming(f"--checkpoint {settings.inputs.checkpoint}"):
+        target = target_from_checkpoint(checkpoint, builder)
         check_fits(target)
     if simulation.get("x_true") is None or simulation.get("y_true") is None:
         raise InputError(f"{source}: holds no truth to score trials by; capture it without --seal")
-    simulated = target_from_checkpoint(simulation)
+    simulated = target_from_checkpoint(simulation, builder)
     _refuse_unlike(settings.attack, target, simulated, source)
     with naming(source):
         check_fits(simulated)
         checkpoints.check_truth(simulation, simulation)
-    truth = truth_from_checkpoint(simulation)
+    truth = truth_from_checkpoint(simulation, builder=builder)
     assert truth is not None  # its entries are there
     model = model_of(simulated)
     if not wanted.allow_target and _shares_images(settings, checkpoint, truth, target, model):

@@ -18,6 +18,7 @@ from inversion.audit.flags import (
     tuned_names,
 )
 from inversion.audit.sweep.settings import SweepSettings, sweep_from
+from inversion.audit.withhold import refuse_contradictions
 from inversion.settings import (
     AUTO,
     LABEL_METHODS,
@@ -48,6 +49,8 @@ class InputSettings:
     label_method: str
     #: Folder of labelled images of the attacker's own.
     label_images: str | None
+    #: Bits per grey value in those of more than 8 bits that do not say it; None for 16.
+    bit_depth: int | None
     #: Whether labels are known to be drawn evenly from all classes.
     uniform_labels: bool
     #: Factor by which the client multiplied its loss.
@@ -56,6 +59,10 @@ class InputSettings:
     shuffled: bool
     #: Number of the GPU to compute on; None for the first one, else the CPU.
     gpu: int | None
+    #: FILE.py:function that builds the network; None for one by the checkpoint's name.
+    model: str | None = None
+    #: Parts that the attacker is not given, names in WITHHELD.
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,6 @@ class ScoringSettings:
     information: bool
     #: Whether to run the controls; None to run them after a short attack.
     controls: bool | None
-    #: Attacks on the same target of which the strongest is told: their p values are corrected.
-    attempts: int = 1
 
     @property
     def needs_truth(self) -> bool:
@@ -157,6 +162,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     """
     if args.checkpoint is None:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
+    _refuse_audit_flags(args)
     search = _search_from(args)
     if args.attack == "matching":
         _refuse_solving(args)
@@ -164,6 +170,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         _refuse_matching(args)
     else:
         _refuse_attack(args)
+    refuse_contradictions(args)
     _refuse_inputs(args)
     _refuse_optimiser(args)
     _refuse_strategy(args)
@@ -174,13 +181,16 @@ def settings_from(args: argparse.Namespace) -> Settings:
             checkpoint=args.checkpoint,
             truth=args.truth,
             labels=args.labels,
-            labels_from_gradient=args.pseudo_label_init == "from_grads",
+            labels_from_gradient=_reconstructs_labels(args),
             label_method=args.label_method,
             label_images=args.label_aux,
+            bit_depth=args.bit_depth,
             uniform_labels=args.label_prior == "uniform",
             gradient_scale=args.gradient_scale,
             shuffled=args.target_gradient == "shuffled",
             gpu=args.gpu,
+            model=args.model,
+            without=args.without or (),
         ),
         scoring=ScoringSettings(
             metric=args.metric,
@@ -201,6 +211,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
     )
     writable_folder(str(settings.folder), "--root")
     return settings
+
+
+def _refuse_audit_flags(args) -> None:
+    """Refuse what concerns a whole audit where one attack is asked for."""
+    if args.budget is not None:
+        raise InputError(f"--budget {args.budget:g}s: belongs to --audit; give it as well")
+    if args.no_images and not args.audit:
+        raise InputError("--no-images: belongs to --audit; give it as well")
+    for flag in ("checkpoint", "truth"):
+        if isinstance(getattr(args, flag), list):
+            raise InputError(f"--{flag}: several files are for --audit; give one")
 
 
 def refuse_processes(settings: Settings, count: int) -> None:
@@ -262,6 +283,7 @@ def _attack_from(args) -> AttackSettings:
         bn_grad=args.bn_grad,
         bn_coupling=args.bn_coupling,
         shared=args.shard,
+        update_model=args.update_model,
     )
 
 
@@ -323,6 +345,10 @@ def _refuse_attack(args) -> None:
         )
 
 
+def _reconstructs_labels(args) -> bool:
+    return args.pseudo_label_init == "from_grads" or "labels" in (args.without or ())
+
+
 def _refuse_inputs(args) -> None:
     if args.pseudo_label_init == "from_grads" and args.labels is not None:
         raise InputError(
@@ -331,11 +357,15 @@ def _refuse_inputs(args) -> None:
         )
     for flag, unused in (("method", AUTO), ("aux", None), ("prior", "none")):
         value = getattr(args, f"label_{flag}")
-        if args.pseudo_label_init != "from_grads" and value != unused:
+        if not _reconstructs_labels(args) and value != unused:
             raise InputError(
                 f"--label-{flag} {value}: says how labels are reconstructed; give "
                 "--pseudo-label-init from_grads as well"
             )
+    if args.bit_depth is not None and args.label_aux is None:
+        raise InputError(
+            f"--bit-depth {args.bit_depth}: is for the files of --label-aux; give it as well"
+        )
     if args.label_method == AUTO:
         return
     method = LABEL_METHODS[args.label_method]
@@ -398,6 +428,11 @@ def _refuse_scoring(args) -> None:
 def _search_from(args) -> SearchSettings | None:
     """Return the search that the flags ask for; raise InputError for one that cannot run."""
     names = tuned_names(args)
+    if args.superparameters_search and args.update_model in ("sme", "unroll"):
+        raise InputError(
+            f"--update-model {args.update_model}: a search tries the gradient at the state before; "
+            "give --update-model mean"
+        )
     if not args.superparameters_search:
         flags = [f"{tuned_flag(name)}-tune" for name in names]
         given = ("simulation_checkpoint", "ray_address", "search_resume", "search_only")

@@ -9,6 +9,7 @@ from torch import Tensor
 from inversion.audit.verdict import ALPHA, FEW_IMAGES, LEAKAGE_DIGITS, difference
 from utils import metrics
 from utils.console import table
+from utils.matching import label_numbers
 from utils.pictures import decibels
 
 #: Classes that are printed, the most frequent ones first.
@@ -72,7 +73,7 @@ def score_table(scores: Mapping) -> str:
         [
             image["true"],
             image["reconstruction"],
-            f"{image['label_true']} / {image['label']}",
+            f"{_label(image['label_true'])} / {_label(image['label'])}",
             *("exact" if name == "psnr" and image["exact"] else image[name] for name in names),
             "yes" if image["above_baselines"] else f"no: flat {decibels(image['flat_psnr'])}",
         ]
@@ -102,9 +103,17 @@ def score_table(scores: Mapping) -> str:
     )
 
 
+def _label(label: int | Sequence[float]) -> str:
+    """Write a class, or a label vector: as digits where it holds 0 and 1 alone."""
+    if isinstance(label, int):
+        return str(label)
+    digits = set(label) <= {0, 1}
+    return "".join(str(int(v)) for v in label) if digits else " ".join(f"{v:g}" for v in label)
+
+
 def _label_accuracy(images: Sequence[Mapping]) -> str:
     used, true = (torch.tensor([i[key] for i in images]) for key in ("label", "label_true"))
-    return f"label accuracy {100 * metrics.label_accuracy(used, true):.1f} %"
+    return f"label accuracy {100 * metrics.label_accuracy(*label_numbers(used, true)):.1f} %"
 
 
 def _against_flat(images: Sequence[Mapping]) -> str:
@@ -200,7 +209,8 @@ def information_table(
         "cosine_distance": "cosine distance", "sign_rate": "equal signs %",
         "information": "information", "ratio": "ratio %",
     }  # fmt: skip
-    rows = [[i, *values] for i, values in enumerate(zip(*columns.values(), strict=True))]
+    shown = {**columns, "label": [_label(label) for label in columns["label"]]}
+    rows = [[i, *values] for i, values in enumerate(zip(*shown.values(), strict=True))]
     total = {"norm": batch_norm, "information": sum(columns["information"])}
     rows.append(["batch", *(total.get(name, "") for name in columns)])
     rows[-1][-1] = sum(columns["ratio"])

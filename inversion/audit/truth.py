@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from inversion.distances import cosine_distance, joint_norm
 from inversion.objective import Losses, Objective
 from inversion.settings import Weights
+from inversion.surrogate import PLACES
 from models.batchnorm import batchnorm_layers
+from models.local import local_gradient
 from models.target import Target, rounding_error
 from utils.shard import ALONE, Shard
 
@@ -18,6 +20,9 @@ from utils.shard import ALONE, Shard
 #: of a flat batch's distance that it must stay below, and the distance that is only rounding: of
 #: the computation, and of the numbers sent, in squares of their relative rounding error.
 SAME_BATCH, SHARE_OF_FLAT, ROUNDING, ROUNDED_BY = 1e-3, 0.1, 1e-10, 0.1
+#: Share of a flat batch's distance up to which an update can be that of the same images, where its
+#: mini-batches came in another order.
+OTHER_ORDER = 0.5
 #: Share of its loss that an attack still loses in the second half if it is called unfinished.
 STILL_FALLING = 0.1
 #: Relative difference of norms up to which they are equal but for rounding.
@@ -34,7 +39,8 @@ class TruthCheck:
     distance: float
     #: Norm of what was sent over that of the true images' gradient.
     norm_ratio: float
-    #: "same", "protected", "scaled", "opposite", "unnormalised", "other mode", "near" or "other".
+    #: "same", "order" (of mini-batches), "protected", "scaled", "opposite", "unnormalised", "other
+    #: mode", "near" or "other".
     kind: str
     #: The finding in plain words.
     finding: str
@@ -42,7 +48,7 @@ class TruthCheck:
     @property
     def fits(self) -> bool:
         """Whether what was sent can be the gradient of the true images."""
-        return self.kind in ("same", "protected", "scaled")
+        return self.kind in ("same", "order", "protected", "scaled")
 
 
 def check_truth_gradient(
@@ -77,7 +83,18 @@ def check_truth_gradient(
     flat = x.mean((-2, -1), keepdim=True).expand_as(x)
     resolution = target.resolution or rounding_error(target.gradient)
     rounding = max(ROUNDING, ROUNDED_BY * resolution**2)
-    limit = min(SAME_BATCH, max(rounding, SHARE_OF_FLAT * compared(flat)[0]))
+    of_flat = compared(flat)[0]
+    limit = min(SAME_BATCH, max(rounding, SHARE_OF_FLAT * of_flat))
+    several = target.local is not None
+    if distance <= limit and several and abs(ratio - 1) <= SAME_NORM:
+        return finding("same", "what was sent is the update of the truth's local steps")
+    in_parts = target.local is not None and target.local.batch is not None
+    if in_parts and limit < distance <= OTHER_ORDER * of_flat:
+        return finding(
+            "order",
+            "what was sent is nearly the update of the truth's local steps, as where the "
+            "mini-batches came in another order",
+        )
     if distance <= limit:
         if abs(ratio - 1) <= SAME_NORM:
             return finding("same", "what was sent is the truth's gradient")
@@ -127,8 +144,10 @@ def check_truth_gradient(
 
 
 def _gradient(model, target, x, y, train_mode, shard) -> tuple[Tensor, ...]:
-    """Return the gradient of a batch with BatchNorm in the given mode."""
+    """Return the gradient of a batch, or the mean one of its local steps, in the given mode."""
     target = replace(target, train_mode=train_mode)
+    if target.local is not None:  # every process takes all steps
+        return local_gradient(model, x, y, target.loss, target.local)
     objective = Objective(model, target, y, Weights(), batch_shard=shard)
     return objective.gradient(x)
 
@@ -165,11 +184,14 @@ def arrival(objective: Objective, found: Tensor, x: Tensor, y: Tensor) -> Arriva
     """Evaluate the attack's objective at its reconstruction and at the truth.
 
     found: (B, C, H, W) reconstruction in the order of the objective's labels. x, y: the true
-    images, normalised, and their labels. The weights are those of the last iteration.
+    images, normalised, and their labels. The weights are those of the last iteration. At the truth
+    a surrogate of several local steps is where it suits best.
     """
-    return Arrival(
-        objective.with_labels(y).value(x, 1.0).floats(), objective.value(found, 1.0).floats()
-    )
+    truly = objective.with_labels(y)
+    places = [None] if objective.place is None else PLACES
+    at_truth = [truly.at_place(place).value(x, 1.0).floats() for place in places]
+    best = min(at_truth, key=lambda losses: losses.total)
+    return Arrival(best, objective.value(found, 1.0).floats())
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,10 @@ class Verdict:
     smallest_p: float | None
     #: The image that shows the gradient most, by its number in the batch; None without evidence.
     worst_image: int | None
-    #: Images that are identified one by one, corrected for their number.
+    #: Images that are identified one by one, corrected for their number and that of the tests.
     identified: list[int]
+    #: Number of attacks for which `p` is corrected before it decides (Bonferroni).
+    tests: int = 1
 
 
 def judge(
@@ -61,7 +63,7 @@ def judge(
     missing: Sequence[str] = (),
     doubt: str | None = None,
     arrived: bool = True,
-    attempts: int = 1,
+    tests: int = 1,
 ) -> Verdict:
     """Decide what may be said of an attack.
 
@@ -72,19 +74,21 @@ def judge(
     nearly as clearly as the attack: the decoys are then unlike the true images.
     missing: words for every control that should be there and is not. doubt: why an attack that
     found nothing has shown nothing, None where there is no such reason. arrived: whether the
-    attack's objective became as low as it is at the truth. attempts: attacks of which the
-    strongest is told; every p is multiplied by it (Bonferroni).
+    attack's objective became as low as it is at the truth. tests: attacks of which the strongest
+    verdict counts; every p, that of a single image too, is multiplied by their number before it
+    decides (Bonferroni), and printed so.
     """
-    p, smallest = (
-        q and min(1.0, attempts * q) for q in evidence_against_chance(identification, paired)
-    )
+    found, least = evidence_against_chance(identification, paired)
+    p, smallest = corrected(found, tests), corrected(least, tests)
     above = None if leakage is None else leakage[metric]
     worst = _worst(above, identification)
     shown = p is not None and p <= ALPHA and not unlike
     identified = []
     if shown and identification is not None:
-        identified = [i for i, q in enumerate(identification.image_p) if attempts * q <= ALPHA]
+        identified = [i for i, q in enumerate(identification.image_p) if q * tests <= ALPHA]
     test = "no test, for want of decoys" if p is None else f"p = {p:.2g}"
+    if p is not None and tests > 1:
+        test += f", corrected for {tests} attacks"
     able = smallest is not None and smallest <= ALPHA
     if missing or above is None:
         verdict = INCOMPLETE
@@ -136,7 +140,13 @@ def judge(
         )
         if not arrived:
             words += "; the attack's optimiser did not arrive, so a better one may find more"
-    return Verdict(verdict, f"{verdict}: {words}", metric, p, smallest, worst, identified)
+    sentence = f"{verdict}: {words}"
+    return Verdict(verdict, sentence, metric, found, least, worst, identified, tests)
+
+
+def corrected(p: float | None, tests: int) -> float | None:
+    """Return p times the number of tests, at most 1 (Bonferroni); None without a test."""
+    return None if p is None else min(1.0, tests * p)
 
 
 def evidence_against_chance(

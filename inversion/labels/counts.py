@@ -63,18 +63,24 @@ def lower_bounds(evidence: Evidence) -> tuple[Tensor, bool]:
 
     n_k > −B g_k because probabilities are positive; a class whose row of G has a negative entry
     occurs, where features are never negative. The bounds are certain if the bias gradient was sent
-    and holds no noise, otherwise likely. Returns (C,) integers from 0 to B + 1, which stands for
-    every number above B.
+    whole and holds no noise, otherwise likely. Returns (C,) integers from 0 to B + 1, which stands
+    for every number above B.
 
     Raises ValueError without a bias gradient (`with_bias_gradient` adds one).
     """
     e = evidence
     bounds = torch.maximum(_bias_bounds(e), _occurs(e).long())
-    return bounds, not (e.sigma or e.is_surrogate)
+    return bounds, not (e.sigma or e.is_surrogate or e.defence)
 
 
 def _bias_bounds(e: Evidence) -> Tensor:
-    """Return the lower bounds that the bias gradient alone implies."""
+    """Return the lower bounds that the bias gradient alone implies.
+
+    An entry that was left out is 0 and bounds nothing. Of a sign follows one sample, since q_k > 0.
+    """
+    if e.signs_only:
+        negative = (e.known_bias_grad < 0) & (not (e.is_surrogate or e.label_smoothing))
+        return negative.long()
     slack = NOISE_MARGIN * e.bias_sigma + (0.5 / e.batch_size if e.is_surrogate else 0.0)
     counts = -e.batch_size * (e.hard_bias_grad + slack / (1 - e.label_smoothing))
     if e.resolution < 1e-12 and not (slack or e.label_smoothing):
@@ -94,10 +100,14 @@ def check_scale(evidence: Evidence) -> None:
     for the bias gradient, whose length is a guess, by SURROGATE_ERROR. A scale below 1 breaks no
     bound and is not noticed.
 
+    Signs alone have no scale, and are not checked.
+
     Raises ScaledGradientError where a scale explains the gradient, ValueError where none does, and
     ValueError without a bias gradient.
     """
     e = evidence
+    if e.signs_only:
+        return  # the length is that of the scale
     if e.is_surrogate or e.sigma:
         margin = (NOISE_MARGIN + math.sqrt(2 * math.log(e.num_classes))) * e.bias_sigma
         longest = -e.hard_bias_grad.min().item() - margin / (1 - e.label_smoothing)
@@ -396,6 +406,10 @@ def counts(evidence: Evidence) -> Estimate:
     e, bounds = prepared(evidence)
     spread, limit = logit_spread(e)
     remark = clipping_remark(e)
+    if e.signs_only:  # the classes that occur, evenly; all of them where none is known to
+        present = bounds > 0 if (bounds > 0).any() else torch.ones_like(bounds, dtype=torch.bool)
+        x = present.double() * e.batch_size / present.sum()
+        return Estimate(round_counts(x, bounds, e.batch_size), None, remark)
     if spread < limit:
         return Estimate(round_counts(homogeneous(e), bounds, e.batch_size), "homogeneous", remark)
     x = saturated(e, bounds)

@@ -78,6 +78,10 @@ class Evidence:
     is_surrogate: bool = False
     #: Standard deviation of the noise in such a stand-in.
     surrogate_sigma: float = 0.0
+    #: What the client's defence took from the head's gradient, in words; empty where nothing.
+    defence: str = ""
+    #: Only the signs of the entries are the gradient's.
+    signs_only: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -179,7 +183,7 @@ def gather_evidence(
         bias=_double(bias),
         batch_size=target.batch_size,
         label_smoothing=target.label_smoothing,
-        sigma=protection.sigma if protection else 0.0,
+        sigma=_deviation(target, [gradients[f"{name}.weight"], bias_grad]),
         clipped=_was_clipped(target),
         clipped_per_sample=protection is not None and protection.mode == "per-sample",
         resolution=target.resolution or rounding_error([gradients[f"{name}.weight"]]),
@@ -188,7 +192,43 @@ def gather_evidence(
         auxiliary=seen,
         non_negative=bool((probe >= 0).all()),
         uniform_labels=uniform_labels,
+        defence=_defence(target),
+        signs_only=protection is not None and protection.mode == "sign",
     )
+
+
+def _defence(target: Target) -> str:
+    """Say what a defence took from the gradient that the label methods do not know."""
+    how = target.protection
+    if how is None:
+        return ""
+    if how.mode == "int8":
+        return "the gradient was rounded to 8 bits, which counts as noise"
+    if how.mode == "sign":
+        return (
+            "of the gradient only signs were sent: that a class occurs can be read, not how often"
+        )
+    if target.sent is None and how.largest is None:
+        return ""
+    cut = "" if how.largest is None else f" and the others cut to ±{how.largest:g}"
+    return (
+        f"entries of the gradient were left out{cut} ({how.mode}): the methods take them for 0, so "
+        "counts are not to be relied on, nor that a class is absent"
+    )
+
+
+def _deviation(target: Target, of_head: list[Tensor | None]) -> float:
+    """Return the standard deviation of noise in the head's gradient; rounding to 8 bits is noise.
+
+    The larger one where weight and bias were rounded to different steps.
+    """
+    how = target.protection
+    if how is None:
+        return 0.0
+    steps = [0.0]
+    if how.mode == "int8":
+        steps += [g.abs().max().item() / 127 for g in of_head if g is not None]
+    return math.hypot(how.sigma, max(steps) / math.sqrt(12)) if max(steps) else how.sigma
 
 
 def _linear_head(model: nn.Module, target: Target) -> tuple[str, nn.Linear]:

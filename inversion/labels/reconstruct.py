@@ -112,11 +112,17 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
 
     Nothing is changed, neither the target nor the model nor the images.
 
-    Raises ValueError where the method does not apply: no linear head, layers behind it, auxiliary
-    images or uploaded statistics that are missing; ScaledGradientError where the gradient is too
-    long for any batch of B samples.
+    Raises ValueError where the method does not apply: another loss than cross-entropy, no linear
+    head, layers behind it, auxiliary images or uploaded statistics that are missing;
+    ScaledGradientError where the gradient is too long for any batch of B samples.
     """
     begin = time.perf_counter()
+    if target.loss_kind != "cross-entropy":
+        raise ValueError(
+            "the published counts rest on softmax cross-entropy, whose outputs sum to 1 per image; "
+            "under binary cross-entropy the gradient of the head's bias is the mean of the "
+            "outputs' probabilities minus that of the labels, and tells only the two together"
+        )
     method, reason = _applicable(target, inputs, method)
     needs = LABEL_METHODS[method]
     evidence = gather_evidence(
@@ -128,14 +134,23 @@ def reconstruct_labels(target: Target, inputs: LabelInputs, method: str = AUTO) 
         uniform_labels=inputs.uniform_labels,
     )
     with_bias = with_bias_gradient(evidence)
-    check_scale(with_bias)
+    if target.local is None:  # local steps may weigh some images more than others
+        check_scale(with_bias)
     try:
         estimate = LABEL_FUNCTIONS[method](evidence)
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"the equations of {method} have no solution here") from error
     if estimate.remark:
         reason = f"{reason}; {estimate.remark}"
+    if evidence.defence:
+        reason = f"{reason}; {evidence.defence}"
     bounds, certain = lower_bounds(with_bias)
+    if target.local is not None:
+        certain = False
+        reason = (
+            f"{reason}; an update of {target.local.steps} local steps is no gradient, so that "
+            "counts and bounds are likely at best"
+        )
     if not certain and bounds.sum() > target.batch_size:  # what is likely, but cannot be
         bounds = round_counts(estimate.counts.double(), bounds, target.batch_size)
     return LabelResult(

@@ -22,6 +22,10 @@ from models.target import Target, rounding_error
 NEAR = 0.25
 #: Rounding to a type spreads evenly over one unit: its standard deviation in units.
 UNIFORM = 12**-0.5
+#: Steps from 0 to the largest magnitude of a tensor that was quantised to 8 bits.
+INT8_STEPS = 127
+#: Relative distance from the limit up to which an entry counts as cut to it.
+CUT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,9 @@ def layerwise_attack(
 ) -> Recovered:
     """Solve the gradient for the network's tensors and make images of the deepest certified ones.
 
-    model: the attacked network. y: (B,) labels; where the head's gradient does not determine the
-    features that belong to them, labels are read from the gradient instead. public: (M, C, H, W)
+    model: the attacked network. y: (B,) labels, or (B, K) of a binary cross-entropy; where the
+    head's gradient does not determine the features that belong to class labels, labels are read
+    from the gradient instead. public: (M, C, H, W)
     normalised photographs that are none of the client's, for the linear decoder. on_layer: called
     with every certificate. should_stop: asked after every tensor, and while images are made; true
     ends with what there is.
@@ -131,34 +136,69 @@ def layerwise_attack(
 def target_network(model: nn.Module, target: Target, max_memory: int = MAX_MEMORY) -> Network:
     """Trace the attacked network, with what the client sent.
 
-    Raises ValueError, in one line, where the network cannot be walked through or the batch
-    statistics are missing.
+    Raises ValueError, in one line, where the network cannot be walked through, the batch statistics
+    are missing, or an update of several local steps was sent.
     """
+    if target.local is not None:
+        raise ValueError(
+            f"an update of {target.local.steps} local steps was sent, and the layers' equations "
+            "hold for one gradient"
+        )
+    if target.protection is not None and target.protection.mode == "sign":
+        raise ValueError(
+            "the client sent the signs of its gradient alone, from which no equation follows"
+        )
+    whole = whole_tensors(model, target)
     statistics = statistics_of(target, model)
     return network_of(
         model,
         target.batch_size,
         target.image_shape,
-        dict(zip(trainable_parameters(model), target.gradient, strict=True)),
+        whole,
         train_mode=target.train_mode,
         statistics=None if statistics is None else [*statistics.values()],
         accuracy=accuracies(model, target),
         max_memory=max_memory,
+        partial=[name for name in trainable_parameters(model) if name not in whole],
     )
+
+
+def whole_tensors(model: nn.Module, target: Target) -> dict[str, Tensor]:
+    """Return the gradients of which every entry was sent, uncut, by the parameter's name.
+
+    A tensor of a sparse update that lacks one entry takes no part in an equation.
+    """
+    names = list(trainable_parameters(model))
+    keep = [True] * len(names)
+    if target.sent is not None:
+        keep = [bool(mask.all()) for mask in target.sent]
+    largest = None if target.protection is None else target.protection.largest
+    if largest is not None:  # entries at the limit may have been larger
+        limit = (1 - CUT) * largest
+        inside = (bool((g.abs() < limit).all()) for g in target.gradient)
+        keep = [whole and uncut for whole, uncut in zip(keep, inside, strict=True)]
+    rows = zip(names, target.gradient, keep, strict=True)
+    return {name: g for name, g, whole in rows if whole}
 
 
 def accuracies(model: nn.Module, target: Target) -> dict[str, Accuracy]:
     """Return how exact each parameter's gradient is, by the parameter's name.
 
-    From the type of its numbers and, where the client recorded noise, from its deviation.
+    From the type of its numbers and, where the client recorded noise, from its deviation. Rounding
+    to 8 bits counts as noise of 1/√12 of the tensor's step, as rounding to a narrow type does.
     """
     resolution = target.resolution or rounding_error(target.gradient)
     single = torch.finfo(torch.float32).eps
     sigma = 0.0 if target.protection is None else target.protection.sigma
+    quantised = target.protection is not None and target.protection.mode == "int8"
     narrow = UNIFORM * resolution if resolution > single else 0.0
     found = {}
     for name, g in zip(trainable_parameters(model), target.gradient, strict=True):
         size = max(g.double().norm().item(), torch.finfo(torch.float64).tiny)
-        noise = (narrow**2 + (sigma * g.numel() ** 0.5 / size) ** 2) ** 0.5
+        step = g.abs().max().item() / INT8_STEPS if quantised and g.numel() else 0.0
+        added = (
+            (deviation * g.numel() ** 0.5 / size) ** 2 for deviation in (sigma, UNIFORM * step)
+        )
+        noise = (narrow**2 + sum(added)) ** 0.5
         found[name] = Accuracy(min(resolution, single), noise)
     return found

@@ -29,7 +29,8 @@ def solve_head(
     start = time.perf_counter()
     module, name = network.module(output), str(output.target)
     if f"{name}.weight" not in network.gradient:
-        raise StoppedError(f"{name}: the gradient of its weights was not sent")
+        whole = network.whole_or_not(f"{name}.weight")
+        raise StoppedError(f"{name}: the gradient of its weights was {whole}")
     of_weight, of_bias = (network.gradient.get(f"{name}.{part}") for part in ("weight", "bias"))
     assert of_weight is not None
     if not of_weight.any():

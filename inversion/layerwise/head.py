@@ -77,17 +77,26 @@ def head_features(
     features are those of the least norm, with a rank below B. A has B² unknowns, P (K − 1) B
     equations: without the bias's gradient there is one solution, as a rule, for B ≤ K − 2 alone.
 
+    Labels y (B, K) are those of a binary cross-entropy. Then P = σ(F Wᵀ + b), A = (P − Y)ᵀ / (B K),
+    the rows sum to anything, so that B ≤ K suffices, and the fixed point is all that is tried.
+
     error: the norm of the gradient's error, relative to the gradient's. What it makes of the
     features is found by solving once more, with random numbers of that norm added to the gradient
     (a parametric bootstrap; Efron & Tibshirani, 1993).
     """
     classes, count = len(weight), len(y)
-    labels = F.one_hot(y, classes).to(weight)
-    smooth = (1 - label_smoothing) * labels + label_smoothing / classes
     offset = weight.new_zeros(classes) if bias is None else bias
-    given = HeadGradient(weight, offset, weight_gradient, bias_gradient, smooth)
-    uniform = torch.softmax(offset, 0).expand(count, classes)
-    found = _solve(given, [uniform, *_starts(labels)], clipped=clipped, tolerance=tolerance)
+    if y.dim() == 2:
+        given = HeadGradient(
+            weight, offset, weight_gradient, bias_gradient, y.to(weight), binary=True
+        )
+        starts = [torch.sigmoid(offset).expand(count, classes)]
+    else:
+        labels = F.one_hot(y, classes).to(weight)
+        smooth = (1 - label_smoothing) * labels + label_smoothing / classes
+        given = HeadGradient(weight, offset, weight_gradient, bias_gradient, smooth)
+        starts = [torch.softmax(offset, 0).expand(count, classes), *_starts(labels)]
+    found = _solve(given, starts, clipped=clipped, tolerance=tolerance)
     if error == 0:
         return found
     other = _solve(_disturbed(given, error), [found.probabilities], clipped=clipped)
@@ -102,7 +111,7 @@ def _solve(
     """Apply the fixed point from the first start, then search from all; return the best."""
     found = _fixed_point(given, starts[0], clipped=clipped)
     count = len(given.labels)
-    if clipped or count**2 > MOST_SEARCHED or found.rank < count:
+    if given.binary or clipped or count**2 > MOST_SEARCHED or found.rank < count:
         return found
     for start in starts:
         if found.residual <= tolerance:

@@ -29,14 +29,18 @@ class HeadGradient:
     of_bias: Tensor | None
     #: (B, K) labels, smoothed where the client smooths them.
     labels: Tensor
+    #: Whether every output is a probability of its own, as under binary cross-entropy.
+    binary: bool = False
 
     def signal(self, probabilities: Tensor) -> Tensor:
         """Return the derivative of the loss by the logits, (B, K)."""
-        return (probabilities - self.labels) / len(self.labels)
+        count = self.labels.numel() if self.binary else len(self.labels)
+        return (probabilities - self.labels) / count
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Return the classes' probabilities (B, K) at these features (B, d)."""
-        return torch.softmax(features @ self.weight.T + self.bias, 1)
+        logits = features @ self.weight.T + self.bias
+        return torch.sigmoid(logits) if self.binary else torch.softmax(logits, 1)
 
     def residual(self, signal: Tensor, features: Tensor) -> float:
         """Return what is left of either gradient, relative to it, the larger one."""

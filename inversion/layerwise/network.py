@@ -76,6 +76,8 @@ class Network:
     routes: dict[fx.Node, Tensor] = field(default_factory=dict)
     #: Bytes that a dense system may take.
     max_memory: int = MAX_MEMORY
+    #: Names of parameters of whose gradients the client's defence sent only a part.
+    partial: frozenset[str] = frozenset()
     #: Relative error of the derivative of the loss by the logits, which all others inherit.
     signal_error: float = 0.0
     #: Derivatives of the loss that no later step changes.
@@ -214,8 +216,15 @@ class Network:
         of_weight = self.gradient.get(f"{node.target}.weight")
         of_bias = self.gradient.get(f"{node.target}.bias")
         if of_weight is None or of_bias is None:
-            raise StoppedError(f"{place(node)}: the gradient of its scale and shift was not sent")
+            whole = self.whole_or_not(f"{node.target}.weight", f"{node.target}.bias")
+            raise StoppedError(f"{place(node)}: the gradient of its scale and shift was {whole}")
         return replace(layer, weight_gradient=of_weight, bias_gradient=of_bias)
+
+    def whole_or_not(self, *names: str) -> str:
+        """Say of parameters without a gradient whether a part of it was sent, or nothing."""
+        if self.partial.isdisjoint(names):
+            return "not sent"
+        return "sent in part: the client's defence left the rest out"
 
     def uses(self, node: fx.Node) -> list[Use]:
         """Return what the convolutions and linear layers that take a tensor say about it."""
@@ -235,7 +244,8 @@ class Network:
         """Return what one convolution or linear layer says about the tensor that it takes."""
         module, name = self.module(node), str(node.target)
         if f"{name}.weight" not in self.gradient:
-            raise StoppedError(f"{name}: the gradient of its weights was not sent")
+            whole = self.whole_or_not(f"{name}.weight")
+            raise StoppedError(f"{name}: the gradient of its weights was {whole}")
         if not self.gradient[f"{name}.weight"].any():
             raise StoppedError(f"{name}: the gradient of its weights is zero")
         if len(self.shape(node)) not in (2, 4):

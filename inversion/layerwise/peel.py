@@ -80,14 +80,15 @@ def peel(
     Then the next convolution towards the image that can be attacked directly is, and the walk goes
     on from there (`inversion.layerwise.anchor`).
 
-    y: (B,) labels. clipped: the client scaled gradients down by unknown factors; no convolution is
-    attacked directly then. on_layer: called with every certificate; true ends the walk there.
-    Nothing is raised for what cannot be solved: `stopped` says it.
+    y: (B,) labels, or (B, K) of a binary cross-entropy. clipped: the client scaled gradients down
+    by unknown factors. With either no convolution is attacked directly: that reads class labels
+    from the gradient, and needs its scale. on_layer: called with every certificate; true ends the
+    walk there. Nothing is raised for what cannot be solved: `stopped` says it.
     """
     peeled = Peeled(network, reached=len(network.nodes))
     y = y.to(next(network.twin.parameters()).device)
     _follow(peeled, _from_head(peeled, y, label_smoothing, clipped=clipped), on_layer)
-    while peeled.stopped not in ("", INTERRUPTED) and not clipped:
+    while peeled.stopped not in ("", INTERRUPTED) and not clipped and y.dim() == 1:
         layers = _from_anchor(peeled, y, label_smoothing)
         if layers is None:
             break

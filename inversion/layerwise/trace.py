@@ -1,7 +1,7 @@
 """Traces the attacked network for the walk."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -23,12 +23,14 @@ def network_of(
     statistics: Sequence[tuple[Tensor, Tensor]] | None,
     accuracy: Mapping[str, Accuracy],
     max_memory: int = MAX_MEMORY,
+    partial: Collection[str] = (),
 ) -> Network:
     """Trace a network for an attack on its gradient.
 
     gradient, accuracy: by the parameters' names. statistics: (mean, biased variance) of the batch
     at every BatchNorm layer, in the model's order; needed in train mode. max_memory: bytes that a
-    dense system may take.
+    dense system may take. partial: parameters of whose gradients only a part was sent; they are not
+    among those given.
 
     Raises ValueError, in one line, where torch.fx cannot trace the network or where the attack
     lacks the batch statistics.
@@ -58,6 +60,7 @@ def network_of(
         accuracy=dict(accuracy),
         operations=OPERATIONS,
         max_memory=max_memory,
+        partial=frozenset(partial),
     )
 
 

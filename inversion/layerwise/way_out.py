@@ -61,7 +61,8 @@ def _bypassed(network: Network, node: fx.Node) -> bool:
 def _fitted(network: Network, node: fx.Node, value: Tensor) -> Tensor:
     """Return the signal (B, O, h, w) at a convolution's output from its input and gradient."""
     if f"{node.target}.weight" not in network.gradient:
-        raise StoppedError(f"{node.target}: the gradient of its weights was not sent")
+        whole = network.whole_or_not(f"{node.target}.weight")
+        raise StoppedError(f"{node.target}: the gradient of its weights was {whole}")
     geometry = geometry_of(network.module(node), str(node.target))
     count, channels, height, width = network.shape(node)
     gradient = network.gradient[f"{node.target}.weight"]

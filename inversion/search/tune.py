@@ -7,6 +7,7 @@ and this one only when a search runs.
 
 import importlib.util
 import math
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 
 from inversion.search.trial import Problem, run_trial
 from inversion.settings import RANGES, Range
+from models.user_network import UserNetwork
 
 #: How often a trial reports between its first report and its end.
 REPORTS = 10
@@ -203,6 +205,7 @@ def search(
     """
     import ray
 
+    carry_user_network(problem)
     options: dict[str, Any] = {
         "address": resources.address or "local",
         "runtime_env": resources.packages,
@@ -227,6 +230,15 @@ def search(
         return _summary(algorithm, trials, parameters, live)
     finally:
         ray.shutdown()
+
+
+def carry_user_network(problem: Problem) -> None:
+    """Let the code of a user's network travel with the problem: no worker can import its module."""
+    from ray import cloudpickle
+
+    builder = problem.target.builder
+    if isinstance(builder, UserNetwork):
+        cloudpickle.register_pickle_by_value(sys.modules[builder.module])
 
 
 def _trainable(problem: Problem, budget: Budget, resources: Resources):

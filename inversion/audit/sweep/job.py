@@ -15,7 +15,7 @@ from inversion.audit.inputs import Case, Sealed, load_inputs
 from inversion.audit.report import finish_of, score
 from inversion.audit.settings import Settings
 from inversion.audit.sweep.row import STRENGTH, Job, Result, Row
-from inversion.audit.verdict import ALPHA
+from inversion.audit.verdict import ALPHA, corrected
 from inversion.settings import AttackSettings
 from utils import metrics
 from utils.console import Silent
@@ -110,16 +110,16 @@ def _attacked(
     settings = replace(
         settings,
         inputs=replace(settings.inputs, checkpoint=str(path), truth=None),
-        scoring=replace(
-            settings.scoring, metric=True, controls=True, attempts=sweep.attempts
-        ),
-    )  # fmt: skip
+        scoring=replace(settings.scoring, metric=True, controls=True),
+    )
     case, sealed = load_inputs(settings, Silent(), ALONE, 0)
     assert sealed is not None  # it is scored
     found: list[Found] = []
     for attack_settings in attacks_of(settings.attack, sweep.tv, job.repeat):
         theirs = case.attacked_by(attack_settings, case.target)
-        one = _scored(replace(settings, attack=attack_settings), theirs, sealed, interrupts)
+        one = _scored(
+            replace(settings, attack=attack_settings), theirs, sealed, interrupts, sweep.attempts
+        )
         if one is None:
             return None
         found.append(one)
@@ -131,8 +131,10 @@ def _attacked(
     return Result(row, _bytes(case.images(sealed.truth.x)), _bytes(images))
 
 
-def _scored(settings: Settings, case: Case, sealed: Sealed, interrupts: Interrupts) -> Found | None:
-    """Run one attack with its controls, and score it; None where it was interrupted."""
+def _scored(
+    settings: Settings, case: Case, sealed: Sealed, interrupts: Interrupts, tests: int
+) -> Found | None:
+    """Run one attack of `tests` with its controls, and score it; None where it was interrupted."""
     attacked = attack(settings.attack, case, interrupts, Silent(), print_freq=settings.print_freq)
     if attacked.interrupted:
         return None
@@ -150,7 +152,7 @@ def _scored(settings: Settings, case: Case, sealed: Sealed, interrupts: Interrup
     )
     if interrupts.signal is not None:
         return None
-    scores, _ = score(settings.scoring, case, sealed, attacked, finish, controls)
+    scores, _ = score(settings.scoring, case, sealed, attacked, finish, controls, tests=tests)
     return Found(settings.attack, attacked, scores)
 
 
@@ -197,8 +199,8 @@ def _of_attack(best: Found, found: Sequence[Found]) -> dict:
         "tv": best.settings.weights.priors.get("tv", 0.0),
         "verdict": verdict["verdict"],
         "sentence": verdict["sentence"],
-        "p": verdict["p"],
-        "smallest_p": verdict["smallest_p"],
+        "p": corrected(verdict["p"], verdict["tests"]),
+        "smallest_p": corrected(verdict["smallest_p"], verdict["tests"]),
         "identified": verdict["identified"],
         "metric": metric,
         "leakage": above[metric]["images"] if above else (),
@@ -210,7 +212,7 @@ def _of_attack(best: Found, found: Sequence[Found]) -> dict:
             {
                 "tv": one.settings.weights.priors.get("tv", 0.0),
                 "verdict": one.scores["verdict"]["verdict"],
-                "p": one.scores["verdict"]["p"],
+                "p": corrected(one.scores["verdict"]["p"], len(found)),
             }
             for one in found
         ],

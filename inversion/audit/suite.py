@@ -1,0 +1,261 @@
+"""The suite of a whole audit: its parts as data, their attacks' settings, and running one."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from inversion.audit.attack import Attacked, attack
+from inversion.audit.budget import OF_THE_ATTACK, Deadline, Pace
+from inversion.audit.certificate import Certificate, certificate_of
+from inversion.audit.controls import NOT_RUN, Controls, run_controls
+from inversion.audit.inputs import Case, Sealed
+from inversion.audit.plan import measured_step
+from inversion.audit.report import finish_of, score
+from inversion.audit.settings import ScoringSettings
+from inversion.audit.truth import Finish
+from inversion.audit.verdict import corrected
+from inversion.layerwise.attack import target_network
+from inversion.settings import AttackSettings, Loop, Weights
+from models.target import Target
+from utils.console import Reporter
+from utils.errors import InputError
+from utils.script import Interrupts
+
+
+@dataclass(frozen=True)
+class Part:
+    """Describes one attack of the suite."""
+
+    name: str
+    #: "layerwise" or "matching".
+    method: str
+    #: Share of the time, relative to the other parts'.
+    weight: float
+    #: Iterations that it runs at most; it leaves the rest of its time to later parts.
+    most: int = 0
+    #: Whether it takes the prior against noise where the client reports noise.
+    resists_noise: bool = False
+
+
+#: The attacks on every checkpoint, in their order; their number is that of the tests.
+SUITE = (
+    Part("layerwise", "layerwise", 5.0),
+    Part("matching, short", "matching", 1.0, 3_000),
+    Part("matching, long", "matching", 3.0, 30_000, resists_noise=True),
+)
+#: Weight of the positive control, once per audit.
+POSITIVE_WEIGHT = 2.0
+#: Fewer iterations than these are not worth a run.
+FEWEST_ITERATIONS = 2
+
+#: A step below so many seconds is measured again, as the median of several.
+QUICK, QUICK_STEPS = 0.2, 9
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Holds what matching is set to, for a kind of client: sign Adam in the box, the best kept."""
+
+    #: First step size.
+    rate: float
+    #: Weight of total variation at the first and at the last iteration.
+    tv: float
+    tv_end: float
+    #: Weight of the BN prior, toward the statistics that the client sent.
+    bn: float = 0.0
+
+
+#: The settings of the README's demo.
+PLAIN = Matching(rate=0.05, tv=1e-4, tv_end=1e-6)
+#: Where the client sends the statistics of its batch.
+WITH_STATISTICS = Matching(rate=0.1, tv=1e-2, tv_end=1e-3, bn=1e-2)
+#: Total variation against noise, at the first and at the last iteration, and the least share of
+#: noise in what was sent (`noise_share`) from which on it is used.
+NOISE_TV, NOISE_FROM = (1e-2, 1e-3), 1e-4
+
+
+def noise_share(target: Target) -> float:
+    """Return the share of noise in what was sent, in [0, 1], by the deviation the client reports.
+
+    √n σ / ‖sent‖ for n entries: 0 without noise, near 1 where the noise buries the gradient.
+    """
+    if target.protection is None or not target.protection.sigma:
+        return 0.0
+    count = sum(g.numel() for g in target.gradient)
+    norm = sum(float(g.double().square().sum()) for g in target.gradient) ** 0.5
+    return min(1.0, target.protection.sigma * count**0.5 / max(norm, 1e-300))
+
+
+def matching_of(target: Target, *, resists_noise: bool) -> Matching:
+    """Choose the settings of matching for what this client sent."""
+    chosen = PLAIN if target.bn_mean is None else WITH_STATISTICS
+    if resists_noise and noise_share(target) >= NOISE_FROM:
+        chosen = replace(chosen, tv=NOISE_TV[0], tv_end=NOISE_TV[1])
+    return chosen
+
+
+def matching_settings(
+    target: Target, steps: int, seed: int, *, resists_noise: bool = False
+) -> AttackSettings:
+    """Return the settings of matching for what this client sent, with so many iterations."""
+    chosen = matching_of(target, resists_noise=resists_noise)
+    priors = {"tv": chosen.tv, **({"bn": chosen.bn} if chosen.bn else {})}
+    return AttackSettings(
+        Weights(priors=priors, priors_end={"tv": chosen.tv_end}),
+        Loop(steps=max(FEWEST_ITERATIONS, steps), lr=chosen.rate, signed=True, keep_best=True),
+        boxed=True,
+        first_seed=seed,
+        exact_bn=target.bn_mean is not None,
+    )
+
+
+def part_settings(
+    part: Part, target: Target, steps: int, seed: int, max_memory: int
+) -> AttackSettings:
+    """Return the settings of a part's attack. steps: iterations, of matching."""
+    if part.method == "matching":
+        return matching_settings(target, steps, seed, resists_noise=part.resists_noise)
+    return AttackSettings(Weights(), Loop(1, 1.0), method="layerwise", max_memory=max_memory)
+
+
+def not_applicable(part: Part, case: Case) -> str | None:
+    """Return why a part cannot be run on this network, in words; None where it can."""
+    if part.method == "matching":
+        return None
+    try:
+        target_network(case.objective.model, case.target)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def pace_of(case: Case) -> Pace:
+    """Measure what an iteration of matching and of its controls takes.
+
+    Raises FaultError where a loss is not finite.
+    """
+    settings = matching_settings(case.target, FEWEST_ITERATIONS, 0)
+    found = []
+    for changed in (settings, settings.without_gradient()):
+        theirs = case.attacked_by(changed, case.target)
+        seconds = measured_step(changed, theirs)
+        if seconds < QUICK:  # several cost little, and one alone may have been disturbed
+            seconds = measured_step(changed, theirs, steps=QUICK_STEPS)
+        found.append(seconds)
+    return Pace(*found)
+
+
+# One part ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """Says with what a part is run, whichever it is."""
+
+    scoring: ScoringSettings
+    interrupts: Interrupts
+    reporter: Reporter
+    print_freq: int
+    #: Attacks of which the strongest verdict counts.
+    tests: int = len(SUITE)
+
+
+@dataclass(frozen=True)
+class Done:
+    """Holds what a part found."""
+
+    part: Part
+    #: "done", "skipped", "refused" (the network does not allow it) or "interrupted".
+    status: str
+    #: Why it was not done, in words; empty where it was.
+    reason: str = ""
+    #: Seconds that it was given, that its attack took, and that its controls and scores took.
+    budget_seconds: float = 0.0
+    seconds: float = 0.0
+    control_seconds: float = 0.0
+    #: Whether its time or its optimiser limited it, so that it is no evidence of safety.
+    is_limited: bool = False
+    #: The entry `metrics` of result.json; None without an attack.
+    scores: dict | None = None
+    finish: Finish | None = None
+    attacked: Attacked | None = None
+    controls: Controls = NOT_RUN
+    certificate: Certificate | None = None
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """The verdict as data; empty where nothing was scored."""
+        return {} if self.scores is None else self.scores["verdict"]
+
+    @property
+    def p_corrected(self) -> float | None:
+        """The p of its test, multiplied by the number of tests; None without one."""
+        return corrected(self.verdict.get("p"), self.verdict.get("tests", 1))
+
+    @property
+    def images(self) -> Tensor | None:
+        """(B, C, H, W) reconstruction in [0, 1]; None without an attack."""
+        return None if self.attacked is None else self.attacked.images
+
+
+def run_part(
+    part: Part, settings: AttackSettings, case: Case, sealed: Sealed, seconds: float, run: Run
+) -> Done:
+    """Run an attack, its controls and its test within about `seconds`.
+
+    The attack ends after OF_THE_ATTACK of that time at the latest, where it can end cleanly: a
+    layerwise one after the tensor that it is at. An attack that had to end so gets no control with
+    another gradient, which would take as long.
+    """
+    start, case = time.perf_counter(), case.attacked_by(settings, case.target)
+    title, limit = f"{part.name}: ", Deadline(OF_THE_ATTACK * seconds, run.interrupts)
+    try:
+        attacked = attack(
+            settings, case, limit, run.reporter, print_freq=run.print_freq, title=title
+        )
+    except InputError as error:
+        return Done(part, "refused", str(error), seconds, time.perf_counter() - start)
+    if attacked.failed:
+        reason = "no seed had a finite loss at its start: nothing was reconstructed"
+        return Done(part, "skipped", reason, seconds, attacked.seconds)
+    took = time.perf_counter() - start
+    finish = finish_of(settings, case, sealed, attacked)
+    rest = Deadline(max(0.0, seconds - took), run.interrupts)
+    if attacked.interrupted:
+        why = "its time was over" if run.interrupts.signal is None else "it was interrupted"
+        controls = Controls(missing=[f"the controls were not run, since {why}"])
+    else:
+        controls = run_controls(
+            settings, case, sealed, attacked, rest, run.reporter, print_freq=run.print_freq
+        )
+    scores, _ = score(run.scoring, case, sealed, attacked, finish, controls, tests=run.tests)
+    interrupted = run.interrupts.signal is not None
+    return Done(
+        part, "interrupted" if interrupted else "done", "interrupted" if interrupted else "",
+        seconds, took, time.perf_counter() - start - took,
+        is_limited=limit.is_late or rest.is_late or finish.doubt is not None,
+        scores=scores, finish=finish, attacked=attacked, controls=controls,
+        certificate=certificate_of(case, attacked.recovered, sealed),
+    )  # fmt: skip
+
+
+def run_matching(
+    part: Part, case: Case, sealed: Sealed, seconds: float, pace: Pace, seed: int, run: Run
+) -> Done:
+    """Run matching with as many iterations as fit into `seconds` with their controls."""
+    steps = pace.iterations(seconds, part.most)
+    if steps < FEWEST_ITERATIONS:
+        reason = f"not {FEWEST_ITERATIONS} iterations fit into its time"
+        return Done(part, "skipped", reason, seconds, is_limited=True)
+    settings = matching_settings(case.target, steps, seed, resists_noise=part.resists_noise)
+    return run_part(part, settings, case, sealed, seconds, run)
+
+
+def renewed(pace: Pace, done: Done) -> Pace:
+    """Return the pace at which a part really ran, or the one measured before where it did not."""
+    if done.attacked is None or not done.attacked.outcome.iterations:
+        return pace
+    factor = done.seconds / done.attacked.outcome.iterations / max(pace.attack, 1e-9)
+    return replace(pace, attack=pace.attack * factor, prior=pace.prior * factor)

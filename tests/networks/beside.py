@@ -1,0 +1,5 @@
+"""A neighbour that the user's file imports."""
+
+
+def width():
+    return 4

@@ -1,0 +1,471 @@
+"""The report: one well-formed page, everything in it, nothing hostile from files, two sheets."""
+
+import copy
+import itertools
+import json
+import math
+import re
+from html import escape
+from html.parser import HTMLParser
+
+import numpy
+import pytest
+from PIL import Image
+
+from inversion.audit import html, page_view, page_words
+from inversion.audit.verdict import INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
+from tests.audit_examples import EXAMPLES, audit, checkpoint, from_result, write_pictures
+from tests.browser import SCREEN, measured, open_page, pdf_pages, screenshot
+from tests.support import attack
+
+VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+HOSTILE = "<script>alert('x')</script>&\"{{ 191 * 7 }}</style><img src=x onerror=y>"
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and keeps the text, ids, addresses and attributes."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.words, self.ids, self.attributes, self.tags = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run's folder with the pictures that the examples name."""
+    path = tmp_path_factory.mktemp("audit")
+    write_pictures(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pages(folder):
+    """Example → its page, made once."""
+    return {name: html.render(make(), folder, with_images=True) for name, make in EXAMPLES.items()}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_page_is_well_formed_and_complete_in_itself(name, pages):
+    page = Page(pages[name])
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    for attribute, value in page.attributes:
+        assert not attribute.startswith("on")
+        if attribute in ("src", "href"):
+            assert value.startswith(("data:image/png;base64,", "#"))
+            assert not value.startswith("#") or value[1:] in page.ids
+    text = re.sub(r"data:image/png;base64,[\w+/=]+", "", pages[name])
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", text)
+
+
+def test_the_checks_of_a_page_see_what_is_wrong():
+    for wrong in ("<p><b></p></b>", "<p>", "</p>"):
+        with pytest.raises(AssertionError):
+            Page(wrong)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_two_renderings_are_the_same_bytes(name, pages, folder):
+    assert html.render(EXAMPLES[name](), folder, with_images=True) == pages[name]
+
+
+def test_the_report_lies_in_the_folder(tmp_path, pages):
+    write_pictures(tmp_path)
+    path = html.write_report(EXAMPLES["leak"](), tmp_path, with_images=True)
+    assert path == tmp_path / "report.html"
+    assert path.read_text() == pages["leak"]
+
+
+# What it says ------------------------------------------------------------------------------------
+
+
+def numbers(value, path=()):
+    """Every number of an audit, with the keys that lead to it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, (*path, key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers(inner, path)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+def expected(path, value):
+    """How the report should write a number."""
+    key, inside = path[-1], set(path)
+    if "seconds" in key:
+        minutes, seconds = divmod(round(value), 60)
+        if minutes:
+            return f"{minutes} min" + (f" {seconds:02d} s" if seconds else "")
+        return f"{value:.1f} s" if value < 10 and value % 1 else f"{seconds} s"
+    if "leakage" in inside:
+        return f"{value:+.2f}" if "psnr" in inside else f"{value:+.3f}"
+    if {"mean", "controls"} & inside:
+        return f"{value:.2f}" if key == "psnr" else f"{value:.3f}"
+    if key in ("accuracy", "chance"):
+        return f"{100 * value:.0f} %"
+    if key in ("epsilon", "mu"):
+        return f"{value:.4g}"
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    return f"{value:,}"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_number_of_the_audit_is_there(name, pages):
+    text = Page(pages[name]).text
+    found = [(path, value) for path, value in numbers(EXAMPLES[name]()) if path != ("format",)]
+    assert len(found) > 5
+    for path, value in found:
+        if path[-2:] == ("labels", "chance") and "worked them out" not in text:
+            continue  # to guess labels that were given is nothing to tell
+        written = re.escape(expected(path, value))
+        assert re.search(rf"(?<![\d.,]){written}(?![\d])", text), (path, value)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_it_begins_with_the_verdict_and_its_limits(name, pages):
+    found, text = EXAMPLES[name](), Page(pages[name]).text
+    meaning = page_words.MEANINGS[found["verdict"]]
+    several = len(found["checkpoints"]) > 1
+    headline = meaning.several.format(count=3) if several else meaning.one
+    first = f"{found['verdict']} {headline}"
+    words = (first, found["sentence"], meaning.limit, "1. The system")
+    places = [text.index(part) for part in words]
+    assert places == sorted(places)
+
+
+def test_the_sections_come_in_their_order(pages):
+    titles = re.findall(r"<h2>(\d+)\. ", pages["leak"])
+    assert titles == [str(n) for n in range(1, 13)]
+
+
+def test_several_updates_begin_with_a_table_of_all(pages):
+    text = Page(pages["several"]).text
+    assert text.index("The 3 updates") < text.index("Update 1:") < text.index("Update 3:")
+    assert pages["several"].count("<h2>5. What leaked") == 3
+    assert pages["several"].count("<h2>7. Warnings") == 1
+
+
+def test_the_worst_of_several_stands_first():
+    found = page_view.audit_view(EXAMPLES["several"](), None, with_images=False)
+    assert found["shown"]["number"] == 2
+    for verdict in (INCOMPLETE, "never heard of"):
+        assert page_view.meaning_of(verdict).kind == "open"
+
+
+def test_the_deciding_part_is_of_the_verdict_and_leaks_most():
+    found = page_view.audit_view(EXAMPLES["leak"](), None, with_images=False)["shown"]
+    assert found["decisive"]["name"] == "matching, long"
+    assert found["highest"] == {"image": 0, "value": 0.939}
+    weaker = page_view.decisive_part(found["parts"], "leakage: identifiable")
+    assert weaker["name"] == "matching, short"
+    assert page_view.decisive_part(found["parts"][2:], RECONSTRUCTION) is None
+
+
+def test_no_sentence_is_told_twice():
+    told = {"verdict": NOT_SHOWN, "sentence": f"{NOT_SHOWN}: p = 0.3"}
+    assert page_view.news(told, f"{NOT_SHOWN}: by matching: p = 0.3; nothing else") is None
+    assert page_view.news(told, f"{NOT_SHOWN}: p = 0.2") == told["sentence"]
+    assert page_view.news(told, None) == told["sentence"]
+    assert page_view.news({"verdict": None, "sentence": None}, "anything") is None
+
+
+def test_what_is_missing_is_named(pages):
+    text = Page(pages["incomplete"]).text
+    for words in (
+        "It was not recorded which parts leave", "Nothing was measured.", "None. The update",
+        "skipped : the budget was used up", "interrupted", "failed", "not tested",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_a_bound_for_every_attacker_is_told_with_its_numbers(pages):
+    text = Page(pages["no leak"]).text
+    assert "without the update does so with at most 0.092 after one" in text
+    assert "one image more or less" in text
+    assert "no bound" not in text
+    assert "There is no bound" in Page(html.render(
+        audit(NOT_SHOWN, [checkpoint(NOT_SHOWN, [none()], protection={"mode": "topk"})]),
+        page_view.Path(), with_images=False)).text  # fmt: skip
+
+
+def none():
+    """A part in which nothing was found, of one image: it has no interval."""
+    return EXAMPLES["no leak"]()["checkpoints"][0]["parts"][0]
+
+
+def paths(value, path=()):
+    """The paths to everything below a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from paths(inner, (*path, key))
+
+
+def changed(found, path, value):
+    found = copy.deepcopy(found)
+    place = found
+    for key in path[:-1]:
+        place = place[key]
+    if value is KeyError:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return found
+
+
+@pytest.mark.parametrize("absent", [None, KeyError])
+def test_any_field_may_be_missing(absent, folder, monkeypatch):
+    """And none of the page's words then comes from Python."""
+    monkeypatch.setattr(html, "leakage_chart", lambda *_: "<svg></svg>")
+    found = EXAMPLES["leak"]()
+    found["checkpoints"][0]["protection"] = EXAMPLES["no leak"]()["checkpoints"][0]["protection"]
+    named = [path for path in paths(found) if isinstance(path[-1], str)]
+    assert len(named) > 100
+    for path in named:
+        text = Page(html.render(changed(found, path, absent), folder, with_images=True)).text
+        assert not re.search(r"\b(None(?!\.)|nan|undefined|Undefined)\b", text), path
+
+
+def test_a_number_that_is_not_finite_has_no_value(folder):
+    found = EXAMPLES["leak"]()
+    spread = found["checkpoints"][0]["parts"][0]["leakage"]["ssim"]
+    spread |= {"low": math.nan, "high": math.inf, "images": [math.nan, *spread["images"][1:]]}
+    page = Page(html.render(found, folder, with_images=True))
+    assert not re.search(r"\b(nan|inf)\b", page.text)
+    assert "(no interval)" in page.text
+    assert "Highest leakage: SSIM +0.921 (image 1)" in page.text
+
+
+def test_a_real_run_can_be_told(captured, tmp_path):
+    """Of two images after one iteration, with figures that are null."""
+    path = captured("-a", "lenet", "-b", "2", "--with-control")
+    result, folder = attack(tmp_path, path, "--metric")
+    part = from_result(result)
+    found = audit(NOT_SHOWN, [checkpoint(part["verdict"], [part], batch_size=2)])
+    text = Page(html.render(found, folder, with_images=True)).text
+    assert part["sentence"] in text
+    assert f"{part['leakage']['psnr']['mean']:+.2f} dB" in text
+
+
+# Nothing hostile, nothing private ----------------------------------------------------------------
+
+
+def with_hostile_texts(value, count):
+    """The value with every text in it replaced, keys of free choice too; each gets a number."""
+    free = ({"mean image", "prior only", "other gradient"}, {"python", "torch", "numpy"})
+    if isinstance(value, dict):
+        keep = set(value) not in free
+        return {
+            key if keep else f"{HOSTILE}{next(count)}.": with_hostile_texts(inner, count)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [with_hostile_texts(inner, count) for inner in value]
+    return f"{HOSTILE}{next(count)}." if isinstance(value, str) else value
+
+
+def test_every_text_of_a_file_is_escaped_and_shown(folder):
+    found = EXAMPLES["leak"]()
+    found["checkpoints"][0]["protection"] = EXAMPLES["no leak"]()["checkpoints"][0]["protection"]
+    found["checkpoints"][0]["labels"] |= {"known": False, "accuracy": 0.5}
+    for part in found["checkpoints"][0]["parts"]:
+        part |= {"deepest_layer": "layer", "reason": "because"}
+    count = itertools.count()
+    hostile = with_hostile_texts(found, count)
+    total = next(count)
+    text = html.render(hostile, folder, with_images=True)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert page.tags.count("style") == 1
+    assert "img" not in page.tags  # no such picture in the folder
+    assert "1337" not in page.text
+    assert text.count(str(escape("<script>alert("))) > 50
+    shown = {int(n) for n in re.findall(r"onerror=y>(\d+)\.", page.text)}
+    hidden = set(range(total)) - shown
+    assert total > 60
+    named = [where for where, words in texts(hostile) if int(words[len(HOSTILE) : -1]) in hidden]
+    # Names of pictures, the verdict that stands at the top, the layer of a part that was refused.
+    assert {where[-1] for where in named} <= {"worst", "pairs", "verdict", "deepest_layer"}
+
+
+def texts(value, path=()):
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from texts(inner, (*path, key))
+    elif isinstance(value, str):
+        yield path, value
+
+
+def test_without_images_there_is_no_pixel(folder, pages):
+    assert "data:image" in pages["leak"]
+    for make in EXAMPLES.values():
+        page = html.render(make(), folder, with_images=False)
+        assert "base64" not in page
+        assert "img" not in Page(page).tags
+        assert "Picture withheld" in page
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "notes.png", "absent.png", ""])
+def test_only_a_picture_of_the_folder_is_shown(name, tmp_path):
+    inner = tmp_path / "run"
+    inner.mkdir()
+    write_pictures(inner)
+    (inner / "worst-0.png").rename(tmp_path / "secret.png")
+    (inner / "notes.png").write_text("not a picture")
+    found = EXAMPLES["leak"]()
+    found["checkpoints"][0]["pictures"]["worst"] = name
+    page = html.render(found, inner, with_images=True)
+    assert "<img" not in page
+    assert "No picture" in page
+
+
+# Colours and words -------------------------------------------------------------------------------
+
+
+def palettes():
+    """The named colours of the style sheet: light, dark and printed."""
+    style = (html.TEMPLATES / "style.css").read_text()
+    light, dark, printed = (
+        dict(re.findall(r"--(\w+): (#\w{6});", block))
+        for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    )
+    return {"light": light, "dark": light | dark, "print": light | printed}
+
+
+def luminance(colour):
+    """The relative luminance of WCAG 2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark", "print"])
+def test_contrasts_reach_level_aa(scheme):
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    colours = palettes()[scheme]
+    for ground in ("paper", "soft", "mark"):
+        assert contrast(colours["ink"], colours[ground]) >= 4.5
+        assert contrast(colours["muted"], colours[ground]) >= 4.5
+    assert contrast(colours["link"], colours["paper"]) >= 4.5
+    assert contrast(colours["bar"], colours["paper"]) >= 3
+    for badge in ("leak", "trace", "none", "open"):
+        assert contrast("#ffffff", colours[badge]) >= 4.5
+
+
+def test_every_verdict_has_a_meaning_and_a_sign_of_its_own():
+    kinds = [meaning.kind for meaning in page_words.MEANINGS.values()]
+    assert len(set(kinds)) == 4
+    template = (html.TEMPLATES / "checkpoint.html.j2").read_text()
+    assert all(f'kind == "{kind}"' in template for kind in kinds if kind != "open")
+    assert len(page_words.GLOSSARY) <= 8
+
+
+def test_the_documentation_has_the_same_references():
+    page = (html.TEMPLATES.parents[2] / "docs" / "report.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    assert rows == [(str(r.section), r.item, r.edpb, r.iso, r.nist) for r in page_words.REFERENCES]
+
+
+# In a browser ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, pages):
+    """Example → the file of its page."""
+    path = tmp_path_factory.mktemp("pages")
+    files = {name: path / f"{name.replace(' ', '-')}.html" for name in pages}
+    for name, file in files.items():
+        file.write_text(pages[name])
+    return files
+
+
+def share(picture, colour, box):
+    """The share of the pixels of a box (left, top, right, bottom) that are near a colour."""
+    pixels = numpy.asarray(Image.open(picture).convert("RGB").crop(box), dtype=int)
+    goal = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return (abs(pixels - goal).max(axis=2) <= 6).mean()
+
+
+BOXES = """['verdict', 'worst'].map(id => {
+    const box = document.getElementById(id).getBoundingClientRect()
+    return [box.left, box.top, box.right, box.bottom]
+})"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["leak", "several", "incomplete"])
+def test_verdict_and_worst_image_are_on_the_first_screen(name, written, tmp_path):
+    for left, top, right, bottom in json.loads(measured(written[name], tmp_path, BOXES)):
+        assert 0 <= left < right <= SCREEN[0]
+        assert 0 <= top < bottom <= SCREEN[1]
+        assert right - left > 100
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_screen_shows_the_verdict_in_its_colour(dark, written, tmp_path):
+    badge, worst = json.loads(measured(written["leak"], tmp_path, BOXES))
+    colours = palettes()["dark" if dark else "light"]
+    picture, console = screenshot(written["leak"], tmp_path, dark=dark)
+    assert console == []
+    assert Image.open(picture).size == SCREEN
+    assert share(picture, colours["leak"], badge) > 0.5
+    assert share(picture, colours["leak"], worst) < 0.1
+    assert share(picture, colours["paper"], (0, 0, *SCREEN)) > 0.5
+    left, top, right, _ = worst
+    assert numpy.asarray(Image.open(picture).crop((left, top, right, top + 150))).std() > 30
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["leak", "no leak"])
+def test_it_prints_on_two_pages(name, written, tmp_path):
+    assert pdf_pages(written[name], tmp_path) == 2
+
+
+RESOURCES = (
+    "performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length"
+)
+
+
+@pytest.mark.browser
+def test_the_page_asks_for_nothing(written, tmp_path):
+    """Not even without the rule against it that the page carries."""
+    assert measured(written["several"], tmp_path, RESOURCES) == "0"
+    asking = tmp_path / "asking.html"
+    image = '<img src="http://somewhere.invalid/x.png"><main>'
+    asking.write_text(written["several"].read_text().replace("<main>", image))
+    assert measured(asking, tmp_path, RESOURCES) == "1"
+    _, console = open_page(asking, tmp_path, "--dump-dom")
+    assert any("Content Security Policy" in line for line in console)

@@ -1,0 +1,441 @@
+"""The whole audit: its time, its parts, its corrections, its positive control, its files."""
+
+import argparse
+import itertools
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from inversion.audit import positive, subject, suite, suite_report, suite_run, suite_settings
+from inversion.audit.budget import Budget, Deadline, Pace, seconds_of
+from inversion.audit.flags import parser
+from inversion.audit.identification import identify
+from inversion.audit.suite import Done, Part, Run
+from inversion.audit.suite_verdict import audit_verdict, best_part, checkpoint_verdict, gaps
+from inversion.audit.verdict import (
+    IDENTIFIABLE,
+    INCOMPLETE,
+    NOT_SHOWN,
+    RECONSTRUCTION,
+    corrected,
+    judge,
+)
+from models.target import Protection
+from tests.support import call, capture_photos, photos, succeed, target_of
+from utils.console import Silent
+from utils.errors import InputError
+from utils.metrics import label_accuracy
+from utils.script import Interrupts
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+# Time --------------------------------------------------------------------------------------
+
+
+def test_durations():
+    assert [seconds_of(text) for text in ("90s", "5m", "1.5h")] == [90, 300, 5400]
+    for text in ("5", "5 m", "m", "-5m", "1d", "0.5s", "0m"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            seconds_of(text)
+
+
+def test_the_time_is_shared_by_weight_and_what_is_left_goes_to_later_parts():
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    budget.add(5 + 1 + 4)
+    assert budget.forecast(4) == 40
+    assert budget.share(5) == 50
+    clock.now += 10  # of 50
+    assert budget.share(1) == pytest.approx(90 / 5)
+    clock.now += 50  # of 18: later parts have less
+    assert budget.share(4) == pytest.approx(40)
+    clock.now += 1000
+    assert budget.left == 0
+    assert budget.spent == 1060
+
+
+def test_a_deadline_counts_only_where_the_work_asked():
+    clock = Clock()
+    with Interrupts() as interrupts:
+        early, late = (Deadline(5, interrupts, clock) for _ in range(2))
+        assert not early.should_stop
+        clock.now += 6
+        assert not early.stopped  # it ended by itself meanwhile
+        assert late.should_stop
+        assert late.stopped
+        assert late.is_late
+        interrupted = Deadline(5, interrupts, clock)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted.should_stop
+        assert interrupted.stopped
+        assert not interrupted.is_late
+
+
+def test_iterations_that_fit_with_their_controls():
+    pace = Pace(attack=0.2, prior=0.1)
+    assert pace.iterations(10, 10_000) == 16  # 80 % of 10 s at 0.5 s
+    assert pace.iterations(10, 7) == 7
+    assert pace.iterations(0.1, 7) == 0
+
+
+# Verdicts ----------------------------------------------------------------------------------
+
+
+def test_a_verdict_over_several_attacks_is_corrected():
+    """One image of rank 1 among 50: p = 0.02, which three attacks make 0.06."""
+    scores = np.linspace(1, 0, 50)[None]
+    above = {"ssim": {"mean": 0.5, "low": float("nan"), "high": float("nan"), "images": [0.5]}}
+    test = identify(scores)
+    alone = judge(above, test, None, metric="ssim")
+    of_two = judge(above, test, None, metric="ssim", tests=2)
+    of_three = judge(above, test, None, metric="ssim", tests=3)
+    assert alone.p == of_two.p == of_three.p == pytest.approx(0.02)
+    assert (alone.verdict, of_two.verdict) == (RECONSTRUCTION, RECONSTRUCTION)
+    assert of_three.verdict == INCOMPLETE  # with 50 candidates it could not have shown anything
+    assert "corrected for 2 attacks" in of_two.sentence
+    assert "corrected" not in alone.sentence
+    assert corrected(0.5, 3) == 1
+    assert corrected(None, 3) is None
+
+
+def test_single_images_are_corrected_for_the_attacks_too():
+    scores = np.random.default_rng(0).normal(size=(6, 60))
+    scores[0, 0], scores[1, 0] = 60.0, 3.3
+    test = identify(scores)
+    above = {"ssim": {"mean": 0.5, "low": 0.2, "high": 0.8, "images": [0.5] * 6}}
+    assert 0.04 / 3 < test.image_p[0] < 0.04 / 2  # one of 60 candidates at best
+    found = [judge(above, test, None, metric="ssim", tests=n).identified for n in (1, 2, 3)]
+    assert found[0] == [i for i, p in enumerate(test.image_p) if p <= 0.04]
+    assert found[1:] == [[0], []]
+
+
+def entry(name, verdict, status="done", *, method="matching", limited=False, mean=0.1, **more):
+    scored = status == "done"
+    return {
+        "name": name, "method": method, "status": status, "reason": "" if scored else "why",
+        "limited": limited, "verdict": verdict if scored else None, "sentence": f"{verdict}: words",
+        "p_corrected": 0.5 if scored else None, "arrived": True, "metric": "ssim",
+        "leakage": {"ssim": {"mean": mean}} if scored else None, **more,
+    }  # fmt: skip
+
+
+CLEAR = [
+    entry("layerwise", None, "refused", method="layerwise"),
+    entry("matching, short", NOT_SHOWN),
+    entry("matching, long", NOT_SHOWN),
+]
+
+
+def test_no_leakage_needs_every_part_and_the_positive_control():
+    def verdict(parts, positive_passed=True):
+        return checkpoint_verdict(parts, positive_passed=positive_passed, tests=3)[0]
+
+    assert verdict(CLEAR) == NOT_SHOWN
+    assert verdict(CLEAR, positive_passed=False) == INCOMPLETE
+    short_of_time = entry("matching, short", INCOMPLETE, limited=True)
+    assert verdict([CLEAR[0], short_of_time, CLEAR[2]]) == NOT_SHOWN  # the long one says it
+    long_too = entry("matching, long", INCOMPLETE, limited=True)
+    assert verdict([CLEAR[0], CLEAR[1], long_too]) == NOT_SHOWN
+    assert verdict([CLEAR[0], short_of_time, long_too]) == INCOMPLETE
+    cut = entry("layerwise", INCOMPLETE, method="layerwise", limited=True)
+    assert verdict([cut, *CLEAR[1:]]) == INCOMPLETE
+    for status in ("skipped", "interrupted"):
+        assert verdict([*CLEAR[:2], entry("matching, long", None, status)]) == INCOMPLETE
+    no_control = entry("matching, long", INCOMPLETE)
+    assert verdict([*CLEAR[:2], no_control]) == INCOMPLETE
+    assert verdict([CLEAR[0]]) == INCOMPLETE  # nothing ran at all
+    assert gaps(CLEAR) == []
+
+
+def test_leakage_stays_found_whatever_else_fails():
+    found = entry("matching, short", IDENTIFIABLE)
+    missing = entry("matching, long", None, "skipped")
+    verdict, sentence = checkpoint_verdict(
+        [CLEAR[0], found, missing], positive_passed=False, tests=3
+    )
+    assert verdict == IDENTIFIABLE
+    assert sentence == "leakage: identifiable: by matching, short: words"
+    more = entry("matching, long", RECONSTRUCTION)
+    assert best_part([found, more]) is more
+    higher = entry("matching, long", IDENTIFIABLE, mean=0.3)
+    assert best_part([found, higher]) is higher
+
+
+def test_the_strongest_checkpoint_decides():
+    def audit(*verdicts):
+        return audit_verdict([{"verdict": v, "sentence": f"{v}: x", "file": "f"} for v in verdicts])
+
+    assert audit(NOT_SHOWN, RECONSTRUCTION, INCOMPLETE)[0] == RECONSTRUCTION
+    assert audit(NOT_SHOWN, INCOMPLETE)[0] == INCOMPLETE
+    assert audit(NOT_SHOWN, NOT_SHOWN)[1] == (
+        "no leakage shown: 2 of 2 checkpoints, each tested by itself; f: x"
+    )
+    assert audit(NOT_SHOWN)[1] == "no leakage shown: x"
+
+
+# Settings and the positive control's images -----------------------------------------------
+
+
+def test_a_stronger_prior_where_the_client_reports_noise():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8))
+    x, y = photos(2, 16)
+    target = target_of(model, x, y)
+    count = sum(g.numel() for g in target.gradient)
+    norm = sum(float(g.square().sum()) for g in target.gradient) ** 0.5
+
+    def noisy(share):
+        return replace(target, protection=Protection("batch", share * norm / count**0.5, None))
+
+    def tv(of, part):
+        return suite.part_settings(part, of, 9, 0, 2**30).weights.priors["tv"]
+
+    _, short, long = suite.SUITE
+    assert [suite.noise_share(noisy(share)) for share in (0, 0.02, 7)] == pytest.approx(
+        [0, 0.02, 1]
+    )
+    assert tv(target, short) == tv(target, long) == tv(noisy(1e-6), long) == tv(noisy(0.5), short)
+    assert tv(noisy(1e-3), long) == tv(noisy(0.5), long) > tv(target, long)
+
+
+def test_images_of_the_positive_control_are_exchangeable_with_their_decoys():
+    batch, decoys, others = positive.crops((3, 16, 16))
+    assert decoys.shape == (positive.IMAGES, positive.DECOYS, 3, 16, 16)
+    every = torch.cat([(batch * 255).round()[:, None], (others * 255).round()[:, None], decoys], 1)
+    for images in every.flatten(2):
+        assert len(images.unique(dim=0)) == positive.DECOYS + 2  # no crop comes twice
+    colours = every.flatten(3).mean(3)  # of one photograph each: nearer to their own mean
+    centres = colours.mean(1)
+    nearest = torch.cdist(colours.flatten(0, 1), centres).argmin(1).view(colours.shape[:2])
+    own = torch.arange(positive.IMAGES)[:, None]
+    assert (nearest == own).double().mean() > 0.6
+
+
+def test_chance_of_labels():
+    """Against all K^B draws."""
+    y, classes = torch.tensor([0, 0, 2, 3]), 4
+    draws = itertools.product(range(classes), repeat=len(y))
+    mean = np.mean([label_accuracy(torch.tensor(draw), y) for draw in draws])
+    assert subject.chance_of_labels(y, classes) == pytest.approx(mean)
+
+
+# Files -------------------------------------------------------------------------------------
+
+
+def test_truths_find_their_checkpoints(tmp_path):
+    paths, truths = [], []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        paths.append(str(capture_photos(folder, "-a", "lenet", "-b", 2, "--seal", "--seed", seed)))
+        truths.append(str(next(folder.glob("*-truth.pth.tar"))))
+    own = str(capture_photos(tmp_path / "own", "-a", "lenet", "-b", 2))
+    found = subject.sources([*paths, own], truths[::-1])
+    assert [source.truth for source in found] == [*truths, None]
+    assert [source.flags["seed"] for source in found] == [0, 1, 0]
+    assert found[0].chosen == "batch 0 of the order that seed 0 draws"
+    assert len({source.sha256 for source in found}) == 3
+    with pytest.raises(InputError, match="holds no truth, without which nothing can be judged"):
+        subject.sources(paths, truths[:1])
+    with pytest.raises(InputError, match="belongs to none of the checkpoints"):
+        subject.sources([own, paths[0]], truths)
+
+
+def test_attack_flags_are_refused_and_the_rest_is_kept():
+    def settings(*words):
+        flags = ["--audit", "--checkpoint", "a", *words]
+        return suite_settings.suite_settings_from(parser().parse_args(flags), flags)
+
+    for words in (["--epochs", "9"], ["--attack", "layerwise"], ["--TV", "1"], ["--no-controls"],
+                  ["--nproc", "2"], ["--lr-tune"], ["--GInfoR"]):  # fmt: skip
+        with pytest.raises(InputError, match="the suite of --audit sets this itself"):
+            settings(*words)
+    kept = settings("b", "--truth", "c", "--seed", "3", "--max-memory", "64", "--metric")
+    assert (kept.checkpoints, kept.truths, kept.budget) == (("a", "b"), ("c",), 300)
+    assert kept.reading("b", "c").attack.max_memory == 64 * 2**20
+    assert kept.reading("b", None).scoring.metric
+    assert settings("--labels", "0,1").reading("a", None).inputs.labels == "0,1"
+
+
+# The whole ---------------------------------------------------------------------------------
+
+ITERATIONS = 80
+LENET = ("-a", "lenet", "-b", 4, "--outlayer-state", "keep", "--with-control", "--decoys", 30)
+
+
+def shorten(monkeypatch, iterations):
+    """Let every matching have so many iterations, however much time there is."""
+    short = tuple(
+        replace(part, most=iterations) if part.method == "matching" else part
+        for part in suite.SUITE
+        if part.name != "matching, short"
+    )
+    for module in (subject, suite_report, suite_run):
+        monkeypatch.setattr(module, "SUITE", short)
+
+
+def audit(folder, *flags):
+    outcome = call("run.py", "--audit", "--budget", "1h", "--root", folder, *flags)
+    (path,) = folder.glob("results/exp/*/audit.json")
+    return outcome, json.loads(path.read_text()), path.parent
+
+
+@pytest.fixture(scope="module")
+def both(captured, tmp_path_factory):
+    """One audit of an undefended client and one whose noise buries its gradient."""
+    noisy = ("--enable-dp", "-C", 1, "--sigma", 10, "--id", "noisy")
+    files = captured(*LENET), captured(*LENET, *noisy)
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, ITERATIONS)
+        yield audit(tmp_path_factory.mktemp("both"), "--checkpoint", *files)
+
+
+def test_a_whole_audit(both):
+    outcome, found, folder = both
+    assert outcome.code == 0, outcome.err
+    assert found["positive_control"]["passed"]
+    assert found["positive_control"]["verdict"] == RECONSTRUCTION
+    open_, noisy = found["checkpoints"]
+    assert found["verdict"] == open_["verdict"]
+    assert open_["verdict"] in (RECONSTRUCTION, IDENTIFIABLE)
+    assert noisy["verdict"] in (NOT_SHOWN, INCOMPLETE)
+    assert noisy["identified"] == []
+    assert noisy["protection"]["mode"] == "batch"
+    assert open_["labels"] | {"accuracy": 1.0} == open_["labels"]
+    assert open_["labels"]["known"]
+    assert 0 < open_["labels"]["chance"] < 1
+    layerwise, matching = open_["parts"]
+    assert layerwise["certified"] == 0
+    assert matching["iterations"] == ITERATIONS
+    assert matching["p_corrected"] == pytest.approx(min(1, 3 * matching["p"]))
+    assert set(matching["controls"]) == {"mean image", "prior only", "other gradient"}
+    codes = {warning["code"] for warning in found["warnings"]}
+    assert {"few-images", "labels-given", "decoys-are-crops"} <= codes
+    assert open_["sha256"] != noisy["sha256"]
+    assert found["command"].startswith("python run.py --audit --budget 1h")
+    for entry, number in ((open_, 0), (noisy, 1)):
+        assert entry["pictures"]["worst"] == f"worst-{number}.png"
+        assert all((folder / name).exists() for name in entry["pictures"].values())
+
+
+def test_the_worst_image_is_printed_first(both):
+    outcome, found, _ = both
+    matching = found["checkpoints"][0]["parts"][-1]
+    text = outcome.out.split("checkpoint idtest")[1].split("matching, long: leakage")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|") and " of 31 |" in line]
+    printed = [int(row.split("|")[1]) for row in rows[-4:]]
+    assert printed[0] == matching["worst_image"]
+    assert [matching["ranks"][i] for i in printed] == sorted(matching["ranks"])
+    assert outcome.out.index("plan: ") < outcome.out.index("positive control passed")
+
+
+def test_every_entry_of_an_audit_is_described(both):
+    """In docs/files.md, and none that is not there."""
+    from tests.test_readme import first_column, section
+
+    _, found, folder = both
+    of_checkpoint = found["checkpoints"][0]
+    text = section("docs/files.md", "audit.json")
+    whole, checkpoints = text.split("The entries of `checkpoints`:")
+    checkpoints, parts = checkpoints.split("The entries of `parts`:")
+    assert sorted(first_column(whole)) == sorted(found)
+    assert sorted(first_column(checkpoints)) == sorted(of_checkpoint)
+    assert sorted(first_column(parts)) == sorted(of_checkpoint["parts"][0])
+
+
+def test_too_short_a_budget_fails_the_positive_control(captured, tmp_path, monkeypatch):
+    """And without images there is no picture."""
+    shorten(monkeypatch, 2)
+    noisy = captured(*LENET, "--enable-dp", "-C", 1, "--sigma", 10, "--id", "noisy")
+    outcome, found, folder = audit(tmp_path, "--checkpoint", noisy, "--no-images")
+    assert outcome.code == 0
+    assert not found["positive_control"]["passed"]
+    assert found["verdict"] == INCOMPLETE
+    assert "the positive control failed" in found["sentence"]
+    assert "positive-control-failed" in {warning["code"] for warning in found["warnings"]}
+    assert found["checkpoints"][0]["pictures"] == {}
+    assert {path.name for path in folder.iterdir()} == {"audit.json", "log.txt"}
+
+
+def test_an_interruption_ends_the_part_and_writes_what_there_is(captured, tmp_path, monkeypatch):
+    shorten(monkeypatch, ITERATIONS)
+    monkeypatch.setattr(
+        suite_run, "control", lambda audit: positive.Positive(True, "it was assumed", None)
+    )
+    whole = suite.attack
+
+    def interrupted(settings, *rest, **options):
+        if settings.method == "matching":
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(settings, *rest, **options)
+
+    monkeypatch.setattr(suite, "attack", interrupted)
+    path = captured(*LENET)
+    other = captured(*LENET, "--id", "other")
+    outcome, found, _ = audit(tmp_path, "--checkpoint", path, other)
+    assert outcome.code == 130
+    first, second = found["checkpoints"]
+    assert [part["status"] for part in first["parts"]] == ["done", "interrupted"]
+    assert first["parts"][1]["iterations"] == 1
+    assert [part["status"] for part in second["parts"]] == ["skipped", "skipped"]
+    assert second["verdict"] == INCOMPLETE
+    assert second["parts"][0]["reason"] == "the audit was interrupted"
+
+
+def test_the_plan_alone(captured, tmp_path):
+    outcome = succeed(
+        "run.py", "--audit", "--dry-run", "--root", tmp_path, "--checkpoint", captured(*LENET)
+    )
+    for text in ("plan: 5:00 in all", "positive control", "matching, short", "layerwise"):
+        assert text in outcome.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_layerwise_ends_at_its_deadline(captured):
+    """And is then no evidence of safety, though it reports what it has."""
+    path = str(captured("-a", "convnet", "-b", 2, "--upload-bn", "--with-control", "--decoys", 30))
+    flags = ["--audit", "--checkpoint", path]
+    settings = suite_settings.suite_settings_from(parser().parse_args(flags), flags)
+    (loaded,) = subject.load_subjects(settings, Silent())
+    assert loaded.parts == list(suite.SUITE)
+    part = suite.SUITE[0]
+    with Interrupts() as interrupts:
+        run = Run(loaded.settings.scoring, interrupts, Silent(), 100)
+        how = suite.part_settings(part, loaded.case.target, 2, 0, 2**33)
+        done = suite.run_part(part, how, loaded.case, loaded.sealed, 0.0, run)
+    assert done.status == "done"
+    assert done.is_limited
+    assert done.verdict["verdict"] == INCOMPLETE
+    assert "the controls were not run, since its time was over" in done.verdict["sentence"]
+    assert done.images.shape == (2, 3, 32, 32)
+
+
+def test_nothing_is_matched_once_layerwise_has_shown_a_reconstruction():
+    """The rest of its time goes to the checkpoints after it."""
+    part = Part("layerwise", "layerwise", 5.0)
+    shown = Done(part, "done", scores={"verdict": {"verdict": RECONSTRUCTION}})
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    budget.add(4)
+
+    class Loaded:
+        refused = {}
+
+    with Interrupts() as interrupts:
+        audit = suite_run.Audit(None, [], budget, Silent(), interrupts, None, {})
+        found = suite_run.run_one(audit, Loaded(), suite.SUITE[1], [shown])
+    assert (found.status, found.reason) == ("skipped", "already shown by layerwise")
+    assert budget.forecast(3) == 100
+    assert suite_report.part_entry(found)["verdict"] is None

@@ -1,0 +1,119 @@
+"""Files of weights that frameworks of federated learning keep: tensors by name or as a list."""
+
+import io
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.pretrained import WRAPPERS
+from utils.errors import InputError
+from utils.tensor_files import load_plain, one_line
+
+#: Kinds of NVFlare's DXO that hold weights, and whether they are a difference.
+DXO_KINDS = {"WEIGHTS": False, "WEIGHT_DIFF": True}
+#: Where a DXO says how many steps its client took.
+DXO_STEPS = "NUM_STEPS_CURRENT_ROUND"
+
+
+@dataclass(frozen=True)
+class UpdateFile:
+    """Holds what a file of weights or of a difference contains."""
+
+    #: Tensors or arrays, by name or in the order of the model's state dict.
+    values: Mapping[str, Any] | list
+    #: What the file is, in words.
+    kind: str
+    #: Whether it says that it holds a difference, after minus before; None where it does not say.
+    difference: bool | None = None
+    #: Steps that it says the client took; None where it does not say.
+    steps: int | None = None
+
+
+def read_update_file(path: str) -> UpdateFile:
+    """Read a file of weights; no code in it is run.
+
+    `.npz` by name or as a list (arr_0, arr_1, …, as numpy.savez keeps Flower's arrays);
+    `.safetensors`; and what torch.save wrote: a state dict, alone or under a name in WRAPPERS, a
+    list of tensors, Flower's Parameters as a dict (tensors: bytes of numpy.save, tensor_type), or
+    NVFlare's DXO as a dict (kind, data, meta).
+
+    Raises InputError, without the file's name, for anything else.
+    """
+    if not os.path.isfile(path):
+        raise InputError("no such file; give a file of weights")
+    if path.endswith(".npz"):
+        return _read_npz(path)
+    if path.endswith(".safetensors"):
+        return _read_safetensors(path)
+    content = load_plain(path)
+    if isinstance(content, list | tuple):
+        return UpdateFile(list(content), f"a list of {len(content)} tensors")
+    if not isinstance(content, Mapping) or not content:
+        raise InputError("holds no weights; give a state dict or a list of tensors")
+    if "data" in content and ("kind" in content or "data_kind" in content):
+        return _read_dxo(content)
+    if {"tensors", "tensor_type"} <= content.keys():
+        return _read_parameters(content)
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            return UpdateFile(content[wrapper], f"a state dict under '{wrapper}'")
+    return UpdateFile(content, "a state dict")
+
+
+def _read_npz(path: str) -> UpdateFile:
+    """Read an archive of numpy arrays, none of which may hold pickled objects."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"unreadable or damaged ({one_line(error)[:120]})") from error
+    if not arrays:
+        raise InputError("holds no arrays")
+    if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
+        ordered = sorted(arrays, key=lambda name: int(name[4:]))
+        return UpdateFile([arrays[name] for name in ordered], f"a list of {len(arrays)} arrays")
+    return UpdateFile(arrays, f"{len(arrays)} arrays by name")
+
+
+def _read_safetensors(path: str) -> UpdateFile:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise InputError(
+            "needs the package safetensors; install it, or save the weights by torch.save"
+        ) from error
+    try:
+        return UpdateFile(load_file(path), "safetensors")
+    except Exception as error:  # its errors have no common type
+        raise InputError(f"unreadable or damaged ({one_line(error)[:120]})") from error
+
+
+def _read_dxo(content: Mapping) -> UpdateFile:
+    """Take the weights out of a DXO, as its own encoding names the entries."""
+    kind, data = content.get("kind", content.get("data_kind")), content["data"]
+    if kind not in DXO_KINDS or not isinstance(data, Mapping):
+        raise InputError(
+            f"a DXO of kind {str(kind)[:40]!r}: only {' and '.join(DXO_KINDS)} hold weights"
+        )
+    meta = content.get("meta")
+    steps = meta.get(DXO_STEPS) if isinstance(meta, Mapping) else None
+    count = steps if isinstance(steps, int) and not isinstance(steps, bool) else None
+    return UpdateFile(data, f"a DXO of kind {kind}", DXO_KINDS[kind], count)
+
+
+def _read_parameters(content: Mapping) -> UpdateFile:
+    """Take the arrays out of Flower's Parameters, each the bytes that numpy.save writes."""
+    if content["tensor_type"] != "numpy.ndarray" or not isinstance(content["tensors"], list):
+        raise InputError(
+            f"Parameters of type {str(content['tensor_type'])[:40]!r}: only numpy.ndarray is read"
+        )
+    try:
+        arrays = [np.load(io.BytesIO(part), allow_pickle=False) for part in content["tensors"]]
+    except (TypeError, ValueError, EOFError) as error:
+        raise InputError(f"Parameters: unreadable ({one_line(error)[:120]})") from error
+    return UpdateFile(arrays, f"Parameters of {len(arrays)} arrays")
