@@ -45,7 +45,7 @@ def sweep(settings: Settings) -> int:
     from utils.errors import naming
 
     with naming(f"--checkpoint {settings.inputs.checkpoint}"):
-        base = base_flags(client_record(settings.inputs))
+        base = base_flags(client_record(settings.inputs), settings.inputs.model)
     return run_sweep(settings, partial(simulate, base))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import norm
 
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
@@ -64,7 +65,7 @@ def swept(checkpoint, tmp_path_factory):
 
 def test_a_client_is_simulated_as_it_was(checkpoint):
     original = load(str(checkpoint))
-    again, command = simulate(base_flags(original["args"]), "", "", 0, 1, torch.device("cpu"))
+    again, command = simulate(base_flags(original["args"], None), "", "", 0, 1, torch.device("cpu"))
     for name in ("x_true", "y_true"):
         assert torch.equal(original[name], again[name])
     assert all(
@@ -78,10 +79,11 @@ def test_a_client_is_simulated_as_it_was(checkpoint):
     )
 
 
-def test_its_command_captures_the_same_client(checkpoint, tmp_path):
+@pytest.mark.parametrize("defence", ["batch:1:0.1", "topk:0.1", "larger-batch:3"])
+def test_its_command_captures_the_same_client(defence, checkpoint, tmp_path):
     """Noise too, whose seed the command names."""
-    base = [*base_flags(load(str(checkpoint))["args"]), "--decoys=3"]
-    swept, command = simulate(base, "sigma", "0.5", 1, 1, torch.device("cpu"))
+    base = [*base_flags(load(str(checkpoint))["args"], None), "--decoys=3"]  # the last one counts
+    swept, command = simulate(base, "defence", defence, 1, 1, torch.device("cpu"))
     succeed(*command.split()[1:], "--results", tmp_path)
     (path,) = tmp_path.glob("*-checkpoint.pth.tar")
     again = load(str(path))
@@ -106,6 +108,12 @@ def test_its_command_captures_the_same_client(checkpoint, tmp_path):
         ([], "label-smoothing", "0.2", {"label_smoothing": 0.2}),
         (["--label-smoothing", "0.2"], "label-smoothing", "none", {"label_smoothing": 0.0}),
         ([], "replace-bn", "groupnorm", {"replace_bn": "groupnorm"}),
+        ([], "local-steps", "4", {"local_steps": 4}),
+        ([], "defence", "topk:0.1", {"defence": "topk:0.1"}),
+        (
+            ["--enable-dp", "-C", "2"], "defence", "none",
+            {"defence": "none", "enable_dp": False, "max_per_sample_grad_norm": None},
+        ),
     ],
 )  # fmt: skip
 def test_a_parameter_is_changed_and_nothing_else(given, parameter, value, expected):
@@ -122,21 +130,22 @@ def test_decoys_are_enough_for_the_batch():
     assert found["decoys"].shape[1] == 119
 
 
+def test_a_bound_stands_beside_its_epsilon(checkpoint, tmp_path):
+    """Φ(Φ⁻¹(1 / 30) + 1) for a noise multiplier of 1, here from another implementation."""
+    flags = ("--sweep", "defence=dp-sgd:1:1,random:0.5")
+    outcome, record, _ = sweep(tmp_path, checkpoint, *flags)
+    private, sparse = record["rows"]
+    assert private["mu"] == pytest.approx(1)
+    assert private["bound"] == pytest.approx(norm.cdf(norm.ppf(1 / 30) + 1))
+    assert private["epsilon"] > 1
+    assert (sparse["mu"], sparse["bound"], sparse["epsilon"]) == (None, None, None)
+    assert f"≤ {private['bound']:.2g}" in outcome.out
+
+
 def test_noise_differs_between_batches_and_is_the_same_again():
     def sent(repeat, value="0.5"):
-        base = [
-            "--data-name",
-            "photos",
-            *CLIENT[:-4],
-            "--image-size",
-            "16",
-            "--enable-dp",
-            "-C",
-            "1",
-            "--sigma",
-            "0.1",
-        ]
-        base += ["--dp-mode", "per-sample", "--decoys", "1"]
+        base = ["--data-name", "photos", *CLIENT, "--decoys", "1", "--enable-dp", "-C", "1"]
+        base += ["--sigma", "0.1", "--dp-mode", "per-sample"]
         return simulate(base, "sigma", value, repeat, 1, torch.device("cpu"))[0]
 
     first, again, other = sent(0), sent(0), sent(1)
@@ -262,6 +271,7 @@ def test_what_a_sweep_refuses(flags, refusal, tmp_path):
         (lambda c: c | {"args": {}}, "holds no record of a client"),
         (lambda c: {k: v for k, v in c.items() if k != "x_true"}, "holds neither its truth nor"),
         (lambda c: c | {"args": c["args"] | {"import_update": ["a", "b"]}}, "was imported"),
+        (lambda c: c | {"args": c["args"] | {"model": "net.py:net"}}, "give --model FILE.py"),
         (lambda c: c | {"args": c["args"] | {"seed": "x"}}, "argument --seed: 'x' is not"),
         (lambda c: c | {"args": c["args"] | {"data_name": "none"}}, "--data-name none: unknown"),
     ],
