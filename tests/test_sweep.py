@@ -198,6 +198,18 @@ def test_table_and_files(swept):
         assert np.asarray(Image.open(folder / name).convert("RGB")).std() > 1
 
 
+def test_every_entry_of_a_sweep_is_described(swept):
+    """In docs/files.md, and none that is not there."""
+    from tests.test_readme import first_column, section
+
+    _, record, folder = swept
+    text = section("docs/files.md", "sweep.json")
+    whole, rows = text.split("The entries of `rows`:")
+    assert sorted(first_column(whole)) == sorted(record)
+    assert sorted(first_column(rows)) == sorted(record["rows"][0])
+    assert all(f"`{path.name}`" in text for path in folder.iterdir())
+
+
 def test_two_workers_find_what_one_does(checkpoint, swept, tmp_path):
     flags = ("--sweep", "sigma=0,0.5", "--sweep-workers", 2, "--keep-checkpoints")
     _, record, folder = sweep(tmp_path, checkpoint, *flags)

@@ -149,7 +149,7 @@ def _label(
     )  # fmt: skip
 
 
-def _wrapped(value: str, width: int = 13) -> str:
+def _wrapped(value: str, width: int = 15) -> str:
     """Break a defence's name before its amounts where it is long."""
     name, colon, amounts = value.partition(":")
     return value if len(value) <= width or not colon else f"{name}\n{amounts}"
