@@ -10,6 +10,7 @@ import torch
 from models.choices import SWEEP_PARAMETERS
 from train.batches import DECOYS
 from train.capture import capture
+from train.defence_settings import RANDOM
 from train.flags import parser
 from train.settings import ClientSettings, settings_from
 from utils.console import Silent
@@ -20,7 +21,7 @@ from utils.shard import ALONE
 NEEDED = ("data_name", "arch", "batch_size", "target_idx")
 #: Flags that concern the run that wrote the record, not the client.
 OF_THE_RUN = {
-    "id", "results", "gpu", "dry_run", "seal", "ra", "ra_mode", "noise_seed", "with_control",
+    "id", "results", "gpu", "dry_run", "seal", "ra", "ra_mode", "with_control", "model",
     "multiprocessing_distributed", "nproc", "world_size", "rank", "dist_url", "dist_backend",
 }  # fmt: skip
 #: Flags of the protection, which a swept defence takes the place of.
@@ -32,9 +33,8 @@ LEFT_OUT = ("none", "")
 def base_flags(record: Mapping, model: str | None = None) -> list[str]:
     """Return the command line of training.py that gives a client again, from its record.
 
-    record: entry `args` of a checkpoint. Every value passes the parser once more. model:
-    FILE.py:function of the user's network as this command line names it: a file that a record
-    names is never run.
+    record: entry `args` of a checkpoint. Every value passes the parser once more. model: the
+    network's FILE.py:function, where the client has one of its own; the record's is never run.
 
     Raises InputError, without the file's name, where the record does not describe a client that
     can be simulated.
@@ -53,11 +53,16 @@ def base_flags(record: Mapping, model: str | None = None) -> list[str]:
         raise InputError(
             "its network is one of the list; leave --model out"
             if model is not None
-            else "its network came from a file of its user; give --model FILE.py:function"
+            else "its network came from a file of its user, which no record starts; give --model "
+            "FILE.py:function"
         )
-    flags = _command_line({**record, "model": model})
+    flags = [*_command_line({**record, "noise_seed": None}), *_model_flags(model)]
     parser().parse_args(flags)  # for its refusals
     return flags
+
+
+def _model_flags(model: str | None) -> list[str]:
+    return [] if model is None else [f"--model={model}"]
 
 
 def _command_line(record: Mapping) -> list[str]:
@@ -139,20 +144,19 @@ def simulate(
     args.with_control = True  # which a recorded number of decoys needs
     settings = settings_from(args)
     decoys = settings.batch.decoys or max(DECOYS, decoys_per_image * settings.batch.size - 1)
-    settings = _repeatable(settings, args)
-    batch = replace(settings.batch, with_control=True, decoys=decoys)
-    settings = replace(settings, batch=batch, record={
-        **settings.record, "with_control": True, "decoys": decoys,
-    })  # fmt: skip
-    captured = capture(settings, device, Silent(), ALONE)
-    return captured.checkpoint, shlex.join(
-        ["python", "training.py", *_command_line(settings.record), "--with-control"]
+    settings = replace(
+        _repeatable(settings, args),
+        batch=replace(settings.batch, decoys=decoys),
     )
+    settings = replace(settings, record={**settings.record, "decoys": decoys})
+    captured = capture(settings, device, Silent(), ALONE)
+    flags = [*_command_line(settings.record), *_model_flags(args.model), "--with-control"]
+    return captured.checkpoint, shlex.join(["python", "training.py", *flags])
 
 
 def _repeatable(settings: ClientSettings, args) -> ClientSettings:
-    """Return the settings with a seed for the noise of the protection, where there is one."""
-    if settings.protection is None:
+    """Return the settings with a seed for what the protection draws, where it draws."""
+    if settings.protection is None or settings.protection.mode not in ("per-sample", *RANDOM):
         return settings
     seed = (args.seed * 1000 + args.target_idx) % 2**31
     protection = replace(settings.protection, noise_seed=seed)

@@ -17,10 +17,12 @@ from inversion.audit.settings import Settings
 from inversion.audit.sweep.row import STRENGTH, Job, Result, Row
 from inversion.audit.verdict import ALPHA, corrected
 from inversion.settings import AttackSettings
+from models.guarantee import composed_mu, reconstruction_bound
 from utils import metrics
 from utils.console import Silent
 from utils.device import choose_device
 from utils.errors import FaultError, InputError, is_out_of_memory
+from utils.matching import label_numbers
 from utils.script import Interrupts
 from utils.shard import ALONE
 from utils.tensor_files import save
@@ -161,15 +163,27 @@ def _of_client(settings: Settings, case: Case, sealed: Sealed) -> dict:
     protection, check = case.target.protection, sealed.check
     assert check is not None  # load_inputs saw to it
     labels, method = _labels(settings, case, sealed)
+    candidates = None if sealed.truth.decoys is None else sealed.truth.decoys.shape[1] + 1
+    mu = _mu(case)
     return {
         "batch_size": case.target.batch_size,
         "protection": None if protection is None else dict(vars(protection)),
         "epsilon": None if protection is None else protection.epsilon,
-        "candidates": None if sealed.truth.decoys is None else sealed.truth.decoys.shape[1] + 1,
+        "mu": mu,
+        "bound": reconstruction_bound(1 / candidates, mu) if mu and candidates else None,
+        "candidates": candidates,
         "cosine": 1 - check.distance,
         "label_accuracy": labels,
         "label_method": method,
     }
+
+
+def _mu(case: Case) -> float | None:
+    """Return μ of all gradients that the client's ε is for; None where nothing bounds attackers."""
+    protection = case.target.protection
+    if protection is None or protection.mu is None or case.target.bn_mean is not None:
+        return None  # batch statistics are sent as they are
+    return composed_mu(protection.mu, protection.steps or 1)
 
 
 def _labels(settings: Settings, case: Case, sealed: Sealed) -> tuple[float | None, str]:
@@ -186,7 +200,7 @@ def _labels(settings: Settings, case: Case, sealed: Sealed) -> tuple[float | Non
             return None, _one_line(error)
         found = other.labels
     assert found is not None  # that was asked for
-    return metrics.label_accuracy(found.labels, sealed.truth.y), found.method
+    return metrics.label_accuracy(*label_numbers(found.labels, sealed.truth.y)), found.method
 
 
 def _of_attack(best: Found, found: Sequence[Found]) -> dict:

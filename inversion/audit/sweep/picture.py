@@ -81,7 +81,7 @@ def _width(places: Sequence[float]) -> float:
     """Return a width in inches at which the labels of neighbours do not meet."""
     gaps = np.diff(sorted(places))
     span = 1.0 if not len(gaps) else (max(places) - min(places)) / max(gaps.min(), 0.25)
-    return min(16.0, 2.6 + 1.15 * span)
+    return min(16.0, max(7.0, 2.6 + 1.15 * span))
 
 
 def _draw_controls(
@@ -149,7 +149,7 @@ def _label(
     )  # fmt: skip
 
 
-def _wrapped(value: str, width: int = 13) -> str:
+def _wrapped(value: str, width: int = 15) -> str:
     """Break a defence's name before its amounts where it is long."""
     name, colon, amounts = value.partition(":")
     return value if len(value) <= width or not colon else f"{name}\n{amounts}"
