@@ -159,6 +159,11 @@ def test_no_leakage_needs_every_part_and_the_positive_control():
     assert verdict(CLEAR, positive_passed=False) == INCOMPLETE
     short_of_time = entry("matching, short", INCOMPLETE, limited=True)
     assert verdict([CLEAR[0], short_of_time, CLEAR[2]]) == NOT_SHOWN  # the long one says it
+    whole = checkpoint_verdict([CLEAR[0], short_of_time, CLEAR[2]], positive_passed=True, tests=3)[
+        1
+    ]
+    assert whole.startswith("no leakage shown: matching, long found nothing (p = 0.5, corrected")
+    assert "layerwise cannot be run on this network" in whole
     long_too = entry("matching, long", INCOMPLETE, limited=True)
     assert verdict([CLEAR[0], CLEAR[1], long_too]) == NOT_SHOWN
     assert verdict([CLEAR[0], short_of_time, long_too]) == INCOMPLETE

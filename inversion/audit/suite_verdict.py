@@ -76,7 +76,7 @@ def checkpoint_verdict(
         )
     if reasons:
         return INCOMPLETE, f"{INCOMPLETE}: {'; '.join(reasons)}"
-    done = [part["name"] for part in parts if part["status"] == "done"]
+    done = [part["name"] for part in parts if _is_evidence(part)]
     refused = [part["name"] for part in parts if part["status"] == "refused"]
     least = min(part["p_corrected"] for part in parts if part["p_corrected"] is not None)
     words = f"{' and '.join(done)} found nothing (p = {least:.2g}, corrected for {tests} attacks)"
