@@ -1,7 +1,10 @@
 """Audits as `run.py --audit` describes them, made by hand or from the result.json of a run."""
 
+import re
+
 import torch
 
+from inversion.audit import html
 from inversion.audit.verdict import IDENTIFIABLE, INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
 from utils.pictures import save_panels
 
@@ -183,6 +186,16 @@ def several():
 
 
 EXAMPLES = {"leak": leak, "no leak": no_leak, "incomplete": incomplete, "several": several}
+
+
+def palettes():
+    """The named colours of the style sheet: light, dark and printed."""
+    style = (html.TEMPLATES / "style.css").read_text()
+    light, dark, printed = (
+        dict(re.findall(r"--(\w+): (#\w{6});", block))
+        for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    )
+    return {"light": light, "dark": light | dark, "print": light | printed}
 
 
 def write_pictures(folder):

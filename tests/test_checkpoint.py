@@ -18,6 +18,7 @@ from torch import nn
 from models.build import build_model
 from models.checkpoint import FORMAT, Task, load, load_truth, make_checkpoint, seal
 from models.gradient import ClientLoss, Update, batch_gradient
+from models.local import LocalSteps
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Protection, check_gradient_fits, model_of, outline_of
 from tests.support import Hostile, attack, call, smooth_network, succeed
@@ -37,6 +38,7 @@ KEYS = {
 }  # fmt: skip
 NEW_KEYS = {"format", "trainable", "label_smoothing", "protection", "replace_bn", "id"}
 NEW_KEYS |= {"truth_digest", "truth_salt", "checkpoint_digest", "loss", "model_sha256"}
+NEW_KEYS |= {"local_steps", "local_lr", "local_batch", "local_epochs", "resolution"}
 
 
 def test_keys_and_plain_types(captured):
@@ -200,7 +202,10 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
     [
         ({"format": FORMAT + 1}, f"format {FORMAT + 1}, written by a newer version"),
         ({"format": "x"}, "format 'x' is not the number of a format"),
-        ({"local_steps": 5}, "an update of 5 local steps is no gradient"),
+        ({"local_steps": 5}, "local_lr is None for 5 local steps"),
+        ({"local_steps": 5, "local_lr": 0.0}, "local_lr is 0.0 for 5 local steps"),
+        ({"local_steps": 5, "local_lr": 0.1, "local_batch": 0}, "local_batch is 0, not a positive"),
+        ({"resolution": 2.0}, "resolution is 2.0, not above 0 and up to 1"),
         ({"arch": None}, "missing arch"),
         ({"dataset_setup": {"mean": [0], "std": [1]}}, r"dataset_setup\[size\]"),
         ({"dataset_setup": [1]}, r"dataset_setup is \[1\], not a mapping with mean"),
@@ -367,11 +372,26 @@ def test_an_own_gradient_makes_a_checkpoint(tmp_path):
     assert "x_true" not in by_name
 
 
+def test_several_local_steps_are_stored_with_how_they_were_taken(tmp_path):
+    model, gradient = own_gradient()
+    local = LocalSteps(4, 0.5, 2, 2)
+    checkpoint = make_checkpoint(model, gradient, OWN, local=local, resolution=1e-4)
+    save(checkpoint, str(tmp_path / "own.pth.tar"))
+    target = target_from_checkpoint(load(str(tmp_path / "own.pth.tar")))
+    assert (target.local, target.resolution) == (local, 1e-4)
+    for change, g in zip(target.weight_change, gradient.values(), strict=True):
+        assert torch.equal(change, -2.0 * g)
+    one = target_from_checkpoint(make_checkpoint(model, gradient, OWN, local=LocalSteps(1, 0.5)))
+    assert (one.local, one.resolution) == (None, None)
+    with pytest.raises(ValueError, match="one gradient was sent"):
+        _ = one.weight_change
+
+
 def test_what_is_no_gradient_of_one_step_is_refused():
     model, gradient = own_gradient()
-    with pytest.raises(InputError, match="several local steps"):
-        make_checkpoint(model, gradient, OWN, local_steps=3)
-    with pytest.raises(InputError, match="buffer 1.running_mean.*update of local steps"):
+    with pytest.raises(InputError, match="local_lr is 0 for 3 local steps"):
+        make_checkpoint(model, gradient, OWN, local=LocalSteps(3, 0))
+    with pytest.raises(InputError, match="buffer 1.running_mean.*by gradient_from_update"):
         make_checkpoint(model, model.state_dict(), OWN)
     with pytest.raises(InputError, match=r"differ at 0\.bias"):
         make_checkpoint(model, {k: v for k, v in gradient.items() if k != "0.bias"}, OWN)

@@ -7,7 +7,7 @@ from torch import nn
 from models.build import SMALL_NETWORKS, build_model
 from models.gradient import ClientLoss, batch_gradient, whole_batch_gradient
 from tests.support import call, photos, succeed
-from train import client
+from train import client, local
 from train.flags import parser
 from train.settings import settings_from
 
@@ -27,7 +27,7 @@ def test_a_bug_elsewhere_is_not_blamed_on_the_network(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(client, "whole_batch_gradient", broken)
+    monkeypatch.setattr(local, "whole_batch_gradient", broken)
     with pytest.raises(RuntimeError, match="^mat1 and mat2"):
         call("training.py", *FLAGS)
 
@@ -39,7 +39,7 @@ def test_trying_the_network_changes_nothing_that_is_sent():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     settings = settings_from(parser().parse_args(["--data-name", "photos", "-a", "convnet"]))
-    client.check_processes(settings, model, photos(3, 32)[0])
+    client.check_processes(settings, model, photos(3, 32)[0], 8)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,7 +1,6 @@
 """Defences: what each sends, what is said of it, and what the attacker makes of it."""
 
 import math
-from argparse import Namespace
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -228,9 +227,7 @@ def test_a_defence_may_stand_for_another_flag():
         assert settings.record["defence"] == text
     assert args.defence is None
     assert settings_from(flags("--defence", "groupnorm")).network.replace_bn == "groupnorm"
-    assert with_defence(Namespace(local_steps=1), "local-steps:4").local_steps == 4
-    with pytest.raises(InputError, match="this client takes one step"):
-        with_defence(Namespace(), "local-steps:4")
+    assert settings_from(with_defence(args, "local-steps:4")).local.steps == 4
 
 
 def test_clipping_and_noise_are_those_of_the_other_flags(tmp_path):

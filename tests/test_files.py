@@ -196,7 +196,7 @@ def test_a_capture_that_fails_in_its_middle_leaves_nothing_behind(tmp_path, monk
     flags = ("-a", "lenet", "-b", "2", "--seal")
     capture_photos(tmp_path, *flags)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(before) == 4
+    assert len(before) == 5
 
     def full(figure, path):
         raise FaultError(f"{path} could not be written: No space left on device")

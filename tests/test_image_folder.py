@@ -3,6 +3,8 @@
 import csv
 import os
 import struct
+import subprocess
+import sys
 import unicodedata
 import zlib
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from tests.support import call, succeed
+from tests.support import ROOT, call, succeed
 from tests.test_datasets import image_folder, write_images
 from utils import image_folder as listing
 from utils.errors import InputError
@@ -77,7 +79,7 @@ def test_exif_turns_an_image(orientation, ending, tmp_path):
         found, done = read(tmp_path / f"x.{ending}", channels)
         upright = UPRIGHT[orientation](values.reshape(6, 9, -1))
         np.testing.assert_allclose(found, upright / white, atol=1e-7)
-        assert ("turned by its EXIF orientation" in done) == (orientation != 1)
+        assert ("turned upright, as EXIF says" in done) == (orientation != 1)
 
 
 def test_damaged_exif_data_leaves_the_image_as_stored(tmp_path):
@@ -439,24 +441,24 @@ def test_links_that_lead_back_up_end(root):
     (root / "dog" / "self").symlink_to(root / "dog" / "self")
     found = listing.image_folder(str(root))
     assert names_of(found, root) == CLEAN
-    assert any(
-        note.startswith("links that lead back up, not followed: 4 (cat/deep/up, cat/far, cat/me")
-        for note in found.notes
-    )
+    up, other = found.notes
+    assert up == "links that lead back up, not followed: 4 (cat/deep/up, cat/far, cat/me, cat/up)"
+    assert other == "other files, not read: 1 (dog/self)"
 
 
 def test_links_to_elsewhere_are_followed_once(root, tmp_path):
     elsewhere = write_images(tmp_path / "elsewhere", 2, size=(12, 10))
     (root / "cat" / "z").symlink_to(tmp_path / "elsewhere")
     (root / "cat" / "zz").symlink_to(tmp_path / "elsewhere")  # the same folder again
+    (root / "owl" / "x.png").symlink_to(write_images(tmp_path / "far", 1, size=(7, 9))[0])
     (root / "dog" / "y.png").symlink_to(root / "dog" / "000.png")  # the same file again
     found = listing.image_folder(str(root))
     names = names_of(found, root)
-    assert names == [*CLEAN[:2], "cat/z/000.png", "cat/z/001.png", *CLEAN[2:]]
+    assert names == [*CLEAN[:2], "cat/z/000.png", "cat/z/001.png", *CLEAN[2:], "owl/x.png"]
     assert decode(found.paths[2], 3, 10).shape == (3, 10, 10)
     assert elsewhere[0].samefile(found.paths[2])
     said = " ".join(found.notes)
-    assert "links to outside the folder, followed: 2 (cat/z, cat/zz)" in said
+    assert "links to outside the folder, followed: 2 (cat/z, owl/x.png)" in said
     assert "second links to the same folder, skipped: 1 (cat/zz)" in said
     assert "second links to the same file, skipped: 1 (dog/y.png)" in said
 
@@ -539,6 +541,19 @@ def test_names_that_would_break_a_line_are_escaped(name, shown, tmp_path):
     assert outcome.err.count("\n") == 1
 
 
+def test_an_output_of_few_letters_shows_names_escaped(tmp_path):
+    root = image_folder(tmp_path / "set", classes=("🦉", "é"), count=1)
+    flags = ("--data-name", "folder", "--data", root, "-a", "lenet", "-b", "2")
+    flags += ("--results", tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "training.py", *flags], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert r"\U0001f989/000.png" in done.stdout
+    (log,) = tmp_path.glob("*.log")
+    assert "🦉/000.png" in log.read_text(encoding="utf-8")
+
+
 # What is said and written ----------------------------------------------------------------------
 
 
@@ -559,9 +574,10 @@ def test_the_list_says_which_file_is_which_image(tmp_path):
         Image.new("RGB", (20 + i, 30), (20 * i, 20 * i, 20 * i)).save(path)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    Image.new("RGB", (30, 99), (240, 240, 240)).save(root / "cat" / "999.png", exif=exif)
+    (root / "cat" / "night").mkdir()
+    Image.new("RGB", (30, 99), (240, 240, 240)).save(root / "cat" / "night" / "9.png", exif=exif)
     out, rows, path = capture(root, tmp_path / "out", "-b", "13", "--seal")
-    assert "1 of 13 images is turned by its EXIF orientation" in out
+    assert "1 of 13 images is turned upright, as EXIF says" in out
     assert f"which image is which, as private as the truth: {path}" in out
     assert out.count("  image ") == 8
     assert "  … and 5 more" in out
@@ -577,15 +593,15 @@ def test_the_list_says_which_file_is_which_image(tmp_path):
         assert row["class"] == ("cat", r"two\nlines")[label]
         i = round(value / 20)
         if i == 12:
-            assert (row["file"], row["width"], row["height"]) == ("cat/999.png", "99", "30")
-            assert row["done"] == "turned by its EXIF orientation"
+            assert (row["file"], row["width"], row["height"]) == ("cat/night/9.png", "99", "30")
+            assert row["done"] == "turned upright, as EXIF says"
         else:
             assert row["file"] == f"{row['class']}/{i % 6:03d}.png"
             assert (row["width"], row["height"], row["done"]) == (str(20 + i), "30", "")
         assert row["mode"] == "RGB"
     assert sorted(int(row["number"]) for row in rows) == list(range(13))
     (checkpoint,) = (tmp_path / "out").glob("*-checkpoint.pth.tar")
-    for name in (b"999.png", b"000.png", str(root).encode()):
+    for name in (b"9.png", b"000.png", str(root).encode()):
         assert name not in checkpoint.read_bytes()
 
 
@@ -593,7 +609,7 @@ def test_the_list_of_photographs_and_of_a_backup(tmp_path):
     succeed("training.py", "--data-name", "photos", "-a", "lenet", "-b", "3", "--results", tmp_path)
     (path,) = tmp_path.glob("*-images.csv")
     assert path.read_text().splitlines()[1:] == [
-        f"{i},{i},,{name},,,,," for i, name in enumerate(("astronaut", "chelsea", "coffee"))
+        f"{i},{i},{name},,,,,," for i, name in enumerate(("astronaut", "chelsea", "coffee"))
     ]
     torch.save(torch.randn(6, 3, 32, 32), tmp_path / "x_true.pth.bk")
     torch.save(torch.tensor([1, 2, 3, 4, 5, 6]), tmp_path / "y_true.pth.bk")

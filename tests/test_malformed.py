@@ -125,6 +125,7 @@ def entry_changes(rng, base):
         "args": [1, "text", [1, 2]],
         "protection_norms": [1, "text", [1.0]],
         "local_steps": [0, 5, True, "1", 1.5],
+        "resolution": [0.0, 2, True, "1"],
         "free_last_layers_list": [1, {}, [[1]], 2.0],
         "state_dict": [None, [], {}, {"a": 1}, {1: torch.ones(1)}, [*base["state_dict"].values()]]
         + [without(base["state_dict"], key) for key in rng.sample([*base["state_dict"]], 2)]

@@ -1,22 +1,20 @@
-"""The report: one well-formed page, everything in it, nothing hostile from files, two sheets."""
+"""The report: one well-formed page with everything in it and nothing hostile from files."""
 
 import copy
 import itertools
-import json
 import math
 import re
 from html import escape
 from html.parser import HTMLParser
 
-import numpy
 import pytest
-from PIL import Image
+import torch
 
 from inversion.audit import html, page_view, page_words
 from inversion.audit.verdict import INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
-from tests.audit_examples import EXAMPLES, audit, checkpoint, from_result, write_pictures
-from tests.browser import SCREEN, measured, open_page, pdf_pages, screenshot
-from tests.support import attack
+from tests.audit_examples import EXAMPLES, audit, checkpoint, from_result, palettes, write_pictures
+from tests.support import scored
+from utils.files import null_if_nan
 
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 HOSTILE = "<script>alert('x')</script>&\"{{ 191 * 7 }}</style><img src=x onerror=y>"
@@ -262,15 +260,25 @@ def test_a_number_that_is_not_finite_has_no_value(folder):
     assert "Highest leakage: SSIM +0.921 (image 1)" in page.text
 
 
-def test_a_real_run_can_be_told(captured, tmp_path):
-    """Of two images after one iteration, with figures that are null."""
-    path = captured("-a", "lenet", "-b", "2", "--with-control")
-    result, folder = attack(tmp_path, path, "--metric")
-    part = from_result(result)
+def test_the_scores_of_a_run_can_be_told(folder):
+    """As scoring makes them, with figures that are null."""
+    true, other = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    decoys = torch.rand(2, 30, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(2)
+    controls = {"mean image": other, "prior only": other / 2}
+    scores, _ = scored(
+        0.9 * true, true, labels, labels, controls=controls,
+        decoys=(255 * decoys).round().byte(), verdict_metric="psnr",
+    )  # fmt: skip
+    scores["attack"] = {"arrived": True}
+    seconds = {name: {"seconds": 1.5} for name in controls}
+    result = {"metrics": scores, "controls": seconds, "seconds": 2.0, "iterations": 9}
+    part = from_result(null_if_nan(result))
     found = audit(NOT_SHOWN, [checkpoint(part["verdict"], [part], batch_size=2)])
     text = Page(html.render(found, folder, with_images=True)).text
     assert part["sentence"] in text
     assert f"{part['leakage']['psnr']['mean']:+.2f} dB" in text
+    assert "9 steps of the attack" in text
 
 
 # Nothing hostile, nothing private ----------------------------------------------------------------
@@ -349,16 +357,6 @@ def test_only_a_picture_of_the_folder_is_shown(name, tmp_path):
 # Colours and words -------------------------------------------------------------------------------
 
 
-def palettes():
-    """The named colours of the style sheet: light, dark and printed."""
-    style = (html.TEMPLATES / "style.css").read_text()
-    light, dark, printed = (
-        dict(re.findall(r"--(\w+): (#\w{6});", block))
-        for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
-    )
-    return {"light": light, "dark": light | dark, "print": light | printed}
-
-
 def luminance(colour):
     """The relative luminance of WCAG 2."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -396,76 +394,3 @@ def test_the_documentation_has_the_same_references():
     page = (html.TEMPLATES.parents[2] / "docs" / "report.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
     assert rows == [(str(r.section), r.item, r.edpb, r.iso, r.nist) for r in page_words.REFERENCES]
-
-
-# In a browser ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory, pages):
-    """Example → the file of its page."""
-    path = tmp_path_factory.mktemp("pages")
-    files = {name: path / f"{name.replace(' ', '-')}.html" for name in pages}
-    for name, file in files.items():
-        file.write_text(pages[name])
-    return files
-
-
-def share(picture, colour, box):
-    """The share of the pixels of a box (left, top, right, bottom) that are near a colour."""
-    pixels = numpy.asarray(Image.open(picture).convert("RGB").crop(box), dtype=int)
-    goal = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return (abs(pixels - goal).max(axis=2) <= 6).mean()
-
-
-BOXES = """['verdict', 'worst'].map(id => {
-    const box = document.getElementById(id).getBoundingClientRect()
-    return [box.left, box.top, box.right, box.bottom]
-})"""
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("name", ["leak", "several", "incomplete"])
-def test_verdict_and_worst_image_are_on_the_first_screen(name, written, tmp_path):
-    for left, top, right, bottom in json.loads(measured(written[name], tmp_path, BOXES)):
-        assert 0 <= left < right <= SCREEN[0]
-        assert 0 <= top < bottom <= SCREEN[1]
-        assert right - left > 100
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_the_screen_shows_the_verdict_in_its_colour(dark, written, tmp_path):
-    badge, worst = json.loads(measured(written["leak"], tmp_path, BOXES))
-    colours = palettes()["dark" if dark else "light"]
-    picture, console = screenshot(written["leak"], tmp_path, dark=dark)
-    assert console == []
-    assert Image.open(picture).size == SCREEN
-    assert share(picture, colours["leak"], badge) > 0.5
-    assert share(picture, colours["leak"], worst) < 0.1
-    assert share(picture, colours["paper"], (0, 0, *SCREEN)) > 0.5
-    left, top, right, _ = worst
-    assert numpy.asarray(Image.open(picture).crop((left, top, right, top + 150))).std() > 30
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("name", ["leak", "no leak"])
-def test_it_prints_on_two_pages(name, written, tmp_path):
-    assert pdf_pages(written[name], tmp_path) == 2
-
-
-RESOURCES = (
-    "performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length"
-)
-
-
-@pytest.mark.browser
-def test_the_page_asks_for_nothing(written, tmp_path):
-    """Not even without the rule against it that the page carries."""
-    assert measured(written["several"], tmp_path, RESOURCES) == "0"
-    asking = tmp_path / "asking.html"
-    image = '<img src="http://somewhere.invalid/x.png"><main>'
-    asking.write_text(written["several"].read_text().replace("<main>", image))
-    assert measured(asking, tmp_path, RESOURCES) == "1"
-    _, console = open_page(asking, tmp_path, "--dump-dom")
-    assert any("Content Security Policy" in line for line in console)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from inversion.audit import positive, subject, suite, suite_report, suite_run, suite_settings
-from inversion.audit.budget import Budget, Deadline, Pace, seconds_of
+from inversion.audit.budget import Budget, Deadline, Pace, SameLength, seconds_of
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
 from inversion.audit.suite import Done, Part, Run
@@ -85,9 +85,20 @@ def test_a_deadline_counts_only_where_the_work_asked():
         assert not interrupted.is_late
 
 
+def test_controls_of_an_attack_that_had_to_end_are_as_long():
+    with Interrupts() as interrupts:
+        length = SameLength(3, interrupts)
+        asked = [length.should_stop for _ in range(7)]
+        assert asked == [False, False, True, False, False, True, False]
+        assert not length.stopped  # each was as long as it should be
+        os.kill(os.getpid(), signal.SIGINT)
+        assert length.should_stop
+        assert length.stopped
+
+
 def test_iterations_that_fit_with_their_controls():
     pace = Pace(attack=0.2, prior=0.1)
-    assert pace.iterations(10, 10_000) == 16  # 80 % of 10 s at 0.5 s
+    assert pace.iterations(10, 10_000) == 14  # 70 % of 10 s at 0.5 s
     assert pace.iterations(10, 7) == 7
     assert pace.iterations(0.1, 7) == 0
 
@@ -299,7 +310,7 @@ def both(captured, tmp_path_factory):
     files = captured(*LENET), captured(*LENET, *noisy)
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch, ITERATIONS)
-        yield audit(tmp_path_factory.mktemp("both"), "--checkpoint", *files)
+        return audit(tmp_path_factory.mktemp("both"), "--checkpoint", *files)
 
 
 def test_a_whole_audit(both):
@@ -309,14 +320,18 @@ def test_a_whole_audit(both):
     assert found["positive_control"]["verdict"] == RECONSTRUCTION
     open_, noisy = found["checkpoints"]
     assert found["verdict"] == open_["verdict"]
-    assert open_["verdict"] in (RECONSTRUCTION, IDENTIFIABLE)
+    assert open_["verdict"] == RECONSTRUCTION
     assert noisy["verdict"] in (NOT_SHOWN, INCOMPLETE)
     assert noisy["identified"] == []
     assert noisy["protection"]["mode"] == "batch"
     assert open_["labels"] | {"accuracy": 1.0} == open_["labels"]
     assert open_["labels"]["known"]
     assert 0 < open_["labels"]["chance"] < 1
-    layerwise, matching = open_["parts"]
+    layerwise, left_out = open_["parts"]
+    assert layerwise["certified"] == 2
+    assert layerwise["deepest_layer"] is not None
+    assert (left_out["status"], left_out["reason"]) == ("skipped", "already shown by layerwise")
+    layerwise, matching = noisy["parts"]
     assert layerwise["certified"] == 0
     assert matching["iterations"] == ITERATIONS
     assert matching["p_corrected"] == pytest.approx(min(1, 3 * matching["p"]))
@@ -332,12 +347,12 @@ def test_a_whole_audit(both):
 
 def test_the_worst_image_is_printed_first(both):
     outcome, found, _ = both
-    matching = found["checkpoints"][0]["parts"][-1]
-    text = outcome.out.split("checkpoint idtest")[1].split("matching, long: leakage")[0]
+    part = found["checkpoints"][0]["parts"][0]
+    text = outcome.out.split("checkpoint idtest")[1].split("layerwise: leakage")[0]
     rows = [line for line in text.splitlines() if line.startswith("|") and " of 31 |" in line]
     printed = [int(row.split("|")[1]) for row in rows[-4:]]
-    assert printed[0] == matching["worst_image"]
-    assert [matching["ranks"][i] for i in printed] == sorted(matching["ranks"])
+    assert printed[0] == part["worst_image"]
+    assert [part["ranks"][i] for i in printed] == sorted(part["ranks"])
     assert outcome.out.index("plan: ") < outcome.out.index("positive control passed")
 
 
@@ -366,7 +381,8 @@ def test_too_short_a_budget_fails_the_positive_control(captured, tmp_path, monke
     assert "the positive control failed" in found["sentence"]
     assert "positive-control-failed" in {warning["code"] for warning in found["warnings"]}
     assert found["checkpoints"][0]["pictures"] == {}
-    assert {path.name for path in folder.iterdir()} == {"audit.json", "log.txt"}
+    assert {path.name for path in folder.iterdir()} == {"audit.json", "report.html", "log.txt"}
+    assert "base64" not in (folder / "report.html").read_text()
 
 
 def test_an_interruption_ends_the_part_and_writes_what_there_is(captured, tmp_path, monkeypatch):
@@ -382,9 +398,8 @@ def test_an_interruption_ends_the_part_and_writes_what_there_is(captured, tmp_pa
         return whole(settings, *rest, **options)
 
     monkeypatch.setattr(suite, "attack", interrupted)
-    path = captured(*LENET)
-    other = captured(*LENET, "--id", "other")
-    outcome, found, _ = audit(tmp_path, "--checkpoint", path, other)
+    noisy = captured(*LENET, "--enable-dp", "-C", 1, "--sigma", 10, "--id", "noisy")
+    outcome, found, _ = audit(tmp_path, "--checkpoint", noisy, captured(*LENET))
     assert outcome.code == 130
     first, second = found["checkpoints"]
     assert [part["status"] for part in first["parts"]] == ["done", "interrupted"]

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from inversion.audit.inputs import make_case
+from inversion.audit.interface import MATCHING, audit_gradient, ground_truth
+from inversion.audit.subject import chance_of_labels
 from inversion.layerwise.head import head_features
 from inversion.objective import Objective
 from inversion.pixel_gradient import exact
@@ -19,7 +21,7 @@ from inversion.search.trial import Problem
 from inversion.search.tune import carry_user_network
 from inversion.settings import AttackSettings, Loop, Weights
 from models.build import find_head
-from models.checkpoint import Task, check_labels, load, make_checkpoint
+from models.checkpoint import Task, check_labels, load, load_truth, make_checkpoint
 from models.forced import forced_normalisation, forced_statistics
 from models.gradient import (
     ClientLoss,
@@ -38,9 +40,11 @@ from train.flags import image_size
 from train.label_vectors import label_vectors, output_count, read_label_file
 from train.photos import photo_batch
 from train.request import Request
+from train.variation import base_flags, simulate
 from utils.errors import InputError
 from utils.image_files import decode
 from utils.matching import label_numbers
+from utils.metrics import label_accuracy
 from utils.shard import ALONE
 from utils.tensor_files import save
 
@@ -549,3 +553,45 @@ def test_the_examples_of_the_documentation_build_what_they_say():
         model = builder(classes, shape)
         probe(model, classes, shape, builder.path)
         assert find_head(model)[1].weight.shape[0] == classes
+
+
+# With the other parts ------------------------------------------------------------------------
+
+
+def test_a_sweep_runs_the_file_of_the_command_line_and_never_that_of_a_checkpoint(binary, tmp_path):
+    truth = load_truth(str(binary.with_name(binary.name.replace("-checkpoint", "-truth"))))
+    with pytest.raises(InputError, match="came from a file of its user; give --model"):
+        base_flags(truth["args"])
+    with pytest.raises(InputError, match="one of the list; leave --model out"):
+        base_flags({**truth["args"], "model": None}, "net.py:f")
+    record = {**truth["args"], "model": f"{tmp_path}/evil.py:f"}
+    flags = base_flags(record, f"{TINY}:DenseNet")
+    again, command = simulate(flags, "", "", 0, 1, torch.device("cpu"))
+    assert torch.equal(again["x_true"], truth["x_true"])
+    assert torch.equal(again["y_true"], truth["y_true"])
+    assert "--image-size=12,16" in command
+    assert "evil" not in command
+
+
+def test_the_python_interface_takes_label_vectors():
+    torch.manual_seed(0)
+    model = smooth_network(2).float()
+    images, pool = torch.rand(2, 3, 12, 16), torch.rand(8, 3, 12, 16)
+    labels = [[1, 0], [1, 1]]
+    task = Task("any", 2, (3, 12, 16), 2, [0] * 3, [1] * 3, BCE)
+    truth = ground_truth(model, task, images, labels, pool, 4 * labels)
+    assert truth.y.tolist() == labels
+    assert truth.decoys.shape[:2] == (2, 3)
+    gradient = batch_gradient(model, images, truth.y, BCE)
+    found = audit_gradient(model, gradient, task, MATCHING, truth=truth, steps=2, controls=False)
+    assert found.scores["images"][0]["label_true"] == [1, 0]
+    given = audit_gradient(model, gradient, task, MATCHING, labels=labels, steps=2)
+    assert given.case.y.tolist() == labels
+
+
+def test_the_chance_of_label_vectors_is_that_of_all_vectors():
+    y = torch.tensor([[0.0, 1], [0, 1], [1, 1]])
+    cases = torch.cartesian_prod(*3 * [torch.arange(4)])  # three vectors of four, as numbers
+    true = torch.tensor([1, 1, 3])
+    share = sum(label_accuracy(case, true) for case in cases) / len(cases)
+    assert chance_of_labels(y, 2) == pytest.approx(share)

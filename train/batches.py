@@ -130,7 +130,7 @@ def read_batch(name: str, request: Request, batch_size: int, target_idx: int) ->
     source = open_dataset(name, request)
     if isinstance(source, Endless):
         x, y = source.draw(batch_size, target_idx)
-        origins = tuple(Origin(file=source.class_names[label]) for label in y.tolist())
+        origins = tuple(Origin(class_name=source.class_names[label]) for label in y.tolist())
         if request.loss == "bce":
             y = label_vectors(y, source.spec.class_count)
         return Batch(normalise(x, source.spec), y, source.spec, origins=origins)

@@ -188,17 +188,16 @@ def normalise(x: Tensor, spec: DatasetSpec) -> Tensor:
 # Image files -------------------------------------------------------------------------------
 
 
-def _files_source(
-    paths: Sequence[str], labels: Sequence, request: Request, spec, notes: tuple[str, ...] = ()
-) -> Finite:
-    channels, *size = spec.shape
+def _files_source(folder: ImageFolder | LabelFile, request: Request, spec: DatasetSpec) -> Finite:
+    channels, height, width = spec.shape
+    paths, labels, classes = folder.paths, folder.labels, folder.classes
 
     def read(indices):
         chosen = [paths[i] for i in indices]
         with naming("--data"):
             try:
                 images, readings = decode_all(
-                    chosen, channels, tuple(size), request.workers, request.bit_depth
+                    chosen, channels, (height, width), request.workers, request.bit_depth
                 )
             except ColourError as error:
                 raise InputError(f"{error}; give --channels 3 to read all in colour") from error
@@ -207,12 +206,19 @@ def _files_source(
                     f"{error}; give --bit-depth with the bits that the files hold"
                 ) from error
         origins = tuple(
-            Origin(i, os.path.relpath(path, request.root), reading)
+            Origin(i, _class_name(labels[i], classes), os.path.relpath(path, request.root), reading)
             for i, path, reading in zip(indices, chosen, readings, strict=True)
         )
         return images, torch.tensor([labels[i] for i in indices]), origins
 
-    return Finite(spec, labels, read, notes)
+    return Finite(spec, labels, read, folder.notes)
+
+
+def _class_name(label: int | Sequence[float], classes: Sequence[str]) -> str:
+    """Return the name of a class, or those that a vector of labels holds."""
+    if isinstance(label, int):
+        return classes[label]
+    return " + ".join(name for name, value in zip(classes, label, strict=True) if value)
 
 
 def _folder_of(request: Request) -> str:
@@ -249,7 +255,7 @@ def _open_folder(request: Request, spec: DatasetSpec) -> Finite:
     spec = replace(spec, shape=(channels, *spec.shape[1:]), num_classes=len(folder.classes))
     if channels == 1:
         spec = replace(spec, mean=GREY_MEAN, std=GREY_STD)
-    return _files_source(folder.paths, folder.labels, request, spec, folder.notes)
+    return _files_source(folder, request, spec)
 
 
 def _open_imagenet(request: Request, spec: DatasetSpec) -> Finite:
@@ -262,7 +268,7 @@ def _open_imagenet(request: Request, spec: DatasetSpec) -> Finite:
             f"--data {root}: {len(folder.classes)} class folders, imagenet has {spec.class_count}; "
             "give --data-name folder"
         )
-    return _files_source(folder.paths, folder.labels, request, spec, folder.notes)
+    return _files_source(folder, request, spec)
 
 
 def _open_celeba(request: Request, spec: DatasetSpec) -> Finite:
@@ -290,7 +296,8 @@ def _open_celeba(request: Request, spec: DatasetSpec) -> Finite:
         labels.append(int(identity) - 1)
     if not paths:
         raise InputError(f"--data {listing}: lists no image")
-    return _files_source(paths, labels, request, spec)
+    identities = [str(number) for number in range(1, spec.class_count + 1)]
+    return _files_source(ImageFolder(paths, labels, identities, ()), request, spec)
 
 
 # Arrays ------------------------------------------------------------------------------------

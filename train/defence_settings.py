@@ -107,15 +107,13 @@ def with_defence(args: argparse.Namespace, text: str) -> argparse.Namespace:
 
     `groupnorm`, `local-steps:T` and `larger-batch:B` set the flag that they are, whatever it was.
 
-    Raises InputError, naming the flag, where the text is no defence or this client lacks it.
+    Raises InputError, naming the flag, where the text is no defence.
     """
     defence = parsed(text)
     changed = argparse.Namespace(**{**vars(args), "defence": text})
     flag = FLAGS.get(defence.name)
     if flag is None:
         return changed
-    if not hasattr(args, flag):
-        raise InputError(f"--defence {text}: this client takes one step; give another defence")
     value = defence.amounts[0] if defence.amounts else defence.name
     setattr(changed, flag, value)
     return changed

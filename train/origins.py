@@ -1,6 +1,5 @@
 """Where the images of the private batch come from: the list "which file is image 7"."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +19,12 @@ class Origin:
 
     #: Its number in the data set, from 0; None where there is no end.
     number: int | None = None
-    #: Its file as seen from --data, or the name of the photograph; None where there is none.
+    #: Name of its class; None where classes have but numbers.
+    class_name: str | None = None
+    #: Its file as seen from --data; None where there is none.
     file: str | None = None
     #: How the file was read; None where there is none.
     reading: Reading | None = None
-
-    @property
-    def folder(self) -> str:
-        """Return the folder of the file within --data; empty where there is none."""
-        return "" if self.file is None else os.path.dirname(self.file)
 
 
 def has_deep_grey(origins: Sequence[Origin]) -> bool:
@@ -71,7 +67,7 @@ def rows(origins: Sequence[Origin], y: Sequence[int]) -> list[list]:
         read: list = ["", "", "", ""]
         if origin.reading is not None:
             read = [*origin.reading.size, origin.reading.mode, "; ".join(origin.reading.done)]
-        file = "" if origin.file is None else printable(origin.file)
+        names = [printable(name or "") for name in (origin.class_name, origin.file)]
         number = "" if origin.number is None else origin.number
-        found.append([image, label, printable(origin.folder), file, number, *read])
+        found.append([image, label, *names, number, *read])
     return found

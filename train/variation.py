@@ -30,7 +30,7 @@ OF_PROTECTION = {"enable_dp", "dp_mode", "sigma", "max_per_sample_grad_norm", "d
 LEFT_OUT = ("none", "")
 
 
-def base_flags(record: Mapping, model: str | None) -> list[str]:
+def base_flags(record: Mapping, model: str | None = None) -> list[str]:
     """Return the command line of training.py that gives a client again, from its record.
 
     record: entry `args` of a checkpoint. Every value passes the parser once more. model: the
@@ -49,9 +49,11 @@ def base_flags(record: Mapping, model: str | None) -> list[str]:
             "its update was imported, so that no client can be simulated again; capture one by "
             "training.py on images of yours"
         )
-    if record.get("model") and model is None:
+    if (record.get("model") is None) != (model is None):
         raise InputError(
-            "its network came from a file of its user, which no record starts; give --model "
+            "its network is one of the list; leave --model out"
+            if model is not None
+            else "its network came from a file of its user, which no record starts; give --model "
             "FILE.py:function"
         )
     flags = [*_command_line({**record, "noise_seed": None}), *_model_flags(model)]
@@ -73,8 +75,10 @@ def _command_line(record: Mapping) -> list[str]:
         option = action.option_strings[-1]
         if value is True:
             flags.append(option)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple) and action.nargs is not None:
             flags += [option, *map(str, value)]
+        elif isinstance(value, list | tuple):
+            flags.append(f"{option}={','.join(map(str, value))}")
         else:
             flags.append(f"{option}={value}")
     return flags
@@ -137,7 +141,7 @@ def simulate(
     """
     assert parameter in ("", *SWEEP_PARAMETERS)
     args = varied(base, parameter, value, repeat)
-    args.with_control = True
+    args.with_control = True  # which a recorded number of decoys needs
     settings = settings_from(args)
     decoys = settings.batch.decoys or max(DECOYS, decoys_per_image * settings.batch.size - 1)
     settings = replace(

@@ -24,7 +24,11 @@ class Reporter:
     def say(self, text: str = "") -> None:
         """Print `text` and log it."""
         try:
-            tqdm.write(text, file=sys.stdout)
+            try:
+                tqdm.write(text, file=sys.stdout)
+            except UnicodeEncodeError:  # an output that knows few letters, and a file's name
+                known = text.encode(sys.stdout.encoding, "backslashreplace")
+                tqdm.write(known.decode(sys.stdout.encoding), file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # such as `| head` that has seen enough
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -40,7 +44,7 @@ class Reporter:
         if self._path is None:
             return
         try:
-            with open(self._path, "a") as log:
+            with open(self._path, "a", encoding="utf-8") as log:
                 log.writelines(line + "\n" for line in self._lines)
             self._lines.clear()
         except OSError:

@@ -160,14 +160,14 @@ def _walk(folder: str, label: int, above: tuple[str, ...], found: _Found) -> Non
         found.said["second links to the same folder, skipped"].append(found.name(folder))
         return
     found.folders[real] = folder, label
+    _say_link(folder, found)
     inner = []
     for entry in _entries(folder, found):
-        if entry.is_symlink():
-            _say_link(entry, found)
         if os.path.isdir(entry.path):
             inner.append(entry.path)
         elif _is_image(entry, found):
             found.images.append((entry.path, label))
+            _say_link(entry.path, found)
             if len(above) > 1:
                 found.said["images in subfolders of a class, read as of that class"].append(
                     found.name(folder)
@@ -176,11 +176,13 @@ def _walk(folder: str, label: int, above: tuple[str, ...], found: _Found) -> Non
         _walk(path, label, (*above, real), found)
 
 
-def _say_link(entry: os.DirEntry, found: _Found) -> None:
+def _say_link(path: str, found: _Found) -> None:
+    """Note where a file or folder that is read is a link, and whether it leads outside."""
+    if not os.path.islink(path):
+        return
     found.has_links = True
-    inside = os.path.join(os.path.realpath(found.root), "")
-    if os.path.exists(entry.path) and not os.path.realpath(entry.path).startswith(inside):
-        found.said["links to outside the folder, followed"].append(found.name(entry.path))
+    if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(found.root), "")):
+        found.said["links to outside the folder, followed"].append(found.name(path))
 
 
 def _is_image(entry: os.DirEntry, found: _Found) -> bool:

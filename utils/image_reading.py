@@ -162,7 +162,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         return image, ("taken as stored, for damaged EXIF data",)
     if all(orientation not in range(2, 9) for orientation in orientations):
         return image, ()
-    return ImageOps.exif_transpose(image), ("turned by its EXIF orientation",)
+    return ImageOps.exif_transpose(image), ("turned upright, as EXIF says",)
 
 
 def _lost_bits(image: Image.Image) -> tuple[str, ...]:

@@ -14,9 +14,10 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 SHORTEST = 1.0
 #: Share of its time that a part plans iterations for; the rest is for scoring, and for steps that
 #: take longer than the ones that were measured.
-PLANNED = 0.8
-#: Share of a part's time after which its attack ends, so that its controls can be as long.
-OF_THE_ATTACK = 0.5
+PLANNED = 0.7
+#: Share of a part's time after which its attack ends, so that its controls can be as long and the
+#: test has the rest.
+OF_THE_ATTACK = 0.4
 
 
 def seconds_of(text: str) -> float:
@@ -92,6 +93,31 @@ class Deadline:
     def stopped(self) -> bool:
         """Whether a signal came, or the work was told that its time is over."""
         return self.is_late or self._others.stopped
+
+
+class SameLength:
+    """Ends every attack after as many iterations as another one did that had to end; a `Stop`.
+
+    An attack that ends so was not stopped: it is as long as it should be.
+    """
+
+    def __init__(self, iterations: int, others: Stop):
+        """Count from 0. others: what else ends the work."""
+        self._iterations, self._others, self._done = iterations, others, 0
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the iteration that asks is the last one; the next attack begins anew."""
+        self._done += 1
+        if self._done < self._iterations:
+            return self._others.should_stop
+        self._done = 0
+        return True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether something else asked the work to end."""
+        return self._others.stopped
 
 
 @dataclass(frozen=True)

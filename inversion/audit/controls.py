@@ -121,7 +121,9 @@ def run_controls(
             continue
         outcome, seconds = found.outcome, time.perf_counter() - start
         controls.found[name] = Control(found.images, outcome.iterations, seconds)
-        stopped = ", ended by a loss that was not finite" if outcome.final.stopped else ""
+        stopped = (
+            ", ended by a loss that was not finite" if outcome.final.stopped == "not finite" else ""
+        )
         done = "iterations" if found.recovered is None else "tensors"
         reporter.say(
             f"control, {name}: {outcome.iterations} {done} in {duration(seconds)}{stopped}"

@@ -436,8 +436,9 @@ class _OneOrSeveral(argparse.Action):
 def suite_flags() -> dict[str, object]:
     """Return the flags that --audit sets itself, with their defaults."""
     found = _defaults_of(
-        _add_attack, _add_objective, _add_updates, _add_optimisation, _add_seeds, _add_search
-    )
+        _add_attack, _add_objective, _add_updates, _add_optimisation, _add_seeds, _add_search,
+        _add_sweep,
+    )  # fmt: skip
     del found["--max-memory"]
     return found
 

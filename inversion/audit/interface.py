@@ -5,6 +5,7 @@ any `nn.Module`. docs/python.md has a recipe per question.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,13 +34,15 @@ from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_l
 from inversion.settings import AttackSettings, Loop, Weights
 from models import checkpoint as checkpoints
 from models.checkpoint import Task, make_checkpoint
-from models.gradient import Update, whole_batch_gradient
+from models.gradient import ClientLoss, Update, whole_batch_gradient
+from models.local import LocalSteps
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Protection, Target
 from utils.console import Reporter, Silent
 from utils.errors import InputError
 from utils.files import claim_folder
 from utils.images import normalise
+from utils.matching import label_numbers
 from utils.script import Interrupts
 from utils.shard import ALONE
 
@@ -119,6 +122,7 @@ def audit_gradient(
     labels: Sequence[int] | Tensor | None = None,
     steps: int | None = None,
     protection: Protection | None = None,
+    local: LocalSteps | None = None,
     without: Sequence[str] = (),
     controls: bool = True,
     quiet: bool = True,
@@ -126,20 +130,23 @@ def audit_gradient(
     """Attack a recorded gradient of one batch, and judge what was found.
 
     model: the network with the weights that the client started from, of any class; it is left as it
-    was, and the attack runs where its parameters lie. gradient, task and protection: as for
+    was, and the attack runs where its parameters lie. gradient, task, protection and local: as for
     `models.checkpoint.make_checkpoint`. settings: MATCHING, LAYERWISE or your own; steps: in the
     place of its number of iterations. truth: the batch and what scoring needs besides
     (`ground_truth`); without it nothing is judged. labels: (B,) class indices that the attack goes
-    by; without them those of the truth, or else they are reconstructed from the gradient. without:
-    names in WITHHELD, of what the attacker is not given. controls: whether the same attack runs
-    again without the client's gradient. quiet: print nothing.
+    by, or (B, K) numbers under binary cross-entropy; without them those of the truth, or else they
+    are reconstructed from the gradient. without: names in WITHHELD, of what the attacker is not
+    given. controls: whether the same attack runs again without the client's gradient. quiet: print
+    nothing.
 
     Raises InputError for what does not fit together, or cannot be attacked.
     """
     if steps is not None:
         settings = replace(settings, loop=replace(settings.loop, steps=steps))
     parts = _checked_parts(without, labels)
-    checkpoint = make_checkpoint(model, gradient, task, protection=protection, truth=truth)
+    checkpoint = make_checkpoint(
+        model, gradient, task, protection=protection, truth=truth, local=local
+    )
     sent = target_from_checkpoint(checkpoint)
     target, withheld = withhold(sent, parts)
     device = next(model.parameters()).device
@@ -170,18 +177,19 @@ def ground_truth(
 ) -> GroundTruth:
     """Put together what a verdict needs: the batch, the gradient of other images, and decoys.
 
-    images: (B, C, H, W) of the batch as colours in [0, 1]; labels: (B,). pool: (N, C, H, W) in
-    [0, 1], other images that could have been in the batch; pool_labels: (N,). One image of the pool
-    with the same label stands for each of the batch in the control, and up to DECOYS more are its
-    decoys; `seed` draws them, none twice. send: what the client sends for normalised images
-    (B, C, H, W) and labels (B,), with its protection if it has one; None for the plain gradient.
+    images: (B, C, H, W) of the batch as colours in [0, 1]; labels: (B,), or (B, K) under binary
+    cross-entropy. pool: (N, C, H, W) in [0, 1], other images that could have been in the batch;
+    pool_labels: their labels. One image of the pool with the same label stands for each of the
+    batch in the control, and up to DECOYS more are its decoys; `seed` draws them, none twice. send:
+    what the client sends for normalised images (B, C, H, W) and labels (B,), with its protection if
+    it has one; None for the plain gradient.
 
     Raises InputError where the pool has too few images of a label.
     """
     dtype = next(model.parameters()).dtype
     mean, std = (torch.as_tensor(v, dtype=dtype).view(-1, 1, 1) for v in (task.mean, task.std))
-    y = torch.as_tensor(labels).long()
-    others, decoys = _drawn(y, torch.as_tensor(pool_labels).long(), seed)
+    y, of_pool = (labels_as_tensor(values, task.loss) for values in (labels, pool_labels))
+    others, decoys = _drawn(*label_numbers(y, of_pool), seed)
     x_others = normalise(pool[others], mean, std).to(next(model.parameters()).device)
     if send is None:
         control = whole_batch_gradient(model, x_others, y.to(x_others.device), task.loss)
@@ -214,8 +222,8 @@ def _labels(
 ) -> tuple[LabelResult | None, Tensor]:
     """Return the labels (B,) of the attack, after how they were reconstructed, None if known."""
     if given is not None:
-        y = torch.as_tensor(given).long()
-        checkpoints.check_labels(y, target.batch_size, target.num_classes)
+        y = labels_as_tensor(given, target.loss)
+        checkpoints.check_labels(y, target.batch_size, target.num_classes, target.loss_kind)
         return None, y
     if truth is not None and not withheld:
         return None, truth.y
@@ -227,20 +235,27 @@ def _labels(
     return found, found.labels
 
 
+def labels_as_tensor(labels: Sequence | Tensor, loss: ClientLoss) -> Tensor:
+    """Return labels as the loss takes them: integers, or under binary cross-entropy floats."""
+    y = torch.as_tensor(labels)
+    return y.float() if loss.kind == "bce" else y.long()
+
+
 def _drawn(y: Tensor, pool: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw per label of `y` (B,) the places of one image, (B,), and of decoys, (B, n)."""
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    places = {int(label): order[pool[order] == label].tolist() for label in y.unique()}
-    wanted = {label: int((y == label).sum()) for label in places}
+    """Draw for every label of `y` the places of one image, (B,), and of decoys, (B, n)."""
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+    labels, of_pool = map(str, y.tolist()), [str(label) for label in pool.tolist()]
+    wanted = Counter(labels)
+    places = {label: [i for i in order if of_pool[i] == label] for label in wanted}
     for label, found in places.items():
         if len(found) < wanted[label]:
             raise InputError(
                 f"pool: {len(found)} images of label {label} for {wanted[label]} of the batch; "
                 "give more"
             )
-    others = [places[int(label)].pop() for label in y]
+    others = [places[str(label)].pop() for label in y.tolist()]
     count = min(DECOYS, *(len(found) // wanted[label] for label, found in places.items()))
-    decoys = [[places[int(label)].pop() for _ in range(count)] for label in y]
+    decoys = [[places[str(label)].pop() for _ in range(count)] for label in y.tolist()]
     return torch.tensor(others), torch.tensor(decoys, dtype=torch.long)
 
 
@@ -252,7 +267,7 @@ def _settings(
     base = settings_from(parser().parse_args(["--checkpoint", "-", "--epochs", "1", "--lr", "1"]))
     inputs = replace(
         base.inputs,
-        labels=None if labels is None else ",".join(str(int(label)) for label in labels),
+        labels=None if labels is None else ",".join(map(str, torch.as_tensor(labels).tolist())),
         labels_from_gradient=found is not None,
         without=parts,
     )

@@ -105,7 +105,7 @@ def _checkpoint_view(found: Mapping, folder: Path, *, with_images: bool) -> dict
     view["verdict"] = view["verdict"] or INCOMPLETE
     view["meaning"] = meaning_of(view["verdict"])
     for part in view["parts"]:
-        part["news"] = news(part, view["sentence"])
+        part["news"] = news(part, f"{view['sentence']} {part['reason']}")
     view["decisive"] = decisive_part(view["parts"], view["verdict"])
     view |= _figures(view["decisive"])
     picture = (view["pictures"] or {}).get("worst")

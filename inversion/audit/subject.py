@@ -151,8 +151,9 @@ class LabelFinding:
     reason: str
     #: Share of the labels that are right, in [0, 1]; None where no method applies.
     accuracy: float | None
-    #: The same share for labels drawn evenly from all classes, in the mean.
-    chance: float
+    #: The same share for labels drawn evenly from all classes, in the mean; None for several
+    #: labels per image.
+    chance: float | None
 
     @property
     def entry(self) -> dict:
@@ -166,12 +167,12 @@ class LabelFinding:
     @property
     def line(self) -> str:
         """What to print."""
-        guess = f"guessing {100 * self.chance:.1f} %"
+        guess = "" if self.chance is None else f", guessing {100 * self.chance:.1f} %"
         if self.found is None or self.accuracy is None:
-            text = f"labels: the gradient gives none ({self.reason}); {guess}"
+            text = f"labels: the gradient gives none ({self.reason}){guess}"
         else:
             text = (
-                f"labels from the gradient: {100 * self.accuracy:.1f} % right, {guess} "
+                f"labels from the gradient: {100 * self.accuracy:.1f} % right{guess} "
                 f"({self.found.method}, {self.found.seconds:.2f} s)"
             )
         return f"{text}; the attacks go by {'known labels' if self.known else 'these'}"
@@ -186,20 +187,23 @@ def label_finding(case: Case, sealed: Sealed) -> LabelFinding:
             found = reconstruct_labels(target, known)
         except ValueError as error:
             reason = " ".join(str(error).split())
-    y = sealed.truth.y
-    accuracy = None if found is None else metrics.label_accuracy(found.labels, y)
-    chance = chance_of_labels(y, target.num_classes)
+    y, accuracy, chance = sealed.truth.y, None, None
+    if y.dim() == 1:
+        chance = chance_of_labels(y, target.num_classes)
+        accuracy = None if found is None else metrics.label_accuracy(found.labels, y)
     return LabelFinding(case.labels is None, found, reason, accuracy, chance)
 
 
 def chance_of_labels(y: Tensor, num_classes: int) -> float:
     """Return the expected `metrics.label_accuracy` of B labels drawn evenly from all classes.
 
-    y: (B,) true labels, n_k of class k. The drawn number of class k is binomial, X ~ (B, 1/K), so
-    the overlap is Σ_k E min(n_k, X) = Σ_k Σ_{j = 1 … n_k} P(X ≥ j), over B.
+    y: (B,) true labels, n_k of class k; or label vectors (B, K), of which there are 2^K. The drawn
+    number of class k is binomial, X ~ (B, 1/K), so the overlap is Σ_k E min(n_k, X) = Σ_k Σ_{j = 1
+    … n_k} P(X ≥ j), over B.
     """
     from scipy.stats import binom  # half a second, of an audit alone
 
-    counts = y.bincount(minlength=num_classes).tolist()
-    tail = [float(binom.sf(j, len(y), 1 / num_classes)) for j in range(max(counts))]
+    share = 1 / num_classes if y.dim() == 1 else 0.5**num_classes
+    counts = y.unique(dim=0, return_counts=True)[1].tolist()
+    tail = [float(binom.sf(j, len(y), share)) for j in range(max(counts))]
     return sum(sum(tail[:count]) for count in counts) / len(y)

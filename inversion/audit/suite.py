@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from inversion.audit.attack import Attacked, attack
-from inversion.audit.budget import OF_THE_ATTACK, Deadline, Pace
+from inversion.audit.budget import OF_THE_ATTACK, Deadline, Pace, SameLength
 from inversion.audit.certificate import Certificate, certificate_of
 from inversion.audit.controls import NOT_RUN, Controls, run_controls
 from inversion.audit.inputs import Case, Sealed
@@ -206,8 +206,8 @@ def run_part(
     """Run an attack, its controls and its test within about `seconds`.
 
     The attack ends after OF_THE_ATTACK of that time at the latest, where it can end cleanly: a
-    layerwise one after the tensor that it is at. An attack that had to end so gets no control with
-    another gradient, which would take as long.
+    layerwise one after the tensor that it is at. The controls of matching then have as many
+    iterations as it had; a layerwise attack that had to end so has none.
     """
     start, case = time.perf_counter(), case.attacked_by(settings, case.target)
     title, limit = f"{part.name}: ", Deadline(OF_THE_ATTACK * seconds, run.interrupts)
@@ -223,12 +223,14 @@ def run_part(
     took = time.perf_counter() - start
     finish = finish_of(settings, case, sealed, attacked)
     rest = Deadline(max(0.0, seconds - took), run.interrupts)
-    if attacked.interrupted:
-        why = "its time was over" if run.interrupts.signal is None else "it was interrupted"
-        controls = Controls(missing=[f"the controls were not run, since {why}"])
+    if run.interrupts.signal is not None:
+        controls = Controls(missing=["the controls were not run, since it was interrupted"])
+    elif attacked.interrupted and part.method == "layerwise":
+        controls = Controls(missing=["the controls were not run, since its time was over"])
     else:
+        stop = SameLength(attacked.outcome.iterations, rest) if attacked.interrupted else rest
         controls = run_controls(
-            settings, case, sealed, attacked, rest, run.reporter, print_freq=run.print_freq
+            settings, case, sealed, attacked, stop, run.reporter, print_freq=run.print_freq
         )
     scores, _ = score(run.scoring, case, sealed, attacked, finish, controls, tests=run.tests)
     interrupted = run.interrupts.signal is not None
@@ -242,20 +244,15 @@ def run_part(
 
 
 def run_matching(
-    part: Part, case: Case, sealed: Sealed, seconds: float, pace: Pace, seed: int, run: Run
+    part: Part, case: Case, sealed: Sealed, seconds: float, seed: int, run: Run
 ) -> Done:
     """Run matching with as many iterations as fit into `seconds` with their controls."""
+    start = time.perf_counter()
+    pace = pace_of(case)  # anew: the machine may be busier than when it was planned
+    seconds -= time.perf_counter() - start
     steps = pace.iterations(seconds, part.most)
     if steps < FEWEST_ITERATIONS:
         reason = f"not {FEWEST_ITERATIONS} iterations fit into its time"
         return Done(part, "skipped", reason, seconds, is_limited=True)
     settings = matching_settings(case.target, steps, seed, resists_noise=part.resists_noise)
     return run_part(part, settings, case, sealed, seconds, run)
-
-
-def renewed(pace: Pace, done: Done) -> Pace:
-    """Return the pace at which a part really ran, or the one measured before where it did not."""
-    if done.attacked is None or not done.attacked.outcome.iterations:
-        return pace
-    factor = done.seconds / done.attacked.outcome.iterations / max(pace.attack, 1e-9)
-    return replace(pace, attack=pace.attack * factor, prior=pace.prior * factor)

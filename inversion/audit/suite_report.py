@@ -1,6 +1,7 @@
 """What a whole audit prints and leaves behind: tables, audit.json, pictures."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from inversion.audit.positive import Positive
 from inversion.audit.subject import LabelFinding, Subject
-from inversion.audit.suite import SUITE, Done
+from inversion.audit.suite import FEWEST_ITERATIONS, SUITE, Done, matching_settings
 from inversion.audit.suite_verdict import (
     ALREADY_SHOWN,
     LEAKAGE,
@@ -17,6 +18,7 @@ from inversion.audit.suite_verdict import (
     best_part,
     checkpoint_verdict,
 )
+from inversion.audit.threat import ThreatModel, threat_model
 from inversion.audit.verdict import FEW_IMAGES, INCOMPLETE
 from models.batchnorm import uses_learned_statistics
 from models.gradient import trainable_parameters
@@ -144,7 +146,7 @@ def checkpoint_entry(
         "id": source.id,
         "captured": source.captured,
         "system": _system(subject),
-        "threat": None,
+        "threat": threat(subject).entry,
         "data": {
             "name": source.flags.get("data_name"),
             "chosen": source.chosen,
@@ -163,6 +165,14 @@ def checkpoint_entry(
     }
 
 
+def threat(subject: Subject) -> ThreatModel:
+    """Tell what the attacker of all parts together has."""
+    attack = matching_settings(subject.case.target, FEWEST_ITERATIONS, 0)
+    method = "matching" if "layerwise" in subject.refused else "auto"
+    settings = replace(subject.settings, attack=replace(attack, method=method))
+    return threat_model(subject.case, settings)
+
+
 def _system(subject: Subject) -> dict[str, Any]:
     """Describe the network and the batch."""
     target, model = subject.case.target, subject.case.objective.model
@@ -173,16 +183,19 @@ def _system(subject: Subject) -> dict[str, Any]:
         "num_classes": target.num_classes,
         "batch_size": target.batch_size,
         "train_mode": target.train_mode,
-        "loss": getattr(target.loss, "kind", "cross-entropy"),
+        "loss": target.loss_kind,
         "round": None,
     }
 
 
 def _protection(subject: Subject) -> dict[str, Any] | None:
     """Describe what the client says that it did to the gradient, and what follows."""
-    protection = subject.case.target.protection
+    protection, withheld = subject.case.target.protection, subject.case.withheld
     if protection is None:
-        return None
+        if "protection" not in withheld:
+            return None
+        names = ("epsilon", "delta", "mu", "unit", "bound")
+        return {"mode": "withheld", "text": withheld["protection"], **dict.fromkeys(names)}
     return {
         "mode": protection.mode,
         "text": "; ".join(subject.case.guarantee),
@@ -318,7 +331,7 @@ def save_pictures(subject: Subject, done: Done, folder: Path, number: int) -> di
     scores, images = done.scores, done.images
     if scores is None or images is None:
         return {}
-    true = subject.case.images(subject.sealed.truth.x)
+    true = subject.sealed.colours
     paired = images[[image["reconstruction"] for image in scores["images"]]]
     captions = [f"{i['true']}: {decibels(i['psnr'])}" for i in scores["images"]]
     names = {"worst": f"worst-{number}.png", "pairs": f"pairs-{number}.png"}

@@ -18,7 +18,6 @@ from inversion.audit.suite import (
     Part,
     Run,
     part_settings,
-    renewed,
     run_matching,
     run_part,
 )
@@ -31,6 +30,7 @@ from inversion.audit.suite_report import (
     part_lines,
     save_pictures,
     summary,
+    threat,
 )
 from inversion.audit.suite_settings import SuiteSettings
 from inversion.audit.suite_verdict import ALREADY_SHOWN, best_part
@@ -152,7 +152,7 @@ def examine(audit: Audit, subject: Subject) -> None:
     """Run the suite on a checkpoint; print, record and write what it found."""
     audit.reporter.say(f"checkpoint {subject.source.name}")
     labels = label_finding(subject.case, subject.sealed)
-    audit.reporter.say(labels.line)
+    audit.reporter.say("\n".join([*threat(subject).lines, labels.line]))
     parts: list[Done] = []
     for part in SUITE:
         parts.append(run_one(audit, subject, part, parts))
@@ -188,8 +188,7 @@ def run_one(audit: Audit, subject: Subject, part: Part, before: Sequence[Done]) 
     seed = audit.settings.first_seed + number
     try:
         if part.method == "matching":
-            pace = renewed(subject.pace, before[-1]) if before else subject.pace
-            return run_matching(part, case, subject.sealed, seconds, pace, seed, run)
+            return run_matching(part, case, subject.sealed, seconds, seed, run)
         memory = subject.settings.attack.max_memory
         settings = part_settings(part, case.target, FEWEST_ITERATIONS, seed, memory)
         return run_part(part, settings, case, subject.sealed, seconds, run)
@@ -201,7 +200,9 @@ def run_one(audit: Audit, subject: Subject, part: Part, before: Sequence[Done]) 
 
 
 def write(audit: Audit) -> dict[str, Any]:
-    """Write audit.json with what there is; checkpoints that were not reached are incomplete."""
+    """Write audit.json and report.html; checkpoints that were not reached are incomplete."""
+    from inversion.audit.html import write_report  # not above: its templates are needed here alone
+
     entries, warnings = list(audit.entries), list(audit.warnings)
     for subject in audit.subjects[len(entries) :]:
         parts = [part_entry(Done(part, "skipped", NOT_REACHED)) for part in SUITE]
@@ -211,4 +212,5 @@ def write(audit: Audit) -> dict[str, Any]:
     whole = audit_entry(audit.frame, audit.positive, entries, warnings, audit.budget.spent)
     plain = null_unless_finite(whole)
     write_json(plain, audit.folder / "audit.json")
+    write_report(plain, audit.folder, with_images=audit.settings.with_images)
     return plain

@@ -77,7 +77,8 @@ def suite_settings_from(args: argparse.Namespace, argv: list[str]) -> SuiteSetti
         value = getattr(args, attribute_of(flag))
         if value != default:
             words = {True: flag, False: f"--no-{flag[2:]}"}
-            shown = words[value] if isinstance(value, bool) else f"{flag} {value}"
+            text = " ".join(value) if isinstance(value, list) else value
+            shown = words[value] if isinstance(value, bool) else f"{flag} {text}"
             raise InputError(f"{shown}: the suite of --audit sets this itself; leave it out")
     checkpoints, truths = _several(args.checkpoint), _several(args.truth)
     if len(set(checkpoints)) < len(checkpoints):

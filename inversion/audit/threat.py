@@ -84,10 +84,10 @@ def threat_model(case: Case, settings: Settings) -> ThreatModel:
 
 
 def _sent(case: Case, settings: Settings) -> Row:
-    scale, local = settings.inputs.gradient_scale, getattr(case.target, "local", None)
+    scale, local = settings.inputs.gradient_scale, case.target.local
     what, detail = "gradient", "of one batch"
-    if local is not None and local.steps > 1:
-        what, detail = "update", f"of {local.steps} local steps at rate {local.lr:g}"
+    if local is not None:
+        what, detail = "update", f"of {local.steps} local step(s) at rate {local.lr:g}"
     if scale != 1:
         detail += f", divided by its factor {scale:g}"
     if settings.inputs.shuffled:
@@ -159,7 +159,8 @@ def _network(case: Case) -> Row:
 
 def _training(case: Case) -> Row:
     target = case.target
-    mode = f"{'train' if target.train_mode else 'eval'} mode, mean cross-entropy"
+    kind = "binary cross-entropy" if target.loss_kind == "bce" else "cross-entropy"
+    mode = f"{'train' if target.train_mode else 'eval'} mode, mean {kind}"
     smoothing = f", label smoothing {target.label_smoothing:g}" if target.label_smoothing else ""
     return "loss", "yes", mode + smoothing
 
@@ -214,8 +215,8 @@ def _letter(case: Case, settings: Settings) -> tuple[str, str]:
 
 def _training_details(target: Target, settings: Settings) -> list[str]:
     """Name what the attacker knows of the client's training beyond its batch and its mode."""
-    details, local = [], getattr(target, "local", None)
-    if local is not None and local.steps > 1:
+    details = []
+    if target.local is not None:
         details.append("number and rate of the local steps are known")
     if target.label_smoothing:
         details.append("the client's label smoothing is known")

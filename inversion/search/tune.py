@@ -5,9 +5,9 @@ images the attacker knows; the error of the trial's images is its score. No othe
 and this one only when a search runs.
 """
 
+import importlib
 import importlib.util
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -238,7 +238,7 @@ def carry_user_network(problem: Problem) -> None:
 
     builder = problem.target.builder
     if isinstance(builder, UserNetwork):
-        cloudpickle.register_pickle_by_value(sys.modules[builder.module])
+        cloudpickle.register_pickle_by_value(importlib.import_module(builder.module))
 
 
 def _trainable(problem: Problem, budget: Budget, resources: Resources):
