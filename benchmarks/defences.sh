@@ -1,7 +1,7 @@
 #!/bin/sh
 # Measures the table of docs/sweep.md: defences on lenet (matching) and on ResNet-18 (layerwise).
 #   sh benchmarks/defences.sh [WORKERS] [FIRST BATCH]
-# The settings of the attacks were chosen on batches from 10 on; the table is of batches 0 to 2.
+# The table is of batches 0 to 2; settings of the attacks are chosen on batches from 10 on.
 set -e
 workers=${1:-2}
 first=${2:-0}

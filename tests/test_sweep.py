@@ -225,7 +225,7 @@ def test_several_weights_are_tried_and_corrected_for(checkpoint, tmp_path):
 
 
 def test_a_layerwise_attack_tells_the_deepest_layer(captured, tmp_path):
-    flags = ("-a", "convnet", "-b", "1", "--image-size", "16", "--target-idx", "10")
+    flags = ("-a", "convnet", "-b", "1", "--image-size", "16", "--target-idx", "10", "--model-eval")
     target = captured(*flags, "--with-control", "--decoys", "30")
     flags = ("--attack", "layerwise", "--sweep", "sigma=0,1")
     outcome = succeed("run.py", "--root", tmp_path, "--checkpoint", target, *flags)
