@@ -16,9 +16,15 @@ import torch
 from PIL import Image
 from scipy.stats import norm
 
+from inversion.audit import subject
+from inversion.audit.budget import Pace
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
+from inversion.audit.inputs import load_inputs
 from inversion.audit.settings import settings_from
+from inversion.audit.subject import label_finding
+from inversion.audit.suite_report import checkpoint_entry
+from inversion.audit.sweep import job
 from inversion.audit.sweep.job import attacks_of, decoys_per_image, run_job
 from inversion.audit.sweep.picture import positions, save_sweep
 from inversion.audit.sweep.row import Job, Row
@@ -39,7 +45,9 @@ from tests.support import ROOT, call, succeed, wait_until
 from train.flags import parser as client_parser
 from train.settings import settings_from as client_settings_from
 from train.variation import base_flags, simulate, varied
+from utils.console import Silent
 from utils.script import Interrupts
+from utils.shard import ALONE
 from utils.tensor_files import save
 
 CLIENT = ("-a", "lenet", "-b", "2", "--image-size", "16", "--outlayer-state", "keep")
@@ -176,6 +184,25 @@ def test_a_bound_stands_beside_its_epsilon(checkpoint, tmp_path):
     assert private["epsilon"] > 1
     assert (sparse["mu"], sparse["bound"], sparse["epsilon"]) == (None, None, None)
     assert f"≤ {private['bound']:.2g}" in outcome.out
+
+
+@pytest.mark.parametrize("without", [(), ("--without", "bn")])
+def test_nothing_is_guaranteed_beside_batch_statistics(without, captured, tmp_path):
+    """Whether or not this attacker has them: the client sent them."""
+    given = ("-a", "convnet", "-b", "2", "--image-size", "16", "--model-eval", "--upload-bn")
+    private = ("--defence", "dp-sgd:1:1", "--noise-seed", "1")
+    target = captured(*given, *private, *CONTROL)
+    words = map(str, ("--checkpoint", target, *ATTACK, "--root", tmp_path, "--metric", *without))
+    settings = settings_from(parser().parse_args(list(words)))
+    case, sealed = load_inputs(settings, Silent(), ALONE, 0)
+    assert "the message as a whole carries no guarantee" in " ".join(case.guarantee)
+    source = subject.Source(str(target), None, "", None, None, {})
+    of = subject.Subject(source, settings, case, sealed, {}, Pace(1, 1))
+    entry = checkpoint_entry(of, label_finding(case, sealed), [], False, {})["protection"]
+    assert {entry[name] for name in ("epsilon", "delta", "mu", "bound")} == {None}
+    row = job.client_fields(settings, case, sealed)
+    assert (row["epsilon"], row["mu"], row["bound"]) == (None, None, None)
+    assert row["protection"]["epsilon"] > 0
 
 
 def test_noise_differs_between_batches_and_is_the_same_again():

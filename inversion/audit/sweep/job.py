@@ -128,7 +128,7 @@ def _attacked(
         found.append(one)
     best = min(found, key=lambda one: one.strength)
     row = Row(job.value, job.repeat, reason=None, client=command)
-    row = replace(row, **_of_client(settings, case, sealed), **_of_attack(best, found))
+    row = replace(row, **client_fields(settings, case, sealed), **_of_attack(best, found))
     order = [image["reconstruction"] for image in best.scores["images"]]
     images = best.attacked.images[order]
     return Result(row, _bytes(sealed.colours), _bytes(images))
@@ -159,7 +159,7 @@ def _scored(
     return Found(settings.attack, attacked, scores)
 
 
-def _of_client(settings: Settings, case: Case, sealed: Sealed) -> dict:
+def client_fields(settings: Settings, case: Case, sealed: Sealed) -> dict:
     """Describe the client and what it sent."""
     protection, check = case.target.protection, sealed.check
     assert check is not None  # load_inputs saw to it
@@ -169,7 +169,7 @@ def _of_client(settings: Settings, case: Case, sealed: Sealed) -> dict:
     return {
         "batch_size": case.target.batch_size,
         "protection": None if protection is None else dict(vars(protection)),
-        "epsilon": None if protection is None else protection.epsilon,
+        "epsilon": None if protection is None or case.uploads_bn else protection.epsilon,
         "mu": mu,
         "bound": reconstruction_bound(1 / candidates, mu) if mu and candidates else None,
         "candidates": candidates,
@@ -194,7 +194,7 @@ def _distance_from_gradient(case: Case, sealed: Sealed, check: TruthCheck) -> fl
 def _mu(case: Case) -> float | None:
     """Return μ of all gradients that the client's ε is for; None where nothing bounds attackers."""
     protection = case.target.protection
-    if protection is None or protection.mu is None or case.target.bn_mean is not None:
+    if protection is None or protection.mu is None or case.uploads_bn:
         return None  # batch statistics are sent as they are
     return composed_mu(protection.mu, protection.steps or 1)
 
