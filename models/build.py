@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from utils.errors import InputError
+from utils.files import printable
 
 #: Builds a network for a number of classes and images (C, H, W).
 Builder = Callable[[int, tuple[int, int, int]], nn.Module]
@@ -194,8 +195,11 @@ def _kind(tensor: Tensor) -> str:
 
 
 def some(names: Sequence, most: int = 5) -> str:
-    """Write the first names of a list on one line, and how many more there are."""
-    shortened = [" ".join(str(name)[:100].split()) for name in names[:most]]
+    """Write the first names of a list on one line, and how many more there are.
+
+    Names come from files: what would break or disguise a printed line is escaped (`printable`).
+    """
+    shortened = [printable(" ".join(str(name)[:100].split())) for name in names[:most]]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(shortened) + rest
 

@@ -263,6 +263,11 @@ def test_truths_find_their_checkpoints(tmp_path):
     assert [source.flags["seed"] for source in found] == [0, 1, 0]
     assert found[0].chosen == "batch 0 of the order that seed 0 draws"
     assert len({source.sha256 for source in found}) == 3
+    content = torch.load(own)
+    content["args"] |= {"data_name": torch.zeros(2), "seed": [0]}
+    torch.save(content, odd := str(tmp_path / "odd.pth.tar"))
+    (odd_flags,) = (source.flags for source in subject.sources([odd], []))
+    assert not {"data_name", "seed"} & odd_flags.keys()  # what no file can write is left out
     with pytest.raises(InputError, match="holds no truth, without which nothing can be judged"):
         subject.sources(paths, truths[:1])
     with pytest.raises(InputError, match="belongs to none of the checkpoints"):

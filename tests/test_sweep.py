@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,12 +16,18 @@ import torch
 from PIL import Image
 from scipy.stats import norm
 
+from inversion.audit import subject
+from inversion.audit.budget import Pace
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
+from inversion.audit.inputs import load_inputs
 from inversion.audit.settings import settings_from
-from inversion.audit.sweep.job import attacks_of, decoys_per_image
+from inversion.audit.subject import label_finding
+from inversion.audit.suite_report import checkpoint_entry
+from inversion.audit.sweep import job
+from inversion.audit.sweep.job import attacks_of, decoys_per_image, run_job
 from inversion.audit.sweep.picture import positions, save_sweep
-from inversion.audit.sweep.row import Row
+from inversion.audit.sweep.row import Job, Row
 from inversion.audit.sweep.table import sweep_table
 from inversion.audit.verdict import (
     ALPHA,
@@ -31,8 +38,16 @@ from inversion.audit.verdict import (
     judge,
 )
 from models.checkpoint import load
+from models.gradient import ClientLoss, batch_gradient
+from models.reading import target_from_checkpoint
+from models.target import model_of
 from tests.support import ROOT, call, succeed, wait_until
+from train.flags import parser as client_parser
+from train.settings import settings_from as client_settings_from
 from train.variation import base_flags, simulate, varied
+from utils.console import Silent
+from utils.script import Interrupts
+from utils.shard import ALONE
 from utils.tensor_files import save
 
 CLIENT = ("-a", "lenet", "-b", "2", "--image-size", "16", "--outlayer-state", "keep")
@@ -114,6 +129,11 @@ def test_its_command_captures_the_same_client(defence, checkpoint, tmp_path):
             ["--enable-dp", "-C", "2"], "defence", "none",
             {"defence": "none", "enable_dp": False, "max_per_sample_grad_norm": None},
         ),
+        (["--local-steps", "4", "--local-lr", "0.1"], "local-steps", "2", {"local_steps": 2}),
+        (
+            ["--local-steps", "4", "--local-lr", "0.1"], "local-steps", "none",
+            {"local_steps": None, "local_lr": None},
+        ),
     ],
 )  # fmt: skip
 def test_a_parameter_is_changed_and_nothing_else(given, parameter, value, expected):
@@ -122,6 +142,30 @@ def test_a_parameter_is_changed_and_nothing_else(given, parameter, value, expect
     changed = {name: v for name, v in vars(after).items() if v != getattr(before, name)}
     expected = {name: v for name, v in expected.items() if v != getattr(before, name)}
     assert changed == {"target_idx": 12, **expected}
+
+
+@pytest.mark.parametrize(
+    ("defence", "parameter", "value", "expected"),
+    [
+        ("larger-batch:8", "batch-size", "3", {"batch_size": 3}),
+        ("local-steps:4", "local-steps", "2", {"local_steps": 2}),
+        ("local-steps:4", "sigma", "0.1", {"local_steps": 4, "sigma": 0.1, "enable_dp": True}),
+        ("local-steps:4", "defence", "none", {"local_steps": None, "local_lr": None}),
+        ("local-steps:4", "defence", "local-steps:2", {"local_steps": 2, "local_lr": 0.1}),
+        ("groupnorm", "defence", "none", {"replace_bn": None}),
+        ("groupnorm", "defence", "topk:0.1", {"replace_bn": None, "defence": "topk:0.1"}),
+        ("larger-batch:8", "defence", "int8", {"batch_size": 8, "defence": "int8"}),
+    ],
+)
+def test_a_defence_that_is_another_flag_does_not_overrule_the_sweep(
+    defence, parameter, value, expected
+):
+    steps = ["--local-lr", "0.1"] if defence.startswith("local-steps") else []
+    given = ["--data-name", "photos", "-b", "4", "--defence", defence, *steps]
+    record = client_settings_from(client_parser().parse_args(given)).record
+    args = varied(base_flags(record), parameter, value, 0)
+    made = client_settings_from(args).record
+    assert {name: made[name] for name in expected} == expected
 
 
 def test_decoys_are_enough_for_the_batch():
@@ -140,6 +184,25 @@ def test_a_bound_stands_beside_its_epsilon(checkpoint, tmp_path):
     assert private["epsilon"] > 1
     assert (sparse["mu"], sparse["bound"], sparse["epsilon"]) == (None, None, None)
     assert f"≤ {private['bound']:.2g}" in outcome.out
+
+
+@pytest.mark.parametrize("without", [(), ("--without", "bn")])
+def test_nothing_is_guaranteed_beside_batch_statistics(without, captured, tmp_path):
+    """Whether or not this attacker has them: the client sent them."""
+    given = ("-a", "convnet", "-b", "2", "--image-size", "16", "--model-eval", "--upload-bn")
+    private = ("--defence", "dp-sgd:1:1", "--noise-seed", "1")
+    target = captured(*given, *private, *CONTROL)
+    words = map(str, ("--checkpoint", target, *ATTACK, "--root", tmp_path, "--metric", *without))
+    settings = settings_from(parser().parse_args(list(words)))
+    case, sealed = load_inputs(settings, Silent(), ALONE, 0)
+    assert "the message as a whole carries no guarantee" in " ".join(case.guarantee)
+    source = subject.Source(str(target), None, "", None, None, {})
+    of = subject.Subject(source, settings, case, sealed, {}, Pace(1, 1))
+    entry = checkpoint_entry(of, label_finding(case, sealed), [], False, {})["protection"]
+    assert {entry[name] for name in ("epsilon", "delta", "mu", "bound")} == {None}
+    row = job.client_fields(settings, case, sealed)
+    assert (row["epsilon"], row["mu"], row["bound"]) == (None, None, None)
+    assert row["protection"]["epsilon"] > 0
 
 
 def test_noise_differs_between_batches_and_is_the_same_again():
@@ -222,6 +285,29 @@ def test_several_weights_are_tried_and_corrected_for(checkpoint, tmp_path):
     (row,) = record["rows"]
     assert [attempt["tv"] for attempt in row["attempts"]] == [1e-4, 1e-2]
     assert row["tv"] in (1e-4, 1e-2)
+
+
+def test_local_steps_are_compared_with_the_gradient_before_them(captured, tmp_path):
+    """And the true colours are shown, whatever the attacker takes for them."""
+    steps = ("--local-steps", "2", "--local-lr", "2", "--target-idx", "10")
+    target = captured(*CLIENT, *CONTROL, *steps)
+    flags = ("--without", "normalisation", "--sweep", "local-steps=2", "--root", tmp_path)
+    words = map(str, ("--checkpoint", target, *ATTACK, *flags))
+    client = partial(simulate, base_flags(load(str(target))["args"]))
+    settings = settings_from(parser().parse_args(list(words)))
+    with Interrupts() as interrupts:
+        result = run_job(settings, client, Job("2", 0), tmp_path, interrupts)
+    (path,) = tmp_path.glob("*checkpoint.pth.tar")
+    content = load(str(path))
+    x, y, model = content["x_true"], content["y_true"], model_of(target_from_checkpoint(content))
+    true = batch_gradient(model, x, y, ClientLoss(not content["model_eval"]))
+    both = (torch.cat([g.flatten() for g in of]) for of in (true, content["target_gradient"]))
+    expected = torch.cosine_similarity(*both, 0).item()
+    assert result.row.cosine == pytest.approx(expected, abs=1e-5)
+    assert expected < 0.999
+    mean, std = (torch.tensor(content["dataset_setup"][k]).view(-1, 1, 1) for k in ("mean", "std"))
+    colours = (x * std + mean).clamp(0, 1) * 255
+    assert np.abs(colours.numpy() - result.true).max() <= 1
 
 
 def test_a_layerwise_attack_tells_the_deepest_layer(captured, tmp_path):

@@ -302,6 +302,18 @@ def test_files_that_are_no_update_are_refused(tmp_path):
     torch.save({"tensors": [b"x"], "tensor_type": "numpy.ndarray"}, tmp_path / "bytes.pt")
     torch.save({"tensors": [], "tensor_type": "other"}, tmp_path / "other.pt")
     torch.save(3, tmp_path / "three.pt")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    np.savez_compressed(tmp_path / "whole.npz", np.arange(5000.0))
+    damaged = bytearray((tmp_path / "whole.npz").read_bytes())
+    damaged[200] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    torch.save({"kind": ["WEIGHTS"], "data": {}}, tmp_path / "kinds.pt")
+    for name, part in (
+        ("zip.pt", b"PK\x03\x04"),
+        ("archive.pt", (tmp_path / "whole.npz").read_bytes()),
+    ):
+        torch.save({"tensors": [part], "tensor_type": "numpy.ndarray"}, tmp_path / name)
     for name, says in (
         ("none.pth", "no such file"),
         ("object.npz", "unreadable or damaged"),
@@ -311,9 +323,22 @@ def test_files_that_are_no_update_are_refused(tmp_path):
         ("bytes.pt", "Parameters: unreadable"),
         ("other.pt", "Parameters of type 'other'"),
         ("three.pt", "holds no weights"),
+        ("array.npz", "unreadable or damaged"),
+        ("damaged.npz", "unreadable or damaged"),
+        ("kinds.pt", "a DXO of kind"),
+        ("zip.pt", "Parameters: unreadable"),
+        ("archive.pt", "Parameters: unreadable"),
     ):
         with pytest.raises(InputError, match=says):
             read_update_file(str(tmp_path / name))
+
+
+def test_names_of_a_file_cannot_steer_a_terminal(client):
+    before, after, _ = client
+    after = {f"\x1b]0;{name}\x07": value for name, value in after.items()}
+    with pytest.raises(InputError, match="AFTER: does not fit the network") as refusal:
+        imported(before, after)
+    assert str(refusal.value).isprintable()
 
 
 def write_states(folder, *, arch="convnet", steps=1, index=0, **options):

@@ -69,6 +69,10 @@ def check_request(name: str, request: Request) -> None:
         raise InputError(
             f"--channels {request.channels}: only for --data-name folder and photos; leave it out"
         )
+    if request.bit_depth is not None and name not in ("folder", "imagenet", "celeba"):
+        raise InputError(
+            f"--bit-depth {request.bit_depth}: only for data sets of image files; leave it out"
+        )
     _check_labels_csv(name, request)
 
 
@@ -83,10 +87,6 @@ def _check_labels_csv(name: str, request: Request) -> None:
         raise InputError(
             f"--labels-csv {request.labels_csv}: holds one number per class, which --loss bce "
             "takes; give it as well"
-        )
-    if request.bit_depth is not None and name not in ("folder", "imagenet", "celeba"):
-        raise InputError(
-            f"--bit-depth {request.bit_depth}: only for data sets of image files; leave it out"
         )
 
 

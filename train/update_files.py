@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +67,9 @@ def read_update_file(path: str) -> UpdateFile:
 def _read_npz(path: str) -> UpdateFile:
     """Read an archive of numpy arrays, none of which may hold pickled objects."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged archives make numpy raise almost any type
         raise InputError(f"unreadable or damaged ({one_line(error)[:120]})") from error
     if not arrays:
         raise InputError("holds no arrays")
@@ -96,7 +95,7 @@ def _read_safetensors(path: str) -> UpdateFile:
 def _read_dxo(content: Mapping) -> UpdateFile:
     """Take the weights out of a DXO, as its own encoding names the entries."""
     kind, data = content.get("kind", content.get("data_kind")), content["data"]
-    if kind not in DXO_KINDS or not isinstance(data, Mapping):
+    if not isinstance(kind, str) or kind not in DXO_KINDS or not isinstance(data, Mapping):
         raise InputError(
             f"a DXO of kind {str(kind)[:40]!r}: only {' and '.join(DXO_KINDS)} hold weights"
         )
@@ -114,6 +113,8 @@ def _read_parameters(content: Mapping) -> UpdateFile:
         )
     try:
         arrays = [np.load(io.BytesIO(part), allow_pickle=False) for part in content["tensors"]]
-    except (TypeError, ValueError, EOFError) as error:
+    except Exception as error:  # damaged bytes make numpy raise almost any type
         raise InputError(f"Parameters: unreadable ({one_line(error)[:120]})") from error
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        raise InputError("Parameters: unreadable (an archive in the place of an array)")
     return UpdateFile(arrays, f"Parameters of {len(arrays)} arrays")

@@ -10,7 +10,7 @@ import torch
 from models.choices import SWEEP_PARAMETERS
 from train.batches import DECOYS
 from train.capture import capture
-from train.defence_settings import RANDOM
+from train.defence_settings import FLAGS, RANDOM
 from train.flags import parser
 from train.settings import ClientSettings, settings_from
 from utils.console import Silent
@@ -92,7 +92,7 @@ def varied(base: Sequence[str], parameter: str, value: str, repeat: int) -> argp
 
     Raises InputError, naming the flag, for a value that it does not take.
     """
-    args = parser().parse_args(list(base))
+    args = _without_alias(parser().parse_args(list(base)), parameter)
     args.target_idx += repeat
     if not parameter:
         return args
@@ -104,8 +104,25 @@ def varied(base: Sequence[str], parameter: str, value: str, repeat: int) -> argp
         for other in OF_PROTECTION & vars(args).keys():
             setattr(args, other, parser().get_default(other))
     setattr(args, name, getattr(read, name))
+    if not (args.local_steps or args.local_epochs or value.startswith("local-steps")):
+        args.local_lr = args.local_batch = None  # these do nothing without steps
     if parameter in ("sigma", "C"):
         args.enable_dp = _protects(args)
+    return args
+
+
+def _without_alias(args: argparse.Namespace, parameter: str) -> argparse.Namespace:
+    """Take back a defence that is another flag, which the record holds as well.
+
+    So a swept flag is not overruled by it. A swept defence takes the place of the flag, except that
+    a batch stays as large as it is: no record says how large it was without.
+    """
+    name = (args.defence or "").partition(":")[0]
+    if name not in FLAGS:
+        return args
+    args.defence = None
+    if parameter == "defence" and name != "larger-batch":
+        setattr(args, FLAGS[name], None)
     return args
 
 

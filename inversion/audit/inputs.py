@@ -89,6 +89,11 @@ class Case:
         return self.target.protection is not None or "protection" in self.withheld
 
     @property
+    def uploads_bn(self) -> bool:
+        """Whether the client sent statistics of its batch, known to the attacker or withheld."""
+        return self.target.bn_mean is not None or "bn" in self.withheld
+
+    @property
     def guarantee(self) -> list[str]:
         """What follows from the client's protection, and what it does not cover, in words."""
         target = self.target
@@ -98,7 +103,7 @@ class Case:
             target.protection,
             self.objective.model,
             train_mode=target.train_mode,
-            uploads_bn=target.bn_mean is not None,
+            uploads_bn=self.uploads_bn,
         )
 
 

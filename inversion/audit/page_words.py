@@ -87,8 +87,8 @@ LIMITS = (
     "attacker who reads what is sent (section 2) and changes nothing.",
     "It concerns one update. A client that sends many gives away more.",
     "It concerns images. That somebody took part, or a property of a whole group, was not tested.",
-    "The test accepts a false alarm in 4 of 100 audits. A leak that is weaker than the test can "
-    "see stays unseen.",
+    "The test accepts a false alarm for 4 of 100 updates that give nothing away, each update "
+    "tested by itself. A leak that is weaker than the test can see stays unseen.",
 )
 
 GLOSSARY = (

@@ -100,7 +100,7 @@ def sources(paths: Sequence[str], truths: Sequence[str]) -> list[Source]:
     for path in truths:
         with naming(f"--truth {path}"):
             truth = checkpoints.load_truth(path)
-        ids[path], records[path] = truth.get("id"), _flags(truth)
+        ids[path], records[path] = _text(truth, "id"), _flags(truth)
     found, used = [], set()
     for path in paths:
         with naming(f"--checkpoint {path}"):
@@ -131,9 +131,11 @@ def _text(content: Mapping[str, Any], key: str) -> str | None:
 
 
 def _flags(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the client's flags that a file records."""
+    """Return the client's flags that a file records, those of one plain value."""
     flags = content.get("args")
-    return flags if isinstance(flags, dict) else {}
+    if not isinstance(flags, dict):
+        return {}
+    return {name: v for name, v in flags.items() if isinstance(v, str | int | float)}
 
 
 # Labels ------------------------------------------------------------------------------------

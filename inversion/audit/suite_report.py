@@ -189,8 +189,12 @@ def _system(subject: Subject) -> dict[str, Any]:
 
 
 def _protection(subject: Subject) -> dict[str, Any] | None:
-    """Describe what the client says that it did to the gradient, and what follows."""
+    """Describe what the client says that it did to the gradient, and what follows for its message.
+
+    Nothing follows where it sent batch statistics beside the gradient, which are not protected.
+    """
     protection, withheld = subject.case.target.protection, subject.case.withheld
+    covered = not subject.case.uploads_bn
     if protection is None:
         if "protection" not in withheld:
             return None
@@ -199,9 +203,9 @@ def _protection(subject: Subject) -> dict[str, Any] | None:
     return {
         "mode": protection.mode,
         "text": "; ".join(subject.case.guarantee),
-        "epsilon": protection.epsilon,
-        "delta": protection.delta,
-        "mu": protection.mu,
+        "epsilon": protection.epsilon if covered else None,
+        "delta": protection.delta if covered else None,
+        "mu": protection.mu if covered else None,
         "unit": "one image more or less",
         "bound": _bound(subject),
     }
@@ -212,9 +216,8 @@ def _bound(subject: Subject) -> dict[str, float] | None:
 
     Of CANDIDATES equally likely images, from one such gradient.
     """
-    target = subject.case.target
-    protection, kappa = target.protection, 1 / CANDIDATES
-    if protection is None or protection.mu is None or target.bn_mean is not None:
+    protection, kappa = subject.case.target.protection, 1 / CANDIDATES
+    if protection is None or protection.mu is None or subject.case.uploads_bn:
         return None
     return {"kappa": kappa, "gamma": reconstruction_bound(kappa, protection.mu)}
 
@@ -229,7 +232,7 @@ def checkpoint_warnings(
         found.append(
             ("few-images", f"only {target.batch_size} images: the intervals are too narrow")
         )
-    if target.bn_mean is not None:
+    if case.uploads_bn:
         found.append(("bn-unprotected", "the BatchNorm statistics are sent without protection"))
     if uses_learned_statistics(case.objective.model, target.train_mode):
         found.append(

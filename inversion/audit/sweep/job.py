@@ -15,6 +15,7 @@ from inversion.audit.inputs import Case, Sealed, load_inputs
 from inversion.audit.report import finish_of, score
 from inversion.audit.settings import Settings
 from inversion.audit.sweep.row import STRENGTH, Job, Result, Row
+from inversion.audit.truth import TruthCheck, check_truth_gradient
 from inversion.audit.verdict import ALPHA, corrected
 from inversion.settings import AttackSettings
 from models.guarantee import composed_mu, reconstruction_bound
@@ -127,10 +128,10 @@ def _attacked(
         found.append(one)
     best = min(found, key=lambda one: one.strength)
     row = Row(job.value, job.repeat, reason=None, client=command)
-    row = replace(row, **_of_client(settings, case, sealed), **_of_attack(best, found))
+    row = replace(row, **client_fields(settings, case, sealed), **_of_attack(best, found))
     order = [image["reconstruction"] for image in best.scores["images"]]
     images = best.attacked.images[order]
-    return Result(row, _bytes(case.images(sealed.truth.x)), _bytes(images))
+    return Result(row, _bytes(sealed.colours), _bytes(images))
 
 
 def _scored(
@@ -158,7 +159,7 @@ def _scored(
     return Found(settings.attack, attacked, scores)
 
 
-def _of_client(settings: Settings, case: Case, sealed: Sealed) -> dict:
+def client_fields(settings: Settings, case: Case, sealed: Sealed) -> dict:
     """Describe the client and what it sent."""
     protection, check = case.target.protection, sealed.check
     assert check is not None  # load_inputs saw to it
@@ -168,20 +169,32 @@ def _of_client(settings: Settings, case: Case, sealed: Sealed) -> dict:
     return {
         "batch_size": case.target.batch_size,
         "protection": None if protection is None else dict(vars(protection)),
-        "epsilon": None if protection is None else protection.epsilon,
+        "epsilon": None if protection is None or case.uploads_bn else protection.epsilon,
         "mu": mu,
         "bound": reconstruction_bound(1 / candidates, mu) if mu and candidates else None,
         "candidates": candidates,
-        "cosine": 1 - check.distance,
+        "cosine": 1 - _distance_from_gradient(case, sealed, check),
         "label_accuracy": labels,
         "label_method": method,
     }
 
 
+def _distance_from_gradient(case: Case, sealed: Sealed, check: TruthCheck) -> float:
+    """Return the cosine distance of what was sent from the true images' gradient, before steps.
+
+    check: its comparison with the truth, which of local steps compares with the truth's steps.
+    """
+    if case.target.local is None:
+        return check.distance
+    one_step = replace(case.target, local=None)
+    x, y = sealed.images_for(case), sealed.truth.y.to(case.device)
+    return check_truth_gradient(case.objective.model, one_step, x, y).distance
+
+
 def _mu(case: Case) -> float | None:
     """Return μ of all gradients that the client's ε is for; None where nothing bounds attackers."""
     protection = case.target.protection
-    if protection is None or protection.mu is None or case.target.bn_mean is not None:
+    if protection is None or protection.mu is None or case.uploads_bn:
         return None  # batch statistics are sent as they are
     return composed_mu(protection.mu, protection.steps or 1)
 
