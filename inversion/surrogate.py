@@ -43,6 +43,7 @@ class SurrogatePlace:
         progress: share of the run done, in [0, 1], by which the step size falls.
         """
         if not slope.isfinite():
+            self.alpha.grad = None  # where it is one that `backward` adds to
             return
         self._optimiser.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * progress)) / 2
         self.alpha.grad = slope.detach()

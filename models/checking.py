@@ -362,7 +362,7 @@ def check_plain_entries(checkpoint: dict) -> None:
     """Check the entries that are one plain value each."""
     plain = {
         "batch_size": ("a positive integer", is_count),
-        "arch": ("a name", lambda v: isinstance(v, str)),
+        "arch": ("a printable name", lambda v: isinstance(v, str) and v.isprintable()),
         "model_eval": ("true or false", lambda v: isinstance(v, bool)),
         "replace_bn": ("a name", lambda v: v is None or isinstance(v, str)),
         "model_sha256": ("a digest", lambda v: v is None or isinstance(v, str)),

@@ -37,11 +37,6 @@ class LocalSteps:
             yield slice(place * size, min((place + 1) * size, batch_size))
 
 
-def steps_of_epochs(epochs: int, batch_size: int, mini_batch: int | None) -> int:
-    """Return the number of steps of so many passes over B images: epochs · ceil(B / b)."""
-    return epochs * math.ceil(batch_size / min(mini_batch or batch_size, batch_size))
-
-
 @contextmanager
 def replaced_parameters(model: nn.Module, values: Mapping[str, Tensor]):
     """Within this context parameters of the model are these tensors, which may be on a graph.

@@ -207,6 +207,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
         ({"local_steps": 5, "local_lr": 0.1, "local_batch": 0}, "local_batch is 0, not a positive"),
         ({"resolution": 2.0}, "resolution is 2.0, not above 0 and up to 1"),
         ({"arch": None}, "missing arch"),
+        ({"arch": "\x1b]0;net\x07.py:build"}, "arch is .*, not a printable name"),
         ({"dataset_setup": {"mean": [0], "std": [1]}}, r"dataset_setup\[size\]"),
         ({"dataset_setup": [1]}, r"dataset_setup is \[1\], not a mapping with mean"),
         ({"dataset_setup": SETUP | {"size": (3, 32)}}, r"dataset_setup\['size'\] is \(3, 32\)"),

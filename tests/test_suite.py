@@ -106,6 +106,20 @@ def test_iterations_that_fit_with_their_controls():
 # Verdicts ----------------------------------------------------------------------------------
 
 
+def test_the_longest_matching_has_no_fewer_iterations_than_the_positive_control(monkeypatch):
+    """Also on a machine that has become slower since they were planned."""
+    planned = []
+    monkeypatch.setattr(suite, "pace_of", lambda case: Pace(0.1, 0.1))
+    monkeypatch.setattr(suite, "run_part", lambda part, how, *_: planned.append(how.loop.steps))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8))
+    case = argparse.Namespace(target=target_of(model, *photos(2, 16)))
+    for fewest in (0, 5, 500, 10**6):
+        suite.run_matching(suite.SUITE[-1], case, None, 10, 0, None, fewest)
+    fitting = Pace(0.1, 0.1).iterations(10, 10**6)
+    assert planned[0] == pytest.approx(fitting, abs=1)  # less what measuring took
+    assert planned == [planned[0], planned[0], 500, suite.SUITE[-1].most]
+
+
 def test_a_verdict_over_several_attacks_is_corrected():
     """One image of rank 1 among 50: p = 0.02, which three attacks make 0.06."""
     scores = np.linspace(1, 0, 50)[None]
@@ -165,7 +179,7 @@ def test_no_leakage_needs_every_part_and_the_positive_control():
     assert whole.startswith("no leakage shown: matching, long found nothing (p = 0.5, corrected")
     assert "layerwise cannot be run on this network" in whole
     long_too = entry("matching, long", INCOMPLETE, limited=True)
-    assert verdict([CLEAR[0], CLEAR[1], long_too]) == NOT_SHOWN
+    assert verdict([CLEAR[0], CLEAR[1], long_too]) == INCOMPLETE  # the short one does not
     assert verdict([CLEAR[0], short_of_time, long_too]) == INCOMPLETE
     cut = entry("layerwise", INCOMPLETE, method="layerwise", limited=True)
     assert verdict([cut, *CLEAR[1:]]) == INCOMPLETE
@@ -328,6 +342,7 @@ def test_a_whole_audit(both):
     assert outcome.code == 0, outcome.err
     assert found["positive_control"]["passed"]
     assert found["positive_control"]["verdict"] == RECONSTRUCTION
+    assert f"{ITERATIONS:,} iterations" in found["positive_control"]["what"]
     open_, noisy = found["checkpoints"]
     assert found["verdict"] == open_["verdict"]
     assert open_["verdict"] == RECONSTRUCTION

@@ -391,6 +391,7 @@ def test_several_steps_of_unknown_images_are_attacked(tmp_path):
         ((), "--import-update: needs the client's step size"),
         (("--local-lr", "1", "--pretrained", __file__), "--pretrained: the weights are those of"),
         (("--local-lr", "1", "--enable-dp", "-C", "1"), "--enable-dp: an imported update is as"),
+        (("--local-lr", "1", "--nproc", "2"), "--nproc: one process reads the files"),
         (("--local-lr", "1", "--with-control"), "--with-control: needs the client's images"),
         (("--local-lr", "1", "--local-steps", "2"), "--import-update: AFTER: 1.num_batches"),
         (("--local-lr", "1", "--data-name", "folder"), "--data-name folder: its classes"),

@@ -167,6 +167,8 @@ def import_settings(args) -> ImportSettings | None:
         ("--defence", args.defence, "an imported update is as the client sent it"),
         ("--upload-bn", args.upload_bn, "statistics come from the buffers of BEFORE and AFTER"),
         ("--ra", args.ra, "needs no update"),
+        ("--nproc", args.nproc, "one process reads the files"),
+        ("--multiprocessing-distributed", args.multiprocessing_distributed, "one process does it"),
     ):
         if given:
             raise InputError(f"{flag}: {why}; leave it or --import-update out")

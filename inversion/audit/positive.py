@@ -54,6 +54,12 @@ class Positive:
     seconds: float = 0.0
 
     @property
+    def iterations(self) -> int:
+        """How many its attack took."""
+        attacked = None if self.done is None else self.done.attacked
+        return 0 if attacked is None else attacked.outcome.iterations
+
+    @property
     def entry(self) -> dict:
         """The entry `positive_control` of audit.json."""
         scores = None if self.done is None else self.done.scores

@@ -244,9 +244,13 @@ def run_part(
 
 
 def run_matching(
-    part: Part, case: Case, sealed: Sealed, seconds: float, seed: int, run: Run
+    part: Part, case: Case, sealed: Sealed, seconds: float, seed: int, run: Run, fewest: int = 0
 ) -> Done:
-    """Run matching with as many iterations as fit into `seconds` with their controls."""
+    """Run matching with as many iterations as fit into `seconds` with their controls.
+
+    fewest: iterations that are planned even if the machine has become slower; one that its time
+    ends before them is limited by it.
+    """
     start = time.perf_counter()
     pace = pace_of(case)  # anew: the machine may be busier than when it was planned
     seconds -= time.perf_counter() - start
@@ -254,5 +258,6 @@ def run_matching(
     if steps < FEWEST_ITERATIONS:
         reason = f"not {FEWEST_ITERATIONS} iterations fit into its time"
         return Done(part, "skipped", reason, seconds, is_limited=True)
+    steps = max(steps, min(fewest, part.most))
     settings = matching_settings(case.target, steps, seed, resists_noise=part.resists_noise)
     return run_part(part, settings, case, sealed, seconds, run)

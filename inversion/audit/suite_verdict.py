@@ -39,10 +39,11 @@ def gaps(parts: Sequence[Mapping[str, Any]]) -> list[str]:
     A part that the network refuses could not be run by anybody and is no gap. One that its time
     limited is none where a later part of the same method found nothing without that limit.
     """
-    found, whole = [], {p["method"] for p in parts if _is_evidence(p)}
-    if not whole:
+    found = []
+    if not any(map(_is_evidence, parts)):
         found.append("no attack ended with a verdict of its own")
-    for part in parts:
+    for place, part in enumerate(parts, start=1):
+        whole = {later["method"] for later in parts[place:] if _is_evidence(later)}
         if part["status"] == "refused" or _is_evidence(part):
             continue
         if part["status"] in ("skipped", "interrupted"):
