@@ -1,6 +1,8 @@
 """Audits as `run.py --audit` describes them, made by hand or from the result.json of a run."""
 
+import json
 import re
+from pathlib import Path
 
 import torch
 
@@ -185,6 +187,11 @@ def several():
                  + SENTENCES[RECONSTRUCTION])  # fmt: skip
 
 
+ROWS = Path(__file__).parents[1] / "docs" / "rows"
+#: Audits that `run.py --audit` wrote: an update without protection and one with it.
+GENUINE = {
+    name: json.loads((ROWS / f"audit_{name}.json").read_text()) for name in ("demo", "defended")
+}
 EXAMPLES = {"leak": leak, "no leak": no_leak, "incomplete": incomplete, "several": several}
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from inversion.audit import html
-from tests.audit_examples import EXAMPLES, palettes, write_pictures
+from tests.audit_examples import EXAMPLES, GENUINE, palettes, write_pictures
 from tests.browser import SCREEN, measured, open_page, pdf_pages, screenshot
 
 pytestmark = pytest.mark.browser
@@ -19,9 +19,9 @@ def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("pages")
     write_pictures(path)
     files = {}
-    for name, make in EXAMPLES.items():
+    for name, found in ({name: make() for name, make in EXAMPLES.items()} | GENUINE).items():
         files[name] = path / f"{name.replace(' ', '-')}.html"
-        files[name].write_text(html.render(make(), path, with_images=True))
+        files[name].write_text(html.render(found, path, with_images=True))
     return files
 
 
@@ -60,7 +60,7 @@ def test_the_screen_shows_the_verdict_in_its_colour(dark, written, tmp_path):
     assert numpy.asarray(Image.open(picture).crop((left, top, right, top + 150))).std() > 30
 
 
-@pytest.mark.parametrize("name", ["leak", "no leak"])
+@pytest.mark.parametrize("name", ["leak", "no leak", *GENUINE])
 def test_it_prints_on_two_pages(name, written, tmp_path):
     assert pdf_pages(written[name], tmp_path) == 2
 

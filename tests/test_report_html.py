@@ -11,8 +11,16 @@ import pytest
 import torch
 
 from inversion.audit import html, page_view, page_words
-from inversion.audit.verdict import INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
-from tests.audit_examples import EXAMPLES, audit, checkpoint, from_result, palettes, write_pictures
+from inversion.audit.verdict import IDENTIFIABLE, INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
+from tests.audit_examples import (
+    EXAMPLES,
+    GENUINE,
+    audit,
+    checkpoint,
+    from_result,
+    palettes,
+    write_pictures,
+)
 from tests.support import scored
 from utils.files import null_if_nan
 
@@ -151,7 +159,9 @@ def test_it_begins_with_the_verdict_and_its_limits(name, pages):
     several = len(found["checkpoints"]) > 1
     headline = meaning.several.format(count=3) if several else meaning.one
     first = f"{found['verdict']} {headline}"
-    words = (first, found["sentence"], meaning.limit, "1. The system")
+    plain = page_view.audit_view(found, page_view.Path(), with_images=False)["plain"]
+    plain = plain.removesuffix(".")  # with pictures, it goes on
+    words = (first, plain, found["sentence"], meaning.limit, "1. The system")
     places = [text.index(part) for part in words]
     assert places == sorted(places)
 
@@ -172,7 +182,7 @@ def test_the_worst_of_several_stands_first():
     found = page_view.audit_view(EXAMPLES["several"](), None, with_images=False)
     assert found["shown"]["number"] == 2
     for verdict in (INCOMPLETE, "never heard of"):
-        assert page_view.meaning_of(verdict).kind == "open"
+        assert page_view.meaning_of(verdict, named=True).kind == "open"
 
 
 def test_the_deciding_part_is_of_the_verdict_and_leaks_most():
@@ -190,6 +200,74 @@ def test_no_sentence_is_told_twice():
     assert page_view.news(told, f"{NOT_SHOWN}: p = 0.2") == told["sentence"]
     assert page_view.news(told, None) == told["sentence"]
     assert page_view.news({"verdict": None, "sentence": None}, "anything") is None
+
+
+def shown(found):
+    return page_view.audit_view(found, page_view.Path(), with_images=False)
+
+
+def test_the_first_screen_counts_the_images_that_were_singled_out(folder):
+    plain = "8 of 8 test images were singled out among 100 candidates each; the worst is image 0"
+    assert shown(EXAMPLES["leak"]())["plain"] == f"{plain}."
+    whole = page_view.audit_view(EXAMPLES["leak"](), folder, with_images=True)
+    assert whole["plain"] == f"{plain}, shown here."
+    one = EXAMPLES["leak"]()
+    one["checkpoints"][0] |= {"identified": [3], "worst_image": 3}
+    assert shown(one)["plain"].startswith("1 of 8 test images was singled out")
+    assert shown(EXAMPLES["several"]())["plain"] == f"Update 2: {plain}."
+    assert shown(EXAMPLES["no leak"]())["plain"].startswith("No test image was singled out")
+    assert "not settled" in shown(EXAMPLES["incomplete"]())["plain"]
+
+
+def test_traces_without_a_single_image_are_not_called_recognised(folder):
+    found = EXAMPLES["leak"]()
+    found["verdict"] = found["checkpoints"][0]["verdict"] = IDENTIFIABLE
+    assert "can be recognised" in Page(html.render(found, folder, with_images=False)).text
+    found["checkpoints"][0]["identified"] = []
+    text = Page(html.render(found, folder, with_images=False)).text
+    assert "influences the images measurably, but no single image was singled out" in text
+    assert "recognised" not in text
+    assert page_words.TRACES.one in text
+
+
+def test_a_difference_is_not_labelled_as_a_likeness(pages):
+    text = Page(pages["leak"]).text
+    assert "PSNR above the best control, dB +22.30" in text
+    assert "SSIM above the best control +0.939" in text
+    assert not re.search(r'<th scope="row">(PSNR|SSIM)(, dB)?</th>', pages["leak"])
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_a_warning_is_told_once_in_sentences(name):
+    found = GENUINE[name]
+    text = Page(html.render(found, page_view.Path(), with_images=False)).text
+    section = text[text.index("7. Warnings") : text.index("8. Residual risk")]
+    assert section.count("labels") == section.lower().count("demonstration") == 1
+    assert not re.search(r"\. +[a-z]", section)
+    for warning in found["warnings"]:
+        assert warning["text"][1:] in section
+
+
+def test_the_warning_about_an_attack_that_does_not_decide_is_minor():
+    demo, defended = (
+        {w["text"].partition(" did")[0]: w["rests"] for w in shown(GENUINE[name])["warnings"]}
+        for name in ("demo", "defended")
+    )
+    assert demo["matching, short"] == ["matching, long"]
+    assert demo["matching, long"] == []
+    assert defended["matching, short"] == ["layerwise", "matching, long"]
+    found = copy.deepcopy(GENUINE["defended"])
+    found["checkpoints"][0]["verdict"] = found["verdict"] = INCOMPLETE
+    assert not any(w["minor"] for w in shown(found)["warnings"])
+
+
+def test_a_metric_without_a_control_is_left_out():
+    part = shown(GENUINE["demo"])["checkpoints"][0]["parts"][0]
+    assert part["mean"]["mse"] > 0
+    assert part["likeness"] == ["psnr", "ssim"]
+    alone = copy.deepcopy(GENUINE["demo"])
+    alone["checkpoints"][0]["parts"][0]["controls"] = {}
+    assert shown(alone)["checkpoints"][0]["parts"][0]["likeness"] == ["mse", "psnr", "ssim"]
 
 
 def test_what_is_missing_is_named(pages):
@@ -387,7 +465,15 @@ def test_every_verdict_has_a_meaning_and_a_sign_of_its_own():
     assert len(set(kinds)) == 4
     template = (html.TEMPLATES / "checkpoint.html.j2").read_text()
     assert all(f'kind == "{kind}"' in template for kind in kinds if kind != "open")
-    assert len(page_words.GLOSSARY) <= 8
+
+
+def test_the_terms_name_the_attacks_and_controls_of_a_suite():
+    assert len(page_words.GLOSSARY) <= 10
+    terms = " ".join(f"{term} {meaning}" for term, meaning in page_words.GLOSSARY)
+    parts = GENUINE["demo"]["checkpoints"][0]["parts"]
+    words = {"gradient", *(p["method"] for p in parts), *(c for p in parts for c in p["controls"])}
+    assert len(words) == 7
+    assert all(word in terms for word in words)
 
 
 def test_the_documentation_has_the_same_references():

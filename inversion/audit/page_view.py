@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from inversion.audit.page_words import MEANINGS, Meaning
+from inversion.audit.page_plain import plain_sentence, told_warnings
+from inversion.audit.page_words import MEANINGS, TRACES, Meaning
 from inversion.audit.verdict import (
     CLEAR_DIFFERENCE,
     IDENTIFIABLE,
@@ -38,7 +39,7 @@ CONTROL = dict.fromkeys(("passed", "what", "verdict", "leakage", "seconds"))
 PART = dict.fromkeys(
     ("name", "status", "reason", "seconds", "control_seconds", "budget_seconds", "verdict",
      "sentence", "metric", "p", "smallest_p", "p_corrected", "arrived", "iterations", "leakage",
-     "mean", "controls", "identified", "ranks", "worst_image", "deepest_layer", "certified")
+     "mean", "controls", "limited", "identified", "ranks", "worst_image", "deepest_layer", "certified")
 )  # fmt: skip
 LEAKAGE = dict.fromkeys(("mean", "low", "high", "images"))
 CHECKPOINT = dict.fromkeys(
@@ -61,12 +62,13 @@ def audit_view(audit: Mapping, folder: Path, *, with_images: bool) -> dict[str, 
     Added are to a part `short` (its name in the chart), `likeness` (metrics) and `news` (a sentence
     that was not told yet, or None); to a checkpoint `news`, `meaning`, `number` (from 1),
     `decisive` (the part that its verdict rests on, or None), `metric`, `highest` (image, value),
-    `mean_leakage` and `picture` (a data URI, or None); to the audit `meaning`, `number_of_images`
-    and `shown` (the checkpoint whose worst image comes first).
+    `mean_leakage` and `picture` (a data URI, or None); to the audit `meaning`, `number_of_images`,
+    `shown` (the checkpoint whose worst image comes first) and `plain` (a sentence about it, or
+    None); to a warning `minor` and `rests`, as in `told_warnings`.
     folder: where the files of `pictures` lie.
     """
     view = {**AUDIT, **audit}
-    view["warnings"] = [{"code": None, "text": None, **w} for w in view["warnings"] or []]
+    warnings = [{"code": None, "text": None, **w} for w in view["warnings"] or []]
     if view["positive_control"] is not None:
         control = {**CONTROL, **view["positive_control"]}
         view["positive_control"] = control | {"leakage": _leakage_view(control["leakage"])}
@@ -75,17 +77,26 @@ def audit_view(audit: Mapping, folder: Path, *, with_images: bool) -> dict[str, 
         for found in view["checkpoints"] or []
     ]
     view["verdict"] = view["verdict"] or INCOMPLETE
-    view["meaning"] = meaning_of(view["verdict"])
+    view["warnings"] = told_warnings(warnings, view["checkpoints"])
     for number, checkpoint in enumerate(view["checkpoints"], start=1):
         checkpoint["number"] = number
         checkpoint["news"] = news(checkpoint, view["sentence"])
     view["shown"] = min(view["checkpoints"], key=_strength, default=None)
+    shown = view["shown"]
+    view["plain"] = shown and plain_sentence(shown, several=len(view["checkpoints"]) > 1)
+    named = any(c["identified"] for c in view["checkpoints"] if c["verdict"] == view["verdict"])
+    view["meaning"] = meaning_of(view["verdict"], named=named)
     view["number_of_images"] = sum(c["batch_size"] or 0 for c in view["checkpoints"])
     return view
 
 
-def meaning_of(verdict: str) -> Meaning:
-    """Return the meaning of a verdict; a verdict that is not known means what "incomplete" does."""
+def meaning_of(verdict: str, *, named: bool) -> Meaning:
+    """Return the meaning of a verdict; a verdict that is not known means what "incomplete" does.
+
+    named: whether an image was identified by itself.
+    """
+    if verdict == IDENTIFIABLE and not named:
+        return TRACES
     return MEANINGS.get(verdict, MEANINGS[INCOMPLETE])
 
 
@@ -103,7 +114,7 @@ def _checkpoint_view(found: Mapping, folder: Path, *, with_images: bool) -> dict
     view["parts"] = [_part_view(part, i) for i, part in enumerate(view["parts"] or [])]
     view["identified"] = view["identified"] or []
     view["verdict"] = view["verdict"] or INCOMPLETE
-    view["meaning"] = meaning_of(view["verdict"])
+    view["meaning"] = meaning_of(view["verdict"], named=bool(view["identified"]))
     for part in view["parts"]:
         part["news"] = news(part, f"{view['sentence']} {part['reason']}")
     view["decisive"] = decisive_part(view["parts"], view["verdict"])
@@ -181,11 +192,13 @@ def _figures(part: Mapping | None) -> dict[str, Any]:
 
 
 def _likeness(part: Mapping) -> list[str]:
-    """Name the metrics in which a part tells how alike images are, and has a value."""
-    rows = [part["mean"] or {}, *[found or {} for found in (part["controls"] or {}).values()]]
-    return [
-        name for name in rows[0] or rows[-1] if any(finite(r.get(name)) is not None for r in rows)
-    ]
+    """Name the metrics in which a part tells how alike images are, to compare with its controls.
+
+    A metric that no control has a value in is left out; without controls, the attack's own are all.
+    """
+    own = part["mean"] or {}
+    rows = [found for found in (part["controls"] or {}).values() if found] or [own]
+    return [name for name in own or rows[-1] if any(finite(r.get(name)) is not None for r in rows)]
 
 
 def _strength(checkpoint: Mapping) -> tuple:

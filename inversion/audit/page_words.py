@@ -57,19 +57,30 @@ MEANINGS = {
     ),
 }
 
-#: Code of a warning → its title.
+#: The meaning of "identifiable" where no image is identified by itself.
+TRACES = Meaning(
+    "trace",
+    "What this client sends carries measurable traces of its private images.",
+    "At least one of the {count} updates carries measurable traces of its private images.",
+    "The traces show in the images taken together; no single image was singled out. A stronger "
+    "attack may single some out, or rebuild them.",
+    "Whoever reads the update can tell that it comes from images like these. A stronger attack may "
+    "tell single images, or show them.",
+)
+
+#: Code of a warning → what it is about. The warning's text tells the fact.
 WARNINGS = {
-    "few-images": "Few test images",
-    "bn-unprotected": "Batch statistics leave the site unprotected",
-    "optimiser-limited": "The attack did not arrive",
-    "labels-given": "The attacker was given the labels",
-    "running-statistics": "The weights may hold private images",
-    "no-decoys": "Nothing to test against",
-    "decoys-are-crops": "A demonstration only",
-    "part-refused": "An attack cannot be run here",
-    "part-missing": "An attack is missing",
-    "part-incomplete": "An attack gave no answer",
-    "positive-control-failed": "The attack failed where it must succeed",
+    "few-images": "Precision",
+    "bn-unprotected": "Batch statistics",
+    "optimiser-limited": "Time of an attack",
+    "labels-given": "Labels",
+    "running-statistics": "Weights",
+    "no-decoys": "Test",
+    "decoys-are-crops": "Test images",
+    "part-refused": "Attack not possible",
+    "part-missing": "Attack missing",
+    "part-incomplete": "Attack without an answer",
+    "positive-control-failed": "Check of the attack",
 }
 
 TEST_AGAIN = (
@@ -92,15 +103,22 @@ LIMITS = (
 )
 
 GLOSSARY = (
-    ("update", "what a client sends instead of its data: numbers that tell how to improve the "
-     "network, computed from its private images"),
+    ("update, gradient", "what a client sends instead of its data: numbers that tell how to "
+     "improve the network, computed from its private images"),
     ("batch", "the private images that one update was computed from"),
-    ("control", "the same attack without the client's update; what it makes needs no leak"),
+    ("matching (short, long)", "an attack that changes pictures step by step until they would give "
+     "the same update; long takes more steps"),
+    ("layerwise", "an attack that works out the images from the update directly, one layer of the "
+     "network after the other"),
+    ("control", "what can be made without the client's update: mean image (the average of public "
+     "photographs), prior only and decoder only (the attack with no update), other gradient (the "
+     "attack on an update from other images)"),
     ("decoy", "another image that could have been in the place of a private one; identified means "
      "that the private image is told from its decoys"),
-    ("p", "the probability of such a result by chance; leakage is stated at 0.04 or below"),
+    ("p", "the probability of such a result if nothing leaked; leakage is stated at 0.04 or below"),
     ("SSIM", "likeness of two images in structure: 1 for equal ones, near 0 for unrelated ones"),
-    ("PSNR", "likeness of two images in decibels (dB): 30 is hard to tell from the original"),
+    ("PSNR", "likeness of two images in decibels (dB): from 30 on hard to tell apart; "
+     "leakage is a difference of two such values, so that +20 dB is no likeness of 20"),
     ("ε, δ", "the strength of differential privacy, a formal guarantee against every attack: the "
      "smaller, the stronger"),
 )  # fmt: skip
