@@ -39,7 +39,8 @@ CONTROL = dict.fromkeys(("passed", "what", "verdict", "leakage", "seconds"))
 PART = dict.fromkeys(
     ("name", "status", "reason", "seconds", "control_seconds", "budget_seconds", "verdict",
      "sentence", "metric", "p", "smallest_p", "p_corrected", "arrived", "iterations", "leakage",
-     "mean", "controls", "limited", "identified", "ranks", "worst_image", "deepest_layer", "certified")
+     "mean", "controls", "limited", "identified", "ranks", "worst_image", "deepest_layer",
+     "certified")
 )  # fmt: skip
 LEAKAGE = dict.fromkeys(("mean", "low", "high", "images"))
 CHECKPOINT = dict.fromkeys(
