@@ -25,6 +25,8 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 ANY = (*FLOATS, *INTEGERS, torch.bool)
 #: Largest count that a file may hold, as of the flags.
 LARGEST = 2**31 - 1
+#: Most local steps of an update: scoring takes them again, and a file must not ask for days.
+MOST_LOCAL_STEPS = 100_000
 #: What a record of protection must hold, and what else it may.
 PROTECTION_KEYS = tuple(field.name for field in fields(Protection) if field.default is MISSING)
 OTHER_KEYS = tuple(field.name for field in fields(Protection) if field.default is not MISSING)
@@ -349,6 +351,10 @@ def check_local_steps(checkpoint: dict) -> None:
     if steps not in (None, 1) and (lr is None or not is_number(lr) or lr <= 0):
         raise UnfitError(
             f"local_lr is {shown(lr)} for {steps} local steps, not the step size above 0"
+        )
+    if steps is not None and steps > MOST_LOCAL_STEPS:
+        raise UnfitError(
+            f"local_steps is {steps}, more than the {MOST_LOCAL_STEPS} that scoring takes again"
         )
     for key, value in (("local_batch", batch), ("local_epochs", epochs)):
         if not (value is None or is_count(value)):

@@ -349,6 +349,8 @@ def test_the_value_without_a_graph_is_the_objective():
         ((None,), "the attack had one iteration"),
         ((0.0, "not finite"), "the attack ended early (not finite)"),
         ((0.0,), None),
+        ((None, None, "conv1: the mask is not known"), None),
+        ((None, None, "conv1: about 9 MiB, more than the 8 MiB of --max-memory"), "a limit of"),
     ],
 )
 def test_what_leaves_a_doubt_of_an_attack_that_did_not_arrive(finish, doubt):

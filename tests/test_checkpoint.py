@@ -205,6 +205,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(captured, tmp_path, zipped
         ({"local_steps": 5}, "local_lr is None for 5 local steps"),
         ({"local_steps": 5, "local_lr": 0.0}, "local_lr is 0.0 for 5 local steps"),
         ({"local_steps": 5, "local_lr": 0.1, "local_batch": 0}, "local_batch is 0, not a positive"),
+        ({"local_steps": 2**31 - 1, "local_lr": 0.1}, "local_steps is 2147483647, more than the"),
         ({"resolution": 2.0}, "resolution is 2.0, not above 0 and up to 1"),
         ({"arch": None}, "missing arch"),
         ({"arch": "\x1b]0;net\x07.py:build"}, "arch is .*, not a printable name"),

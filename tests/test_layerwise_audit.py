@@ -40,6 +40,9 @@ EIGHT = ("-a", "lenet", "-b", "8", "--image-size", "16", "--target-idx", "10")
 CONVNET = ("-a", "convnet", "-b", "2", "--image-size", "16", "--model-eval", "--with-control")
 CONVNET = (*CONVNET, "--target-idx", "10", "--distinct-labels", "2")
 
+#: Nothing asks to stop.
+NEVER = SimpleNamespace(should_stop=False, stopped=False)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def few_photographs():
@@ -195,7 +198,7 @@ def case_of(model, labels, size, *, train_mode=False, capture_bn=True):
 
 def test_auto_matches_where_a_stem_has_too_few_numbers(capsys):
     settings, case = case_of(narrow(), [5, 1], 8)
-    found = attacking.attack(settings, case, SimpleNamespace(signal=None), Reporter(), print_freq=1)
+    found = attacking.attack(settings, case, NEVER, Reporter(), print_freq=1)
     assert found.recovered is None
     assert found.outcome.iterations == 2
     said = capsys.readouterr().out

@@ -18,6 +18,7 @@ GOAL = torch.tensor([0.3, -0.2, 0.9, 0.0]).view(1, 1, 2, 2)
 
 #: What a strategy asks of an objective beside its pixel gradient.
 ALONE_OBJECTIVE = SimpleNamespace(batch_shard=ALONE)
+ALONE_OBJECTIVE.afresh = lambda: ALONE_OBJECTIVE
 
 
 def bowl(x, progress):

@@ -162,7 +162,7 @@ def resumed(captured, tmp_path_factory):
     with started(words) as process:
         wait_until(lambda: saved_iterations(folder), process)
     saved = saved_iterations(folder)
-    refused = call(*words, "--search-resume", "--max-t", "300")
+    refused = call(*words, "--search-resume", "--max-t", "200")
     outcome = succeed(*words, "--search-resume")
     return SimpleNamespace(
         folder=folder, saved=saved, refused=refused, out=outcome.out,
@@ -187,7 +187,7 @@ def test_a_killed_search_goes_on(resumed):
 
 def test_a_search_is_resumed_with_its_own_flags_only(resumed):
     assert resumed.refused.code == 2
-    assert "was begun with max_t 250, not 300" in resumed.refused.err
+    assert "was begun with max_t 250, not 200" in resumed.refused.err
 
 
 def test_the_search_finds_the_settings_of_least_error(resumed):

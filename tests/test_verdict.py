@@ -317,6 +317,17 @@ def test_both_tests_share_what_false_alarms_may_be():
     assert evidence_against_chance(None, pairs(0.001)) == (None, None)
 
 
+def test_evidence_of_the_differences_alone_names_no_image():
+    below = {"ssim": BELOW["ssim"] | {"images": [-0.2] * 8}}
+    pairs = Paired([0.01] * 8, 0.01, 1e-3, 1e-4, 0.5)
+    hidden = judge(below, ranked(0.9, [60] * 8), pairs, metric="ssim")
+    assert (hidden.verdict, hidden.identified) == (IDENTIFIABLE, [])
+    assert "no image stands out among its decoys; nearest is image" in hidden.sentence
+    assert "worst image" not in hidden.sentence
+    seen = judge(below, ranked(0.001, [1] * 8), pairs, metric="ssim")
+    assert "worst image" in seen.sentence
+
+
 def test_independent_noise_without_decoys_gives_no_verdict():
     """Differences alone, however equal their signs, are no test."""
     draw = torch.Generator().manual_seed(0)

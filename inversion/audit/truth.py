@@ -25,6 +25,8 @@ SAME_BATCH, SHARE_OF_FLAT, ROUNDING, ROUNDED_BY = 1e-3, 0.1, 1e-10, 0.1
 OTHER_ORDER = 0.5
 #: Share of its loss that an attack still loses in the second half if it is called unfinished.
 STILL_FALLING = 0.1
+#: What the reason of a walk names that this run itself ended, by the memory it was given.
+MEMORY_LIMIT = "--max-memory"
 #: Relative difference of norms up to which they are equal but for rounding.
 SAME_NORM = 1e-2
 #: Cosine distance and norm ratio of an update of several local steps: it is near, but not as long.
@@ -223,7 +225,8 @@ class Finish:
         if self.stopped is not None:
             return f"the attack ended early ({self.stopped})"
         if self.walk is not None:
-            return None
+            limited = MEMORY_LIMIT in self.walk
+            return f"solving ended at a limit of this run: {self.walk}" if limited else None
         if self.fall is None:
             return "the attack had one iteration; give more --epochs"
         if self.fall >= STILL_FALLING:

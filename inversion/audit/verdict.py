@@ -109,6 +109,12 @@ def judge(
                 f"{named}"
             )
         else:
+            if _by_pairs_alone(identification, tests):
+                named = (
+                    "only in the images' differences to those of another gradient, all together: "
+                    f"no image stands out among its decoys; nearest is image {worst}"
+                    f"{_standing(worst, identification, above, metric)}"
+                )
             words = f"{shows}; {named}; on average no reconstruction: {difference(metric, above)}"
     elif p is None:
         verdict = INCOMPLETE
@@ -142,6 +148,14 @@ def judge(
             words += "; the attack's optimiser did not arrive, so a better one may find more"
     sentence = f"{verdict}: {words}"
     return Verdict(verdict, sentence, metric, found, least, worst, identified, tests)
+
+
+def _by_pairs_alone(identification: Identification | None, tests: int) -> bool:
+    """Tell whether the ranks among decoys, of which the first test is made, show nothing."""
+    if identification is None:
+        return False
+    ranks = corrected(identification.p, tests)
+    return ranks is not None and ranks > ALPHA
 
 
 def corrected(p: float | None, tests: int) -> float | None:
