@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -362,6 +363,7 @@ def test_an_update_with_its_images_is_attacked_and_scored(tmp_path):
     path, printed = import_of(tmp_path, *flags)
     assert "a list of 26 arrays" in printed
     assert "one step: the gradient, with a relative rounding error of" in printed
+    assert "the images named give this update: cosine distance" in printed
     checkpoint = load(str(path))
     target = target_from_checkpoint(checkpoint)
     assert target.local is None
@@ -371,6 +373,78 @@ def test_an_update_with_its_images_is_attacked_and_scored(tmp_path):
     result, _ = attack(tmp_path, path, "--metric", "--epochs", "2", "--exact-bn", "--BN", "0.1")
     assert result["metrics"]["truth_gradient"]["kind"] == "same"
     assert result["bn_source"] == "batch"
+
+
+def write_backup(folder, x, y):
+    folder.mkdir()
+    torch.save(x, folder / "x_true.pth.bk")
+    torch.save(y, folder / "y_true.pth.bk")
+    return folder
+
+
+@pytest.mark.parametrize("arch", ["convnet", "lenet"])
+def test_other_images_than_the_clients_are_noticed(arch, tmp_path):
+    """Also where gradients of all images are near, as those of a random LeNet."""
+    _, printed = import_of(tmp_path, "--data-name", "photos", arch=arch, index=3)
+    assert "warning: the images named do not give this update: cosine distance" in printed
+    assert "Give --data-backup with" in printed
+
+
+def test_a_backup_of_few_classes_is_the_clients_for_a_network_of_more(tmp_path):
+    """In its order: after another one the mini-batches are others."""
+    (x, _), (other, _) = photos(4, SIZE), photos(8, SIZE, 5)
+    y, model = torch.tensor([0, 1, 1, 0]), network("lenet")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=RATE)
+    for part in (slice(0, 2), slice(2, 4)):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x[part]), y[part]).backward()
+        optimiser.step()
+    torch.save(before, tmp_path / "before.pth")
+    torch.save(model.state_dict(), tmp_path / "after.pth")
+    labels = torch.cat([y, torch.tensor([0, 1] * 4)])
+    right = write_backup(tmp_path / "right", torch.cat([x, other]), labels)
+    order = [2, 3, 0, 1]
+    wrong = write_backup(
+        tmp_path / "wrong", torch.cat([x[order], other]), torch.cat([y[order], labels[4:]])
+    )
+    common = (
+        "training.py", "--import-update", tmp_path / "before.pth", tmp_path / "after.pth", "-a",
+        "lenet", "-b", "4", "--local-lr", RATE, "--local-steps", "2", "--local-batch", "2",
+        "--data-name", "folder", "--with-control", "--decoys", "1", "--results", tmp_path,
+    )  # fmt: skip
+    printed = succeed(*common, "--data-backup", right, "--num-classes", CLASSES).out
+    assert "the images named give this update" in printed
+    assert "2 distinct labels of 8" in printed
+    (path,) = tmp_path.glob("*-checkpoint.pth.tar")
+    checkpoint = load(str(path))
+    assert target_from_checkpoint(checkpoint).num_classes == CLASSES
+    assert torch.equal(checkpoint["x_true"], x)
+    printed = succeed(*common, "--data-backup", wrong, "--num-classes", CLASSES, "--dry-run").out
+    assert "warning: the images named do not give" in printed
+    late = write_backup(tmp_path / "late", x, y + 7)
+    outcome = call(*common, "--data-backup", late, "--num-classes", CLASSES)
+    assert "labels 7 to 8, but --num-classes 8 has classes 0 to 7" in outcome.err
+    assert "give --num-classes" in call(*common, "--data-backup", right).err
+
+
+def test_a_folder_of_fewer_classes_than_the_network_lists_its_images(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.random.default_rng(number).integers(0, 255, (SIZE, SIZE, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{number}.png")
+    folder = ("--data-name", "folder", "--data", tmp_path / "set", "--dry-run")
+    files = write_states(tmp_path)
+    common = (
+        "training.py", "--import-update", *files, "-a", "convnet", "-b", "4", "--image-size", SIZE,
+        "--local-lr", RATE, "--results", tmp_path, *folder,
+    )  # fmt: skip
+    printed = succeed(*common, "--num-classes", CLASSES).out
+    assert "2 distinct labels of 8" in printed
+    assert "  image 0, label " in printed
+    assert "warning: the images named do not give" in printed
+    assert "does not fit the network" in call(*common).err
 
 
 def test_several_steps_of_unknown_images_are_attacked(tmp_path):

@@ -232,7 +232,7 @@ def load_backup(
     """Load batch `target_idx` of a backup, `x_true.pth.bk` and `y_true.pth.bk` in `folder`.
 
     They hold N images (N, C, H, W), normalised, and their classes (N,). Normalisation and class
-    count are those of data set `name`; `request` may give another normalisation, and its loss says
+    count are those of data set `name`; `request` may give others, and its loss says
     whether labels become vectors. Returns as `load_batch` does.
     Raises InputError when a file is missing or unfit, or the slice lies beyond its end.
     """
@@ -245,9 +245,12 @@ def load_backup(
         )
     y = y[part]
     if int(y.min()) < 0 or int(y.max()) >= spec.class_count:
+        of = f"--data-name {name}"
+        if request.num_classes is not None:
+            of = f"--num-classes {request.num_classes}"
         raise InputError(
-            f"--data-backup {folder}: labels {int(y.min())} to {int(y.max())}, but --data-name "
-            f"{name} has classes 0 to {spec.class_count - 1}"
+            f"--data-backup {folder}: labels {int(y.min())} to {int(y.max())}, but {of} has "
+            f"classes 0 to {spec.class_count - 1}"
         )
     final = requested_labels(spec, request)
     if request.loss == "bce":
@@ -274,6 +277,8 @@ def load_backup_control(
 def _read_backup(folder: str, name: str, request: Request) -> tuple[Tensor, Tensor, DatasetSpec]:
     """Read a whole backup: x (N, C, H, W), y (N,), and the set's own spec with its shape."""
     spec = named_spec(name)
+    if request.num_classes is not None:
+        spec = replace(spec, num_classes=request.num_classes)
     x, y = (_backup_file(os.path.join(folder, f"{which}_true.pth.bk")) for which in "xy")
     needs = "x_true must be normalised floats (N, C, H, W) and y_true integers (N,)"
     try:
@@ -290,7 +295,7 @@ def _read_backup(folder: str, name: str, request: Request) -> tuple[Tensor, Tens
     if spec.num_classes is None:
         raise InputError(
             f"--data-name {name}: its class count comes from its files; with --data-backup name "
-            "another data set"
+            "another data set, or give --num-classes where an update is imported"
         )
     if request.mean is None and x.shape[1] != len(spec.mean):
         raise InputError(

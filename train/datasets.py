@@ -161,12 +161,31 @@ def requested_normalisation(spec: DatasetSpec, request: Request) -> DatasetSpec:
 def requested_labels(spec: DatasetSpec, request: Request) -> DatasetSpec:
     """Return the spec with the outputs that the loss takes, and the normalisation asked for.
 
-    Raises InputError where the normalisation is not one number per channel.
+    Raises InputError where the normalisation is not one number per channel, and where the outputs
+    asked for are not enough for the labels.
     """
     spec = requested_normalisation(spec, request)
+    if spec.num_classes is not None and request.num_classes is not None:
+        return replace(spec, num_classes=_wanted_outputs(spec.num_classes, request))
     if spec.num_classes is None or request.labels_csv is not None:
         return spec
     return replace(spec, num_classes=output_count(spec.num_classes, request))
+
+
+def _wanted_outputs(num_classes: int, request: Request) -> int:
+    """Return the outputs asked for; raise InputError unless `num_classes` classes fit them."""
+    wanted = request.num_classes
+    assert wanted is not None  # the caller has asked
+    if request.labels_csv is not None and wanted != num_classes:
+        raise InputError(
+            f"--num-classes {wanted}: --labels-csv has {num_classes} columns, one per output; "
+            "leave it out"
+        )
+    if wanted < num_classes:
+        raise InputError(
+            f"--num-classes {wanted}: the data set has {num_classes} classes; give as many or more"
+        )
+    return wanted
 
 
 def _with_vectors(source: Finite) -> Finite:

@@ -317,7 +317,8 @@ def _add_import(add) -> None:
     add(
         "--num-classes",
         type=integer_from(2),
-        help="Classes of the imported network. Without it: those of the data set.",
+        help="Classes of the imported network, as many as the data set has or more. Without it: "
+        "those of the data set.",
     )
 
 

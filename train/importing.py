@@ -3,15 +3,17 @@
 import math
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from models.checkpoint import Task, make_checkpoint
 from models.local import LocalSteps
 from models.target import GroundTruth
 from models.user_network import load_user_network
-from train import client, output
+from train import client, output, report
 from train.batches import Batch, client_batch
 from train.datasets import DatasetSpec, named_spec, requested_normalisation
+from train.named_images import compared
 from train.settings import ClientSettings
 from train.update_files import UpdateFile, read_update_file
 from train.update_settings import ImportSettings, LocalSettings
@@ -46,6 +48,10 @@ def import_update(settings: ClientSettings, files: ImportSettings, reporter: Rep
         )  # fmt: skip
     for line in _lines(settings, files, spec, found):
         reporter.say(line)
+    if batch is not None:
+        report.say_batch(batch, model, torch.device("cpu"), reporter)
+        client.check_processes(settings, model, batch.x.to(_kind(model)), spec.class_count)
+        reporter.say(compared(settings, model, batch, found))
     checkpoint = _checkpoint(settings, model, spec, batch, found, how)
     if settings.dry_run:
         reporter.say(f"dry run: would write {output.planned_file(settings)}")
@@ -147,12 +153,11 @@ def _checkpoint(
     if batch is not None:
         control = None
         if batch.other is not None:
-            kind = next(model.parameters()).dtype
             simulated = replace(settings, local=_simulated(found.local, how), upload_bn=False)
             if found.update.bn_mean is not None:
                 simulated = replace(simulated, upload_bn=True)
             control = client.update(
-                simulated, model, batch.other.to(kind), batch.y, None, ALONE, "control"
+                simulated, model, batch.other.to(_kind(model)), batch.y, None, ALONE, "control"
             ).update
         truth = GroundTruth(batch.x, batch.y, control, batch.decoys)
     task = Task(
@@ -164,6 +169,11 @@ def _checkpoint(
         model, found.update, task, truth=truth, local=found.local, resolution=found.resolution,
         settings={**settings.record, "versions": versions(), "git": git_revision()},
     )  # fmt: skip
+
+
+def _kind(model: nn.Module) -> torch.dtype:
+    """Return the type of the weights, which the images are given."""
+    return next(model.parameters()).dtype
 
 
 def _simulated(local: LocalSteps | None, how: LocalSettings) -> LocalSettings | None:

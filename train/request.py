@@ -44,6 +44,8 @@ class Request:
     #: Mean and standard deviation of the normalisation, one number per channel; None for the set's.
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    #: Outputs of an imported network, at least the classes of the data set; None for those.
+    num_classes: int | None = None
 
     @property
     def sides(self) -> tuple[int, int] | None:

@@ -140,6 +140,7 @@ def settings_from(args) -> ClientSettings:
         labels_csv=args.labels_csv,
         mean=args.mean,
         std=args.std,
+        num_classes=args.num_classes,
     )
     _check_company(args)
     _check_network(args)

@@ -308,7 +308,9 @@ def _read_files(settings: Settings) -> _Files:
     if source.get("x_true") is None or source.get("y_true") is None:
         needs = "--metric" if scoring.metric else "--GInfoR"
         needs = needs if knows_labels else "--pseudo-label-init known"
-        remedy = "" if knows_labels else ", or the labels by --labels"
+        remedy = ""
+        if not knows_labels:
+            remedy = ", the labels by --labels, or --pseudo-label-init from_grads"
         raise InputError(
             f"{needs}: {inputs.checkpoint} holds no truth; give the sealed file by --truth{remedy}"
         )
