@@ -2,20 +2,22 @@
 
 import csv
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection, PolyCollection
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import norm
 
+from benchmarks import defences_table
 from inversion.audit import subject
 from inversion.audit.budget import Pace
 from inversion.audit.flags import parser
@@ -24,15 +26,16 @@ from inversion.audit.inputs import load_inputs
 from inversion.audit.settings import settings_from
 from inversion.audit.subject import label_finding
 from inversion.audit.suite_report import checkpoint_entry
-from inversion.audit.sweep import job
+from inversion.audit.sweep import job, picture
 from inversion.audit.sweep.job import attacks_of, decoys_per_image, run_job
-from inversion.audit.sweep.picture import positions, save_sweep
+from inversion.audit.sweep.picture import Panel, positions, save_sweeps
 from inversion.audit.sweep.row import Job, Row
-from inversion.audit.sweep.table import sweep_table
+from inversion.audit.sweep.table import rows_of, sweep_table, verdict_cell
 from inversion.audit.verdict import (
     ALPHA,
     IDENTIFIABLE,
     INCOMPLETE,
+    NOT_ARRIVED,
     NOT_SHOWN,
     corrected,
     judge,
@@ -235,6 +238,9 @@ def test_rows_tell_what_was_found(swept):
             if name == row["metric"]:
                 assert row["leakage"] == pytest.approx(above.tolist())
         assert row["sentence"].startswith(row["verdict"])
+        assert len(row["lowest_control"]) == 2
+        assert max(row["lowest_control"]) < 0
+        assert row["arrived"] is False  # after 3 iterations
     assert refused["verdict"] is None
     assert "argument --sigma: 'much' is not a number" in refused["reason"]
 
@@ -469,7 +475,70 @@ def test_cells_of_the_table():
     assert d["verdict"] == "not run"
 
 
-def test_small_images_are_drawn_by_psnr(tmp_path):
-    nan = {"psnr": [20.0, 30.0], "ssim": [math.nan, math.nan]}
-    save_sweep("C", ["1", "2"], [row("1", scores=nan, controls=nan), row("2")], tmp_path / "a.png")
-    assert np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).std() > 1
+@pytest.mark.parametrize(
+    ("arrived", "expected"),
+    [
+        ([True], "no leakage shown"),
+        ([False], "no leakage shown (did not arrive)"),
+        ([False, False], "no leakage shown (2 of 2, did not arrive)"),
+        ([False, True, None], "no leakage shown (3 of 3, 1 did not arrive)"),
+    ],
+)
+def test_an_attack_that_did_not_arrive_is_marked(arrived, expected):
+    rows = [row("a", i, arrived=of) for i, of in enumerate(arrived)]
+    assert verdict_cell(rows) == expected
+    walked = [replace(of, certified=2) for of in rows]  # solved, not optimised
+    assert "arrive" not in verdict_cell(walked)
+    assert "arrive" not in verdict_cell([*rows, row("a", 9, verdict=IDENTIFIABLE)])
+
+
+def dots_and_bands(panel, path, monkeypatch):
+    """Draw; return the sorted leakages of all dots, and the ends of all bands."""
+    figures = []
+
+    def keep(*args, **settings):
+        figures.append(Figure(*args, **settings))
+        return figures[0]
+
+    monkeypatch.setattr(picture, "Figure", keep)
+    save_sweeps([panel], path)
+    (axis,) = figures[0].axes
+    dots = [c.get_offsets()[:, 0] for c in axis.collections if isinstance(c, PathCollection)]
+    bands = [c.get_paths()[0].get_extents() for c in axis.collections
+             if isinstance(c, PolyCollection)]  # fmt: skip
+    texts = [text.get_text() for text in axis.texts]
+    return sorted(np.concatenate(dots)), [(band.x0, band.x1) for band in bands], texts
+
+
+def test_the_picture_shows_the_leakage_of_the_table(tmp_path, monkeypatch):
+    """Whatever the scores: only the difference to the image's own control counts."""
+    rows = [
+        row("a", leakage=[0.1, 0.3], lowest_control=[-0.2, -0.05], identified=[1]),
+        row("b", leakage=[-0.1, 0.2]),
+        Row("c", 0, "cannot be captured"),
+    ]
+    path = tmp_path / "a.png"
+    panel = Panel("defence", ["a", "b", "c", "d"], rows)
+    dots, bands, texts = dots_and_bands(panel, path, monkeypatch)
+    assert dots == pytest.approx([-0.1, 0.1, 0.2, 0.3])
+    assert bands == [pytest.approx((-0.2, 0))]
+    assert texts == ["no leakage shown", "no leakage shown", "cannot be captured", "not run"]
+    assert np.asarray(Image.open(path).convert("RGB")).std() > 1
+
+
+def test_files_of_before_are_read_and_drawn(swept, tmp_path, capsys):
+    """Without the entries that came later; the sentence says what did not arrive."""
+    _, record, folder = swept
+    assert [*map(asdict, rows_of(record))] == record["rows"]
+    old = {k: v for k, v in record["rows"][0].items() if k not in ("lowest_control", "arrived")}
+    old["verdict"], old["sentence"] = NOT_SHOWN, f"{NOT_SHOWN}: p = 1; {NOT_ARRIVED}, so"
+    (tmp_path / "sweep.json").write_text(json.dumps(record | {"rows": [old]}))
+    out = tmp_path / "out.png"
+    defences_table.main([str(folder), str(tmp_path), "--picture", str(out)])
+    new, before = capsys.readouterr().out.split(f"{tmp_path.name}:")
+    assert "| sigma | cosine | labels % | identified |" in new
+    assert "argument --sigma: 'much' is not a number" in new
+    assert "no leakage shown (did not arrive) |" in before
+    one, both = (Image.open(path).size for path in (folder / "sweep.png", out))
+    assert both[0] == one[0]
+    assert both[1] > 1.5 * one[1]

@@ -21,6 +21,8 @@ INCOMPLETE = "incomplete"
 ALPHA = 0.04
 #: Share of ALPHA that the paired difference may spend; the ranks have the rest.
 PAIRED_SHARE = 0.2
+#: What a sentence says of an attack whose objective is lower at the truth.
+NOT_ARRIVED = "the attack's optimiser did not arrive"
 #: Images from which on it gets that share; fewer leave all of ALPHA to the ranks.
 FEWEST_PAIRS = 7
 #: Metrics in which leakage is told: name → digits to print.
@@ -145,7 +147,7 @@ def judge(
             f"{_standing(worst, identification, above, metric)}"
         )
         if not arrived:
-            words += "; the attack's optimiser did not arrive, so a better one may find more"
+            words += f"; {NOT_ARRIVED}, so a better one may find more"
     sentence = f"{verdict}: {words}"
     return Verdict(verdict, sentence, metric, found, least, worst, identified, tests)
 

@@ -231,6 +231,8 @@ def _of_attack(best: Found, found: Sequence[Found]) -> dict:
         "identified": verdict["identified"],
         "metric": metric,
         "leakage": above[metric]["images"] if above else (),
+        "lowest_control": _lowest_control(scores, metric),
+        "arrived": scores["attack"]["arrived"],
         "scores": {name: _values(scores["images"], name) for name in ("psnr", "ssim")},
         "controls": {name: _best_control(scores, name) for name in ("psnr", "ssim")},
         "deepest": certified[-1].name if certified else None,
@@ -253,12 +255,22 @@ def _values(images: Sequence[Mapping], metric: str) -> list[float]:
 
 def _best_control(scores: Mapping, metric: str) -> list[float]:
     """Return per image the best value of its controls."""
+    return [max(values) for values in _control_values(scores, metric)]
+
+
+def _lowest_control(scores: Mapping, metric: str) -> list[float]:
+    """Return per image how far its lowest control stands above its best one, which is at most 0."""
+    return [min(values) - max(values) for values in _control_values(scores, metric)]
+
+
+def _control_values(scores: Mapping, metric: str) -> list[tuple[float, ...]]:
+    """Return per image the values of its controls; there are none without a control."""
     of_all = [
         [metrics.PSNR_CEILING if value is None else value for value in control["images"][metric]]
         for control in (scores["controls"] or {}).values()
         if metric in control["images"]
     ]
-    return [max(values) for values in zip(*of_all, strict=True)]
+    return list(zip(*of_all, strict=True))
 
 
 def _bytes(images: Tensor) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""The picture of a sweep: how near the images come, against the defence, beside the controls."""
+"""The picture of a sweep: how far the images stand above their controls, against the defence."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,41 +10,54 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inversion.audit.sweep.row import Row
-from inversion.audit.sweep.table import verdict_cell
-from inversion.audit.verdict import NOT_SHOWN
+from inversion.audit.sweep.table import verdict_cell, why_none
 from utils.files import whole_file
 
 #: Colours that stay apart for colour-blind eyes (Okabe & Ito): attack, identified images, controls.
-ATTACK, IDENTIFIED, CONTROLS = "#0072B2", "#D55E00", "#999999"
+ATTACK, IDENTIFIED, CONTROLS = "#0072B2", "#D55E00", "#777777"
 #: Smallest ratio of the highest to the lowest value that gets a logarithmic axis.
 LOGARITHMIC = 5
+#: Inches between neighbouring values, at the least; above and below all of them; across.
+GAP, MARGIN, WIDTH = 0.36, 1.15, 9.0
+#: Half the height of a value's band, where its neighbour is 1 away.
+HALF = 0.36
 
 
-def save_sweep(
-    parameter: str, values: Sequence[str], rows: Sequence[Row], path: str | Path
-) -> None:
-    """Plot every image's similarity against the value of the swept parameter.
+@dataclass(frozen=True)
+class Panel:
+    """Holds a sweep that is drawn."""
 
-    values: in order; those without a row that is done are left out. The band spans the best
-    controls of all images of a value, a line is their mean. SSIM is drawn, or PSNR of images that
-    are too small for it. Numbers that span a wide range have a logarithmic axis, on which 0 and
-    "none" stand apart on the left.
+    parameter: str
+    #: In order, from the top.
+    values: Sequence[str]
+    rows: Sequence[Row]
+    #: Above the panel.
+    title: str = ""
+
+
+def save_sweeps(panels: Sequence[Panel], path: str | Path) -> None:
+    """Plot every image's leakage against the value of the swept parameter, a panel per sweep.
+
+    The leakage of an image is what the table says: how far it stands above the best of its own
+    controls, in the metric of the verdict, so that 0 is no better than without the gradient. Dots
+    are images, a bar is their mean. The band spans what the controls reach in comparison with the
+    best one of the same image, which ends it at 0. Values stand from the top as in the table, with
+    their verdict, or why there is none. Numbers that span a wide range have a logarithmic axis, on
+    which 0 and "none" stand apart at the top.
     """
-    done = {value: [row for row in rows if row.value == value and row.reason is None]
-            for value in values}  # fmt: skip
-    shown = [value for value in values if done[value]]
-    every = [v for value in shown for row in done[value] for v in row.scores["ssim"]]
-    metric = "psnr" if any(math.isnan(v) for v in every) else "ssim"
-    places, split = positions(shown)
-    figure = Figure(figsize=(_width(places), 4.4), layout="constrained")
-    axis = figure.add_subplot()
-    connected = split is not None
-    best = [[v for row in done[value] for v in row.controls[metric]] for value in shown]
-    _draw_controls(axis, places, best, connected=connected)
-    _draw_attacks(axis, places, [done[value] for value in shown], metric, connected=connected)
-    if split:
-        axis.axvline(split, color="black", linewidth=0.8, linestyle=":")
-    _label(axis, parameter, places, [f"{_wrapped(v)}\n{_short(done[v])}" for v in shown], metric)
+    heights = [MARGIN + GAP * (_steps(positions(panel.values)[0]) + 1) for panel in panels]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.3), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw(axis, panel)
+    handles: dict = {}
+    for axis in axes:
+        drawn, names = axis.get_legend_handles_labels()
+        handles |= dict(zip(names, drawn, strict=True))
+    figure.legend(
+        [*handles.values()], [*handles], fontsize=9, loc="outside upper center", ncols=3,
+        frameon=False, columnspacing=1.2, handletextpad=0.4,
+    )  # fmt: skip
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
@@ -77,85 +91,96 @@ def _number(value: str) -> float | None:
     return number if math.isfinite(number) and number >= 0 else None
 
 
-def _width(places: Sequence[float]) -> float:
-    """Return a width in inches at which the labels of neighbours do not meet."""
+def _steps(places: Sequence[float]) -> float:
+    """Return how many times the least gap the values span, at which labels do not meet."""
     gaps = np.diff(sorted(places))
-    span = 1.0 if not len(gaps) else (max(places) - min(places)) / max(gaps.min(), 0.25)
-    return min(16.0, max(7.0, 2.6 + 1.15 * span))
+    return (max(places) - min(places)) / max(gaps.min(), 0.25) if len(gaps) else 0.0
 
 
-def _draw_controls(
-    axis: Axes, places: Sequence[float], best: Sequence[Sequence[float]], *, connected: bool
-) -> None:
-    """Draw where the best controls of all images of a value lie, and their mean."""
-    for i, (place, values) in enumerate(zip(places, best, strict=True)):
-        if not values:
-            continue
-        half = 0.36
-        axis.fill_between(
-            [place - half, place + half], min(values), max(values), color=CONTROLS, alpha=0.3,
-            linewidth=0, label="best control of each image: range, mean" if not i else None,
-        )  # fmt: skip
-        if not connected:
-            axis.hlines(np.mean(values), place - half, place + half, color=CONTROLS, linewidth=1.5)
-    if connected:
-        order = np.argsort(places)
-        means = [np.mean(best[i]) if best[i] else math.nan for i in order]
-        axis.plot(np.array(places)[order], means, color=CONTROLS, linewidth=1.5, linestyle="--")
+def _draw(axis: Axes, panel: Panel) -> None:
+    """Draw one sweep."""
+    places, split = positions(panel.values)
+    of_values = [[row for row in panel.rows if row.value == value] for value in panel.values]
+    gaps = np.diff(sorted(places))
+    half = HALF * min([1.0, *gaps])
+    for place, rows in zip(places, of_values, strict=True):
+        below = [v for row in rows for v in row.lowest_control]
+        if below:
+            axis.fill_betweenx(
+                [place - half, place + half], min(below), 0, color=CONTROLS, alpha=0.3, linewidth=0,
+                label="controls, made without the gradient",
+            )  # fmt: skip
+    axis.axvline(
+        0,
+        color=CONTROLS,
+        linewidth=1.5,
+        label="best control of the image",
+        zorder=1,
+        linestyle="--",
+    )
+    _draw_attacks(axis, places, of_values, half, connected=split is not None)
+    if split:
+        axis.axhline(split, color="black", linewidth=0.8, linestyle=":")
+    _label(axis, panel, places, of_values)
 
 
 def _draw_attacks(
-    axis: Axes, places: Sequence[float], rows: Sequence[Sequence[Row]], metric: str, *,
+    axis: Axes, places: Sequence[float], of_values: Sequence[Sequence[Row]], half: float, *,
     connected: bool,
 ) -> None:  # fmt: skip
     """Draw every image as a dot, those that are identified one by one as diamonds, and the mean."""
     dots: dict[bool, tuple[list[float], list[float]]] = {False: ([], []), True: ([], [])}
     means = []
-    for place, of_value in zip(places, rows, strict=True):
-        images = [
-            (value, i in row.identified)
-            for row in of_value
-            for i, value in enumerate(row.scores[metric])
-        ]
-        means.append(float(np.mean([value for value, _ in images])))
+    for place, rows in zip(places, of_values, strict=True):
+        images = [(v, i in row.identified) for row in rows for i, v in enumerate(row.leakage)]
+        if not images:
+            continue
+        mean = float(np.mean([value for value, _ in images]))
+        means.append((place, mean))
+        axis.vlines(
+            mean, place - half, place + half, color="black", linewidth=2, label="mean", zorder=3
+        )
         for k, (value, identified) in enumerate(images):
             x, y = dots[identified]
-            x.append(place + 0.22 * ((k + 0.5) / len(images) - 0.5) * 2)
-            y.append(value)
+            x.append(value)
+            y.append(place + 1.4 * half * ((k + 0.5) / len(images) - 0.5))
     for identified, marker, colour, label in (
         (False, "o", ATTACK, "image"),
         (True, "D", IDENTIFIED, "image, identified among its decoys"),
     ):
         x, y = dots[identified]
-        axis.scatter(x, y, s=16, marker=marker, color=colour, alpha=0.75, linewidth=0, label=label)
-    order = np.argsort(places)
-    if connected:
-        axis.plot(np.array(places)[order], np.array(means)[order], color=ATTACK, linewidth=1)
-    axis.scatter(places, means, s=260, marker="_", color=ATTACK, linewidth=2.5, label="mean")
+        if x:
+            axis.scatter(
+                x, y, s=22, marker=marker, color=colour, alpha=0.8, linewidth=0, label=label,
+                zorder=4,
+            )  # fmt: skip
+    if connected and means:
+        line = np.array(sorted(means))
+        axis.plot(line[:, 1], line[:, 0], color="black", linewidth=0.8, zorder=2)
 
 
 def _label(
-    axis: Axes, parameter: str, places: Sequence[float], names: Sequence[str], metric: str
+    axis: Axes, panel: Panel, places: Sequence[float], of_values: Sequence[Sequence[Row]]
 ) -> None:
-    axis.set_xticks(list(places), names, fontsize=8)
-    axis.set_xlim(min(places) - 0.6, max(places) + 0.6)
-    axis.set_xlabel(f"{parameter}, with the strongest verdict of its batches")
-    axis.set_ylabel("SSIM with the true image" if metric == "ssim" else "PSNR in dB")
-    axis.grid(axis="y", alpha=0.3)
+    """Name the values on the left and their verdicts on the right, from the top."""
+    metrics = dict.fromkeys(row.metric.upper() for row in panel.rows if row.metric is not None)
+    for place, rows in zip(places, of_values, strict=True):
+        why = why_none(rows)
+        axis.text(
+            1.01, place, verdict_cell(rows) if why is None else _shortened(why), va="center",
+            fontsize=9, style="normal" if why is None else "italic",
+            transform=axis.get_yaxis_transform(),
+        )  # fmt: skip
+    axis.set_yticks(list(places), list(panel.values), fontsize=9)
+    axis.set_ylim(max(places) + 0.6, min(places) - 0.6)
+    axis.set_ylabel(panel.parameter)
+    unit = " / ".join(metrics) or "the verdict's metric"
+    axis.set_xlabel(f"leakage: {unit} above the image's best control", fontsize=9)
+    axis.tick_params(axis="x", labelsize=9)
+    axis.set_title(panel.title, fontsize=10, loc="left")
+    axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(
-        fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False,
-        columnspacing=1.2, handletextpad=0.4,
-    )  # fmt: skip
 
 
-def _wrapped(value: str, width: int = 15) -> str:
-    """Break a defence's name before its amounts where it is long."""
-    name, colon, amounts = value.partition(":")
-    return value if len(value) <= width or not colon else f"{name}\n{amounts}"
-
-
-def _short(rows: Sequence[Row]) -> str:
-    """Write the verdict cell on two lines, without what all verdicts of leakage share."""
-    text = verdict_cell(rows).removeprefix("leakage: ").replace(NOT_SHOWN, "none shown")
-    return text.replace(" (", "\n(")
+def _shortened(text: str, width: int = 34) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

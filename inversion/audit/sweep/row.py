@@ -61,6 +61,10 @@ class Row:
     metric: str | None = None
     #: Per image how far it stands above the best of its controls, in that metric.
     leakage: Sequence[float] = ()
+    #: Per image how far the lowest of its controls stands above the best one (≤ 0), in that metric.
+    lowest_control: Sequence[float] = ()
+    #: Whether the attack's objective became as low as at the truth.
+    arrived: bool | None = None
     #: Metric → value per image, of the attack and of the image's best control.
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
     controls: Mapping[str, Sequence[float]] = field(default_factory=dict)

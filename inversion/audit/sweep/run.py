@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.sweep.job import Simulate, decoys_per_image
-from inversion.audit.sweep.picture import save_sweep
+from inversion.audit.sweep.picture import Panel, save_sweeps
 from inversion.audit.sweep.row import Job, Result, Row
 from inversion.audit.sweep.settings import SweepSettings
 from inversion.audit.sweep.table import csv_table, entries, sweep_table
@@ -191,7 +191,7 @@ def _finish(
     for line in _closing(rows, settings):
         reporter.say(line)
     if any(row.reason is None for row in rows):
-        save_sweep(sweep.parameter, sweep.values, rows, folder / "sweep.png")
+        save_sweeps([Panel(sweep.parameter, sweep.values, rows)], folder / "sweep.png")
         _save_images(sweep, results, folder / "images.png")
 
 

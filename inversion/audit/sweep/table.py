@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from inversion.audit.sweep.row import STRENGTH, Row
-from inversion.audit.verdict import LEAKAGE_DIGITS
+from inversion.audit.verdict import LEAKAGE_DIGITS, NOT_ARRIVED, NOT_SHOWN
 from utils.console import table
 
 #: Columns of the table before those of the verdict.
@@ -24,7 +24,14 @@ FIELDS = (
 
 
 def sweep_table(parameter: str, values: Sequence[str], rows: Sequence[Row]) -> str:
-    """Return the table of a sweep: a row per value, a mean with its range over the repeats.
+    """Return the table of a sweep as text; see `sweep_cells`."""
+    return table(*sweep_cells(parameter, values, rows))
+
+
+def sweep_cells(
+    parameter: str, values: Sequence[str], rows: Sequence[Row]
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of a sweep: one per value, a mean with its range over the repeats.
 
     rows: those that are done, in any order.
     """
@@ -34,16 +41,15 @@ def sweep_table(parameter: str, values: Sequence[str], rows: Sequence[Row]) -> s
     for value in values:
         of_value = [row for row in rows if row.value == value]
         lines.append([value, *_cells(of_value, layerwise)])
-    return table(header, lines)
+    return header, lines
 
 
 def _cells(rows: Sequence[Row], layerwise: bool) -> list[str]:
     """Return the cells of one value after its name."""
     done = [row for row in rows if row.reason is None]
-    blank = len(HEADER) + layerwise
-    if not done:
-        why = next((row.reason for row in rows), "not run")
-        return [""] * blank + [str(why)[:60]]
+    why = why_none(rows)
+    if why is not None:
+        return [""] * (len(HEADER) + layerwise) + [why]
     metric = next(row.metric for row in done)
     digits = LEAKAGE_DIGITS.get(str(metric), 3)
     leaks = [row.leakage for row in done if row.leakage]
@@ -74,13 +80,28 @@ def bound_cell(row: Row) -> str:
     return "none" if row.bound is None else f"≤ {row.bound:.2g}"
 
 
+def why_none(rows: Sequence[Row]) -> str | None:
+    """Say why none of a value's rows has a verdict; None where one has."""
+    if any(row.reason is None for row in rows):
+        return None
+    return str(next((row.reason for row in rows), "not run"))[:60]
+
+
 def verdict_cell(rows: Sequence[Row]) -> str:
-    """Write the strongest verdict of the repeats, and how many of them have it."""
+    """Write the strongest verdict of the repeats, and how many of them have it.
+
+    Beside "no leakage shown" stands how many of these attacks by matching did not arrive.
+    """
     found = [row.verdict for row in rows if row.verdict is not None]
     strongest = min(found, key=STRENGTH.index)
-    if len(rows) == 1:
-        return strongest
-    return f"{strongest} ({found.count(strongest)} of {len(rows)})"
+    notes = [] if len(rows) == 1 else [f"{found.count(strongest)} of {len(rows)}"]
+    stuck = sum(
+        row.verdict == NOT_SHOWN and row.arrived is False and row.certified is None for row in rows
+    )
+    if strongest == NOT_SHOWN and stuck:
+        which = "" if stuck == len(found) else f"{stuck} "
+        notes.append(f"{which}did not arrive")
+    return f"{strongest} ({', '.join(notes)})" if notes else strongest
 
 
 def _identified(rows: Sequence[Row]) -> str:
@@ -129,3 +150,26 @@ def _empty(value: object) -> bool:
 def entries(rows: Sequence[Row]) -> list[Mapping]:
     """Return the rows as entries of sweep.json."""
     return [asdict(row) for row in rows]
+
+
+def rows_of(record: Mapping) -> list[Row]:
+    """Return the rows of a sweep.json, as its content was read.
+
+    A file without `arrived` says by the sentence that an attack did not arrive.
+    """
+    found = []
+    for entry in record["rows"]:
+        row = Row(**{**entry, "scores": _numbers(entry["scores"]),
+                     "controls": _numbers(entry["controls"])})  # fmt: skip
+        if row.arrived is None and NOT_ARRIVED in (row.sentence or ""):
+            row = replace(row, arrived=False)
+        found.append(row)
+    return found
+
+
+def _numbers(of_metrics: Mapping) -> dict[str, list[float]]:
+    """Put NaN where sweep.json has null."""
+    return {
+        name: [math.nan if value is None else value for value in values]
+        for name, values in of_metrics.items()
+    }
