@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from inversion.audit.sweep import job, picture
 from inversion.audit.sweep.job import attacks_of, decoys_per_image, run_job
 from inversion.audit.sweep.picture import Panel, positions, save_sweeps
 from inversion.audit.sweep.row import Job, Row
-from inversion.audit.sweep.table import rows_of, sweep_table, verdict_cell
+from inversion.audit.sweep.table import entries, rows_of, sweep_table, verdict_cell
 from inversion.audit.verdict import (
     ALPHA,
     IDENTIFIABLE,
@@ -49,6 +50,7 @@ from train.flags import parser as client_parser
 from train.settings import settings_from as client_settings_from
 from train.variation import base_flags, simulate, varied
 from utils.console import Silent
+from utils.files import null_if_nan
 from utils.script import Interrupts
 from utils.shard import ALONE
 from utils.tensor_files import save
@@ -524,6 +526,17 @@ def test_the_picture_shows_the_leakage_of_the_table(tmp_path, monkeypatch):
     assert bands == [pytest.approx((-0.2, 0))]
     assert texts == ["no leakage shown", "no leakage shown", "cannot be captured", "not run"]
     assert np.asarray(Image.open(path).convert("RGB")).std() > 1
+
+
+def test_values_that_are_null_in_a_file_are_not_numbers():
+    """SSIM of images that are too small for it."""
+    nan = {"psnr": [20.0, 30.0], "ssim": [math.nan, 0.5]}
+    small = row("1", scores=nan, controls=nan, metric="psnr")
+    record = json.loads(json.dumps({"rows": null_if_nan(entries([small]))}))
+    (read,) = rows_of(record)
+    assert math.isnan(read.scores["ssim"][0])
+    assert read.controls["ssim"][1] == 0.5
+    assert sweep_table("C", ["1"], [read]) == sweep_table("C", ["1"], [small])
 
 
 def test_files_of_before_are_read_and_drawn(swept, tmp_path, capsys):
