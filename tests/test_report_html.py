@@ -249,14 +249,20 @@ def test_a_warning_is_told_once_in_sentences(name):
 
 
 def test_the_warning_about_an_attack_that_does_not_decide_is_minor():
+    limited = [
+        {"code": "optimiser-limited", "text": f"matching, {which} did not get enough time: more"}
+        for which in ("short", "long")
+    ]
+    found = {name: {**copy.deepcopy(GENUINE[name]), "warnings": limited} for name in GENUINE}
+    found["defended"]["checkpoints"][0]["parts"][1]["verdict"] = INCOMPLETE
     demo, defended = (
-        {w["text"].partition(" did")[0]: w["rests"] for w in shown(GENUINE[name])["warnings"]}
+        {w["text"].partition(" did")[0]: w["rests"] for w in shown(found[name])["warnings"]}
         for name in ("demo", "defended")
     )
     assert demo["matching, short"] == ["matching, long"]
     assert demo["matching, long"] == []
     assert defended["matching, short"] == ["layerwise", "matching, long"]
-    found = copy.deepcopy(GENUINE["defended"])
+    found = found["defended"]
     found["checkpoints"][0]["verdict"] = found["verdict"] = INCOMPLETE
     assert not any(w["minor"] for w in shown(found)["warnings"])
 
