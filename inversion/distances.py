@@ -12,27 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-def joint_norm(gradient: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all tensors read as one vector."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient]))
-
-
-def _norms(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return both norms, at least the smallest number whose square is not rounded to 0."""
-    smallest = torch.finfo(gradient[0].dtype).tiny ** 0.5
-    return joint_norm(gradient).clamp_min(smallest), joint_norm(target).clamp_min(smallest)
-
-
-def cosine_distance(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """Return 1 − cos of the angle between the gradients, in [0, 2] (Geiping et al., 2020, eq. 4).
-
-    It is computed as half the squared distance of the unit vectors, which is the same number but
-    does not lose its digits near 0, where 1 − cos is a difference of nearly equal numbers.
-    """
-    norm, target_norm = _norms(gradient, target)
-    gaps = (g / norm - t / target_norm for g, t in zip(gradient, target, strict=True))
-    return 0.5 * sum((gap.square().sum() for gap in gaps), norm.new_zeros(()))
+from models.comparing import cosine_distance, joint_norm, norms_above_zero
 
 
 def cosine_with_cotangent(
@@ -43,7 +23,7 @@ def cosine_with_cotangent(
     With n = ‖g‖ and m = ‖g*‖ the difference of the unit vectors is r = g/n − g*/m, and since
     ⟨g/n, r⟩ = d the cotangent is (r − d g/n) / n.
     """
-    norm, target_norm = _norms(gradient, target)
+    norm, target_norm = norms_above_zero(gradient, target)
     ratio = target_norm / norm
     gaps = [torch.addcmul(t, g, ratio, value=-1) for g, t in zip(gradient, target, strict=True)]
     distance = 0.5 * (joint_norm(gaps) / target_norm).square()  # the gaps are −m r

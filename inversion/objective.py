@@ -10,12 +10,13 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from inversion.distances import GRADIENT_DISTANCES, joint_norm
+from inversion.distances import GRADIENT_DISTANCES
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
 from inversion.settings import BN_COUPLINGS, BN_GRADIENTS, PRIORS, UPDATE_MODELS, Weights
 from inversion.surrogate import START, SurrogatePlace
 from inversion.visible import view_of
 from models.batchnorm import batch_statistics, recorded_moments, running_moments
+from models.comparing import joint_norm
 from models.forced import forced_normalisation, forced_statistics
 from models.gradient import batch_gradient, couples_samples, gradient_mode, trainable_parameters
 from models.local import local_gradient, replaced_parameters

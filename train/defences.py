@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from models.choices import DEFENCE_NAMES
+from models.comparing import float64_norm
 from models.gradient import ClientLoss
-from train.privacy import Mechanism, Protected, joint_norm, protect_batch, protect_per_sample
+from train.privacy import Mechanism, Protected, protect_batch, protect_per_sample
 from train.settings import ProtectionSettings
 from utils.errors import InputError
 from utils.shard import Shard
@@ -198,8 +198,8 @@ def _filter(function: Callable[..., tuple[Tensor, ...]], *, draws: bool = False)
 
     def defend(step: Step, how: ProtectionSettings, generator: Generator) -> Protected:
         sent = function(step.gradient, *how.amounts, *([generator] if draws else []))
-        before = joint_norm(step.gradient)
-        return Protected(sent, before, before, joint_norm(sent))
+        before = float64_norm(step.gradient)
+        return Protected(sent, before, before, float64_norm(sent))
 
     return defend
 
@@ -225,8 +225,4 @@ PROTECTIONS: dict[str, DefenceFunction] = {
     "svt": _filter(sparse_vector, draws=True),
     "int8": _filter(rounded_to_int8),
     "sign": _filter(scaled_signs),
-}
-#: Name of `--defence` → the function that does it; None for nothing, and where it is another flag.
-DEFENCES: dict[str, DefenceFunction | None] = {
-    name: PROTECTIONS.get({"dp-sgd": "per-sample"}.get(name, name)) for name in DEFENCE_NAMES
 }

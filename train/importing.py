@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from models.checkpoint import Task, make_checkpoint
-from models.local import LocalSteps
 from models.target import GroundTruth
 from models.user_network import load_user_network
 from train import client, output, report
@@ -52,7 +51,7 @@ def import_update(settings: ClientSettings, files: ImportSettings, reporter: Rep
         report.say_batch(batch, model, torch.device("cpu"), reporter)
         client.check_processes(settings, model, batch.x.to(_kind(model)), spec.class_count)
         reporter.say(compared(settings, model, batch, found))
-    checkpoint = _checkpoint(settings, model, spec, batch, found, how)
+    checkpoint = _checkpoint(settings, model, spec, batch, found)
     if settings.dry_run:
         reporter.say(f"dry run: would write {output.planned_file(settings)}")
         return
@@ -146,16 +145,13 @@ def _checkpoint(
     spec: DatasetSpec,
     batch: Batch | None,
     found: ImportedUpdate,
-    how: LocalSettings,
 ) -> dict:
     """Make the checkpoint, with the truth and a control where the images are known."""
     network, truth = settings.network, None
     if batch is not None:
         control = None
         if batch.other is not None:
-            simulated = replace(settings, local=_simulated(found.local, how), upload_bn=False)
-            if found.update.bn_mean is not None:
-                simulated = replace(simulated, upload_bn=True)
+            simulated = replace(settings, upload_bn=found.update.bn_mean is not None)
             control = client.update(
                 simulated, model, batch.other.to(_kind(model)), batch.y, None, ALONE, "control"
             ).update
@@ -174,8 +170,3 @@ def _checkpoint(
 def _kind(model: nn.Module) -> torch.dtype:
     """Return the type of the weights, which the images are given."""
     return next(model.parameters()).dtype
-
-
-def _simulated(local: LocalSteps | None, how: LocalSettings) -> LocalSettings | None:
-    """Return the steps of the control's client; None for one step, a gradient."""
-    return None if local is None else how

@@ -3,6 +3,7 @@
 from torch import nn
 
 from models.checkpoint import Task, make_checkpoint, seal
+from models.comparing import float64_norm
 from models.target import GroundTruth, Protection
 from models.user_network import load_user_network
 from train.batches import Batch
@@ -86,8 +87,7 @@ def write(
             save_panels([("target", images)], paths["picture"])
             write_csv(COLUMNS, rows(batch.origins, shown_labels(batch.y)), paths["images"])
         gradient = checkpoint["target_gradient"]
-        norm = sum(float(g.double().square().sum()) for g in gradient) ** 0.5
-        reporter.say(f"gradient: {len(gradient)} tensors, norm {norm:.6g}")
+        reporter.say(f"gradient: {len(gradient)} tensors, norm {float64_norm(gradient):.6g}")
         if checkpoint["local_steps"] is not None:
             reporter.say(local_line(checkpoint))
         if checkpoint["bn_mean_list"] is not None:

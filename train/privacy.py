@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from models.comparing import float64_norm
 from models.gradient import CHUNK_BYTES, ClientLoss, per_sample_gradients
 from utils.shard import ALONE, Shard, sum_tensors
 
@@ -56,11 +57,11 @@ def protect_batch(gradient: Sequence[Tensor], how: Mechanism) -> Protected:
     No differential privacy follows: one image can change the mean gradient by any amount below
     2 · clip, however large the batch, because no person's own part is clipped.
     """
-    norm = joint_norm(gradient)
+    norm = float64_norm(gradient)
     factor = 1.0 if how.clip is None else min(1.0, how.clip / max(norm, 1e-12))
     clipped = [g * factor for g in gradient]
     sent = _with_noise(clipped, how)
-    return Protected(sent, norm, joint_norm(clipped), joint_norm(sent))
+    return Protected(sent, norm, float64_norm(clipped), float64_norm(sent))
 
 
 def protect_per_sample(
@@ -97,7 +98,9 @@ def protect_per_sample(
     clipped = [total / len(x) for total in sum_tensors(totals, shard)]
     sent = _with_noise(clipped, how)
     all_norms = shard.gather(torch.cat(norms), len(x)).cpu()
-    return Protected(sent, joint_norm(gradient), joint_norm(clipped), joint_norm(sent), all_norms)
+    return Protected(
+        sent, float64_norm(gradient), float64_norm(clipped), float64_norm(sent), all_norms
+    )
 
 
 def sample_norms(chunk: Sequence[Tensor]) -> Tensor:
@@ -145,8 +148,3 @@ def _with_noise(gradient: Sequence[Tensor], how: Mechanism) -> tuple[Tensor, ...
         g + how.sigma * torch.randn(g.shape, generator=how.generator, dtype=g.dtype).to(g.device)
         for g in gradient
     )
-
-
-def joint_norm(gradient: Sequence[Tensor]) -> float:
-    """Return the Euclidean norm of all tensors read as one vector, summed in float64."""
-    return sum(g.double().square().sum().item() for g in gradient) ** 0.5

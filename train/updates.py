@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from models import checking
 from models.build import load_weights, misfits, some, without_wrapper
+from models.comparing import float64_norm
 from models.gradient import Update
 from models.local import LocalSteps
 from models.pretrained import with_own_names
 from train.buffers import batch_statistics_from
+from train.local import local_steps
 from train.update_settings import LocalSettings, check_optimiser
 from utils.errors import InputError
 
@@ -92,9 +94,7 @@ def gradient_from_update(
     )  # fmt: skip
     resolution = _resolution(gradient, [end[name] for name in trainable], how)
     remarks = [*_left_out(parameters, sent, trainable), remark]
-    local = None
-    if how.steps > 1:
-        local = LocalSteps(how.steps, how.lr, how.batch, how.epochs)
+    local = local_steps(how)
     means, variances = statistics or (None, None)
     kind = gradient_type(start[name] for name in trainable)
     update = Update(tuple(g.to(kind) for g in gradient), means, variances)
@@ -203,7 +203,7 @@ def _resolution(gradient: Sequence[Tensor], ends: Sequence[Tensor], how: LocalSe
     A weight w_after is rounded to eps · |w|, which the division by lr · T magnifies.
     """
     rounded = sum((torch.finfo(w.dtype).eps * w.double()).square().sum().item() for w in ends)
-    size = sum(g.square().sum().item() for g in gradient) ** 0.5
+    size = float64_norm(gradient)
     least = torch.finfo(gradient_type(ends)).eps
     if not size:
         return 1.0

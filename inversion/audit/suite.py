@@ -18,6 +18,7 @@ from inversion.audit.truth import Finish
 from inversion.audit.verdict import corrected
 from inversion.layerwise.attack import target_network
 from inversion.settings import AttackSettings, Loop, Weights
+from models.comparing import float64_norm
 from models.target import Target
 from utils.console import Reporter
 from utils.errors import InputError
@@ -84,8 +85,8 @@ def noise_share(target: Target) -> float:
     if target.protection is None or not target.protection.sigma:
         return 0.0
     count = sum(g.numel() for g in target.gradient)
-    norm = sum(float(g.double().square().sum()) for g in target.gradient) ** 0.5
-    return min(1.0, target.protection.sigma * count**0.5 / max(norm, 1e-300))
+    norm = max(float64_norm(target.gradient), 1e-300)
+    return min(1.0, target.protection.sigma * count**0.5 / norm)
 
 
 def matching_of(target: Target, *, resists_noise: bool) -> Matching:

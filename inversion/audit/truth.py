@@ -7,19 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from inversion.distances import cosine_distance, joint_norm
 from inversion.objective import Losses, Objective
 from inversion.settings import Weights
 from inversion.surrogate import PLACES
 from models.batchnorm import batchnorm_layers
+from models.comparing import SAME_BATCH, cosine_distance, joint_norm, same_batch_limit
 from models.local import local_gradient
 from models.target import Target, rounding_error
 from utils.shard import ALONE, Shard
 
-#: Cosine distance up to which two gradients can be those of one batch but for rounding, the share
-#: of a flat batch's distance that it must stay below, and the distance that is only rounding: of
-#: the computation, and of the numbers sent, in squares of their relative rounding error.
-SAME_BATCH, SHARE_OF_FLAT, ROUNDING, ROUNDED_BY = 1e-3, 0.1, 1e-10, 0.1
 #: Share of a flat batch's distance up to which an update can be that of the same images, where its
 #: mini-batches came in another order.
 OTHER_ORDER = 0.5
@@ -60,11 +56,8 @@ def check_truth_gradient(
 
     model: the attacked network on the device to compute on. x: (B, C, H, W) true images,
     normalised; y: (B,) their labels; the whole batch on every process. Where the client protected
-    its gradient the two differ, and only the figures are given.
-
-    How near the gradients of different images lie depends on the network: those of a random LeNet
-    have a distance of 1e-5 where the labels are equal. So the truth's must also be far nearer than
-    that of flat images of the same labels and mean colours.
+    its gradient the two differ, and only the figures are given. `same_batch_limit` says how near
+    the truth's must be.
     """
 
     def compared(images: Tensor, train_mode: bool = target.train_mode) -> tuple[float, float]:
@@ -84,9 +77,8 @@ def check_truth_gradient(
         return finding("protected", "what was sent is protected, so it is not the truth's gradient")
     flat = x.mean((-2, -1), keepdim=True).expand_as(x)
     resolution = target.resolution or rounding_error(target.gradient)
-    rounding = max(ROUNDING, ROUNDED_BY * resolution**2)
     of_flat = compared(flat)[0]
-    limit = min(SAME_BATCH, max(rounding, SHARE_OF_FLAT * of_flat))
+    limit = same_batch_limit(of_flat, resolution)
     several = target.local is not None
     if distance <= limit and several and abs(ratio - 1) <= SAME_NORM:
         return finding("same", "what was sent is the update of the truth's local steps")
