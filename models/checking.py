@@ -323,7 +323,7 @@ def check_protection(record) -> None:
 
 
 def check_origin(checkpoint: dict) -> None:
-    """Check what decides how a file is read: settings, layers and steps of other writers."""
+    """Check what decides how a file is read: settings and layers of other writers."""
     settings = checkpoint.get("args")
     if not (settings is None or isinstance(settings, dict | argparse.Namespace)):
         raise UnfitError(f"args is {shown(settings)}, not a mapping of settings")
@@ -338,9 +338,6 @@ def check_origin(checkpoint: dict) -> None:
         or (is_list(layers) and all(isinstance(layer, str | int) for layer in layers))
     ):
         raise UnfitError(f"free_last_layers_list is {shown(layers)}, not names of layers")
-    steps = checkpoint.get("local_steps")
-    if not (steps is None or is_count(steps)):
-        raise UnfitError(f"local_steps is {shown(steps)}, not a number of local steps")
 
 
 def check_local_steps(checkpoint: dict) -> None:

@@ -20,8 +20,8 @@ from models.build import without_wrapper
 from models.gradient import ClientLoss, Update
 from models.local import LocalSteps
 from models.target import GroundTruth, Protection
-from utils.errors import InputError, naming
-from utils.tensor_files import load_plain, one_line
+from utils.errors import InputError, naming, one_line
+from utils.tensor_files import load_plain
 
 #: Raised by one whenever a reader of the number before could misread the file.
 FORMAT = 5

@@ -191,7 +191,7 @@ def load_control(
 
 def _as_decoys(images: Tensor, batch_size: int) -> Tensor:
     """Store images (B · n, C, H, W) in [0, 1] as (B, n, C, H, W) of uint8."""
-    return (images * 255).round().byte().unflatten(0, (batch_size, -1))
+    return utils.images.eight_bit(images).unflatten(0, (batch_size, -1))
 
 
 def _with_labels(

@@ -25,7 +25,7 @@ from train.defences import PROTECTIONS, Step, laplace_scale
 from train.local import sent_update
 from train.privacy import Protected, epsilon
 from train.settings import ClientSettings, NetworkSettings, ProtectionSettings
-from utils.errors import InputError, naming
+from utils.errors import InputError, naming, one_line
 from utils.shard import Shard
 from utils.streams import stream
 
@@ -145,7 +145,7 @@ def check_processes(
     error = forward_failure(model, x, settings.train_mode, num_classes)
     if error is None:
         return
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if len(x) == 1 and "more than 1 value per channel" in text:
         raise InputError(
             "--batch-size 1: BatchNorm has no batch statistics of one value; give --model-eval, a "

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from models.pretrained import WRAPPERS
-from utils.errors import InputError
-from utils.tensor_files import load_plain, one_line
+from utils.errors import InputError, one_line
+from utils.tensor_files import load_plain
 
 #: Kinds of NVFlare's DXO that hold weights, and whether they are a difference.
 DXO_KINDS = {"WEIGHTS": False, "WEIGHT_DIFF": True}

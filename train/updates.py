@@ -19,7 +19,7 @@ from models.pretrained import with_own_names
 from train.buffers import batch_statistics_from
 from train.local import local_steps
 from train.update_settings import LocalSettings, check_optimiser
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 
 #: Ends of the names of BatchNorm's buffers.
 COUNTER, RUNNING = "num_batches_tracked", ("running_mean", "running_var", "num_batches_tracked")
@@ -149,7 +149,7 @@ def _tensor(value, what: str) -> Tensor:
         if tensor.is_floating_point():
             checking.check_finite(tensor, what)
     except (TypeError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise InputError(text if text.startswith(what) else f"{what}: {text}"[:200]) from error
     return tensor.detach()
 

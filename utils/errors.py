@@ -33,3 +33,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Tell whether torch raised `error` because memory ran out, on the GPU or on the CPU."""
     text = str(error).lower()
     return any(phrase in text for phrase in ("out of memory", "can't allocate memory"))
+
+
+def one_line(error: Exception) -> str:
+    """Write the text of an error on one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

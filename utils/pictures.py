@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.files import whole_file
+from utils.images import eight_bit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def _pyplot():
 
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one image (C, H, W) in [0, 1], C 1 or 3, as an 8-bit PNG."""
-    pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
+    pixels = eight_bit(image.permute(1, 2, 0)).numpy()
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     with whole_file(path) as file:
         picture.save(file, format="png")

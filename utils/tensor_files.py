@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 from utils.files import unwritten, whole_file
 
 #: The types that checkpoints of the original hold besides tensors and plain types.
@@ -105,8 +105,3 @@ def _check_archive(path: str) -> bool:
             f"damaged: {broken} does not match its checksum; copy it again from where it was made"
         )
     return True
-
-
-def one_line(error: Exception) -> str:
-    """Write the text of an error on one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

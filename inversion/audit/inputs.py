@@ -384,7 +384,7 @@ def _labels(
     if inputs.labels_from_gradient:
         found = None
         if processes.is_main:  # rounding may differ between machines, labels may not
-            found = _labels_from_gradient(inputs, target, model)
+            found = labels_from_gradient(inputs, target, model)
         found = processes.objects(found)[0]
         return found, found.labels
     if inputs.labels is not None:
@@ -412,8 +412,11 @@ def _given_labels(given: str, target: Target) -> Tensor:
     return y
 
 
-def _labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Module) -> LabelResult:
-    """Reconstruct the labels from the gradient."""
+def labels_from_gradient(inputs: InputSettings, target: Target, model: nn.Module) -> LabelResult:
+    """Reconstruct the labels from the gradient, by the method that the inputs name.
+
+    Raises InputError, naming the flags, where they cannot be reconstructed.
+    """
     shape = target.image_shape
     public = public_images(PUBLIC_IMAGES, target)
     auxiliary = None
@@ -502,7 +505,7 @@ def _evaluate_once(settings: AttackSettings, case: Case, own_network: str | None
     objective = case.objective
     try:
         PIXEL_GRADIENTS[settings.pixel_gradient](objective, objective.local_part(x), 0.0)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:  # NotImplementedError is one
         if own_network is None or is_out_of_memory(error):
             raise
         raise InputError(

@@ -41,7 +41,7 @@ from models.target import GroundTruth, Protection, Target
 from utils.console import Reporter, Silent
 from utils.errors import InputError
 from utils.files import claim_folder
-from utils.images import normalise
+from utils.images import eight_bit, normalise
 from utils.matching import label_numbers
 from utils.script import Interrupts
 from utils.shard import ALONE
@@ -196,7 +196,7 @@ def ground_truth(
     else:
         sent = send(x_others, y.to(x_others.device))
         control = sent if isinstance(sent, Update) else Update(tuple(sent))
-    stored = (pool[decoys] * 255).round().byte() if decoys.numel() else None
+    stored = eight_bit(pool[decoys]) if decoys.numel() else None
     return GroundTruth(normalise(images, mean, std), y, control, stored)
 
 

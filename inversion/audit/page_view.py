@@ -14,8 +14,7 @@ from inversion.audit.verdict import (
     CLEAR_DIFFERENCE,
     IDENTIFIABLE,
     INCOMPLETE,
-    NOT_SHOWN,
-    RECONSTRUCTION,
+    STRENGTH,
 )
 
 NOT_KNOWN = "not recorded"
@@ -51,8 +50,6 @@ AUDIT = dict.fromkeys(
     ("format", "created", "command", "versions", "git", "budget_seconds", "seconds", "verdict",
      "sentence", "warnings", "positive_control", "checkpoints")
 )  # fmt: skip
-#: From the verdict to act on first; what is incomplete may hide leakage.
-GRAVITY = (RECONSTRUCTION, IDENTIFIABLE, INCOMPLETE, NOT_SHOWN)
 #: The first bytes of a picture → its type.
 PICTURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
@@ -205,7 +202,7 @@ def _likeness(part: Mapping) -> list[str]:
 def _strength(checkpoint: Mapping) -> tuple:
     """Order checkpoints: the gravest verdict first, then the image that leaks most."""
     verdict = checkpoint["verdict"]
-    place = GRAVITY.index(verdict) if verdict in GRAVITY else len(GRAVITY)
+    place = STRENGTH.index(verdict) if verdict in STRENGTH else len(STRENGTH)
     highest = checkpoint["highest"]
     return place, 0.0 if highest is None else -highest["value"]
 

@@ -29,7 +29,7 @@ from models.gradient import ClientLoss, whole_batch_gradient
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth
 from utils.image_files import PUBLIC_PHOTOS, public_photographs
-from utils.images import normalise
+from utils.images import eight_bit, normalise
 from utils.shard import ALONE
 
 #: The network, its images, the longest side of these and the decoys per image.
@@ -83,8 +83,7 @@ def crops(image_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     turns, photographs = DECOYS + 2, len(PUBLIC_PHOTOS)
     drawn = public_photographs(turns * photographs, image_shape, seed=CROPS_SEED)
     drawn = drawn.view(turns, photographs, *drawn.shape[1:])[:, :IMAGES].transpose(0, 1)
-    decoys = (drawn[:, 2:] * 255).round().to(torch.uint8)
-    return drawn[:, 0], decoys, drawn[:, 1]
+    return drawn[:, 0], eight_bit(drawn[:, 2:]), drawn[:, 1]
 
 
 def positive_case(

@@ -18,7 +18,7 @@ from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_l
 from models import checkpoint as checkpoints
 from utils import metrics
 from utils.console import Reporter
-from utils.errors import InputError, naming
+from utils.errors import InputError, naming, one_line
 from utils.shard import ALONE
 
 
@@ -188,7 +188,7 @@ def label_finding(case: Case, sealed: Sealed) -> LabelFinding:
         try:
             found = reconstruct_labels(target, known)
         except ValueError as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
     y, accuracy, chance = sealed.truth.y, None, None
     if y.dim() == 1:
         chance = chance_of_labels(y, target.num_classes)

@@ -24,6 +24,7 @@ from models.batchnorm import uses_learned_statistics
 from models.gradient import trainable_parameters
 from models.guarantee import CANDIDATES, reconstruction_bound
 from utils.console import duration, table
+from utils.metrics import LOWER_IS_BETTER
 from utils.pictures import decibels, save_panels
 
 #: Of audit.json: raised by one whenever a reader of the number before could misread it.
@@ -32,6 +33,8 @@ AUDIT_FORMAT = 1
 PRINTED_IMAGES = 8
 #: Metrics of a part that audit.json gives.
 METRICS = ("psnr", "ssim", "lpips")
+#: Fields of a verdict that the entry of its part holds by the same names.
+FROM_VERDICT = ("verdict", "metric", "p", "smallest_p", "worst_image")
 
 
 # One part ----------------------------------------------------------------------------------
@@ -52,8 +55,7 @@ def part_entry(done: Done) -> dict[str, Any]:
         "iterations": 0 if attacked is None else attacked.outcome.iterations,
         "arrived": None if done.finish is None else done.finish.arrival.arrived,
         "p_corrected": done.p_corrected,
-        **{key: verdict.get(key) for key in ("verdict", "metric", "p", "smallest_p")},
-        **{key: verdict.get(key) for key in ("worst_image",)},
+        **{key: verdict.get(key) for key in FROM_VERDICT},
         "sentence": verdict.get("sentence", done.reason),
         "identified": verdict.get("identified", []),
         "leakage": None, "mean": None, "controls": {}, "ranks": None, "deepest_layer": None,
@@ -355,7 +357,7 @@ def save_pictures(subject: Subject, done: Done, folder: Path, number: int) -> di
 def best_control(scores: Mapping[str, Any], image: int) -> str | None:
     """Return the control that comes nearest to an image, by the deciding metric."""
     metric = scores["verdict"]["metric"]
-    sign = -1 if metric == "lpips" else 1
+    sign = -1 if metric in LOWER_IS_BETTER else 1
 
     def value(name: str) -> float:
         score = scores["controls"][name]["images"][metric][image]

@@ -36,7 +36,7 @@ from inversion.audit.suite_settings import SuiteSettings
 from inversion.audit.suite_verdict import ALREADY_SHOWN, best_part
 from inversion.audit.verdict import RECONSTRUCTION
 from utils.console import Reporter, duration, setting_lines, table
-from utils.errors import FaultError
+from utils.errors import FaultError, one_line
 from utils.files import claim_folder, null_unless_finite, write_json
 from utils.script import Interrupts, git_revision, versions
 
@@ -195,7 +195,7 @@ def run_one(audit: Audit, subject: Subject, part: Part, before: Sequence[Done]) 
         settings = part_settings(part, case.target, FEWEST_ITERATIONS, seed, memory)
         return run_part(part, settings, case, subject.sealed, seconds, run)
     except FaultError as error:
-        return Done(part, "skipped", " ".join(str(error).split()), seconds)
+        return Done(part, "skipped", one_line(error), seconds)
 
 
 # Files -------------------------------------------------------------------------------------

@@ -6,10 +6,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from inversion.audit.verdict import IDENTIFIABLE, INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
+from inversion.audit.verdict import (
+    IDENTIFIABLE,
+    INCOMPLETE,
+    NOT_SHOWN,
+    RECONSTRUCTION,
+    STRENGTH,
+)
 
-#: From the strongest verdict to the weakest. What is incomplete could have hidden leakage.
-STRENGTH = (RECONSTRUCTION, IDENTIFIABLE, INCOMPLETE, NOT_SHOWN)
 #: Verdicts that stand however the rest of an audit ends.
 LEAKAGE = (RECONSTRUCTION, IDENTIFIABLE)
 #: Why a later part was left out without weakening the verdict.

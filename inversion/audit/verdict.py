@@ -15,6 +15,8 @@ RECONSTRUCTION = "leakage: reconstruction"
 IDENTIFIABLE = "leakage: identifiable"
 NOT_SHOWN = "no leakage shown"
 INCOMPLETE = "incomplete"
+#: From the strongest verdict to the weakest. What is incomplete could have hidden leakage.
+STRENGTH = (RECONSTRUCTION, IDENTIFIABLE, INCOMPLETE, NOT_SHOWN)
 
 #: Probability of a false "leakage" that is accepted: below 5 %, so that 2,000 simulated cases
 #: stay below it too (benchmarks/calibration.py). For a single image at least 24 decoys are needed.

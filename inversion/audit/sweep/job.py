@@ -7,22 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from inversion.audit.attack import Attacked, attack
 from inversion.audit.controls import run_controls
-from inversion.audit.inputs import Case, Sealed, load_inputs
+from inversion.audit.inputs import Case, Sealed, labels_from_gradient, load_inputs
 from inversion.audit.report import finish_of, score
 from inversion.audit.settings import Settings
-from inversion.audit.sweep.row import STRENGTH, Job, Result, Row
+from inversion.audit.sweep.row import Job, Result, Row
 from inversion.audit.truth import TruthCheck, check_truth_gradient
-from inversion.audit.verdict import ALPHA, corrected
+from inversion.audit.verdict import ALPHA, STRENGTH, corrected
 from inversion.settings import AttackSettings
 from models.guarantee import composed_mu, reconstruction_bound
 from utils import metrics
 from utils.console import Silent
 from utils.device import choose_device
-from utils.errors import FaultError, InputError, is_out_of_memory
+from utils.errors import FaultError, InputError, is_out_of_memory, one_line
+from utils.images import eight_bit
 from utils.matching import label_numbers
 from utils.script import Interrupts
 from utils.shard import ALONE
@@ -88,7 +88,7 @@ def run_job(
     try:
         result = _attacked(settings, simulate, job, folder, interrupts)
     except (InputError, FaultError) as error:
-        result = Result(Row(job.value, job.repeat, reason=_one_line(error)))
+        result = Result(Row(job.value, job.repeat, reason=one_line(error)))
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
             raise
@@ -131,7 +131,7 @@ def _attacked(
     row = replace(row, **client_fields(settings, case, sealed), **_of_attack(best, found))
     order = [image["reconstruction"] for image in best.scores["images"]]
     images = best.attacked.images[order]
-    return Result(row, _bytes(sealed.colours), _bytes(images))
+    return Result(row, eight_bit(sealed.colours).numpy(), eight_bit(images).numpy())
 
 
 def _scored(
@@ -206,13 +206,10 @@ def _labels(settings: Settings, case: Case, sealed: Sealed) -> tuple[float | Non
     """
     found = case.labels
     if found is None:
-        inputs = replace(settings.inputs, labels_from_gradient=True)
         try:
-            other, _ = load_inputs(replace(settings, inputs=inputs), Silent(), ALONE, 0)
+            found = labels_from_gradient(settings.inputs, case.target, case.objective.model)
         except InputError as error:
-            return None, _one_line(error)
-        found = other.labels
-    assert found is not None  # that was asked for
+            return None, one_line(error)
     return metrics.label_accuracy(*label_numbers(found.labels, sealed.truth.y)), found.method
 
 
@@ -273,13 +270,5 @@ def _control_values(scores: Mapping, metric: str) -> list[tuple[float, ...]]:
     return list(zip(*of_all, strict=True))
 
 
-def _bytes(images: Tensor) -> np.ndarray:
-    return (images * 255).round().byte().numpy()
-
-
 def _file_name(value: str) -> str:
     return value.replace("/", "_").replace(":", "_")[:60]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

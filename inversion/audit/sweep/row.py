@@ -5,12 +5,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from inversion.audit.verdict import IDENTIFIABLE, INCOMPLETE, NOT_SHOWN, RECONSTRUCTION
-
-#: Verdicts, the strongest first. An attack that did not finish keeps "no leakage shown" from being
-#: said where another finished.
-STRENGTH = (RECONSTRUCTION, IDENTIFIABLE, INCOMPLETE, NOT_SHOWN)
-
 
 @dataclass(frozen=True)
 class Job:

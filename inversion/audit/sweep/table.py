@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from inversion.audit.sweep.row import STRENGTH, Row
-from inversion.audit.verdict import LEAKAGE_DIGITS, NOT_ARRIVED, NOT_SHOWN
+from inversion.audit.sweep.row import Row
+from inversion.audit.verdict import LEAKAGE_DIGITS, NOT_ARRIVED, NOT_SHOWN, STRENGTH
 from utils.console import table
 
 #: Columns of the table before those of the verdict.
