@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from models import checking
-from models.binding import bind
+from models.binding import bind, with_checksums, without_checksums
 from models.build import without_wrapper
 from models.gradient import ClientLoss, Update
 from models.local import LocalSteps
 from models.target import GroundTruth, Protection
 from utils.errors import InputError, naming, one_line
+from utils import tensor_files
 from utils.tensor_files import load_plain
 
 #: Raised by one whenever a reader of the number before could misread the file.
@@ -239,11 +240,19 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
     return sealed, {"format": FORMAT, **truth}
 
 
+def save(content: dict, path: str) -> None:
+    """Write a checkpoint or a truth to `path` with a checksum of every entry.
+
+    Raises FaultError if it cannot be written; the former `path` is then untouched.
+    """
+    tensor_files.save(with_checksums(content), path)
+
+
 def load(path: str) -> dict:
     """Load and check a checkpoint, of this project or of the original.
 
-    Raises InputError, without the file's name, when it is missing, damaged, hostile, incomplete or
-    of a newer format.
+    Raises InputError, without the file's name, when it is missing, damaged, altered, hostile,
+    incomplete, of a newer format, or of more images than the free memory holds.
     """
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict):
@@ -269,7 +278,7 @@ def load(path: str) -> dict:
     channels = checkpoint["dataset_setup"]["size"][0]
     if channels not in (1, 3):
         raise InputError(f"images of {channels} channels cannot be shown; attack them from Python")
-    return checkpoint
+    return without_checksums(checkpoint)
 
 
 def _original_protection(settings) -> dict | None:
@@ -357,14 +366,14 @@ def check_labels(y, batch_size: int, num_classes: int, loss: str | None = None) 
 def load_truth(path: str) -> dict:
     """Load a truth file that `seal` made, or a checkpoint that holds its truth.
 
-    Raises InputError, without the file's name, when it is missing, damaged, of a newer format, or
-    without a truth.
+    Raises InputError, without the file's name, when it is missing, damaged, altered, of a newer
+    format, or without a truth.
     """
     truth = load_plain(path)
     if not isinstance(truth, dict) or not {"x_true", "y_true"} <= truth.keys():
         raise InputError("holds no x_true and y_true; give the sealed truth file")
     _check_format(truth)
-    return truth
+    return without_checksums(truth)
 
 
 def _check_format(content: dict) -> None:

@@ -35,7 +35,7 @@ PLAIN_TYPES = (
 #: Most members of an archive: torch.save writes one per tensor.
 MOST_MEMBERS = 100_000
 #: Most steps of a file's pickle, which torch takes one by one, and most values in what it makes.
-MOST_STEPS = 2_000_000
+MOST_STEPS = 1_000_000
 #: How deep containers may lie in one another.
 DEEPEST = 50
 #: How often the same stored numbers may stand in a file, on average: weights are shared by few.
