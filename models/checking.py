@@ -183,6 +183,15 @@ def check_weight_values(state: dict[str, Tensor]) -> None:
             check_at_least_zero(value, f"the tensor {_in_line(name)} of weights")
 
 
+def check_class_count(count: int, state: dict[str, Tensor]) -> None:
+    """Check n_classes against the weights that `check_weights` passed: some make every logit."""
+    weights = sum(value.numel() for value in state.values())
+    if count > weights:
+        raise UnfitError(
+            f"dataset_setup['n_classes'] is {count:,}, more than the {weights:,} weights"
+        )
+
+
 def check_names(names, count: int) -> None:
     """Check trainable: one name per gradient tensor, all different."""
     if not (is_list(names) and len(names) == count and all(isinstance(n, str) for n in names)):

@@ -7,6 +7,7 @@ runs code from the file. models/reading.py takes the attacker's view of it.
 
 import contextlib
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from models.build import without_wrapper
 from models.gradient import ClientLoss, Update
 from models.local import LocalSteps
 from models.target import GroundTruth, Protection
-from utils.errors import InputError, naming, one_line
 from utils import tensor_files
+from utils.errors import InputError, naming, one_line
+from utils.memory import require_memory
 from utils.tensor_files import load_plain
 
 #: Raised by one whenever a reader of the number before could misread the file.
@@ -35,6 +37,8 @@ REQUIRED = (
     "state_dict",
     "target_gradient",
 )
+#: What every attack keeps of the size of the batch: images, gradient, and an optimiser's two means.
+KEPT_IMAGES = 4
 #: What only scoring may see; `seal` takes it out.
 PRIVATE_KEYS = (
     "x_true", "y_true", "protection_norms", "control", "decoys", "args", "truth_salt",
@@ -278,7 +282,18 @@ def load(path: str) -> dict:
     channels = checkpoint["dataset_setup"]["size"][0]
     if channels not in (1, 3):
         raise InputError(f"images of {channels} channels cannot be shown; attack them from Python")
+    _check_memory(checkpoint)
     return without_checksums(checkpoint)
+
+
+def _check_memory(checkpoint: dict) -> None:
+    """Raise InputError where an attack could not even keep the images that a checkpoint claims."""
+    batch_size, shape = checkpoint["batch_size"], tuple(checkpoint["dataset_setup"]["size"])
+    require_memory(
+        KEPT_IMAGES * 4 * batch_size * math.prod(shape),
+        f"the {batch_size:,} images {shape} that it claims and what an attack keeps beside them",
+        "take a machine with more memory, or capture a smaller batch",
+    )
 
 
 def _original_protection(settings) -> dict | None:
@@ -307,6 +322,7 @@ def check_contents(checkpoint: dict) -> None:
         checking.check_local_steps(checkpoint)
         state, names = checkpoint["state_dict"], checkpoint.get("trainable")
         checking.check_weights(state)
+        checking.check_class_count(checkpoint["dataset_setup"]["n_classes"], state)
         checking.check_gradient(checkpoint["target_gradient"], names, len(state))
         checking.check_statistics(
             checkpoint.get("bn_mean_list"), checkpoint.get("bn_var_list"), len(state)

@@ -17,6 +17,7 @@ from utils.errors import InputError
 from utils.files import package_folder, printable
 from utils.image_folder import image_folder
 from utils.image_reading import Reading, eight_bit_pixels, read_picture
+from utils.memory import require_memory
 
 
 def decode(
@@ -187,9 +188,14 @@ def public_photographs(
     """Cut crops out of the public photographs in turn: (count, C, H, W) in [0, 1].
 
     C is 1 or 3. Photograph and place of a crop depend on (seed, number) alone, and the numbers
-    count from `first`.
+    count from `first`. Raises InputError where they do not fit into the free memory.
     """
     channels, height, width = image_shape
+    require_memory(
+        4 * count * channels * max(height, width) ** 2,
+        f"{count} public photographs as large as images {image_shape}",
+        "take a machine with more memory, or smaller images",
+    )
     mode = "L" if channels == 1 else "RGB"
     photos = [Image.fromarray(photo()).convert(mode) for photo in PUBLIC_PHOTOS]
     size = max(height, width)

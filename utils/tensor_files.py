@@ -201,8 +201,9 @@ def flaw_of(value: Tensor) -> str | None:
 
     None for a dense tensor on the CPU that stores all numbers that its shape claims. Reads no
     numbers. Flawed are sparse, nested, quantised and meta tensors, those of subclasses of Tensor,
-    lazy conjugates, those whose attributes hide methods, and tensors with more numbers than their storage holds, which `expand` makes:
-    any operation on such a tensor may take as much memory as its shape claims.
+    lazy conjugates, those whose attributes hide methods, and tensors with more numbers than their
+    storage holds, which `expand` makes: any operation on such a tensor may take as much memory as
+    its shape claims.
     """
     if type(value) not in (Tensor, nn.Parameter) or _hides_methods(value):
         return f"is a {type(value).__name__}, not a plain tensor"
