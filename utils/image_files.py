@@ -16,7 +16,7 @@ from torch import Tensor
 from utils.errors import InputError
 from utils.files import package_folder, printable
 from utils.image_folder import image_folder
-from utils.image_reading import Reading, eight_bit_pixels, read_picture
+from utils.image_reading import Reading, eight_bit_pixels, most_pixels, read_picture
 from utils.memory import require_memory
 
 
@@ -40,8 +40,7 @@ def _fitted(path, channels, size, bit_depth) -> tuple[Tensor, Reading]:
     pixels, reading = read_picture(path, channels, bit_depth)
     goal = (size, size) if isinstance(size, int) else size
     scaled = covering_size(pixels.shape[-2], pixels.shape[-1], goal)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and scaled[0] * scaled[1] > limit:
+    if scaled[0] * scaled[1] > most_pixels():
         raise InputError(
             f"{printable(path)} has {pixels.shape[-1]}×{pixels.shape[-2]} pixels: too narrow to be "
             "scaled and cut; cut it"

@@ -46,6 +46,8 @@ LPIPS_HINT = (
 )
 #: Networks make less than so many numbers of every number of an image; only beyond that is counted.
 LEAST_GROWTH = 1000
+#: Most bytes of a file of labels per label: numbers with whatever stands between them.
+LABEL_BYTES = 256
 #: Photographs that show labels' regime and make the mean image.
 PUBLIC_IMAGES = 128
 
@@ -405,11 +407,19 @@ def _given_labels(given: str, target: Target) -> Tensor:
     kind = "numbers like 1,0,1" if is_bce else "integers like 3,1,2"
     try:
         if os.path.isfile(text):
+            most = LABEL_BYTES * (1 + target.batch_size * (target.num_classes if is_bce else 1))
+            if os.path.getsize(text) > most:
+                raise InputError(
+                    f"--labels {given[:80]}: a file of {os.path.getsize(text):,} bytes, too many "
+                    f"for the labels of {target.batch_size} images; give only these"
+                )
             with open(text, errors="replace") as file:
                 text = file.read()
         words = text.replace(",", " ").split()
         y = torch.tensor([float(word) if is_bce else int(word) for word in words])
-    except (ValueError, OSError) as error:
+    except InputError:
+        raise
+    except (ValueError, OSError, OverflowError, RuntimeError) as error:
         raise InputError(f"--labels {given[:80]}: neither a readable file nor {kind}") from error
     with naming(f"--labels {given[:80]}"):
         if is_bce and len(y) == target.batch_size * target.num_classes:
