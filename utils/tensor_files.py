@@ -4,6 +4,8 @@ import argparse
 import collections
 import contextlib
 import datetime
+import io
+import itertools
 import os
 import pickle
 import pickletools
@@ -172,8 +174,7 @@ def _check_steps(path: str, is_archive: bool) -> None:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.lower().endswith(".pkl"):
-                    with archive.open(name) as file:
-                        _count_steps(file, MOST_STEPS)
+                    _count_steps(io.BytesIO(archive.read(name)), MOST_STEPS)
         return
     left = MOST_STEPS
     with open(path, "rb") as file:  # a number, a version, the system, the content, names
@@ -185,10 +186,10 @@ def _count_steps(file: IO[bytes], most: int) -> int:
     """Count the steps of one pickle, and raise InputError beyond `most`."""
     steps = 0
     with contextlib.suppress(ValueError, IndexError):  # torch says what is wrong with it
-        for _ in pickletools.genops(file):
+        for _ in itertools.islice(pickletools.genops(file), most + 1):
             steps += 1
-            if steps > most:
-                raise _too_many("steps to read it")
+    if steps > most:
+        raise _too_many("steps to read it")
     return steps
 
 
