@@ -61,7 +61,9 @@ def test_damaged_files_are_refused_with_one_line_or_read_and_cost_little(files, 
         except Exception as error:
             faults.append(f"{name}: {type(error).__name__}: {error}"[:300])
             continue
-        fault = fault_of(case, outcome, time.process_time() - start, peak_memory() - memory)
+        fault = fault_of(
+            case, path, files, outcome, time.process_time() - start, peak_memory() - memory
+        )
         if {p: digest_of(p) for p in folder.rglob("*") if p.is_file()} != before:
             fault = "a file was changed or written"
         if fault:
