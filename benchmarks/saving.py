@@ -83,12 +83,12 @@ def pair(flags: list[str], folder: Path, number: int) -> tuple[float, float, int
 
     seconds = {}
     for every in (EVERY, 0) if number % 2 else (0, EVERY):
-        FolderJournal.save = timed  # type: ignore[method-assign]
+        FolderJournal.save = timed  # type: ignore[method-assign, assignment]
         try:
             words = [*flags, "--root", str(folder), "--id", f"{number}-{every}"]
             script(run.main, [*words, "--save-every", str(every)])
         finally:
-            FolderJournal.save = save  # type: ignore[method-assign]
+            FolderJournal.save = save  # type: ignore[method-assign, assignment]
         result = folder / "results" / "exp" / f"{number}-{every}" / "result.json"
         seconds[every] = json.loads(result.read_text())["seconds"]
     return seconds[EVERY], seconds[0], max(1, len(taken)), sum(taken) / max(1, len(taken))
