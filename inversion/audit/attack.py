@@ -249,7 +249,10 @@ def _solve(
 
     Nothing is returned where the network or what was sent does not allow it.
     """
-    target, start = case.target, time.perf_counter()
+    target = case.target
+    journal = journal.under("layerwise")
+    if not case.processes.is_main:
+        journal = ReadOnly(journal)  # all compute the same, and the first one saves it
 
     def on_layer(layer: Layer) -> None:
         verdict = "certified" if layer.certified else "not certified"
@@ -258,12 +261,19 @@ def _solve(
             f"{layer.residual:.1e}, {verdict}, {layer.seconds:.1f} s"
         )
 
+    def on_recalled(layer: Layer) -> None:
+        verdict = "certified" if layer.certified else "not certified"
+        reporter.say(f"{title}{layer.name}: {verdict} before, from the saved state")
+
     public = public_images(LAYERWISE_PUBLIC_IMAGES, target).to(case.device)
     try:
         found = layerwise_attack(
             case.objective.model, target, case.y, public, on_layer=on_layer,
-            should_stop=lambda: interrupts.should_stop, max_memory=max_memory,
+            on_recalled=on_recalled, should_stop=lambda: interrupts.should_stop,
+            max_memory=max_memory, journal=journal,
         )  # fmt: skip
+    except InputError:  # a saved state that does not fit
+        raise
     except ValueError as error:
         return None, str(error)
     x = found.images.to(target.gradient[0].dtype)
@@ -272,7 +282,7 @@ def _solve(
     reconstruction = Reconstruction(x, losses, len(found.layers), stopped)
     outcome = Outcome(reconstruction, (reconstruction,), 0, len(found.layers))
     attacked = Attacked(
-        outcome, case.images(x), [], [], [], time.perf_counter() - start,
+        outcome, case.images(x), [], [], [], found.seconds,
         peak_memory_mib(case.device), interrupted=interrupts.stopped, recovered=found,
     )  # fmt: skip
     return attacked, found.shortfall
