@@ -89,9 +89,9 @@ def check(script, flags, files):
         flags = [*flags, "--dry-run"]
     note(f"{script} {shlex.join(flags)}")
     before = everything_in(files)
-    outcome = call(script, *flags)
+    import time; T0=time.time(); outcome = call(script, *flags)
     note(f"exit code {outcome.code}: {outcome.err}")
-    import collections; STAT[outcome.code]+=1; OUT.write(f"{outcome.code} {script} {shlex.join(flags)} || {outcome.err.strip()[:150]}\n"); OUT.flush()
+    import collections; import time; STAT[outcome.code]+=1; OUT.write(f"{outcome.code} {time.time()-T0:.1f} {script} {shlex.join(flags)} || {outcome.err.strip()[:150]}\n"); OUT.flush()
     after = everything_in(files)
     for path in files.iterdir():
         if not any(path == old or path in old.parents for old in before) and path.name != "empty":
