@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models.build import build_model
 from models.choices import DEFENCE_NAMES, SWEEP_PARAMETERS
-from tests.support import ROOT, capture_photos, succeed
+from tests.support import ROOT, capture_photos
 from tests.test_datasets import image_folder
 
 SIZE = 16
@@ -58,8 +58,7 @@ LIKELY = {
     "--model": ("own.py:build", "own.py:absent", "broken.py:build"),
     "--labels": ("0,1", "1,0", "0", "7,7", "labels.txt"),
     "--label-aux": ("pictures", "single", "empty"),
-    "--sweep": tuple(f"{name}=0,1" for name in SWEEP_PARAMETERS)
-    + ("topk=0.1,1", "sigma=0,1e-3"),
+    "--sweep": tuple(f"{name}=0,1" for name in SWEEP_PARAMETERS) + ("topk=0.1,1", "sigma=0,1e-3"),
     "--sweep-TV": ("1e-4,1e-2", "0"),
     "--ray-address": ("127.0.0.1:1", "ray://127.0.0.1:1"),
     "--root": ("out", "out/new", "file.txt"),
