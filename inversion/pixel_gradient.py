@@ -5,7 +5,6 @@ and returns the losses (detached) and the derivative, shaped like `x`. With seve
 is this one's part of the batch, and the losses are those of the whole.
 """
 
-import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -140,8 +139,8 @@ def _checked(
 def _called_at(calls: Sequence[str]) -> str:
     """Tell the file and line outside torch from which torch's warnings say that it was called."""
     frames = re.findall(r'File "(.+?)", line (\d+), in (\S+)', "".join(calls))
-    own = [frame for frame in frames if not frame[0].startswith(os.path.dirname(torch.__file__))]
+    own = [frame for frame in frames if not frame[0].startswith(torch.__path__[0])]
     if not own:
         return ""
     path, line, name = own[-1]
-    return f", called in {name}, {os.path.basename(path)}, line {line}"
+    return f", called in {name}, {path.rpartition("/")[2]}, line {line}"
