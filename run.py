@@ -8,8 +8,8 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 
 import sys
 
+from inversion.audit.beginning import check_resumable
 from inversion.audit.flags import parser
-from inversion.audit.resuming import check_resumable
 from inversion.audit.settings import Settings, refuse_processes, settings_from
 from inversion.audit.suite_settings import suite_settings_from
 from utils.flags import process_settings
@@ -91,7 +91,8 @@ def work(argv: list[str], processes, local_rank: int) -> int:
         try:
             return audit(settings, case, sealed, search, run, interrupts, reporter)
         except InputError:
-            run.end()
+            if not run.resumed:
+                run.end()
             raise
         except Exception:
             run.pause(reporter)
