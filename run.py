@@ -146,7 +146,7 @@ def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts,
         say_end(reporter, attacked, finish, text, controls, run.folder)
     if attacked.failed:
         run.end()
-        raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
+        raise FaultError(attacked.failure)
     if interrupts.signal is not None:
         run.pause(reporter)
         return 128 + interrupts.signal

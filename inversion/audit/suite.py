@@ -219,8 +219,7 @@ def run_part(
     except InputError as error:
         return Done(part, "refused", str(error), seconds, time.perf_counter() - start)
     if attacked.failed:
-        reason = "no seed had a finite loss at its start: nothing was reconstructed"
-        return Done(part, "skipped", reason, seconds, attacked.seconds)
+        return Done(part, "skipped", attacked.failure, seconds, attacked.seconds)
     took = time.perf_counter() - start
     finish = finish_of(settings, case, sealed, attacked)
     rest = Deadline(max(0.0, seconds - took), run.interrupts)
