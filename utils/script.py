@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from utils.errors import FaultError, InputError, is_out_of_memory
-from utils.files import package_folder
+from utils.files import package_folder, printable
 
 
 def check_reachable(address: str, flag: str, seconds: float = 5.0) -> None:
@@ -115,7 +115,7 @@ def run_script(main, argv: list[str] | None = None, complain=None) -> int:
     except InputError as error:
         if "--traceback" in argv:
             traceback.print_exc()
-        complain(f"error: {' '.join(str(error).splitlines())}")  # names from files may have more
+        complain(f"error: {printable(' '.join(str(error).splitlines()))}")  # names from files
         return 2
     except (FaultError, OSError) as error:
         if "--traceback" in argv:
