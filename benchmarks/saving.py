@@ -88,7 +88,7 @@ def pair(flags: list[str], folder: Path, number: int) -> tuple[float, float, int
             words = [*flags, "--root", str(folder), "--id", f"{number}-{every}"]
             script(run.main, [*words, "--save-every", str(every)])
         finally:
-            FolderJournal.save = save  # type: ignore[method-assign, assignment]
+            FolderJournal.save = save  # type: ignore[method-assign]
         result = folder / "results" / "exp" / f"{number}-{every}" / "result.json"
         seconds[every] = json.loads(result.read_text())["seconds"]
     return seconds[EVERY], seconds[0], max(1, len(taken)), sum(taken) / max(1, len(taken))
