@@ -62,8 +62,9 @@ class Stop(Protocol):
 class Interrupts:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts as usual.
 
-    Signals that are ignored, such as SIGHUP under nohup, stay ignored. Use `with Interrupts() as interrupts:` and ask `interrupts.should_stop` wherever the work can
-    end cleanly. It is a `Stop`. The end of the context restores the former handlers.
+    Signals that are ignored, such as SIGHUP under nohup, stay ignored. Use
+    `with Interrupts() as interrupts:` and ask `interrupts.should_stop` wherever the work can end
+    cleanly. It is a `Stop`. The end of the context restores the former handlers.
     """
 
     #: Number of the signal that came, or None.
@@ -156,7 +157,7 @@ def _refuse_lost_folder() -> None:
 
 
 def _flush_output() -> None:
-    """Flush what is printed: Python itself would turn a closed or full output into exit code 120."""
+    """Flush what is printed: Python would turn a closed or full output into exit code 120."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
