@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import textwrap
 import time
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -250,6 +251,77 @@ def test_four_processes_of_one_name_overwrite_nothing(tmp_path):
 
 
 # Signals at any moment ------------------------------------------------------------------------
+
+
+#: Where an exception would be lost, or show its place in the code: name → code after `begin`.
+LOSING = {
+    "an import that turns every error into another": """
+        import importlib.abc, importlib.machinery
+        class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+            def find_spec(self, name, *_):
+                return importlib.machinery.ModuleSpec(name, self) if name == "slow" else None
+            def exec_module(self, module):
+                try: wait()
+                except BaseException: raise ImportError("no module")
+        sys.meta_path.insert(0, Finder())
+        import slow
+    """,
+    "the end of an object": """
+        class Thing:
+            def __del__(self): wait()
+        Thing()
+    """,
+    "outside of run_script": "wait()",
+    "an error that follows": """
+        from utils.script import run_script
+        def work(argv):
+            try: wait()
+            except BaseException: raise ValueError("a consequence")
+        sys.exit(run_script(work))
+    """,
+}
+
+
+@pytest.mark.parametrize("where", LOSING)
+def test_an_interruption_is_not_lost(tmp_path, where):
+    code = textwrap.dedent("""
+        import sys, time
+        from utils.interruption import begin
+        begin()
+        def wait():
+            print("here", flush=True)
+            time.sleep(1000)
+    """) + textwrap.dedent(LOSING[where])  # fmt: skip
+    with started(tmp_path, "-c", code) as process:
+        process.end_by(signal.SIGTERM, said("here"))
+        outcome = process.outcome()
+    assert (outcome.code, outcome.err) == (143, "interrupted\n")
+
+
+def test_a_second_signal_ends_what_does_not_end(tmp_path):
+    """And leaves no half of a file."""
+    code = """if True:
+        import time
+        from utils.interruption import begin
+        begin()
+        from utils.files import claimed_stem, whole_file
+        with claimed_stem("run", ("-a",)), whole_file("run-a"):
+            try:
+                print("here", flush=True)
+                time.sleep(1000)
+            finally:
+                print("and here", flush=True)
+                time.sleep(1000)
+    """
+    place = tmp_path / "place"
+    place.mkdir()
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with started(tmp_path, "-c", code, cwd=place, env=env) as process:
+        process.end_by(signal.SIGINT, said("here"))
+        process.end_by(signal.SIGINT, said("and here"))
+        outcome = process.outcome()
+    assert (outcome.code, outcome.err) == (130, "interrupted\n")
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize(

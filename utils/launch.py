@@ -327,28 +327,29 @@ def _watch(
 ) -> int:
     """Wait for the children, end all of them when one fails, and return the exit code.
 
-    signals: the signals that were passed on. After an interruption the children may take long,
-    because they save what they have.
+    signals: the signals that were passed on. After the first one the children may take long,
+    because they save what they have; after the second they have little time.
     """
-    while all(child.exitcode in (None, 0) for child in children):
+    while all(child.exitcode in (None, 0) for child in children) and len(signals) < 2:
         if all(child.exitcode == 0 for child in children):
             return 0
         connection.wait([c.sentinel for c in children if c.exitcode is None], 1.0)
-    first = next(c for c in children if c.exitcode not in (None, 0))
-    saving = first.exitcode in [128 + number for number in interruption.SIGNALS]
-    _wait(children, COLLECTIVE_TIMEOUT if saving else GRACE)
+    first = next((c for c in children if c.exitcode not in (None, 0)), children[0])
+    complaints = _taken(failures)
+    saving = first.exitcode in [128 + number for number in interruption.SIGNALS] and not any(
+        text == interruption.LINE for _, text in complaints
+    )
+    _wait(children, COLLECTIVE_TIMEOUT if saving else GRACE, signals)
     for end in (lambda child: child.terminate(), lambda child: child.kill()):
         for child in children:
             if child.is_alive():
                 end(child)
         _wait(children, GRACE)
-    complaints = []
-    while not failures.empty():
-        complaints.append(failures.get())
     if signals:
-        if not saving or any(text == interruption.LINE for _, text in complaints):
-            interruption.print_line(interruption.LINE)  # else a child has said what it saved
+        if not saving:  # else a child has said what it saved
+            interruption.print_line(interruption.LINE)
         return 128 + signals[0]
+    complaints += _taken(failures)
     # a process that lost another one reports only the consequence: the cause comes first
     complaints.sort(key=lambda complaint: LOST in complaint[1])
     if complaints and LOST not in complaints[0][1]:
@@ -370,7 +371,19 @@ def _watch(
     return code if code > 0 else 1
 
 
-def _wait(children: Sequence[BaseProcess], seconds: float) -> None:
+def _taken(failures: SimpleQueue) -> list[tuple[int, str]]:
+    """Return what children have complained of since the last call: their ranks and lines."""
+    complaints = []
+    while not failures.empty():
+        complaints.append(failures.get())
+    return complaints
+
+
+def _wait(children: Sequence[BaseProcess], seconds: float, signals: Sequence[int] = ()) -> None:
+    """Wait for the end of the children, until so many seconds have passed or a second signal."""
     deadline = time.monotonic() + seconds
-    for child in children:
-        child.join(max(0.0, deadline - time.monotonic()))
+    while (left := deadline - time.monotonic()) > 0 and len(signals) < 2:
+        running = [child.sentinel for child in children if child.exitcode is None]
+        if not running:
+            return
+        connection.wait(running, min(left, 1.0))
