@@ -8,6 +8,11 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 
 import sys
 
+from utils import interruption
+
+if __name__ in ("__main__", "__mp_main__"):  # a script, or a process that it starts
+    interruption.begin(started_by_another=__name__ != "__main__")  # the imports below take time
+
 from inversion.audit.beginning import check_resumable
 from inversion.audit.flags import parser
 from inversion.audit.settings import Settings, refuse_processes, settings_from

@@ -78,6 +78,8 @@ def run_search(settings: Settings, reporter: Reporter) -> dict | None:
     folder = _search_folder(settings, wanted)
     reporter.say(f"search kept in {folder}; go on with it by --search-resume")
     os.environ.update(RAY_ENVIRONMENT)
+    if os.path.expanduser("~") == "~":  # no HOME and an unknown user: Ray asks for a home
+        os.environ["HOME"] = str(folder)
     try:
         found = search(
             problem,
