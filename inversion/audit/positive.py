@@ -56,8 +56,7 @@ class Positive:
     @property
     def iterations(self) -> int:
         """How many its attack took."""
-        attacked = None if self.done is None else self.done.attacked
-        return 0 if attacked is None else attacked.outcome.iterations
+        return 0 if self.done is None else self.done.iterations
 
     @property
     def entry(self) -> dict:

@@ -1,20 +1,20 @@
 """The suite of a whole audit: its parts as data, their attacks' settings, and running one."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from inversion.audit.attack import Attacked, attack
+from inversion.audit.attack import attack
 from inversion.audit.budget import OF_THE_ATTACK, Deadline, Pace, SameLength
-from inversion.audit.certificate import Certificate, certificate_of
-from inversion.audit.controls import NOT_RUN, Controls, run_controls
+from inversion.audit.certificate import certificate_of
+from inversion.audit.controls import Controls, run_controls
 from inversion.audit.inputs import Case, Sealed
 from inversion.audit.plan import measured_step
 from inversion.audit.report import finish_of, score
 from inversion.audit.settings import ScoringSettings
-from inversion.audit.truth import Finish
 from inversion.audit.verdict import corrected
 from inversion.layerwise.attack import target_network
 from inversion.settings import AttackSettings, Loop, Weights
@@ -165,7 +165,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Done:
-    """Holds what a part found."""
+    """Holds what a part found, as plain values and tensors on the CPU."""
 
     part: Part
     #: "done", "skipped", "refused" (the network does not allow it) or "interrupted".
@@ -180,10 +180,18 @@ class Done:
     is_limited: bool = False
     #: The entry `metrics` of result.json; None without an attack.
     scores: dict | None = None
-    finish: Finish | None = None
-    attacked: Attacked | None = None
-    controls: Controls = NOT_RUN
-    certificate: Certificate | None = None
+    #: How many iterations its attack took, or how many tensors it solved for.
+    iterations: int = 0
+    #: Whether its objective became as low as at the truth; None where nobody can say.
+    arrived: bool | None = None
+    #: (B, C, H, W) reconstruction in [0, 1]; None without an attack.
+    images: Tensor | None = None
+    #: Name of a control → its images, as those.
+    controls: Mapping[str, Tensor] = field(default_factory=dict)
+    #: Names of the tensors that a layerwise attack certified, from the head; None without one.
+    certified: Sequence[str] | None = None
+    #: What is printed of its certificate.
+    certificate: Sequence[str] = ()
 
     @property
     def verdict(self) -> dict[str, Any]:
@@ -194,11 +202,6 @@ class Done:
     def p_corrected(self) -> float | None:
         """The p of its test, multiplied by the number of tests; None without one."""
         return corrected(self.verdict.get("p"), self.verdict.get("tests", 1))
-
-    @property
-    def images(self) -> Tensor | None:
-        """(B, C, H, W) reconstruction in [0, 1]; None without an attack."""
-        return None if self.attacked is None else self.attacked.images
 
 
 def run_part(
@@ -234,13 +237,17 @@ def run_part(
             settings, case, sealed, attacked, stop, run.reporter, print_freq=run.print_freq
         )
     scores, _ = score(run.scoring, case, sealed, attacked, finish, controls, tests=run.tests)
+    certificate = certificate_of(case, attacked.recovered, sealed)
     interrupted = run.interrupts.signal is not None
     return Done(
         part, "interrupted" if interrupted else "done", "interrupted" if interrupted else "",
         seconds, took, time.perf_counter() - start - took,
         is_limited=limit.is_late or rest.is_late or finish.doubt is not None,
-        scores=scores, finish=finish, attacked=attacked, controls=controls,
-        certificate=certificate_of(case, attacked.recovered, sealed),
+        scores=scores, iterations=attacked.outcome.iterations, arrived=finish.arrival.arrived,
+        images=attacked.images, controls=controls.images,
+        certified=None if certificate is None else
+        [layer.name for layer in certificate.recovered.certified],
+        certificate=() if certificate is None else certificate.lines,
     )  # fmt: skip
 
 
