@@ -1,9 +1,11 @@
 """What one client of a sweep gave: a row of sweep.csv and sweep.json."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,20 @@ class Result:
     #: (B, C, H, W) of uint8: the true images, and their reconstructions in the same order.
     true: np.ndarray | None = None
     found: np.ndarray | None = None
+
+    @property
+    def job(self) -> Job:
+        """The client that gave it."""
+        return Job(self.row.value, self.row.repeat)
+
+    @property
+    def fact(self) -> dict[str, Any]:
+        """The result as plain values and tensors, for a journal."""
+        pictures = (None if x is None else torch.from_numpy(x) for x in (self.true, self.found))
+        return {"row": asdict(self.row), "pictures": list(pictures)}
+
+    @classmethod
+    def of_fact(cls, fact: Mapping[str, Any]) -> "Result":
+        """Return the result that a `fact` was made of."""
+        true, found = (None if x is None else x.numpy() for x in fact["pictures"])
+        return cls(Row(**fact["row"]), true, found)

@@ -23,6 +23,7 @@ from utils.console import Reporter, duration, setting_lines
 from utils.device import choose_device, device_name
 from utils.errors import InputError, naming
 from utils.files import claim_folder, null_if_nan, write_csv, write_json
+from utils.journal import Journal
 from utils.pictures import save_panels
 from utils.script import Interrupts, git_revision, versions
 
@@ -60,20 +61,25 @@ def run_sweep(settings: Settings, simulate: Simulate) -> int:
     reporter.log_to(folder / "log.txt")
     reporter.say("settings\n" + setting_lines(settings.record))
     reporter.say(f"results: {folder}")
-    results: list[Result] = []
+    known = recalled(jobs, journal)
+    results, missing = dict(known), [job for job in jobs if job not in known]
+    if known:
+        reporter.say(f"{len(known)} of {len(jobs)} clients were done before")
     start = time.perf_counter()
 
     def on_result(result: Result) -> None:
-        results.append(result)
-        reporter.say(_progress(sweep, result.row, len(results), len(jobs), start))
+        results[result.job] = result
+        keep(result, jobs, journal)
+        seconds = (time.perf_counter() - start) / (len(results) - len(known))
+        reporter.say(_progress(sweep, result.row, len(results), len(jobs), seconds))
 
     with Interrupts() as interrupts, _clients_folder(folder, sweep) as clients:
         try:
-            run_jobs(settings, simulate, jobs, clients, interrupts, on_result)
+            run_jobs(settings, simulate, missing, clients, interrupts, on_result)
         finally:  # whatever ended it, what is done stays
-            results.sort(key=lambda result: jobs.index(Job(result.row.value, result.row.repeat)))
             interrupted = interrupts.signal is not None
-            _finish(settings, sweep, results, folder, reporter, interrupted=interrupted)
+            done = [results[job] for job in jobs if job in results]
+            _finish(settings, sweep, done, folder, reporter, interrupted=interrupted)
             seconds = time.perf_counter() - start
             reporter.say(f"{len(results)} of {len(jobs)} clients in {duration(seconds)}; {folder}")
     return 128 + interrupts.signal if interrupts.signal is not None else 0
@@ -150,9 +156,25 @@ def _clients_folder(folder: Path, sweep: SweepSettings) -> Iterator[Path]:
         yield Path(path)
 
 
-def _progress(sweep: SweepSettings, row: Row, done: int, total: int, start: float) -> str:
-    """Say what one client gave, and how long the others will take."""
-    left = (time.perf_counter() - start) / done * (total - done)
+def recalled(jobs: Sequence[Job], journal: Journal) -> dict[Job, Result]:
+    """Return the results that an earlier process kept, by their client."""
+    facts = {job: journal.recall(f"client-{number}") for number, job in enumerate(jobs)}
+    return {job: Result.of_fact(fact) for job, fact in facts.items() if fact is not None}
+
+
+def keep(result: Result, jobs: Sequence[Job], journal: Journal) -> None:
+    """Keep the result of a client, so that it need not be attacked again.
+
+    One that was left out is not kept: its reason, such as a want of memory, may have gone.
+    """
+    if result.row.reason is None:
+        journal.note(f"client-{jobs.index(result.job)}", lambda: result.fact)
+        journal.save()
+
+
+def _progress(sweep: SweepSettings, row: Row, done: int, total: int, seconds: float) -> str:
+    """Say what one client gave, and how long the others will take, at `seconds` each."""
+    left = seconds * (total - done)
     name = f"{sweep.parameter}={row.value}"
     if sweep.repeats > 1:
         name += f", batch {row.repeat + 1} of {sweep.repeats}"
