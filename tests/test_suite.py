@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from inversion.audit import positive, subject, suite, suite_report, suite_run, suite_settings
-from inversion.audit.budget import Budget, Deadline, Pace, SameLength, seconds_of
+from inversion.audit.budget import Budget, Deadline, Pace, SameLength
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
 from inversion.audit.suite import Done, Part, Run
@@ -29,6 +29,7 @@ from models.target import Protection
 from tests.support import call, capture_photos, photos, succeed, target_of
 from utils.console import Silent
 from utils.errors import InputError
+from utils.flags import duration_from
 from utils.metrics import label_accuracy
 from utils.script import Interrupts
 
@@ -47,10 +48,12 @@ class Clock:
 
 
 def test_durations():
-    assert [seconds_of(text) for text in ("90s", "5m", "1.5h")] == [90, 300, 5400]
+    budget, save_every = duration_from(1.0), duration_from(0.0, or_zero=True)
+    assert [budget(text) for text in ("90s", "5m", "1.5h")] == [90, 300, 5400]
+    assert [save_every(text) for text in ("0", "0.5", "20s", "5m")] == [0, 0.5, 20, 300]
     for text in ("5", "5 m", "m", "-5m", "1d", "0.5s", "0m"):
         with pytest.raises(argparse.ArgumentTypeError):
-            seconds_of(text)
+            budget(text)
 
 
 def test_the_time_is_shared_by_weight_and_what_is_left_goes_to_later_parts():

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
@@ -11,6 +12,8 @@ from utils.errors import InputError
 
 #: Of both scripts; CHANGELOG.md says what changed.
 VERSION = "0.13.0"
+#: Letter of a duration → seconds.
+UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +77,26 @@ def number(
             allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is out of range; give {allowed}")
         return value
+
+    return parse
+
+
+def duration_from(low: float, *, or_zero: bool = False) -> Callable[[str], float]:
+    """Return a flag type for durations such as 90s, 5m or 1h, in seconds, from `low` seconds on.
+
+    or_zero: whether 0 is accepted too, and a number of seconds without a letter.
+    """
+
+    def parse(text: str) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+        if found is None or not (found[2] or or_zero):
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is no duration; give a number with s, m or h, like 5m"
+            )
+        seconds = float(found[1]) * UNITS[found[2] or "s"]
+        if seconds < low and not (or_zero and seconds == 0):
+            raise argparse.ArgumentTypeError(f"{text} is below {low:g}s; give more time")
+        return seconds
 
     return parse
 

@@ -78,7 +78,15 @@ class Shard:
         """Tell whether `flag` is true on at least one process."""
         if self.size == 1:
             return bool(flag)
-        return bool(self.sum_(torch.tensor([float(flag)], device=self.device)).item() > 0)
+        return bool(self.sum_(torch.tensor([float(bool(flag))], device=self.device)).item() > 0)
+
+    def largest(self, value: int) -> int:
+        """Return the largest of the processes' numbers, each at least 0 and small."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor([float(value)], device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def objects(self, own: Any) -> list:
         """Return the small picklable object `own` of every process, in the order of ranks."""

@@ -1,34 +1,17 @@
 """The time of a whole audit: how it is shared out, and when a part has to end."""
 
-import re
 import time
-from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from utils.script import Stop
 
-#: Letter of `--budget` → seconds.
-UNITS = {"s": 1, "m": 60, "h": 3600}
-#: The shortest budget that is accepted, in seconds.
-SHORTEST = 1.0
 #: Share of its time that a part plans iterations for; the rest is for scoring, and for steps that
 #: take longer than the ones that were measured.
 PLANNED = 0.7
 #: Share of a part's time after which its attack ends, so that its controls can be as long and the
 #: test has the rest.
 OF_THE_ATTACK = 0.4
-
-
-def seconds_of(text: str) -> float:
-    """Return the seconds of a duration such as 90s, 5m or 1h (a flag type)."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if found is None:
-        raise ArgumentTypeError(f"'{text}' is no duration; give a number with s, m or h, like 5m")
-    seconds = float(found[1]) * UNITS[found[2]]
-    if seconds < SHORTEST:
-        raise ArgumentTypeError(f"{text} is below {SHORTEST:g}s; give more time")
-    return seconds
 
 
 class Budget:

@@ -2,7 +2,6 @@
 
 import argparse
 
-from inversion.audit.budget import seconds_of
 from inversion.audit.withhold import withheld_parts
 from inversion.settings import (
     ATTACKS,
@@ -23,7 +22,14 @@ from inversion.settings import (
     VERDICT_METRICS,
 )
 from models.choices import SWEEP_PARAMETERS
-from utils.flags import Parser, add_process_flags, file_name, integer_from, number
+from utils.flags import (
+    Parser,
+    add_process_flags,
+    duration_from,
+    file_name,
+    integer_from,
+    number,
+)
 
 
 def parser() -> Parser:
@@ -84,6 +90,19 @@ def _add_run(add) -> None:
         "--dry-run",
         action="store_true",
         help="Check everything, measure two steps, print time and memory, and stop.",
+    )
+    add(
+        "--save-every",
+        type=duration_from(0.0, or_zero=True),
+        default=300.0,
+        help="Time between two saves of the run, such as 30s or 5m, from which a killed run goes "
+        "on; 0 saves nothing.",
+    )
+    add(
+        "--resume",
+        metavar="FOLDER",
+        help="Go on with the killed run whose results are in this folder; give the run's own "
+        "flags again.",
     )
 
 
@@ -416,7 +435,7 @@ def _add_audit(add) -> None:
     )
     add(
         "--budget",
-        type=seconds_of,
+        type=duration_from(1.0),
         help="Time of the whole audit, such as 90s, 5m or 1h. Without it: 5m.",
     )
     add(
