@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from utils.journal import Journal
 from utils.script import Stop
 
 #: Share of its time that a part plans iterations for; the rest is for scoring, and for steps that
@@ -31,6 +32,10 @@ class Budget:
         """Add the weights of parts that are to come."""
         self._to_come += weights
 
+    def go_on(self, spent: float) -> None:
+        """Count the `spent` seconds of a killed audit in the place of those since the start."""
+        self._start = self._clock() - spent
+
     @property
     def spent(self) -> float:
         """Seconds since the start."""
@@ -50,6 +55,25 @@ class Budget:
         share = self.forecast(weight)
         self._to_come -= weight
         return share
+
+
+class Watch:
+    """Measures what a part takes, together with what it took before its audit was killed."""
+
+    def __init__(self, journal: Journal, clock: Callable[[], float] = time.monotonic):
+        """Start; from now on every save writes the seconds until then, until `end`."""
+        self._journal, self._clock = journal, clock
+        self._start = clock() - (journal.recall("elapsed") or 0.0)
+        journal.note("elapsed", lambda: self.seconds, always=True)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the part has taken."""
+        return self._clock() - self._start
+
+    def end(self) -> None:
+        """Save the time no more."""
+        self._journal.drop("elapsed")
 
 
 class Deadline:

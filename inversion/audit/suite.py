@@ -1,5 +1,6 @@
 """The suite of a whole audit: its parts as data, their attacks' settings, and running one."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from inversion.audit.attack import attack
-from inversion.audit.budget import OF_THE_ATTACK, Deadline, Pace, SameLength
+from inversion.audit.attack import Attacked, attack
+from inversion.audit.budget import OF_THE_ATTACK, Deadline, Pace, SameLength, Watch
 from inversion.audit.certificate import certificate_of
 from inversion.audit.controls import Controls, run_controls
 from inversion.audit.inputs import Case, Sealed
@@ -17,11 +18,14 @@ from inversion.audit.report import finish_of, score
 from inversion.audit.settings import ScoringSettings
 from inversion.audit.verdict import corrected
 from inversion.layerwise.attack import target_network
+from inversion.optimise import Outcome
+from inversion.saved import SavedSeed, plain_seed, reading, seed_from
 from inversion.settings import AttackSettings, Loop, Weights
 from models.comparing import float64_norm
 from models.target import Target
 from utils.console import Reporter
 from utils.errors import InputError
+from utils.journal import FORGETFUL, Journal
 from utils.script import Interrupts
 
 
@@ -159,6 +163,8 @@ class Run:
     interrupts: Interrupts
     reporter: Reporter
     print_freq: int
+    #: Where is kept what the part has done, so that a killed audit goes on from there.
+    journal: Journal = FORGETFUL
     #: Attacks of which the strongest verdict counts.
     tests: int = len(SUITE)
 
@@ -203,6 +209,17 @@ class Done:
         """The p of its test, multiplied by the number of tests; None without one."""
         return corrected(self.verdict.get("p"), self.verdict.get("tests", 1))
 
+    @property
+    def fact(self) -> dict[str, Any]:
+        """All but the part, for a journal."""
+        return {name: value for name, value in vars(self).items() if name != "part"}
+
+    @classmethod
+    def of_fact(cls, part: Part, fact: dict[str, Any]) -> "Done":
+        """Return what a `fact` was made of; raises InputError where it is none of a part."""
+        with reading(part.name):
+            return cls(part, **fact)
+
 
 def run_part(
     part: Part, settings: AttackSettings, case: Case, sealed: Sealed, seconds: float, run: Run
@@ -213,26 +230,22 @@ def run_part(
     layerwise one after the tensor that it is at. The controls of matching then have as many
     iterations as it had; a layerwise attack that had to end so has none.
     """
-    start, case = time.perf_counter(), case.attacked_by(settings, case.target)
-    title, limit = f"{part.name}: ", Deadline(OF_THE_ATTACK * seconds, run.interrupts)
+    watch, case = Watch(run.journal), case.attacked_by(settings, case.target)
     try:
-        attacked = attack(
-            settings, case, limit, run.reporter, print_freq=run.print_freq, title=title
-        )
+        attacked, took, was_late = _attacked(part, settings, case, seconds, watch, run)
     except InputError as error:
-        return Done(part, "refused", str(error), seconds, time.perf_counter() - start)
+        return Done(part, "refused", str(error), seconds, watch.seconds)
     if attacked.failed:
         reason = "no seed had a finite loss at its start: nothing was reconstructed"
         return Done(part, "skipped", reason, seconds, attacked.seconds)
-    took = time.perf_counter() - start
     finish = finish_of(settings, case, sealed, attacked)
-    rest = Deadline(max(0.0, seconds - took), run.interrupts)
+    rest = Deadline(max(0.0, seconds - watch.seconds), run.interrupts)
     if run.interrupts.signal is not None:
         controls = Controls(missing=["the controls were not run, since it was interrupted"])
-    elif attacked.interrupted and part.method == "layerwise":
+    elif was_late and part.method == "layerwise":
         controls = Controls(missing=["the controls were not run, since its time was over"])
     else:
-        stop = SameLength(attacked.outcome.iterations, rest) if attacked.interrupted else rest
+        stop = SameLength(attacked.outcome.iterations, rest) if was_late else rest
         controls = run_controls(
             settings, case, sealed, attacked, stop, run.reporter, print_freq=run.print_freq
         )
@@ -241,14 +254,90 @@ def run_part(
     interrupted = run.interrupts.signal is not None
     return Done(
         part, "interrupted" if interrupted else "done", "interrupted" if interrupted else "",
-        seconds, took, time.perf_counter() - start - took,
-        is_limited=limit.is_late or rest.is_late or finish.doubt is not None,
+        seconds, took, watch.seconds - took,
+        is_limited=was_late or rest.is_late or finish.doubt is not None,
         scores=scores, iterations=attacked.outcome.iterations, arrived=finish.arrival.arrived,
         images=attacked.images, controls=controls.images,
         certified=None if certificate is None else
         [layer.name for layer in certificate.recovered.certified],
-        certificate=() if certificate is None else certificate.lines,
+        certificate=[] if certificate is None else certificate.lines,
     )  # fmt: skip
+
+
+def _attacked(
+    part: Part, settings: AttackSettings, case: Case, seconds: float, watch: Watch, run: Run
+) -> tuple[Attacked, float, bool]:
+    """Attack until the end or the deadline.
+
+    Once it has ended, a killed audit takes its end from the journal: there the clock decides no
+    more when that was.
+
+    Returns what it found, the seconds that it took, and whether it had to end for its time.
+    """
+    ended = run.journal.recall("attack")
+    if ended is not None and part.method == "matching":
+        with reading(part.name):
+            return _attacked_of(ended, settings, case), ended["seconds"], ended["late"]
+    left = OF_THE_ATTACK * seconds - watch.seconds
+    if ended is not None:
+        left = 0.0 if ended["late"] else math.inf
+    limit = Deadline(left, run.interrupts)
+    attacked = attack(
+        settings, case, limit, run.reporter, print_freq=run.print_freq, title=f"{part.name}: "
+    )
+    took = watch.seconds if ended is None else ended["seconds"]
+    if run.interrupts.signal is None and not attacked.failed:
+        fact = {"seconds": took, "late": limit.is_late, **_ending(attacked)}
+        run.journal.note("attack", lambda: fact)
+        run.journal.save()
+    return attacked, took, limit.is_late
+
+
+def _ending(attacked: Attacked) -> dict[str, Any]:
+    """Return how an attack by matching ended, for a journal."""
+    final = attacked.outcome.final
+    end = SavedSeed((0, final.steps), 0, None, replace(final, optimiser_state=None))
+    return {
+        "run": plain_seed(end), "rows": attacked.rows, "header": attacked.header,
+        "memory": attacked.peak_memory_mib,
+    }  # fmt: skip
+
+
+def _attacked_of(fact: dict[str, Any], settings: AttackSettings, case: Case) -> Attacked:
+    """Return the attack by matching of which `fact` holds how it ended."""
+    start = case.start(settings.first_seed)
+    run = seed_from(fact["run"], start, settings.loop.steps, "its end").run
+    assert run is not None  # it has ended
+    outcome = Outcome(run, (run,), 0, run.steps)
+    late = bool(fact["late"])
+    return Attacked(
+        outcome, case.images(run.x.to(case.device)), fact["rows"], fact["header"], [],
+        fact["seconds"], fact["memory"], interrupted=late,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Says how many iterations of matching fit into how many seconds."""
+
+    steps: int
+    seconds: float
+
+
+def plan_of(part: Part, case: Case, seconds: float, most: int, journal: Journal) -> Plan:
+    """Return how many iterations of a part fit into `seconds`, less what measuring takes.
+
+    A killed audit takes it from the journal.
+    """
+    if (fact := journal.recall("plan")) is not None:
+        with reading(part.name):
+            return Plan(**fact)
+    start = time.perf_counter()
+    pace = pace_of(case)  # anew: the machine may be busier than when it was planned
+    seconds -= time.perf_counter() - start
+    plan = Plan(pace.iterations(seconds, most), seconds)
+    journal.note("plan", lambda: vars(plan))
+    return plan
 
 
 def run_matching(
@@ -259,13 +348,10 @@ def run_matching(
     fewest: iterations that are planned even if the machine has become slower; one that its time
     ends before them is limited by it.
     """
-    start = time.perf_counter()
-    pace = pace_of(case)  # anew: the machine may be busier than when it was planned
-    seconds -= time.perf_counter() - start
-    steps = pace.iterations(seconds, part.most)
-    if steps < FEWEST_ITERATIONS:
+    plan = plan_of(part, case, seconds, part.most, run.journal)
+    if plan.steps < FEWEST_ITERATIONS:
         reason = f"not {FEWEST_ITERATIONS} iterations fit into its time"
-        return Done(part, "skipped", reason, seconds, is_limited=True)
-    steps = max(steps, min(fewest, part.most))
+        return Done(part, "skipped", reason, plan.seconds, is_limited=True)
+    steps = max(plan.steps, min(fewest, part.most))
     settings = matching_settings(case.target, steps, seed, resists_noise=part.resists_noise)
-    return run_part(part, settings, case, sealed, seconds, run)
+    return run_part(part, settings, case, sealed, plan.seconds, run)
