@@ -9,6 +9,7 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 import sys
 
 from inversion.audit.flags import parser
+from inversion.audit.resuming import check_resumable
 from inversion.audit.settings import Settings, refuse_processes, settings_from
 from inversion.audit.suite_settings import suite_settings_from
 from utils.flags import process_settings
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
 
         return run_audit(suite)
     settings = settings_from(args)
+    check_resumable(settings.record)
     if settings.sweep is not None:
         return sweep(settings)
     from utils.launch import group_from, launch
@@ -54,10 +56,13 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     from inversion.audit.inputs import load_inputs
     from inversion.audit.plan import estimate, plan
     from inversion.audit.report import label_lines, notes
+    from inversion.audit.resuming import running
     from inversion.audit.threat import threat_model
     from utils.console import Reporter, Silent, setting_lines
+    from utils.errors import InputError
 
     settings = settings_from(parser().parse_args(argv))
+    asked = settings.record
     reporter = Reporter() if processes.is_main else Silent()
     search = None
     if settings.search is not None:
@@ -79,36 +84,42 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     if settings.dry_run:
         reporter.say(estimate(settings, case))
         return 0
-    with Interrupts() as interrupts:
-        return audit(settings, case, sealed, search, interrupts, reporter)
+    with (
+        Interrupts() as interrupts,
+        running(settings.folder, asked, argv, reporter, processes=processes) as run,
+    ):
+        try:
+            return audit(settings, case, sealed, search, run, interrupts, reporter)
+        except InputError:
+            run.end()
+            raise
+        except Exception:
+            run.pause(reporter)
+            raise
 
 
-def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, reporter) -> int:
+def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts, reporter) -> int:
     """Attack, score, write; then the controls, scores and files again; return the exit code.
 
     case: what the attacker has. sealed: what only scoring has, None where nothing is scored.
-    search: what a search found, None without one.
+    search: what a search found, None without one. run: the run's folder and journal (a `Running`).
     """
     from inversion.audit.attack import attack, outcome_lines
     from inversion.audit.certificate import certificate_of
     from inversion.audit.controls import NOT_RUN, controls_wanted, run_controls
     from inversion.audit.report import Report, finish_of, information_entry, say_end, score
     from utils.errors import FaultError
-    from utils.files import claim_folder
 
-    folder, report, information, finish = None, None, None, None
-    if case.processes.is_main:
-        folder = claim_folder(settings.folder)
-        reporter.log_to(folder / "log.txt")
-        reporter.say(f"results: {folder}")
+    report, information, finish = None, None, None
     if settings.scoring.information:
         information, text = information_entry(case, sealed)
         reporter.say(text)
-    if folder is not None:
-        report = Report(folder, settings, case, sealed, information, search)
+    if case.processes.is_main:
+        report = Report(run.folder, settings, case, sealed, information, search)
     attacked = attack(
         settings.attack, case, interrupts, reporter, print_freq=settings.print_freq,
         save_consensus=None if report is None else report.save_consensus,
+        journal=run.journal.under("attack"),
     )  # fmt: skip
     seen = sealed if settings.scoring.metric else None
     certificate = certificate_of(case, attacked.recovered, seen)
@@ -125,16 +136,21 @@ def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, repo
     if finish is not None and controls_wanted(settings.scoring, case, attacked, reporter):
         controls = run_controls(
             settings.attack, case, sealed, attacked, interrupts, reporter,
-            print_freq=settings.print_freq,
+            print_freq=settings.print_freq, journal=run.journal.under("controls"),
         )  # fmt: skip
         if report is not None:
             scores, text = score(settings.scoring, case, sealed, attacked, finish, controls)
             report.write_controls(attacked, scores, controls, certificate)
     if report is not None:
-        say_end(reporter, attacked, finish, text, controls, folder)
+        say_end(reporter, attacked, finish, text, controls, run.folder)
     if attacked.failed:
+        run.end()
         raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
-    return 128 + interrupts.signal if interrupts.signal is not None else 0
+    if interrupts.signal is not None:
+        run.pause(reporter)
+        return 128 + interrupts.signal
+    run.end()
+    return 0
 
 
 if __name__ == "__main__":

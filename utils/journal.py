@@ -300,7 +300,7 @@ def read_manifest(path: Path) -> dict[str, Entry]:
     damaged = InputError(f"{path}: damaged: no manifest of a saved run; start the run anew")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        facts = content["facts"] if content["format"] == MANIFEST_FORMAT else None
+        facts: Any = content["facts"] if content["format"] == MANIFEST_FORMAT else None
         entries = {str(name): Entry(**entry) for name, entry in facts.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from inversion.objective import Losses
 from inversion.optimise import Outcome, Reconstruction, lowest
 from inversion.pixel_gradient import PIXEL_GRADIENTS
 from inversion.restarts import Restarts, noise_generator
+from inversion.saved import reading
 from inversion.settings import AttackSettings
 from inversion.strategies import STRATEGIES
 from utils.console import Progress, Reporter
 from utils.device import peak_memory_mib
 from utils.errors import InputError
+from utils.journal import FORGETFUL, Journal, ReadOnly
 from utils.script import Stop
 from utils.shard import ALONE, Shard
 
@@ -47,6 +50,35 @@ class Recorder:
     rows: list = field(default_factory=list)
     #: What every round of MLCO chose.
     rounds: list[dict] = field(default_factory=list)
+    #: Where rows, rounds and the time are saved.
+    journal: Journal = FORGETFUL
+
+    def go_on(self) -> None:
+        """Take rows, rounds and time from where a killed run had saved them, and save them on."""
+        settings, saved = self.settings, self.journal.recall("progress")
+        with reading("the progress"):
+            for name in [*settings.seeds, CONSENSUS]:
+                rows = self.journal.recall(f"rows-{name}") or []
+                self.rows += [list(row) for row in rows if len(row) == len(self.header)]
+            self.rounds += [dict(entry) for entry in self.journal.recall("rounds") or []]
+            if saved is not None:
+                self.progress.done = int(saved["done"])
+                self.progress.start -= float(saved["seconds"])
+        self.journal.note("progress", self._progress, always=True)
+
+    def end(self) -> float:
+        """Return the seconds that the attack took, those before a kill included."""
+        now = self._progress()
+        self.journal.note("progress", lambda: now)
+        return now["seconds"]
+
+    def _progress(self) -> dict:
+        return {
+            "done": self.progress.done, "seconds": time.perf_counter() - self.progress.start,
+        }  # fmt: skip
+
+    def _rows_of(self, name: str | int) -> list:
+        return [row for row in self.rows if row[0] == name]
 
     @property
     def header(self) -> list[str]:
@@ -63,6 +95,7 @@ class Recorder:
         if step % max(1, steps // RECORDED_STEPS) == 0 or step == steps - 1:
             terms = [losses.terms.get(term, "") for term in settings.prior_names]
             self.rows.append([name, step, rate, losses.total, losses.gradient, *terms])
+        self.journal.note(f"rows-{name}", partial(self._rows_of, name), order=step + 1)
         return self.interrupts.should_stop
 
     def on_round(self, done: int, combination: Combination) -> None:
@@ -85,6 +118,8 @@ class Recorder:
                 "image_gradients": combination.image_gradients,
             }
         )
+        rounds = list(self.rounds)
+        self.journal.note("rounds", lambda: rounds, order=len(rounds))
 
 
 def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outcome:
@@ -101,6 +136,7 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
         on_step=recorder.on_step,
         on_round=recorder.on_round,
         should_stop=lambda: objective.batch_shard.any(recorder.interrupts.should_stop),
+        journal=recorder.journal,
     )
     pixel_gradient = PIXEL_GRADIENTS[settings.pixel_gradient]
     return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
@@ -153,6 +189,7 @@ def attack(
     print_freq: int,
     title: str = "",
     save_consensus: Callable[[int, Tensor], None] | None = None,
+    journal: Journal = FORGETFUL,
 ) -> Attacked:
     """Run an attack from its settings to its images, and report its progress.
 
@@ -160,25 +197,30 @@ def attack(
     the images; an interruption of solving leaves what was recovered until then.
 
     print_freq: iterations between two progress lines, each of which begins with `title`.
-    save_consensus(iterations, x): called with every consensus.
+    save_consensus(iterations, x): called with every consensus. journal: where the attack is saved
+    on its way and when it is interrupted, and from where a killed one goes on.
     """
     if settings.method != "matching":
-        attacked, why = _solve(case, interrupts, reporter, title, settings.max_memory)
+        attacked, why = _solve(case, interrupts, reporter, title, settings.max_memory, journal)
         enough = settings.method == "layerwise" or not why
         if attacked is not None and (enough or attacked.interrupted):
             return attacked
         if settings.method == "layerwise":
             raise InputError(f"--attack layerwise: {why}; give --attack matching")
         reporter.say(f"{title}matching, since solving layer by layer does not do: {why}")
-    start = time.perf_counter()
+    if settings.shared == "batch" and not case.processes.is_main:
+        journal = ReadOnly(journal)  # all compute the same batch, and the first one saves it
     total = settings.total_iterations(own_seeds(settings, case.processes))
     progress = Progress(total, print_freq, reporter)
-    recorder = Recorder(settings, progress, interrupts, save_consensus, title)
+    recorder = Recorder(settings, progress, interrupts, save_consensus, title, journal=journal)
+    recorder.go_on()
     try:
         outcome = run_attack(settings, case, recorder)
     finally:
         progress.close()
-    seconds = time.perf_counter() - start
+    seconds = recorder.end()
+    if asked_to_stop(case, interrupts):
+        journal.save()
     rows = recorder.rows
     if settings.shared == "seeds":
         rows = _all_rows(rows, case.processes)
@@ -195,7 +237,7 @@ def attack(
 
 
 def _solve(
-    case: Case, interrupts: Stop, reporter: Reporter, title: str, max_memory: int
+    case: Case, interrupts: Stop, reporter: Reporter, title: str, max_memory: int, journal: Journal
 ) -> tuple[Attacked | None, str]:
     """Solve the gradient layer by layer; return what it gave, and why that is not enough, or "".
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ STATE_FORMAT = 1
 STATE, RUN_FILE = "state", "run.json"
 #: Flags that may change when a run goes on: what they decide is where and how fast it computes,
 #: what it prints, and where results go. Names as in `vars(args)`.
-SAFE = frozenset(
-    "resume save_every print_freq id root nproc gpu multiprocessing_distributed world_size rank "
-    "dist_url dist_backend workers shard offload_seeds dry_run traceback detect_anomaly verbose "
-    "sweep_workers max_concurrent cpus_per_trial ngpus_per_trial ray_address search_resume".split()
-)
+SAFE = frozenset({
+    "resume", "save_every", "print_freq", "id", "root", "nproc", "gpu",
+    "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "workers",
+    "shard", "offload_seeds", "dry_run", "traceback", "detect_anomaly", "verbose",
+    "sweep_workers", "max_concurrent", "cpus_per_trial", "ngpus_per_trial", "ray_address",
+    "search_resume",
+})  # fmt: skip
 #: Flags that name files of which the content decides; the file may have moved.
 FILES = ("checkpoint", "truth", "labels", "model", "lpips_weights", "simulation_checkpoint")
 
@@ -140,15 +142,18 @@ class Running:
     command: str
     #: Whether it goes on with a saved state.
     resumed: bool
+    #: Whether this is the process that removes the state.
+    is_main: bool = True
 
-    def say_how_to_go_on(self, reporter: Reporter) -> None:
-        """Print the command by which the run goes on, where it is saved."""
-        if self.every:
+    def pause(self, reporter: Reporter) -> None:
+        """Save what there is, and print the command by which the run goes on."""
+        self.journal.save()
+        if self.every and (self.folder / STATE).is_dir():
             reporter.say(f"go on with it by:\n  {self.command}")
 
     def end(self) -> None:
-        """Remove the state of a run that has ended whole. One process calls it."""
-        if self.every:
+        """Remove the state: the run has ended, and nothing is left to go on with."""
+        if self.every and self.is_main:
             remove(self.folder / STATE)
 
 
@@ -184,7 +189,8 @@ def running(
         if refusal is not None:
             raise refusal
         assert path is not None  # the first process has made it
-        run = Running(path, FORGETFUL, 0.0, _command(argv, path), resume is not None)
+        main = processes.is_main
+        run = Running(path, FORGETFUL, 0.0, _command(argv, path), resume is not None, main)
         if processes.is_main:
             reporter.log_to(path / "log.txt")
             reporter.say(f"results: {path}")
@@ -193,7 +199,7 @@ def running(
             every = 0.0
         if every:
             journal = FolderJournal.opened(path / STATE, every, reporter.say, processes.rank)
-            run = Running(path, journal, every, run.command, run.resumed)
+            run = replace(run, journal=journal, every=every)
             if run.resumed:
                 reporter.say(f"going on with what is saved in {path / STATE}")
             else:
