@@ -24,13 +24,14 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.audit:
         suite = suite_settings_from(args, argv)
+        check_resumable(suite.record)
         from inversion.audit.suite_run import run_audit
 
         return run_audit(suite)
     settings = settings_from(args)
     check_resumable(settings.record)
     if settings.sweep is not None:
-        return sweep(settings)
+        return sweep(settings, argv)
     from utils.launch import group_from, launch
 
     group = group_from(process_settings(args))
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     return launch(work, argv, group)
 
 
-def sweep(settings: Settings) -> int:
+def sweep(settings: Settings, argv: list[str]) -> int:
     """Simulate the checkpoint's client with one setting changed, and attack each; exit code."""
     from functools import partial
 
@@ -48,7 +49,7 @@ def sweep(settings: Settings) -> int:
 
     with naming(f"--checkpoint {settings.inputs.checkpoint}"):
         base = base_flags(client_record(settings.inputs), settings.inputs.model)
-    return run_sweep(settings, partial(simulate, base))
+    return run_sweep(settings, argv, partial(simulate, base))
 
 
 def work(argv: list[str], processes, local_rank: int) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from inversion.audit import positive, subject, suite, suite_report, suite_run, suite_settings
-from inversion.audit.budget import Budget, Deadline, Pace, SameLength
+from inversion.audit.budget import Budget, Deadline, Pace
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
 from inversion.audit.suite import Done, Part, Run
@@ -30,6 +30,7 @@ from tests.support import call, capture_photos, photos, succeed, target_of
 from utils.console import Silent
 from utils.errors import InputError
 from utils.flags import duration_from
+from utils.journal import FORGETFUL
 from utils.metrics import label_accuracy
 from utils.script import Interrupts
 
@@ -88,17 +89,6 @@ def test_a_deadline_counts_only_where_the_work_asked():
         assert not interrupted.is_late
 
 
-def test_controls_of_an_attack_that_had_to_end_are_as_long():
-    with Interrupts() as interrupts:
-        length = SameLength(3, interrupts)
-        asked = [length.should_stop for _ in range(7)]
-        assert asked == [False, False, True, False, False, True, False]
-        assert not length.stopped  # each was as long as it should be
-        os.kill(os.getpid(), signal.SIGINT)
-        assert length.should_stop
-        assert length.stopped
-
-
 def test_iterations_that_fit_with_their_controls():
     pace = Pace(attack=0.2, prior=0.1)
     assert pace.iterations(10, 10_000) == 14  # 70 % of 10 s at 0.5 s
@@ -117,7 +107,8 @@ def test_the_longest_matching_has_no_fewer_iterations_than_the_positive_control(
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8))
     case = argparse.Namespace(target=target_of(model, *photos(2, 16)))
     for fewest in (0, 5, 500, 10**6):
-        suite.run_matching(suite.SUITE[-1], case, None, 10, 0, None, fewest)
+        run = Run(None, None, Silent(), 1)
+        suite.run_matching(suite.SUITE[-1], case, None, 10, 0, run, fewest)
     fitting = Pace(0.1, 0.1).iterations(10, 10**6)
     assert planned[0] == pytest.approx(fitting, abs=1)  # less what measuring took
     assert planned == [planned[0], planned[0], 500, suite.SUITE[-1].most]
@@ -477,7 +468,7 @@ def test_nothing_is_matched_once_layerwise_has_shown_a_reconstruction():
         refused = {}
 
     with Interrupts() as interrupts:
-        audit = suite_run.Audit(None, [], budget, Silent(), interrupts, None, {})
+        audit = suite_run.Audit(None, [], budget, Silent(), interrupts, None, FORGETFUL, {})
         found = suite_run.run_one(audit, Loaded(), suite.SUITE[1], [shown])
     assert (found.status, found.reason) == ("skipped", "already shown by layerwise")
     assert budget.forecast(3) == 100

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from inversion.audit.attack import Attacked, attack
-from inversion.audit.budget import OF_THE_ATTACK, Deadline, Pace, SameLength, Watch
+from inversion.audit.budget import ELAPSED, OF_THE_ATTACK, Deadline, Pace, Watch
 from inversion.audit.certificate import certificate_of
 from inversion.audit.controls import Controls, run_controls
 from inversion.audit.inputs import Case, Sealed
@@ -155,6 +155,11 @@ def pace_of(case: Case) -> Pace:
 # One part ----------------------------------------------------------------------------------
 
 
+#: Names under which a part's journal holds what fits into its time, how its attack ended, and,
+#: in the place of both, what it found.
+PLAN, END, DONE = "plan", "attack", "done"
+
+
 @dataclass(frozen=True)
 class Run:
     """Says with what a part is run, whichever it is."""
@@ -221,6 +226,14 @@ class Done:
             return cls(part, **fact)
 
 
+def keep(fact: dict[str, Any], journal: Journal) -> None:
+    """Save what a part found, in the place of all that it had noted on its way."""
+    for name in (PLAN, END, ELAPSED):
+        journal.drop(name)
+    journal.note(DONE, lambda: fact)
+    journal.save()
+
+
 def run_part(
     part: Part, settings: AttackSettings, case: Case, sealed: Sealed, seconds: float, run: Run
 ) -> Done:
@@ -245,10 +258,13 @@ def run_part(
     elif was_late and part.method == "layerwise":
         controls = Controls(missing=["the controls were not run, since its time was over"])
     else:
-        stop = SameLength(attacked.outcome.iterations, rest) if was_late else rest
+        if was_late:
+            until = attacked.outcome.iterations
+            settings = replace(settings, loop=replace(settings.loop, until=until))
         controls = run_controls(
-            settings, case, sealed, attacked, stop, run.reporter, print_freq=run.print_freq
-        )
+            settings, case, sealed, attacked, rest, run.reporter, print_freq=run.print_freq,
+            journal=run.journal.under("controls"),
+        )  # fmt: skip
     scores, _ = score(run.scoring, case, sealed, attacked, finish, controls, tests=run.tests)
     certificate = certificate_of(case, attacked.recovered, sealed)
     interrupted = run.interrupts.signal is not None
@@ -274,7 +290,7 @@ def _attacked(
 
     Returns what it found, the seconds that it took, and whether it had to end for its time.
     """
-    ended = run.journal.recall("attack")
+    ended = run.journal.recall(END)
     if ended is not None and part.method == "matching":
         with reading(part.name):
             return _attacked_of(ended, settings, case), ended["seconds"], ended["late"]
@@ -283,12 +299,13 @@ def _attacked(
         left = 0.0 if ended["late"] else math.inf
     limit = Deadline(left, run.interrupts)
     attacked = attack(
-        settings, case, limit, run.reporter, print_freq=run.print_freq, title=f"{part.name}: "
-    )
+        settings, case, limit, run.reporter, print_freq=run.print_freq, title=f"{part.name}: ",
+        journal=run.journal.under("attack"),
+    )  # fmt: skip
     took = watch.seconds if ended is None else ended["seconds"]
     if run.interrupts.signal is None and not attacked.failed:
         fact = {"seconds": took, "late": limit.is_late, **_ending(attacked)}
-        run.journal.note("attack", lambda: fact)
+        run.journal.note(END, lambda: fact)
         run.journal.save()
     return attacked, took, limit.is_late
 
@@ -299,7 +316,6 @@ def _ending(attacked: Attacked) -> dict[str, Any]:
     end = SavedSeed((0, final.steps), 0, None, replace(final, optimiser_state=None))
     return {
         "run": plain_seed(end), "rows": attacked.rows, "header": attacked.header,
-        "memory": attacked.peak_memory_mib,
     }  # fmt: skip
 
 
@@ -312,7 +328,7 @@ def _attacked_of(fact: dict[str, Any], settings: AttackSettings, case: Case) -> 
     late = bool(fact["late"])
     return Attacked(
         outcome, case.images(run.x.to(case.device)), fact["rows"], fact["header"], [],
-        fact["seconds"], fact["memory"], interrupted=late,
+        fact["seconds"], 0.0, interrupted=late,
     )  # fmt: skip
 
 
@@ -329,14 +345,14 @@ def plan_of(part: Part, case: Case, seconds: float, most: int, journal: Journal)
 
     A killed audit takes it from the journal.
     """
-    if (fact := journal.recall("plan")) is not None:
+    if (fact := journal.recall(PLAN)) is not None:
         with reading(part.name):
             return Plan(**fact)
     start = time.perf_counter()
     pace = pace_of(case)  # anew: the machine may be busier than when it was planned
     seconds -= time.perf_counter() - start
     plan = Plan(pace.iterations(seconds, most), seconds)
-    journal.note("plan", lambda: vars(plan))
+    journal.note(PLAN, lambda: vars(plan))
     return plan
 
 

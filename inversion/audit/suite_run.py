@@ -12,12 +12,14 @@ from inversion.audit.positive import Positive, positive_control
 from inversion.audit.resuming import running
 from inversion.audit.subject import LabelFinding, Subject, label_finding, load_subjects
 from inversion.audit.suite import (
+    DONE,
     FEWEST_ITERATIONS,
     POSITIVE_WEIGHT,
     SUITE,
     Done,
     Part,
     Run,
+    keep,
     part_settings,
     run_matching,
     run_part,
@@ -87,33 +89,46 @@ def run_audit(settings: SuiteSettings) -> int:
     if settings.dry_run:
         return 0
     where = settings.folder, settings.record, settings.argv
-    with running(*where, reporter) as running_, Interrupts() as interrupts:
-        journal = running_.journal
-        begun = journal.recall("begun") or {
-            "created": created.isoformat(timespec="seconds"), "command": settings.command
-        }  # fmt: skip
-        journal.note("begun", lambda: begun)
-        journal.note("spent", lambda: budget.spent, always=True)
-        if (spent := journal.recall("spent")) is not None:
-            budget.go_on(spent)
-        frame = {
-            "format": AUDIT_FORMAT, **begun, "versions": versions(), "git": git_revision(),
-            "budget_seconds": settings.budget,
-        }  # fmt: skip
-        folder = running_.folder
-        audit = Audit(settings, subjects, budget, reporter, interrupts, folder, journal, frame)
-        audit.positive = control(audit)
-        for subject in subjects:
-            examine(audit, subject)
-        whole = write(audit)
-        reporter.say(f"written to {folder}")
+    with running(*where, reporter) as run, Interrupts() as interrupts:
+        frame = go_on(run.journal, budget, settings, created)
+        audit = Audit(
+            settings, subjects, budget, reporter, interrupts, run.folder, run.journal, frame
+        )
+        try:
+            audit.positive = control(audit)
+            for subject in subjects:
+                examine(audit, subject)
+            whole = write(audit)
+        except Exception:
+            run.pause(reporter)
+            raise
+        reporter.say(f"written to {run.folder}")
         reporter.say(whole["sentence"])
         if interrupts.signal is not None:
-            journal.save()
-            running_.say_how_to_go_on(reporter)
+            run.pause(reporter)
             return 128 + interrupts.signal
-        running_.end()
+        run.end()
     return 0
+
+
+def go_on(
+    journal: Journal, budget: Budget, settings: SuiteSettings, created: datetime.datetime
+) -> dict[str, Any]:
+    """Take from the journal when and how the audit began and the time that it has spent.
+
+    Both are saved from now on. Returns what audit.json begins with.
+    """
+    if (spent := journal.recall("spent")) is not None:
+        budget.go_on(spent)
+    journal.note("spent", lambda: budget.spent, always=True)
+    begun = journal.recall("begun") or {
+        "created": created.isoformat(timespec="seconds"), "command": settings.command
+    }  # fmt: skip
+    journal.note("begun", lambda: begun)
+    return {
+        "format": AUDIT_FORMAT, **begun, "versions": versions(), "git": git_revision(),
+        "budget_seconds": settings.budget,
+    }  # fmt: skip
 
 
 # The plan ----------------------------------------------------------------------------------
@@ -149,19 +164,18 @@ def plan(subjects: Sequence[Subject], budget: Budget) -> str:
 def control(audit: Audit) -> Positive:
     """Run the positive control and say how it ended."""
     journal = audit.journal.under(POSITIVE_PART.name)
+    goal = planned_iterations(audit.subjects, audit.budget)
     seconds = audit.budget.share(POSITIVE_WEIGHT)
-    if (fact := journal.recall("done")) is not None:
+    if (fact := journal.recall(DONE)) is not None:
         positive = Positive.of_fact(fact)
     else:
         first = audit.subjects[0]
         positive = positive_control(
-            first.case.target.image_shape, planned_iterations(audit.subjects, audit.budget),
-            seconds, audit.settings.first_seed, first.case.device, first.sealed,
-            audit.run_of(first, journal),
+            first.case.target.image_shape, goal, seconds, audit.settings.first_seed,
+            first.case.device, first.sealed, audit.run_of(first, journal),
         )  # fmt: skip
         if audit.interrupts.signal is None:
-            journal.note("done", lambda: positive.fact)
-            journal.save()
+            keep(positive.fact, journal)
     if positive.done is not None:
         audit.reporter.say("\n".join(part_lines(positive.done)))
     passed = "passed" if positive.passed else "FAILED"
@@ -205,7 +219,7 @@ def run_one(audit: Audit, subject: Subject, part: Part, before: Sequence[Done]) 
         return Done(part, "refused", subject.refused[part.name])
     seconds = audit.budget.share(part.weight)
     journal = audit.journal.under(f"checkpoint-{len(audit.entries)}/{part.name}")
-    if (fact := journal.recall("done")) is not None:
+    if (fact := journal.recall(DONE)) is not None:
         return Done.of_fact(part, fact)
     if audit.interrupts.signal is not None:
         return Done(part, "skipped", "the audit was interrupted")
@@ -216,8 +230,7 @@ def run_one(audit: Audit, subject: Subject, part: Part, before: Sequence[Done]) 
     fewest = audit.positive.iterations if part is SUITE[-1] else 0
     done = attacked(part, subject, seconds, seed, run, fewest)
     if audit.interrupts.signal is None:
-        journal.note("done", lambda: done.fact)
-        journal.save()
+        keep(done.fact, journal)
     return done
 
 

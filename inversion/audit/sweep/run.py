@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inversion.audit.resuming import Running, running
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.sweep.job import Simulate, decoys_per_image
 from inversion.audit.sweep.picture import Panel, save_sweeps
@@ -22,7 +23,7 @@ from models import checkpoint as checkpoints
 from utils.console import Reporter, duration, setting_lines
 from utils.device import choose_device, device_name
 from utils.errors import InputError, naming
-from utils.files import claim_folder, null_if_nan, write_csv, write_json
+from utils.files import null_if_nan, write_csv, write_json
 from utils.journal import Journal
 from utils.pictures import save_panels
 from utils.script import Interrupts, git_revision, versions
@@ -48,41 +49,63 @@ def client_record(inputs: InputSettings) -> dict:
     return record if isinstance(record, dict) and "format" in source else {}
 
 
-def run_sweep(settings: Settings, simulate: Simulate) -> int:
-    """Simulate and attack a client per value and repeat, report, write; return the exit code."""
+def run_sweep(settings: Settings, argv: Sequence[str], simulate: Simulate) -> int:
+    """Simulate and attack a client per value and repeat, report, write; return the exit code.
+
+    argv: the command line, which is printed where the sweep can go on.
+    """
     sweep, reporter = settings.sweep, Reporter()
     assert sweep is not None  # the caller has asked
     for line in _opening(settings, sweep, simulate):
         reporter.say(line)
-    jobs = [Job(value, repeat) for value in sweep.values for repeat in range(sweep.repeats)]
     if settings.dry_run:
         return 0
-    folder = claim_folder(settings.folder)
-    reporter.log_to(folder / "log.txt")
-    reporter.say("settings\n" + setting_lines(settings.record))
-    reporter.say(f"results: {folder}")
-    known = recalled(jobs, journal)
+    with running(settings.folder, settings.record, argv, reporter) as run:
+        reporter.say("settings\n" + setting_lines(settings.record))
+        with Interrupts() as interrupts:
+            try:
+                _attack_all(settings, sweep, simulate, run, interrupts, reporter)
+            except Exception:
+                run.pause(reporter)
+                raise
+            if interrupts.signal is not None:
+                run.pause(reporter)
+                return 128 + interrupts.signal
+        run.end()
+    return 0
+
+
+def _attack_all(
+    settings: Settings,
+    sweep: SweepSettings,
+    simulate: Simulate,
+    run: Running,
+    interrupts: Interrupts,
+    reporter: Reporter,
+) -> None:
+    """Attack every client that was not attacked before, and write what all of them gave."""
+    jobs = [Job(value, repeat) for value in sweep.values for repeat in range(sweep.repeats)]
+    known = recalled(jobs, run.journal)
     results, missing = dict(known), [job for job in jobs if job not in known]
     if known:
-        reporter.say(f"{len(known)} of {len(jobs)} clients were done before")
+        reporter.say(f"{len(known)} of {len(jobs)} clients were attacked before")
     start = time.perf_counter()
 
     def on_result(result: Result) -> None:
         results[result.job] = result
-        keep(result, jobs, journal)
+        keep(result, jobs, run.journal)
         seconds = (time.perf_counter() - start) / (len(results) - len(known))
         reporter.say(_progress(sweep, result.row, len(results), len(jobs), seconds))
 
-    with Interrupts() as interrupts, _clients_folder(folder, sweep) as clients:
+    with _clients_folder(run.folder, sweep) as clients:
         try:
             run_jobs(settings, simulate, missing, clients, interrupts, on_result)
         finally:  # whatever ended it, what is done stays
-            interrupted = interrupts.signal is not None
             done = [results[job] for job in jobs if job in results]
-            _finish(settings, sweep, done, folder, reporter, interrupted=interrupted)
-            seconds = time.perf_counter() - start
-            reporter.say(f"{len(results)} of {len(jobs)} clients in {duration(seconds)}; {folder}")
-    return 128 + interrupts.signal if interrupts.signal is not None else 0
+            interrupted = interrupts.signal is not None
+            _finish(settings, sweep, done, run.folder, reporter, interrupted=interrupted)
+            seconds = duration(time.perf_counter() - start)
+            reporter.say(f"{len(results)} of {len(jobs)} clients in {seconds}; {run.folder}")
 
 
 def _opening(settings: Settings, sweep: SweepSettings, simulate: Simulate) -> list[str]:

@@ -39,7 +39,7 @@ def run_jobs(
     thread each. Raises FaultError where one of them was ended from outside.
     """
     assert settings.sweep is not None  # it has jobs
-    if settings.sweep.workers == 1:
+    if settings.sweep.workers == 1 or not jobs:
         for job in jobs:
             result = run_job(settings, simulate, job, folder, interrupts)
             if result is None:
