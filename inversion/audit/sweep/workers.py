@@ -42,9 +42,10 @@ def run_jobs(
     if settings.sweep.workers == 1 or not jobs:
         for job in jobs:
             result = run_job(settings, simulate, job, folder, interrupts)
-            if result is None:
+            if result is not None:
+                on_result(result)
+            if interrupts.signal is not None:
                 return
-            on_result(result)
         return
     context = get_context("spawn")
     stop = context.Event()
