@@ -7,6 +7,7 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 """
 
 import sys
+from contextlib import nullcontext
 
 from inversion.audit.flags import parser
 from inversion.audit.resuming import check_resumable
@@ -54,25 +55,40 @@ def sweep(settings: Settings, argv: list[str]) -> int:
 
 def work(argv: list[str], processes, local_rank: int) -> int:
     """Attack in one of the `processes` (a Shard); the first one reports and writes."""
+    from inversion.audit.resuming import running
+    from utils.console import Reporter, Silent
+
+    settings = settings_from(parser().parse_args(argv))
+    reporter = Reporter() if processes.is_main else Silent()
+    folder = running(settings.folder, settings.record, argv, reporter, processes=processes)
+    if settings.search is None:
+        return attack(settings, None, folder, reporter, processes, local_rank)
+    from inversion.audit.searching import prepare_search, run_search
+
+    prepared = prepare_search(settings, reporter)
+    if settings.dry_run:
+        return 0
+    if settings.search.only:
+        run_search(settings, prepared, reporter)
+        return 0
+    with folder as run:
+        with run.paused_by_errors(reporter):
+            search = run_search(settings, prepared, reporter, run.journal)
+        settings = settings.with_values(search["best"])
+        return attack(settings, search, nullcontext(run), reporter, processes, local_rank)
+
+
+def attack(settings: Settings, search, folder, reporter, processes, local_rank: int) -> int:
+    """Read the checkpoint, say what will be done, and do it in the run's folder; exit code.
+
+    search: what a search found, None without one. folder: a context manager that opens the run.
+    """
     from inversion.audit.inputs import load_inputs
     from inversion.audit.plan import estimate, plan
     from inversion.audit.report import label_lines, notes
-    from inversion.audit.resuming import running
     from inversion.audit.threat import threat_model
-    from utils.console import Reporter, Silent, setting_lines
-    from utils.errors import InputError
+    from utils.console import setting_lines
 
-    settings = settings_from(parser().parse_args(argv))
-    asked = settings.record
-    reporter = Reporter() if processes.is_main else Silent()
-    search = None
-    if settings.search is not None:
-        from inversion.audit.searching import run_search
-
-        search = run_search(settings, reporter)
-        if search is None or settings.search.only:
-            return 0
-        settings = settings.with_values(search["best"])
     case, sealed = load_inputs(settings, reporter, processes, local_rank)
     reporter.say("settings\n" + setting_lines(settings.record))
     for line in [
@@ -85,18 +101,8 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     if settings.dry_run:
         reporter.say(estimate(settings, case))
         return 0
-    with (
-        Interrupts() as interrupts,
-        running(settings.folder, asked, argv, reporter, processes=processes) as run,
-    ):
-        try:
-            return audit(settings, case, sealed, search, run, interrupts, reporter)
-        except InputError:
-            run.end()
-            raise
-        except Exception:
-            run.pause(reporter)
-            raise
+    with Interrupts() as interrupts, folder as run, run.paused_by_errors(reporter):
+        return audit(settings, case, sealed, search, run, interrupts, reporter)
 
 
 def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts, reporter) -> int:

@@ -89,19 +89,19 @@ def run_audit(settings: SuiteSettings) -> int:
     if settings.dry_run:
         return 0
     where = settings.folder, settings.record, settings.argv
-    with running(*where, reporter) as run, Interrupts() as interrupts:
+    with (
+        running(*where, reporter) as run,
+        run.paused_by_errors(reporter),
+        Interrupts() as interrupts,
+    ):
         frame = go_on(run.journal, budget, settings, created)
         audit = Audit(
             settings, subjects, budget, reporter, interrupts, run.folder, run.journal, frame
         )
-        try:
-            audit.positive = control(audit)
-            for subject in subjects:
-                examine(audit, subject)
-            whole = write(audit)
-        except Exception:
-            run.pause(reporter)
-            raise
+        audit.positive = control(audit)
+        for subject in subjects:
+            examine(audit, subject)
+        whole = write(audit)
         reporter.say(f"written to {run.folder}")
         reporter.say(whole["sentence"])
         if interrupts.signal is not None:

@@ -60,17 +60,16 @@ def run_sweep(settings: Settings, argv: Sequence[str], simulate: Simulate) -> in
         reporter.say(line)
     if settings.dry_run:
         return 0
-    with running(settings.folder, settings.record, argv, reporter) as run:
+    with (
+        running(settings.folder, settings.record, argv, reporter) as run,
+        run.paused_by_errors(reporter),
+        Interrupts() as interrupts,
+    ):
         reporter.say("settings\n" + setting_lines(settings.record))
-        with Interrupts() as interrupts:
-            try:
-                _attack_all(settings, sweep, simulate, run, interrupts, reporter)
-            except Exception:
-                run.pause(reporter)
-                raise
-            if interrupts.signal is not None:
-                run.pause(reporter)
-                return 128 + interrupts.signal
+        _attack_all(settings, sweep, simulate, run, interrupts, reporter)
+        if interrupts.signal is not None:
+            run.pause(reporter)
+            return 128 + interrupts.signal
         run.end()
     return 0
 
