@@ -9,8 +9,8 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 import sys
 from contextlib import nullcontext
 
+from inversion.audit.beginning import check_resumable
 from inversion.audit.flags import parser
-from inversion.audit.resuming import check_resumable
 from inversion.audit.settings import Settings, refuse_processes, settings_from
 from inversion.audit.suite_settings import suite_settings_from
 from utils.flags import process_settings
@@ -62,7 +62,7 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     reporter = Reporter() if processes.is_main else Silent()
     folder = running(settings.folder, settings.record, argv, reporter, processes=processes)
     if settings.search is None:
-        return attack(settings, None, folder, reporter, processes, local_rank)
+        return attack_checkpoint(settings, None, folder, reporter, processes, local_rank)
     from inversion.audit.searching import prepare_search, run_search
 
     prepared = prepare_search(settings, reporter)
@@ -75,10 +75,14 @@ def work(argv: list[str], processes, local_rank: int) -> int:
         with run.paused_by_errors(reporter):
             search = run_search(settings, prepared, reporter, run.journal)
         settings = settings.with_values(search["best"])
-        return attack(settings, search, nullcontext(run), reporter, processes, local_rank)
+        return attack_checkpoint(
+            settings, search, nullcontext(run), reporter, processes, local_rank
+        )
 
 
-def attack(settings: Settings, search, folder, reporter, processes, local_rank: int) -> int:
+def attack_checkpoint(
+    settings: Settings, search, folder, reporter, processes, local_rank: int
+) -> int:
     """Read the checkpoint, say what will be done, and do it in the run's folder; exit code.
 
     search: what a search found, None without one. folder: a context manager that opens the run.

@@ -19,7 +19,6 @@ from inversion.optimise import (
     Moment,
     Outcome,
     Reconstruction,
-    Saving,
     go_on_drawing,
     lowest,
     reconstruct,
@@ -169,7 +168,7 @@ def _refined(
         span=span,
         batch_shard=objective.batch_shard,
         since=None if saved.final is None else saved.final.moment,
-        saving=Saving(journal.due, save),
+        saving=restarts.saving(save),
     )
     if end.stopped != "interrupted":
         done = SavedSeed(ends, 0, None, replace(end, optimiser_state=None))

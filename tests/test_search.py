@@ -277,7 +277,7 @@ def test_a_run_goes_on_with_its_search_and_does_not_repeat_it(captured, tmp_path
     assert f"--resume {run}" in first.out.splitlines()[-1]
     assert call(*words, "--resume", run).code == 130  # its first trial had not been saved
     with monkeypatch.context() as patch:
-        patch.setattr("run.attack", begin)
+        patch.setattr("run.attack_checkpoint", begin)
         with pytest.raises(SystemExit):
             call(*words, "--resume", run)
     assert calls == [("test", False), ("test", False), ("test", True)]

@@ -46,8 +46,8 @@ class Recorder:
     save_consensus: Callable[[int, Tensor], None] | None = None
     #: What stands before every line.
     title: str = ""
-    #: Rows of losses.csv, in the order of `header`.
-    rows: list = field(default_factory=list)
+    #: Number of a seed, or CONSENSUS → its rows of losses.csv, in the order of `header`.
+    rows_of: dict[str | int, list] = field(default_factory=dict)
     #: What every round of MLCO chose.
     rounds: list[dict] = field(default_factory=list)
     #: Where rows, rounds and the time are saved.
@@ -59,7 +59,8 @@ class Recorder:
         with reading("the progress"):
             for name in [*settings.seeds, CONSENSUS]:
                 rows = self.journal.recall(f"rows-{name}") or []
-                self.rows += [list(row) for row in rows if len(row) == len(self.header)]
+                if rows:
+                    self.rows_of[name] = [list(r) for r in rows if len(r) == len(self.header)]
             self.rounds += [dict(entry) for entry in self.journal.recall("rounds") or []]
             if saved is not None:
                 self.progress.done = int(saved["done"])
@@ -77,8 +78,10 @@ class Recorder:
             "done": self.progress.done, "seconds": time.perf_counter() - self.progress.start,
         }  # fmt: skip
 
-    def _rows_of(self, name: str | int) -> list:
-        return [row for row in self.rows if row[0] == name]
+    @property
+    def rows(self) -> list:
+        """The rows of losses.csv, seed by seed and the consensus last."""
+        return in_order([row for rows in self.rows_of.values() for row in rows])
 
     @property
     def header(self) -> list[str]:
@@ -94,8 +97,10 @@ class Recorder:
         self.progress.step(self.title + (CONSENSUS if index is None else f"seed {name}"), values)
         if step % max(1, steps // RECORDED_STEPS) == 0 or step == steps - 1:
             terms = [losses.terms.get(term, "") for term in settings.prior_names]
-            self.rows.append([name, step, rate, losses.total, losses.gradient, *terms])
-        self.journal.note(f"rows-{name}", partial(self._rows_of, name), order=step + 1)
+            row = [name, step, rate, losses.total, losses.gradient, *terms]
+            rows = self.rows_of.setdefault(name, [])
+            rows.append(row)
+            self.journal.note(f"rows-{name}", partial(list, rows), order=step + 1)
         return self.interrupts.should_stop
 
     def on_round(self, done: int, combination: Combination) -> None:
@@ -208,7 +213,8 @@ def attack(
         if settings.method == "layerwise":
             raise InputError(f"--attack layerwise: {why}; give --attack matching")
         reporter.say(f"{title}matching, since solving layer by layer does not do: {why}")
-    if settings.shared == "batch" and not case.processes.is_main:
+    saves = journal is not FORGETFUL
+    if saves and settings.shared == "batch" and not case.processes.is_main:
         journal = ReadOnly(journal)  # all compute the same batch, and the first one saves it
     total = settings.total_iterations(own_seeds(settings, case.processes))
     progress = Progress(total, print_freq, reporter)
@@ -287,9 +293,14 @@ def own_seeds(settings: AttackSettings, processes: Shard) -> int:
 def _all_rows(rows: list, processes: Shard) -> list:
     """Rows of losses.csv of all processes that ran whole seeds, the consensus only once."""
     parts = processes.objects(rows)
-    return [
-        row for rank, part in enumerate(parts) for row in part if row[0] != CONSENSUS or rank == 0
-    ]
+    return in_order(
+        [row for rank, part in enumerate(parts) for row in part if row[0] != CONSENSUS or not rank]
+    )
+
+
+def in_order(rows: list) -> list:
+    """Return rows of losses.csv seed by seed, those of the consensus last."""
+    return sorted(rows, key=lambda row: math.inf if row[0] == CONSENSUS else row[0])
 
 
 def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
