@@ -18,6 +18,7 @@ from scipy.stats import norm
 
 from benchmarks import defences_table
 from inversion.audit import subject
+from inversion.audit.attack import Recorder
 from inversion.audit.budget import Pace
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
@@ -359,13 +360,16 @@ def test_a_layerwise_attack_tells_the_deepest_layer(captured, tmp_path):
 def test_an_interrupted_sweep_keeps_what_is_done_and_says_how_to_go_on(
     checkpoint, swept, tmp_path, monkeypatch
 ):
-    keep = sweeping.keep
+    """In the middle of an attack, which goes on there."""
+    on_step, steps = Recorder.on_step, []
 
-    def keep_and_interrupt(*result):
-        keep(*result)
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(recorder, index, step, losses, rate):
+        steps.append(step)
+        if len(steps) == 11:  # the first client had an attack and two controls of three each
+            os.kill(os.getpid(), signal.SIGINT)
+        return on_step(recorder, index, step, losses, rate)
 
-    monkeypatch.setattr(sweeping, "keep", keep_and_interrupt)
+    monkeypatch.setattr(Recorder, "on_step", interrupted)
     flags = ["--root", tmp_path, "--checkpoint", checkpoint, *ATTACK, "--sweep", "sigma=0,0.5,much"]
     outcome = call("run.py", *flags)
     assert outcome.code == 128 + signal.SIGINT
@@ -374,10 +378,12 @@ def test_an_interrupted_sweep_keeps_what_is_done_and_says_how_to_go_on(
     assert record["interrupted"] is True
     assert without_times(record) == without_times(swept[1])[:1]
     assert "1 of 3 clients" in outcome.out
-    printed = outcome.out.splitlines()[-1].split()
-    again = call(*printed[1:])
-    assert again.code == 128 + signal.SIGINT  # after the next one
-    assert "2 of 3 clients" in again.out
+    script, *again = outcome.out.splitlines()[-1].split()[1:]
+    succeed(script, *again)
+    record = json.loads((folder / "sweep.json").read_text())
+    assert record["interrupted"] is False
+    assert without_times(record) == without_times(swept[1])
+    assert steps == [0, 1, 2] * 6
 
 
 @pytest.mark.parametrize(

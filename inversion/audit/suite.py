@@ -155,9 +155,10 @@ def pace_of(case: Case) -> Pace:
 # One part ----------------------------------------------------------------------------------
 
 
-#: Names under which a part's journal holds what fits into its time, how its attack ended, and,
-#: in the place of both, what it found.
-PLAN, END, DONE = "plan", "attack", "done"
+#: Names under which a part's journal holds what fits into its time, how its attack ended, and what
+#: it found; and of the journals of its attack and of its controls.
+PLAN, END, DONE = "plan", "end", "done"
+ATTACK, CONTROLS = "attack", "controls"
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ class Done:
 
 def keep(fact: dict[str, Any], journal: Journal) -> None:
     """Save what a part found, in the place of all that it had noted on its way."""
-    for name in (PLAN, END, ELAPSED):
+    for name in (PLAN, END, ELAPSED, ATTACK, CONTROLS):
         journal.drop(name)
     journal.note(DONE, lambda: fact)
     journal.save()
@@ -263,7 +264,7 @@ def run_part(
             settings = replace(settings, loop=replace(settings.loop, until=until))
         controls = run_controls(
             settings, case, sealed, attacked, rest, run.reporter, print_freq=run.print_freq,
-            journal=run.journal.under("controls"),
+            journal=run.journal.under(CONTROLS),
         )  # fmt: skip
     scores, _ = score(run.scoring, case, sealed, attacked, finish, controls, tests=run.tests)
     certificate = certificate_of(case, attacked.recovered, sealed)
@@ -300,7 +301,7 @@ def _attacked(
     limit = Deadline(left, run.interrupts)
     attacked = attack(
         settings, case, limit, run.reporter, print_freq=run.print_freq, title=f"{part.name}: ",
-        journal=run.journal.under("attack"),
+        journal=run.journal.under(ATTACK),
     )  # fmt: skip
     took = watch.seconds if ended is None else ended["seconds"]
     if run.interrupts.signal is None and not attacked.failed:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.journal import Journal
+
 
 @dataclass(frozen=True)
 class Job:
@@ -15,6 +17,15 @@ class Job:
     value: str
     #: Number of the batch, from 0.
     repeat: int
+
+    @property
+    def name(self) -> str:
+        """Its name in the journal of the sweep."""
+        return f"client-{self.value.replace('/', '|')}-{self.repeat}"
+
+    def journal_in(self, journal: Journal) -> Journal:
+        """Return its part of the journal of the sweep."""
+        return journal.under(self.name)
 
 
 @dataclass(frozen=True)

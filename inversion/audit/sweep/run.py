@@ -19,6 +19,7 @@ from inversion.audit.sweep.settings import SweepSettings
 from inversion.audit.sweep.table import csv_table, entries, sweep_table
 from inversion.audit.sweep.workers import run_jobs
 from inversion.audit.verdict import ALPHA
+from inversion.saved import reading
 from models import checkpoint as checkpoints
 from utils.console import Reporter, duration, setting_lines
 from utils.device import choose_device, device_name
@@ -30,6 +31,8 @@ from utils.script import Interrupts, git_revision, versions
 
 #: Of sweep.json: raised by one whenever a reader of the number before could misread it.
 SWEEP_FORMAT = 1
+#: Name under which the journal of a client holds its result.
+RESULT = "result"
 
 
 def client_record(inputs: InputSettings) -> dict:
@@ -92,13 +95,13 @@ def _attack_all(
 
     def on_result(result: Result) -> None:
         results[result.job] = result
-        keep(result, jobs, run.journal)
+        keep(result, run.journal)
         seconds = (time.perf_counter() - start) / (len(results) - len(known))
         reporter.say(_progress(sweep, result.row, len(results), len(jobs), seconds))
 
     with _clients_folder(run.folder, sweep) as clients:
         try:
-            run_jobs(settings, simulate, missing, clients, interrupts, on_result)
+            run_jobs(settings, simulate, missing, clients, interrupts, on_result, run.journal)
         finally:  # whatever ended it, what is done stays
             done = [results[job] for job in jobs if job in results]
             interrupted = interrupts.signal is not None
@@ -180,17 +183,22 @@ def _clients_folder(folder: Path, sweep: SweepSettings) -> Iterator[Path]:
 
 def recalled(jobs: Sequence[Job], journal: Journal) -> dict[Job, Result]:
     """Return the results that an earlier process kept, by their client."""
-    facts = {job: journal.recall(f"client-{number}") for number, job in enumerate(jobs)}
-    return {job: Result.of_fact(fact) for job, fact in facts.items() if fact is not None}
+    found = {}
+    for job in jobs:
+        if (fact := job.journal_in(journal).recall(RESULT)) is not None:
+            with reading(f"the client {job.value}"):
+                found[job] = Result.of_fact(fact)
+    return found
 
 
-def keep(result: Result, jobs: Sequence[Job], journal: Journal) -> None:
-    """Keep the result of a client, so that it need not be attacked again.
+def keep(result: Result, journal: Journal) -> None:
+    """Save the result of a client, in the place of all that its attacks had saved.
 
-    One that was left out is not kept: its reason, such as a want of memory, may have gone.
+    One that was left out is not saved: its reason, such as a want of memory, may have gone.
     """
     if result.row.reason is None:
-        journal.note(f"client-{jobs.index(result.job)}", lambda: result.fact)
+        journal.drop(result.job.name)
+        result.job.journal_in(journal).note(RESULT, lambda: result.fact)
         journal.save()
 
 
