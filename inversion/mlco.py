@@ -168,7 +168,7 @@ def _refined(
         span=span,
         batch_shard=objective.batch_shard,
         since=None if saved.final is None else saved.final.moment,
-        saving=restarts.saving(save),
+        saving=restarts.saving(save, journal),
     )
     if end.stopped != "interrupted":
         done = SavedSeed(ends, 0, None, replace(end, optimiser_state=None))

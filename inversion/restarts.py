@@ -50,9 +50,9 @@ class Restarts:
         """The journal for what every process computes alike; one of them saves it."""
         return self.journal if self.seed_shard.is_main else ReadOnly(self.journal)
 
-    def saving(self, save: Callable[[Moment], None]) -> Saving | None:
-        """Return how `save` is called when it is time; None where nothing is saved."""
-        return None if self.journal is FORGETFUL else Saving(self.journal.due, save)
+    def saving(self, save: Callable[[Moment], None], journal: Journal) -> Saving | None:
+        """Return how `save` is called when the journal is due; None where nothing is saved."""
+        return None if self.journal is FORGETFUL else Saving(journal.due, save)
 
     def saved_seed(self, index: int) -> SavedSeed | None:
         """Return how far seed number `index` had come when it was saved, None if it was not."""
@@ -160,7 +160,7 @@ def _run_seed(
         optimiser_state=None if last is None else last.optimiser_state,
         batch_shard=objective.batch_shard,
         since=moment,
-        saving=restarts.saving(save),
+        saving=restarts.saving(save, restarts.journal),
     )
     run = at_home(replace(run, steps=run.steps + steps), start.device, keep_states=keep_states)
     if run.stopped != "interrupted":
