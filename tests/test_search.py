@@ -275,6 +275,11 @@ def test_a_run_goes_on_with_its_search_and_does_not_repeat_it(captured, tmp_path
     first = call(*words)
     assert first.code == 130
     assert f"--resume {run}" in first.out.splitlines()[-1]
+    searched = tmp_path / "results" / "search"
+    searched.rename(tmp_path / "elsewhere")
+    gone = call(*words, "--resume", run)
+    assert (gone.code, "which is gone" in gone.err) == (2, True)
+    (tmp_path / "elsewhere").rename(searched)
     assert call(*words, "--resume", run).code == 130  # its first trial had not been saved
     with monkeypatch.context() as patch:
         patch.setattr("run.attack_checkpoint", begin)
