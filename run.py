@@ -7,6 +7,7 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 """
 
 import sys
+from contextlib import nullcontext
 
 from utils import interruption
 
@@ -29,13 +30,14 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.audit:
         suite = suite_settings_from(args, argv)
+        check_resumable(suite.record)
         from inversion.audit.suite_run import run_audit
 
         return run_audit(suite)
     settings = settings_from(args)
     check_resumable(settings.record)
     if settings.sweep is not None:
-        return sweep(settings)
+        return sweep(settings, argv)
     from utils.launch import group_from, launch
 
     group = group_from(process_settings(args))
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     return launch(work, argv, group)
 
 
-def sweep(settings: Settings) -> int:
+def sweep(settings: Settings, argv: list[str]) -> int:
     """Simulate the checkpoint's client with one setting changed, and attack each; exit code."""
     from functools import partial
 
@@ -53,30 +55,49 @@ def sweep(settings: Settings) -> int:
 
     with naming(f"--checkpoint {settings.inputs.checkpoint}"):
         base = base_flags(client_record(settings.inputs), settings.inputs.model)
-    return run_sweep(settings, partial(simulate, base))
+    return run_sweep(settings, argv, partial(simulate, base))
 
 
 def work(argv: list[str], processes, local_rank: int) -> int:
     """Attack in one of the `processes` (a Shard); the first one reports and writes."""
+    from inversion.audit.resuming import running
+    from utils.console import Reporter, Silent
+
+    settings = settings_from(parser().parse_args(argv))
+    reporter = Reporter() if processes.is_main else Silent()
+    folder = running(settings.folder, settings.record, argv, reporter, processes=processes)
+    if settings.search is None:
+        return attack_checkpoint(settings, None, folder, reporter, processes, local_rank)
+    from inversion.audit.searching import prepare_search, run_search
+
+    prepared = prepare_search(settings, reporter)
+    if settings.dry_run:
+        return 0
+    if settings.search.only:
+        run_search(settings, prepared, reporter)
+        return 0
+    with folder as run:
+        with run.paused_by_errors(reporter):
+            search = run_search(settings, prepared, reporter, run.journal)
+        settings = settings.with_values(search["best"])
+        return attack_checkpoint(
+            settings, search, nullcontext(run), reporter, processes, local_rank
+        )
+
+
+def attack_checkpoint(
+    settings: Settings, search, folder, reporter, processes, local_rank: int
+) -> int:
+    """Read the checkpoint, say what will be done, and do it in the run's folder; exit code.
+
+    search: what a search found, None without one. folder: a context manager that opens the run.
+    """
     from inversion.audit.inputs import load_inputs
     from inversion.audit.plan import estimate, plan
     from inversion.audit.report import label_lines, notes
-    from inversion.audit.resuming import running
     from inversion.audit.threat import threat_model
-    from utils.console import Reporter, Silent, setting_lines
-    from utils.errors import InputError
+    from utils.console import setting_lines
 
-    settings = settings_from(parser().parse_args(argv))
-    asked = settings.record
-    reporter = Reporter() if processes.is_main else Silent()
-    search = None
-    if settings.search is not None:
-        from inversion.audit.searching import run_search
-
-        search = run_search(settings, reporter)
-        if search is None or settings.search.only:
-            return 0
-        settings = settings.with_values(search["best"])
     case, sealed = load_inputs(settings, reporter, processes, local_rank)
     reporter.say("settings\n" + setting_lines(settings.record))
     for line in [
@@ -89,19 +110,8 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     if settings.dry_run:
         reporter.say(estimate(settings, case))
         return 0
-    with (
-        Interrupts() as interrupts,
-        running(settings.folder, asked, argv, reporter, processes=processes) as run,
-    ):
-        try:
-            return audit(settings, case, sealed, search, run, interrupts, reporter)
-        except InputError:
-            if not run.resumed:
-                run.end()
-            raise
-        except Exception:
-            run.pause(reporter)
-            raise
+    with Interrupts() as interrupts, folder as run, run.paused_by_errors(reporter):
+        return audit(settings, case, sealed, search, run, interrupts, reporter)
 
 
 def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts, reporter) -> int:

@@ -124,7 +124,7 @@ def reconstruct(
     since: Moment | None = None,
     saving: Saving | None = None,
 ) -> Reconstruction:
-    """Improve the images `x_init` (B, C, H, W) for `loop.steps` iterations.
+    """Improve the images `x_init` (B, C, H, W) for `loop.length` iterations.
 
     pixel_gradient(x, progress): a function of inversion/pixel_gradient.py with the objective
     bound. generator: source of the Langevin noise, on the device of `x_init`. on_step(step,
@@ -142,7 +142,7 @@ def reconstruct(
     loop and returns the best images until then, `x_init` with NaN losses if there were none.
     """
     run = _Run(pixel_gradient, x_init, loop, batch_shard, optimiser_state)
-    span = range(loop.steps) if span is None else span
+    span = range(loop.length) if span is None else span
     begin, stopped, reason = span.start, None, None
     if since is not None:
         begin = since.step

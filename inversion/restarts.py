@@ -102,7 +102,7 @@ def run_own_seeds(
     Returns one run per seed, with the steps of all its spans. After an interruption one process
     alone leaves out seeds that never started.
     """
-    span = range(restarts.loop.steps) if span is None else span
+    span = range(restarts.loop.length) if span is None else span
     runs: list[Reconstruction | None] = [*before] or [None] * len(restarts.starts)
     for index in range(len(restarts.starts)):
         last = runs[index]

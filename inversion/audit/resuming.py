@@ -37,6 +37,22 @@ class Running:
         if self.every and (self.folder / STATE).is_dir():
             reporter.say(f"go on with it by:\n  {self.command}")
 
+    @contextlib.contextmanager
+    def paused_by_errors(self, reporter: Reporter) -> Iterator[None]:
+        """Pause the run if an error or an interruption ends this context.
+
+        Of a new run that is refused nothing is kept.
+        """
+        try:
+            yield
+        except InputError:
+            if not self.resumed:
+                self.end()
+            raise
+        except (Exception, KeyboardInterrupt, SystemExit):
+            self.pause(reporter)
+            raise
+
     def end(self) -> None:
         """Remove the state: the run has ended, and nothing is left to go on with."""
         if self.every and self.is_main:
