@@ -7,7 +7,14 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 """
 
 import sys
+from contextlib import nullcontext
 
+from utils import interruption
+
+if __name__ in ("__main__", "__mp_main__"):  # a script, or a process that it starts
+    interruption.begin(started_by_another=__name__ != "__main__")  # the imports below take time
+
+from inversion.audit.beginning import check_resumable
 from inversion.audit.flags import parser
 from inversion.audit.settings import Settings, refuse_processes, settings_from
 from inversion.audit.suite_settings import suite_settings_from
@@ -23,12 +30,14 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.audit:
         suite = suite_settings_from(args, argv)
+        check_resumable(suite.record)
         from inversion.audit.suite_run import run_audit
 
         return run_audit(suite)
     settings = settings_from(args)
+    check_resumable(settings.record)
     if settings.sweep is not None:
-        return sweep(settings)
+        return sweep(settings, argv)
     from utils.launch import group_from, launch
 
     group = group_from(process_settings(args))
@@ -36,7 +45,7 @@ def main(argv: list[str]) -> int:
     return launch(work, argv, group)
 
 
-def sweep(settings: Settings) -> int:
+def sweep(settings: Settings, argv: list[str]) -> int:
     """Simulate the checkpoint's client with one setting changed, and attack each; exit code."""
     from functools import partial
 
@@ -46,27 +55,49 @@ def sweep(settings: Settings) -> int:
 
     with naming(f"--checkpoint {settings.inputs.checkpoint}"):
         base = base_flags(client_record(settings.inputs), settings.inputs.model)
-    return run_sweep(settings, partial(simulate, base))
+    return run_sweep(settings, argv, partial(simulate, base))
 
 
 def work(argv: list[str], processes, local_rank: int) -> int:
     """Attack in one of the `processes` (a Shard); the first one reports and writes."""
+    from inversion.audit.resuming import running
+    from utils.console import Reporter, Silent
+
+    settings = settings_from(parser().parse_args(argv))
+    reporter = Reporter() if processes.is_main else Silent()
+    folder = running(settings.folder, settings.record, argv, reporter, processes=processes)
+    if settings.search is None:
+        return attack_checkpoint(settings, None, folder, reporter, processes, local_rank)
+    from inversion.audit.searching import prepare_search, run_search
+
+    prepared = prepare_search(settings, reporter)
+    if settings.dry_run:
+        return 0
+    if settings.search.only:
+        run_search(settings, prepared, reporter)
+        return 0
+    with folder as run:
+        with run.paused_by_errors(reporter):
+            search = run_search(settings, prepared, reporter, run.journal)
+        settings = settings.with_values(search["best"])
+        return attack_checkpoint(
+            settings, search, nullcontext(run), reporter, processes, local_rank
+        )
+
+
+def attack_checkpoint(
+    settings: Settings, search, folder, reporter, processes, local_rank: int
+) -> int:
+    """Read the checkpoint, say what will be done, and do it in the run's folder; exit code.
+
+    search: what a search found, None without one. folder: a context manager that opens the run.
+    """
     from inversion.audit.inputs import load_inputs
     from inversion.audit.plan import estimate, plan
     from inversion.audit.report import label_lines, notes
     from inversion.audit.threat import threat_model
-    from utils.console import Reporter, Silent, setting_lines
+    from utils.console import setting_lines
 
-    settings = settings_from(parser().parse_args(argv))
-    reporter = Reporter() if processes.is_main else Silent()
-    search = None
-    if settings.search is not None:
-        from inversion.audit.searching import run_search
-
-        search = run_search(settings, reporter)
-        if search is None or settings.search.only:
-            return 0
-        settings = settings.with_values(search["best"])
     case, sealed = load_inputs(settings, reporter, processes, local_rank)
     reporter.say("settings\n" + setting_lines(settings.record))
     for line in [
@@ -79,36 +110,32 @@ def work(argv: list[str], processes, local_rank: int) -> int:
     if settings.dry_run:
         reporter.say(estimate(settings, case))
         return 0
-    with Interrupts() as interrupts:
-        return audit(settings, case, sealed, search, interrupts, reporter)
+    with Interrupts() as interrupts, folder as run, run.paused_by_errors(reporter):
+        return audit(settings, case, sealed, search, run, interrupts, reporter)
 
 
-def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, reporter) -> int:
+def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts, reporter) -> int:
     """Attack, score, write; then the controls, scores and files again; return the exit code.
 
     case: what the attacker has. sealed: what only scoring has, None where nothing is scored.
-    search: what a search found, None without one.
+    search: what a search found, None without one. run: the run's folder and journal (a `Running`).
     """
     from inversion.audit.attack import attack, outcome_lines
     from inversion.audit.certificate import certificate_of
     from inversion.audit.controls import NOT_RUN, controls_wanted, run_controls
     from inversion.audit.report import Report, finish_of, information_entry, say_end, score
     from utils.errors import FaultError
-    from utils.files import claim_folder
 
-    folder, report, information, finish = None, None, None, None
-    if case.processes.is_main:
-        folder = claim_folder(settings.folder)
-        reporter.log_to(folder / "log.txt")
-        reporter.say(f"results: {folder}")
+    report, information, finish = None, None, None
     if settings.scoring.information:
         information, text = information_entry(case, sealed)
         reporter.say(text)
-    if folder is not None:
-        report = Report(folder, settings, case, sealed, information, search)
+    if case.processes.is_main:
+        report = Report(run.folder, settings, case, sealed, information, search)
     attacked = attack(
         settings.attack, case, interrupts, reporter, print_freq=settings.print_freq,
         save_consensus=None if report is None else report.save_consensus,
+        journal=run.journal.under("attack"),
     )  # fmt: skip
     seen = sealed if settings.scoring.metric else None
     certificate = certificate_of(case, attacked.recovered, seen)
@@ -125,16 +152,21 @@ def audit(settings: Settings, case, sealed, search, interrupts: Interrupts, repo
     if finish is not None and controls_wanted(settings.scoring, case, attacked, reporter):
         controls = run_controls(
             settings.attack, case, sealed, attacked, interrupts, reporter,
-            print_freq=settings.print_freq,
+            print_freq=settings.print_freq, journal=run.journal.under("controls"),
         )  # fmt: skip
         if report is not None:
             scores, text = score(settings.scoring, case, sealed, attacked, finish, controls)
             report.write_controls(attacked, scores, controls, certificate)
     if report is not None:
-        say_end(reporter, attacked, finish, text, controls, folder)
+        say_end(reporter, attacked, finish, text, controls, run.folder)
     if attacked.failed:
-        raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
-    return 128 + interrupts.signal if interrupts.signal is not None else 0
+        run.end()
+        raise FaultError(attacked.failure)
+    if interrupts.signal is not None:
+        run.pause(reporter)
+        return 128 + interrupts.signal
+    run.end()
+    return 0
 
 
 if __name__ == "__main__":

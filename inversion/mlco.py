@@ -7,7 +7,7 @@ consensus alone is refined.
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,9 +15,25 @@ from torch import Tensor
 
 from inversion.combine import Combination, InterruptedSearchError, combine
 from inversion.objective import Objective
-from inversion.optimise import Outcome, Reconstruction, lowest, reconstruct
+from inversion.optimise import (
+    Moment,
+    Outcome,
+    Reconstruction,
+    go_on_drawing,
+    lowest,
+    reconstruct,
+)
 from inversion.pixel_gradient import PixelGradient
-from inversion.restarts import Restarts, run_own_seeds
+from inversion.restarts import Restarts, at_home, run_own_seeds
+from inversion.saved import (
+    SavedSeed,
+    combination_from,
+    plain_combination,
+    plain_seed,
+    reading,
+    seed_from,
+)
+from utils.errors import InputError
 
 
 def mlco(objective: Objective, pixel_gradient: PixelGradient, restarts: Restarts) -> Outcome:
@@ -28,14 +44,16 @@ def mlco(objective: Objective, pixel_gradient: PixelGradient, restarts: Restarts
     consensus with a fresh optimiser. A seed whose loss is not finite is left where it was best,
     and still combined. An interruption ends the run with the best of seeds and consensus so far.
     With several processes for whole seeds, every one computes combinations and the final stage.
+    The journal keeps every seed, the newest consensus and the final stage.
 
     The result's `runs` are the seeds; its final reconstruction is the refined consensus.
     """
     initial, rounds, final = restarts.schedule.spans(restarts.loop.steps)
     device = restarts.generators[0].device
-    runs: list[Reconstruction] = []
-    consensus: Combination | None = None
-    for span in [initial, *rounds]:
+    spans = [initial, *rounds]
+    saved = _Saved.of(restarts, spans)
+    runs, consensus = saved.runs, saved.consensus
+    for number, span in enumerate(spans[saved.spans :], saved.spans + 1):
         pull = None if consensus is None else consensus.x.to(device)
         runs = run_own_seeds(
             objective.with_consensus(pull),
@@ -53,17 +71,109 @@ def mlco(objective: Objective, pixel_gradient: PixelGradient, restarts: Restarts
         consensus = combination
         if restarts.on_round is not None:
             restarts.on_round(span.stop, consensus)
+        _note_consensus(restarts, number, consensus)
 
     assert consensus is not None  # there always is an initial stage
+    if saved.final is not None and saved.final.run is not None:
+        end = saved.final.run
+    else:
+        end = _refined(objective, pixel_gradient, restarts, consensus.x.to(device), final, saved)
+    return Outcome(end, tuple(runs), None, sum(run.steps for run in runs) + end.steps)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Holds how far a killed run had come."""
+
+    #: Number of spans that all seeds had ended and that were combined.
+    spans: int
+    #: The seeds' runs at the end of these spans.
+    runs: list[Reconstruction]
+    #: What they were combined to.
+    consensus: Combination | None
+    #: How far the final stage had come.
+    final: SavedSeed | None
+
+    @classmethod
+    def of(cls, restarts: Restarts, spans: Sequence[range]) -> "_Saved":
+        """Recall it, all at once: later saves replace what is recalled."""
+        fact = restarts.journal.recall("consensus")
+        if fact is None:
+            return cls(0, [], None, None)
+        with reading("consensus"):
+            done, x = int(fact["spans"]), fact["x"]
+            if not 0 < done <= len(spans):
+                raise ValueError("of other stages")
+        consensus = combination_from(fact, x, restarts.starts, "consensus")
+        end = spans[done - 1].stop
+        runs = [_run_until(restarts, index, end) for index in range(len(restarts.starts))]
+        final = restarts.journal.recall("final")
+        if final is not None:
+            final = seed_from(final, restarts.starts[0], restarts.loop.steps, "final")
+        return cls(done, runs, consensus, final)
+
+
+def _run_until(restarts: Restarts, index: int, end: int) -> Reconstruction:
+    """Return the run of a seed at the end of the span that stops at iteration `end`.
+
+    Of a seed that was saved in the next span, from where it goes on, only the best until then.
+    """
+    seed = restarts.saved_seed(index)
+    if seed is None:
+        raise InputError(f"the saved state lacks seed-{index}; start the run anew")
+    device = restarts.starts[index].device
+    if seed.moment is not None:
+        best = seed.moment.best_x.to(device)
+        return Reconstruction(best, seed.moment.best, seed.steps, None)
+    assert seed.run is not None  # `seed_from` saw to it
+    if seed.span[1] > end:
+        return Reconstruction(seed.run.x.to(device), seed.run.losses, seed.steps, None)
+    go_on_drawing(restarts.generators[index], seed.noise, end)
+    return at_home(seed.run, device, keep_states=True)
+
+
+def _note_consensus(restarts: Restarts, spans: int, consensus: Combination) -> None:
+    """Note what the first `spans` spans were combined to."""
+
+    def plain() -> dict:
+        return {"spans": spans, "x": consensus.x.cpu(), **plain_combination(consensus)}
+
+    restarts.journal_of_all.note("consensus", plain, order=spans)
+    if restarts.seed_shard.size > 1:
+        restarts.journal.save()
+        restarts.seed_shard.any(False)  # saved before another process goes on from it
+
+
+def _refined(
+    objective: Objective,
+    pixel_gradient: PixelGradient,
+    restarts: Restarts,
+    x: Tensor,
+    span: range,
+    saved: _Saved,
+) -> Reconstruction:
+    """Refine the consensus `x` alone, from where it was saved."""
+    ends, journal = (span.start, span.stop), restarts.journal_of_all
+
+    def save(moment: Moment) -> None:
+        now = SavedSeed(ends, 0, moment, None)
+        journal.note("final", partial(plain_seed, now), order=moment.step)
+        journal.save()
+
     end = reconstruct(
         partial(pixel_gradient, objective),
-        consensus.x.to(device),
+        x,
         replace(restarts.loop, noise=0.0),
         on_step=partial(restarts.on_step, None),
-        span=final,
+        span=span,
         batch_shard=objective.batch_shard,
+        since=None if saved.final is None else saved.final.moment,
+        saving=restarts.saving(save, journal),
     )
-    return Outcome(end, tuple(runs), None, sum(run.steps for run in runs) + end.steps)
+    if end.stopped != "interrupted":
+        done = SavedSeed(ends, 0, None, replace(end, optimiser_state=None))
+        journal.note("final", partial(plain_seed, done), order=span.stop)
+    return end
 
 
 def _combined(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from inversion.objective import NO_LOSSES, Losses
+from inversion.objective import NO_LOSSES, Losses, first_not_finite
 from inversion.settings import Loop
 from utils.shard import ALONE, Shard
 
@@ -40,6 +40,8 @@ OPTIMISERS = {"Adam": _adam, "LBFGS": _lbfgs}
 #: derivative itself: for losses near 1e-5 it moves the images so little that float32 shows no
 #: difference in the loss, and the line search gives up.
 NORMALISED = {"LBFGS"}
+#: What a process wishes after an iteration; the largest wish counts for all.
+GO_ON, SAVE, STOP = range(3)
 #: (x, progress) → losses at `x` and the derivative there.
 BoundPixelGradient = Callable[[Tensor, float], tuple[Losses[Tensor], Tensor]]
 
@@ -59,6 +61,34 @@ class Reconstruction:
     stopped: str | None = None
     #: What `reconstruct` goes on from; None after a loss that was not finite.
     optimiser_state: dict | None = field(default=None, repr=False)
+    #: At which iteration what was not finite, in words; None where all was.
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Holds all that decides the rest of a loop, between two of its iterations."""
+
+    #: The iteration that comes next.
+    step: int
+    #: (B, C, H, W): the images, and the best ones so far with their losses.
+    x: Tensor
+    best_x: Tensor
+    best: Losses[float]
+    #: As in `Reconstruction.optimiser_state`, of the whole batch.
+    optimiser_state: dict
+    #: State of the generator of the Langevin noise; None without one.
+    noise: Tensor | None
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Says when a loop's moments are saved, and how."""
+
+    #: Asked after every iteration whether to save; a true answer on one process counts for all.
+    due: Callable[[], bool]
+    #: Called with the moment, whole, on every process; also when the loop is asked to stop.
+    save: Callable[[Moment], None]
 
 
 @dataclass(frozen=True)
@@ -91,8 +121,10 @@ def reconstruct(
     span: range | None = None,
     optimiser_state: dict | None = None,
     batch_shard: Shard = ALONE,
+    since: Moment | None = None,
+    saving: Saving | None = None,
 ) -> Reconstruction:
-    """Improve the images `x_init` (B, C, H, W) for `loop.steps` iterations.
+    """Improve the images `x_init` (B, C, H, W) for `loop.length` iterations.
 
     pixel_gradient(x, progress): a function of inversion/pixel_gradient.py with the objective
     bound. generator: source of the Langevin noise, on the device of `x_init`. on_step(step,
@@ -102,30 +134,44 @@ def reconstruct(
 
     batch_shard: with several processes each is given the whole `x_init` and improves its part of
     it; noise is drawn for the whole batch, all end the loop together, and the result is whole.
-    Only the optimiser's state is this process's own.
+
+    since: a moment of an earlier, killed call with the same arguments, to go on from as if it had
+    not been killed. saving: when and how moments of this call are saved.
 
     Every loss is paired with the images it was computed at. A loss that is not finite ends the
     loop and returns the best images until then, `x_init` with NaN losses if there were none.
     """
     run = _Run(pixel_gradient, x_init, loop, batch_shard, optimiser_state)
-    span = range(loop.steps) if span is None else span
-    step, done, stopped = span.start, 0, None
-    for step in span:
+    span = range(loop.length) if span is None else span
+    begin, stopped, reason = span.start, None, None
+    if since is not None:
+        begin = since.step
+        run.go_on(since, generator)
+    step, done = max(span.start, begin - 1), begin - span.start
+    for step in range(begin, span.stop):
         rate = loop.rate(step)
         before = run.improve(loop.progress(step), rate, generator)
         if before is None:
-            stopped = "not finite"
+            stopped, reason = "not finite", f"at iteration {step} {run.not_finite}"
             break
         done += 1
-        if batch_shard.any(on_step is not None and bool(on_step(step, before, rate))):
+        wish = GO_ON
+        if saving is not None and saving.due():
+            wish = SAVE
+        if on_step is not None and on_step(step, before, rate):
+            wish = STOP
+        wish = batch_shard.largest(wish)
+        if wish != GO_ON and saving is not None:
+            saving.save(run.moment(step + 1, generator))
+        if wish == STOP:
             stopped = "interrupted"
             break
     if stopped != "not finite" and not run.evaluate(loop.progress(step)):
-        stopped = "not finite"
+        stopped, reason = "not finite", f"after iteration {step} {run.not_finite}"
     best = loop.keep_best or stopped == "not finite"
     x, losses = (run.best_x, run.best) if best else (run.x.detach().clone(), run.latest)
     state = None if stopped == "not finite" else run.state()
-    return Reconstruction(batch_shard.gather(x, len(x_init)), losses, done, stopped, state)
+    return Reconstruction(batch_shard.gather(x, len(x_init)), losses, done, stopped, state, reason)
 
 
 class _NotFiniteError(Exception):
@@ -150,18 +196,21 @@ class _Run:
         #: Factor of the objective as the optimiser sees it; None until the first evaluation.
         self.scale = None if loop.optimiser in NORMALISED else 1.0
         if state is not None:
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.optimiser.load_state_dict(self._part(state["optimiser"]))
             self.scale = state["scale"]
         #: Losses at the last evaluation, and the total there as the optimiser sees it.
         self.latest, self.scaled_total = NO_LOSSES, self.x.new_zeros(())
+        #: What was not finite at the last evaluation, in words; None where all was.
+        self.not_finite: str | None = None
         self.best_x, self.best = self.x.detach().clone(), NO_LOSSES
 
     def evaluate(self, progress: float) -> bool:
         """Compute losses and derivative at the images; false where one is not finite."""
         losses, derivative = self.pixel_gradient(self.x.detach(), progress)
         self.latest = losses.floats()
-        finite = math.isfinite(self.latest.total) and bool(derivative.sum().isfinite())
-        if self.shard.any(not finite):
+        self.not_finite = first_not_finite(self.latest, derivative)
+        if self.shard.any(self.not_finite is not None):
+            self.not_finite = self.not_finite or "the derivative of other images is not finite"
             return False
         if not self.latest.criterion >= self.best.criterion:  # true for the NaN of the start too
             self.best_x, self.best = self.x.detach().clone(), self.latest
@@ -202,8 +251,65 @@ class _Run:
         self.x.copy_(_boxed(self.x, self.loop.box))
 
     def state(self) -> dict:
-        """Return what another run goes on from."""
-        return {"optimiser": self.optimiser.state_dict(), "scale": self.scale}
+        """Return what another run goes on from, of the whole batch."""
+        return {"optimiser": self._whole(self.optimiser.state_dict()), "scale": self.scale}
+
+    def moment(self, step: int, generator: Generator | None) -> Moment:
+        """Return all that decides the iterations from `step` on, of the whole batch."""
+        return Moment(
+            step,
+            self._whole(self.x.detach()),
+            self._whole(self.best_x),
+            self.best,
+            self.state(),
+            None if generator is None else generator.get_state(),
+        )
+
+    def go_on(self, moment: Moment, generator: Generator | None) -> None:
+        """Take the place of the run that `moment` was taken of."""
+        with torch.no_grad():
+            self.x.copy_(self.shard.split(moment.x))
+        self.best_x, self.best = self._part(moment.best_x.to(self.x)), moment.best
+        self.optimiser.load_state_dict(self._part(moment.optimiser_state["optimiser"]))
+        self.scale = moment.optimiser_state["scale"]
+        if generator is not None:
+            go_on_drawing(generator, moment.noise, moment.step)
+
+    def _whole(self, value: Any) -> Any:
+        """Return a state in which this process's part of the images is the whole batch."""
+        own = self.shape[1:]
+        if isinstance(value, Tensor) and value.dim() == len(self.shape) and value.shape[1:] == own:
+            return self.shard.gather(value, self.shape[0]).clone()
+        return _mapped(self._whole, value)
+
+    def _part(self, value: Any) -> Any:
+        """Return a state in which the whole batch is this process's part of it."""
+        if isinstance(value, Tensor) and value.shape == self.shape:
+            return self.shard.split(value).clone()
+        return _mapped(self._part, value)
+
+
+def go_on_drawing(generator: Generator, state: Tensor | None, step: int) -> None:
+    """Let a generator go on from a saved `state`; None leaves it as it is.
+
+    A state of another kind of device, whose random numbers are others, cannot be taken: numbers
+    that depend on `step` follow instead, none of which was drawn before.
+    """
+    if state is None:
+        return
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state)
+    else:
+        generator.manual_seed(generator.initial_seed() + step)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to what a state is made of: values of dicts, items of lists."""
+    if isinstance(value, dict):
+        return {key: function(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [function(v) for v in value]
+    return value
 
 
 def _boxed(x: Tensor, box: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -9,9 +9,11 @@ from torch import Generator, Tensor
 
 from inversion.combine import Combination
 from inversion.objective import NO_LOSSES, Losses, Objective
-from inversion.optimise import Reconstruction, reconstruct
+from inversion.optimise import Moment, Reconstruction, Saving, go_on_drawing, reconstruct
 from inversion.pixel_gradient import PixelGradient
+from inversion.saved import SavedSeed, moved, plain_seed, seed_from
 from inversion.settings import Loop, MLCOSchedule
+from utils.journal import FORGETFUL, Journal, ReadOnly
 from utils.shard import ALONE, Shard
 from utils.streams import stream
 
@@ -40,6 +42,25 @@ class Restarts:
     on_round: Callable[[int, Combination], None] | None = None
     #: Asked during a combination, which takes long with many images; true interrupts it.
     should_stop: Callable[[], bool] = lambda: False
+    #: Where seeds and combinations are saved, and taken from when a killed run goes on.
+    journal: Journal = FORGETFUL
+
+    @property
+    def journal_of_all(self) -> Journal:
+        """The journal for what every process computes alike; one of them saves it."""
+        return self.journal if self.seed_shard.is_main else ReadOnly(self.journal)
+
+    def saving(self, save: Callable[[Moment], None], journal: Journal) -> Saving | None:
+        """Return how `save` is called when the journal is due; None where nothing is saved."""
+        return None if self.journal is FORGETFUL else Saving(journal.due, save)
+
+    def saved_seed(self, index: int) -> SavedSeed | None:
+        """Return how far seed number `index` had come when it was saved, None if it was not."""
+        name = f"seed-{index}"
+        found = self.journal.recall(name)
+        if found is None:
+            return None
+        return seed_from(found, self.starts[index], self.loop.steps, name)
 
 
 def initial_images(
@@ -67,7 +88,7 @@ def run_own_seeds(
     restarts: Restarts,
     *,
     span: range | None = None,
-    before: Sequence[Reconstruction] = (),
+    before: Sequence[Reconstruction | None] = (),
     keep_states: bool = False,
 ) -> list[Reconstruction]:
     """Improve the seeds of this process one after the other, and exchange the runs.
@@ -76,48 +97,83 @@ def run_own_seeds(
     first span. One that ended early stays as it is. keep_states: keep the optimisers' states, so
     that a later span can go on; images and states are kept where the starts are.
 
+    A seed is saved in the journal under its number, and taken from there as far as it had come.
+
     Returns one run per seed, with the steps of all its spans. After an interruption one process
     alone leaves out seeds that never started.
     """
+    span = range(restarts.loop.length) if span is None else span
     runs: list[Reconstruction | None] = [*before] or [None] * len(restarts.starts)
-    for index, (start, generator) in enumerate(
-        zip(restarts.starts, restarts.generators, strict=True)
-    ):
+    for index in range(len(restarts.starts)):
         last = runs[index]
         if not restarts.seed_shard.owns(index) or (last is not None and last.stopped is not None):
             continue
-        run = reconstruct(
-            partial(pixel_gradient, objective.afresh()),
-            (start if last is None else last.x).to(generator.device),
-            restarts.loop,
-            generator=generator,
-            on_step=partial(restarts.on_step, index),
-            span=span,
-            optimiser_state=None if last is None else last.optimiser_state,
-            batch_shard=objective.batch_shard,
+        run = _run_seed(
+            objective, pixel_gradient, restarts, index, span, last, keep_states=keep_states
         )
-        runs[index] = replace(
-            run,
-            x=run.x.to(start.device),
-            steps=run.steps + (0 if last is None else last.steps),
-            optimiser_state=_moved(run.optimiser_state, start.device) if keep_states else None,
-        )
+        runs[index] = run
         if run.stopped == "interrupted":
             break
     if restarts.seed_shard.size > 1:
+        # what a process goes on from must be there once another one has gone on
+        restarts.journal.save()
         return exchange(runs, restarts.starts, restarts.seed_shard)
     return [run for run in runs if run is not None]
 
 
-def _moved(value, device: torch.device):
-    """Return an optimiser's state with all its tensors on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(v, device) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_moved(v, device) for v in value]
-    return value
+def _run_seed(
+    objective: Objective,
+    pixel_gradient: PixelGradient,
+    restarts: Restarts,
+    index: int,
+    span: range,
+    last: Reconstruction | None,
+    *,
+    keep_states: bool,
+) -> Reconstruction:
+    """Improve one seed for a span of iterations, from its run before or from where it was saved."""
+    start, generator = restarts.starts[index], restarts.generators[index]
+    saved = restarts.saved_seed(index)
+    moment, steps = None, 0 if last is None else last.steps
+    objective = objective.afresh()
+    if saved is not None and saved.span == (span.start, span.stop):
+        if saved.run is not None:
+            go_on_drawing(generator, saved.noise, span.stop)
+            return at_home(saved.run, start.device, keep_states=keep_states)
+        moment, steps = saved.moment, saved.steps
+        if objective.place is not None and saved.place is not None:
+            objective.place.go_on(saved.place)
+
+    def save(moment: Moment) -> None:
+        place = None if objective.place is None else objective.place.state()
+        now = SavedSeed((span.start, span.stop), steps, moment, None, place=place)
+        restarts.journal.note(f"seed-{index}", partial(plain_seed, now), order=moment.step)
+        restarts.journal.save()
+
+    run = reconstruct(
+        partial(pixel_gradient, objective),
+        (start if last is None else last.x).to(generator.device),
+        restarts.loop,
+        generator=generator,
+        on_step=partial(restarts.on_step, index),
+        span=span,
+        optimiser_state=None if last is None else last.optimiser_state,
+        batch_shard=objective.batch_shard,
+        since=moment,
+        saving=restarts.saving(save, restarts.journal),
+    )
+    run = at_home(replace(run, steps=run.steps + steps), start.device, keep_states=keep_states)
+    if run.stopped != "interrupted":
+        noise = generator.get_state()
+        end = SavedSeed((span.start, span.stop), steps, None, run, noise=noise)
+        restarts.journal.note(f"seed-{index}", partial(plain_seed, end), order=span.stop)
+    return run
+
+
+def at_home(run: Reconstruction, device: torch.device, *, keep_states: bool) -> Reconstruction:
+    """Return a run whose images, and whose optimiser's state if it is kept, are on `device`."""
+    state = moved(run.optimiser_state, device) if keep_states else None
+    return replace(run, x=run.x.to(device), optimiser_state=state)
 
 
 def exchange(

@@ -212,14 +212,23 @@ class Loop:
     #: ≥ 0: after every step rate · noise · N(0, 1) is added (Langevin dynamics, Welling & Teh,
     #: 2011).
     noise: float = 0.0
+    #: Iterations after which it ends early, in 1 … steps: as a run did that had to; None for none.
+    until: int | None = None
 
     def __post_init__(self):
         if self.steps < 1 or self.lr <= 0:
             raise ValueError(f"steps {self.steps} and lr {self.lr} must be positive")
+        if not 1 <= self.length <= self.steps:
+            raise ValueError(f"until {self.until} must be in 1 … {self.steps}")
         if self.optimiser == "LBFGS" and (self.signed or self.box is not None or self.noise):
             raise ValueError(
                 "L-BFGS learns the curvature from its own steps: no signs, no box, no noise"
             )
+
+    @property
+    def length(self) -> int:
+        """Number of iterations that it takes."""
+        return self.steps if self.until is None else self.until
 
     def rate(self, step: int) -> float:
         """Return the step size at iteration `step` of 0 … steps − 1."""
@@ -311,6 +320,8 @@ class AttackSettings:
     shared: str = "batch"
     #: A name in UPDATE_MODELS; None for "sme" where several local steps were sent, else "mean".
     update_model: str | None = None
+    #: Let torch check every operation of the derivative, and end at the first that gives a NaN.
+    detect_anomaly: bool = False
 
     @property
     def seeds(self) -> range:
@@ -331,7 +342,7 @@ class AttackSettings:
         """Return the number of iterations of all stages with `num_seeds` seeds."""
         if self.forms_consensus:
             return self.schedule.iterations(self.loop.steps, num_seeds)
-        return num_seeds * self.loop.steps
+        return num_seeds * self.loop.length
 
     def loop_in(self, box: "tuple[Tensor, Tensor]") -> Loop:
         """Return the settings of each optimisation; box: lowest and highest valid colours."""

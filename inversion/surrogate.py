@@ -29,6 +29,16 @@ class SurrogatePlace:
         self.alpha = self.change[0].new_tensor(start).requires_grad_()
         self._optimiser = torch.optim.Adam([self.alpha], lr=RATE)
 
+    def state(self) -> dict:
+        """Return what decides where the place goes next, as plain values and tensors."""
+        return {"alpha": self.alpha.detach().clone(), "optimiser": self._optimiser.state_dict()}
+
+    def go_on(self, state: dict) -> None:
+        """Take the place of the one that `state` was taken of."""
+        with torch.no_grad():
+            self.alpha.copy_(state["alpha"])
+        self._optimiser.load_state_dict(state["optimiser"])
+
     def moved(self, weights: Sequence[Tensor], *, on_graph: bool) -> list[Tensor]:
         """Return w₀ + α (w₁ − w₀) for weights w₀, on the graph of α or detached."""
         alpha = self.alpha if on_graph else self.alpha.detach()

@@ -8,6 +8,7 @@ import torch
 from matplotlib import pyplot
 
 from tests.browser import missing_browser
+from utils import image_files
 
 matplotlib.use("Agg")
 # A shell's background job ignores Ctrl-C, and so would the scripts that the tests interrupt.
@@ -53,6 +54,22 @@ def plain_layout():
     whole = pyplot.subplots
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pyplot, "subplots", lambda *a, layout=None, **options: whole(*a, **options))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def crops_once():
+    """A crop of a public photograph is cut once a session: attacks and controls take hundreds."""
+    cut, made = image_files.random_crop, {}
+
+    def remembered(photo, size, draw):
+        key = photo.mode, photo.size, photo.getpixel((0, 0)), size, str(draw.bit_generator.state)
+        if key not in made:
+            made[key] = cut(photo, size, draw)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_files, "random_crop", remembered)
         yield
 
 

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from inversion.audit import searching as audit_searching
 from inversion.search import tune as searching
 from inversion.search.trial import Problem, image_error, run_trial
-from inversion.search.tune import Budget, SearchUnavailableError, available
+from inversion.search.tune import Budget, SearchResult, SearchUnavailableError, available
 from inversion.settings import PRIORS, RANGES, AttackSettings, Loop, Weights
 from models.build import build_model
 from models.target import GroundTruth
@@ -62,7 +63,7 @@ def test_a_trial_forces_statistics_as_the_attack_does():
 
 
 def test_a_loss_that_is_not_finite_fails_the_trial():
-    with pytest.raises(FloatingPointError, match="not finite after"):
+    with pytest.raises(FloatingPointError, match="at iteration 0 the weighted sum"):
         run_trial({"lr": 0.1, "tv": 1e39}, problem(), [10], lambda *report: None)
 
 
@@ -163,11 +164,12 @@ def resumed(captured, tmp_path_factory):
         wait_until(lambda: saved_iterations(folder), process)
     saved = saved_iterations(folder)
     refused = call(*words, "--search-resume", "--max-t", "200")
-    outcome = succeed(*words, "--search-resume")
+    run = root / "results" / "exp" / "test"
+    outcome = succeed(*words, "--resume", run)
     return SimpleNamespace(
         folder=folder, saved=saved, refused=refused, out=outcome.out,
         found=json.loads((folder / "search.json").read_text()),
-        result=json.loads((root / "results" / "exp" / "test" / "result.json").read_text()),
+        result=json.loads((run / "result.json").read_text()),
     )  # fmt: skip
 
 
@@ -243,7 +245,58 @@ def test_an_interrupted_search_is_no_finished_one(captured, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(HANG) == 130
     assert not (folder / "search.json").exists()
-    assert not (tmp_path / "results" / "exp").exists()
+    (run,) = (tmp_path / "results" / "exp").iterdir()
+    assert not (run / "result.json").exists()
+    assert f"--resume {run}" in (run / "log.txt").read_text().splitlines()[-1]
+
+
+def test_a_run_goes_on_with_its_search_and_does_not_repeat_it(captured, tmp_path, monkeypatch):
+    """Ray is not asked: what the search is called with counts, and how often."""
+    trial = {"trial": "a", "lr": 0.2, "mse": 0.1, "iterations": 5, "status": "done", "error": ""}
+    calls, ends = [], [KeyboardInterrupt(), KeyboardInterrupt(), None]
+
+    def search(*_, folder, resume, **__):
+        calls.append((Path(folder).name, resume))
+        if (end := ends.pop(0)) is not None:
+            raise end
+        return SearchResult("random", {"lr": 0.2}, [trial], None)
+
+    def begin(*_):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(audit_searching, "search", search)
+    monkeypatch.setattr(audit_searching, "can_go_on", lambda folder: len(calls) > 1)
+    words = [
+        "run.py", "--root", tmp_path, "--checkpoint", captured(*TARGET), "--epochs", 2,
+        "--superparameters-search", "--lr-tune", "--search-alg", "random",
+        "--simulation-checkpoint", captured(*SIMULATION),
+    ]  # fmt: skip
+    run = tmp_path / "results" / "exp" / "test"
+    first = call(*words)
+    assert first.code == 130
+    assert f"--resume {run}" in first.out.splitlines()[-1]
+    searched = tmp_path / "results" / "search"
+    searched.rename(tmp_path / "elsewhere")
+    gone = call(*words, "--resume", run)
+    assert (gone.code, "which is gone" in gone.err) == (2, True)
+    (tmp_path / "elsewhere").rename(searched)
+    assert call(*words, "--resume", run).code == 130  # its first trial had not been saved
+    with monkeypatch.context() as patch:
+        patch.setattr("run.attack_checkpoint", begin)
+        with pytest.raises(SystemExit):
+            call(*words, "--resume", run)
+    assert calls == [("test", False), ("test", False), ("test", True)]
+    assert (
+        "the search was done before: best settings: --lr 0.2"
+        in succeed(*words, "--resume", run).out
+    )
+    result = json.loads((run / "result.json").read_text())
+    assert result["search"]["best"] == {"lr": 0.2}
+    assert result["search"]["trials"] == [trial]
+    assert result["settings"]["lr"] == 0.2
+    ends.append(None)
+    succeed(*words, "--search-resume", "--search-only")
+    assert calls[3:] == [("test", True)]
 
 
 def test_a_search_over_other_parameters_is_not_resumed():

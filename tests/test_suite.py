@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from inversion.audit import positive, subject, suite, suite_report, suite_run, suite_settings
-from inversion.audit.budget import Budget, Deadline, Pace, SameLength
+from inversion.audit.attack import Recorder
+from inversion.audit.budget import Budget, Deadline, Pace
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
+from inversion.audit.scoring import OTHER_GRADIENT
+from inversion.audit.settings import settings_from
 from inversion.audit.suite import Done, Part, Run
 from inversion.audit.suite_verdict import audit_verdict, best_part, checkpoint_verdict, gaps
 from inversion.audit.verdict import (
@@ -29,7 +32,9 @@ from models.target import Protection
 from tests.support import call, capture_photos, photos, succeed, target_of
 from utils.console import Silent
 from utils.errors import InputError
+from utils.files import null_if_nan
 from utils.flags import duration_from
+from utils.journal import FORGETFUL, FolderJournal, consolidate
 from utils.metrics import label_accuracy
 from utils.script import Interrupts
 
@@ -88,17 +93,6 @@ def test_a_deadline_counts_only_where_the_work_asked():
         assert not interrupted.is_late
 
 
-def test_controls_of_an_attack_that_had_to_end_are_as_long():
-    with Interrupts() as interrupts:
-        length = SameLength(3, interrupts)
-        asked = [length.should_stop for _ in range(7)]
-        assert asked == [False, False, True, False, False, True, False]
-        assert not length.stopped  # each was as long as it should be
-        os.kill(os.getpid(), signal.SIGINT)
-        assert length.should_stop
-        assert length.stopped
-
-
 def test_iterations_that_fit_with_their_controls():
     pace = Pace(attack=0.2, prior=0.1)
     assert pace.iterations(10, 10_000) == 14  # 70 % of 10 s at 0.5 s
@@ -117,7 +111,8 @@ def test_the_longest_matching_has_no_fewer_iterations_than_the_positive_control(
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8))
     case = argparse.Namespace(target=target_of(model, *photos(2, 16)))
     for fewest in (0, 5, 500, 10**6):
-        suite.run_matching(suite.SUITE[-1], case, None, 10, 0, None, fewest)
+        run = Run(None, None, Silent(), 1)
+        suite.run_matching(suite.SUITE[-1], case, None, 10, 0, run, fewest)
     fitting = Pace(0.1, 0.1).iterations(10, 10**6)
     assert planned[0] == pytest.approx(fitting, abs=1)  # less what measuring took
     assert planned == [planned[0], planned[0], 500, suite.SUITE[-1].most]
@@ -282,6 +277,7 @@ def test_truths_find_their_checkpoints(tmp_path):
     assert len({source.sha256 for source in found}) == 3
     content = torch.load(own)
     content["args"] |= {"data_name": torch.zeros(2), "seed": [0]}
+    del content["checksums"]
     torch.save(content, odd := str(tmp_path / "odd.pth.tar"))
     (odd_flags,) = (source.flags for source in subject.sources([odd], []))
     assert not {"data_name", "seed"} & odd_flags.keys()  # what no file can write is left out
@@ -310,7 +306,19 @@ def test_attack_flags_are_refused_and_the_rest_is_kept():
 # The whole ---------------------------------------------------------------------------------
 
 ITERATIONS = 80
-LENET = ("-a", "lenet", "-b", 4, "--outlayer-state", "keep", "--with-control", "--decoys", 30)
+LENET = (
+    "-a",
+    "lenet",
+    "-b",
+    4,
+    "--image-size",
+    16,
+    "--outlayer-state",
+    "keep",
+    "--with-control",
+    "--decoys",
+    30,
+)
 
 
 def shorten(monkeypatch, iterations):
@@ -356,7 +364,7 @@ def test_a_whole_audit(both):
     assert open_["labels"]["known"]
     assert 0 < open_["labels"]["chance"] < 1
     layerwise, left_out = open_["parts"]
-    assert layerwise["certified"] == 2
+    assert layerwise["certified"] == 4
     assert layerwise["deepest_layer"] is not None
     assert (left_out["status"], left_out["reason"]) == ("skipped", "already shown by layerwise")
     layerwise, matching = noisy["parts"]
@@ -437,6 +445,107 @@ def test_an_interruption_ends_the_part_and_writes_what_there_is(captured, tmp_pa
     assert second["parts"][0]["reason"] == "the audit was interrupted"
 
 
+# Going on ----------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nothing catches it to save or to write."""
+
+
+def without_times(value):
+    """An audit without what depends on the clock."""
+    if isinstance(value, dict):
+        clocked = {"created", "seconds", "control_seconds", "budget_seconds"}
+        return {key: without_times(v) for key, v in value.items() if key not in clocked}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def test_an_audit_killed_after_every_part_ends_as_one_that_was_not(both, tmp_path, monkeypatch):
+    """Each process does one part: what is done is not done again, and its time counts."""
+    _, whole, pictures = both
+    shorten(monkeypatch, ITERATIONS)
+    flags = whole["command"].split()[3:]
+    flags[flags.index("--root") + 1] = str(tmp_path)
+    keep, spent = suite_run.keep, []
+
+    def keep_and_die(fact, journal):
+        keep(fact, journal)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite_run, "keep", keep_and_die)
+        for _ in range(4):  # the positive control, and three parts that are not left out
+            with pytest.raises(Killed):
+                call("run.py", "--audit", *flags)
+            (folder,) = tmp_path.glob("results/exp/*")
+            flags = flags if "--resume" in flags else [*flags, "--resume", folder]
+            journal = FolderJournal.opened(folder / "state", 1.0, print, 0)
+            spent.append(journal.recall("spent"))
+    assert spent == sorted(spent)
+    monkeypatch.setattr(suite, "attack", None)  # none is left
+    assert call("run.py", "--audit", *flags).code == 0
+    found = json.loads((folder / "audit.json").read_text())
+    assert found["seconds"] > spent[-1]
+    found["command"] = whole["command"]
+    assert without_times(found) == without_times(whole)
+    assert not (folder / "state").exists()
+    for path in pictures.glob("*.png"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_a_part_that_is_killed_on_its_way_goes_on_there(tmp_path, monkeypatch):
+    """Its attack had to end for its time: the clock decides that once, whatever it says later."""
+    like = argparse.Namespace(lpips_score=None)
+    case, sealed = positive.positive_case((3, 16, 16), 0, torch.device("cpu"), like)
+    settings = suite.matching_settings(case.target, 30, 0)
+    flags = parser().parse_args(["--checkpoint", "none", "--metric", "--epochs", "1", "--lr", "1"])
+    scoring = settings_from(flags).scoring
+    on_step, steps = Recorder.on_step, []
+
+    class Late(Deadline):
+        """Is over after 12 iterations of the attack."""
+
+        @property
+        def should_stop(self):
+            self.is_late = steps[-1] == ("positive control: ", 11)
+            return self.is_late
+
+    monkeypatch.setattr(suite, "Deadline", Late)
+
+    def part(folder, deaths):
+        """Go on with the part after each death, which comes after so many iterations in all."""
+
+        def followed(recorder, index, step, losses, rate):
+            steps.append((recorder.title, step))
+            if len(steps) in deaths:
+                raise Killed
+            return on_step(recorder, index, step, losses, rate)
+
+        monkeypatch.setattr(Recorder, "on_step", followed)
+        steps.clear()
+        folder.mkdir()
+        while True:
+            journal = FolderJournal.opened(folder, 0.0, print, 0)
+            try:
+                with Interrupts() as interrupts:
+                    run = Run(scoring, interrupts, Silent(), 100, journal)
+                    return suite.run_part(positive.PART, settings, case, sealed, 3600.0, run)
+            except Killed:
+                consolidate(folder)
+
+    one = part(tmp_path / "whole", ())
+    other = part(tmp_path / "killed", (5, 17, 30))
+    assert len(steps) == 3 * 12 + 3  # one iteration is lost per death
+    assert one.iterations == other.iterations == 12
+    assert one.is_limited
+    assert other.is_limited
+    assert torch.equal(one.images, other.images)
+    assert set(one.controls) == set(other.controls) == {"mean image", "prior only", OTHER_GRADIENT}
+    for name, images in one.controls.items():
+        assert torch.equal(images, other.controls[name])
+    assert null_if_nan(one.scores) == null_if_nan(other.scores)
+
+
 def test_the_plan_alone(captured, tmp_path):
     outcome = succeed(
         "run.py", "--audit", "--dry-run", "--root", tmp_path, "--checkpoint", captured(*LENET)
@@ -477,7 +586,7 @@ def test_nothing_is_matched_once_layerwise_has_shown_a_reconstruction():
         refused = {}
 
     with Interrupts() as interrupts:
-        audit = suite_run.Audit(None, [], budget, Silent(), interrupts, None, {})
+        audit = suite_run.Audit(None, [], budget, Silent(), interrupts, None, FORGETFUL, {})
         found = suite_run.run_one(audit, Loaded(), suite.SUITE[1], [shown])
     assert (found.status, found.reason) == ("skipped", "already shown by layerwise")
     assert budget.forecast(3) == 100

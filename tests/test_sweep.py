@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -20,6 +18,7 @@ from scipy.stats import norm
 
 from benchmarks import defences_table
 from inversion.audit import subject
+from inversion.audit.attack import Recorder
 from inversion.audit.budget import Pace
 from inversion.audit.flags import parser
 from inversion.audit.identification import identify
@@ -28,6 +27,7 @@ from inversion.audit.settings import settings_from
 from inversion.audit.subject import label_finding
 from inversion.audit.suite_report import checkpoint_entry
 from inversion.audit.sweep import job, picture
+from inversion.audit.sweep import run as sweeping
 from inversion.audit.sweep.job import attacks_of, decoys_per_image, run_job
 from inversion.audit.sweep.picture import Panel, positions, save_sweeps
 from inversion.audit.sweep.row import Job, Row
@@ -45,7 +45,7 @@ from models.checkpoint import load
 from models.gradient import ClientLoss, batch_gradient
 from models.reading import target_from_checkpoint
 from models.target import model_of
-from tests.support import ROOT, call, succeed, wait_until
+from tests.support import call, succeed
 from train.flags import parser as client_parser
 from train.settings import settings_from as client_settings_from
 from train.variation import base_flags, simulate, varied
@@ -281,10 +281,38 @@ def test_every_entry_of_a_sweep_is_described(swept):
     assert all(f"`{path.name}`" in text for path in folder.iterdir())
 
 
-def test_two_workers_find_what_one_does(checkpoint, swept, tmp_path):
-    flags = ("--sweep", "sigma=0,0.5", "--sweep-workers", 2, "--keep-checkpoints")
-    _, record, folder = sweep(tmp_path, checkpoint, *flags)
-    assert without_times(record) == without_times(swept[1])[:2]
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nothing catches it to save or to write."""
+
+
+def test_a_killed_sweep_goes_on_with_the_clients_that_are_missing(
+    checkpoint, swept, tmp_path, monkeypatch
+):
+    """The last ones by two workers, which find what one does."""
+    _, whole, pictures = swept
+    words = ["run.py", "--root", tmp_path, "--checkpoint", checkpoint, *ATTACK]
+    words += ["--sweep", "sigma=0,0.5,much", "--keep-checkpoints"]
+    keep, kept = sweeping.keep, []
+
+    def keep_and_die(result, *rest):
+        keep(result, *rest)
+        kept.append(result.row.value)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "keep", keep_and_die)
+        with pytest.raises(Killed):
+            call(*words)
+    (folder,) = (tmp_path / "results" / "exp").iterdir()
+    outcome = succeed(*words, "--resume", folder, "--sweep-workers", 2)
+    assert kept == ["0"]
+    assert "1 of 3 clients were attacked before" in outcome.out
+    assert "[1/3" not in outcome.out
+    record = json.loads((folder / "sweep.json").read_text())
+    assert without_times(record) == without_times(whole)
+    for name in ("sweep.png", "images.png"):
+        assert (folder / name).read_bytes() == (pictures / name).read_bytes()
+    assert not (folder / "state").exists()
     assert len(list((folder / "clients").glob("sigma=0.5-0-checkpoint.pth.tar"))) == 1
 
 
@@ -319,8 +347,7 @@ def test_local_steps_are_compared_with_the_gradient_before_them(captured, tmp_pa
 
 
 def test_a_layerwise_attack_tells_the_deepest_layer(captured, tmp_path):
-    flags = ("-a", "convnet", "-b", "1", "--image-size", "16", "--target-idx", "10", "--model-eval")
-    target = captured(*flags, "--with-control", "--decoys", "30")
+    target = captured(*CLIENT, *CONTROL, "--target-idx", "10")
     flags = ("--attack", "layerwise", "--sweep", "sigma=0,1")
     outcome = succeed("run.py", "--root", tmp_path, "--checkpoint", target, *flags)
     record = json.loads((tmp_path / "results/exp/test/sweep.json").read_text())
@@ -330,22 +357,33 @@ def test_a_layerwise_attack_tells_the_deepest_layer(captured, tmp_path):
     assert plain["deepest"] in outcome.out
 
 
-def test_an_interrupted_sweep_keeps_what_is_done(checkpoint, tmp_path):
-    flags = [*map(str, ATTACK), "--sweep", "sigma=0,0.1,0.2,0.3,0.4,0.5,0.6,0.7", "--repeats", "20"]
-    script = [sys.executable, str(ROOT / "run.py"), "--root", str(tmp_path)]
-    process = subprocess.Popen(
-        [*script, "--checkpoint", str(checkpoint), *flags], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    log = tmp_path / "results/exp/test/log.txt"
-    wait_until(lambda: log.exists() and "[1/160" in log.read_text(), process)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate()
-    assert process.returncode == 128 + signal.SIGINT
-    record = json.loads((log.parent / "sweep.json").read_text())
+def test_an_interrupted_sweep_keeps_what_is_done_and_says_how_to_go_on(
+    checkpoint, swept, tmp_path, monkeypatch
+):
+    """In the middle of an attack, which goes on there."""
+    on_step, steps = Recorder.on_step, []
+
+    def interrupted(recorder, index, step, losses, rate):
+        steps.append(step)
+        if len(steps) == 11:  # the first client had an attack and two controls of three each
+            os.kill(os.getpid(), signal.SIGINT)
+        return on_step(recorder, index, step, losses, rate)
+
+    monkeypatch.setattr(Recorder, "on_step", interrupted)
+    flags = ["--root", tmp_path, "--checkpoint", checkpoint, *ATTACK, "--sweep", "sigma=0,0.5,much"]
+    outcome = call("run.py", *flags)
+    assert outcome.code == 128 + signal.SIGINT
+    (folder,) = (tmp_path / "results" / "exp").iterdir()
+    record = json.loads((folder / "sweep.json").read_text())
     assert record["interrupted"] is True
-    assert 1 <= len(record["rows"]) < 160
-    assert f"{len(record['rows'])} of 160 clients" in out
+    assert without_times(record) == without_times(swept[1])[:1]
+    assert "1 of 3 clients" in outcome.out
+    script, *again = outcome.out.splitlines()[-1].split()[1:]
+    succeed(script, *again)
+    record = json.loads((folder / "sweep.json").read_text())
+    assert record["interrupted"] is False
+    assert without_times(record) == without_times(swept[1])
+    assert steps == [0, 1, 2] * 6
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,12 @@ def decode_all(
 
     Also returns how each was read. Raises InputError as `decode` does.
     """
+    height, width = (size, size) if isinstance(size, int) else size
+    require_memory(
+        8 * len(paths) * channels * height * width,
+        f"{len(paths):,} images of {height}×{width} pixels",
+        "take fewer or smaller ones",
+    )
     with ThreadPoolExecutor(max(1, workers)) as pool:
         read = list(pool.map(lambda path: _fitted(path, channels, size, bit_depth), paths))
     return torch.stack([pixels for pixels, _ in read]), tuple(reading for _, reading in read)

@@ -47,7 +47,7 @@ class Journal(Protocol):
         """
 
     def drop(self, name: str) -> None:
-        """Let the next save forget the fact `name`."""
+        """Let the next save forget the fact `name`, or all facts of the part of that name."""
 
     def under(self, part: str) -> "Journal":
         """Return the journal of a part of the run, whose names are apart from all others."""
@@ -123,6 +123,11 @@ class FolderJournal:
     _noted: dict[str, tuple[Callable[[], Any], int]] = field(default_factory=dict)
     _always: dict[str, tuple[Callable[[], Any], int]] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
+    #: Files that its manifest names on the disk.
+    _files: set[str] = field(init=False)
+
+    def __post_init__(self):
+        self._files = {entry.file for entry in self.entries.values()}
 
     @classmethod
     def opened(
@@ -171,8 +176,10 @@ class FolderJournal:
 
     def drop(self, name: str) -> None:
         """Let the next save forget it."""
-        for known in (self._noted, self._always, self.entries, self.former):
-            known.pop(name, None)
+        facts: tuple[dict[str, Any], ...] = self._noted, self._always, self.entries, self.former
+        for known in facts:
+            for key in [key for key in known if key == name or key.startswith(f"{name}/")]:
+                del known[key]
 
     def under(self, part: str) -> "Part":
         """Return the journal of a part."""
@@ -185,7 +192,6 @@ class FolderJournal:
     def save(self) -> None:
         """Write what was noted, then the manifest, then remove the files of replaced facts."""
         written: dict[str, Entry] = {}
-        before = {entry.file for entry in self.entries.values()}
         try:
             for name, (make, order) in [*self._noted.items(), *self._always.items()]:
                 written[name] = self._written(make(), order)
@@ -199,8 +205,10 @@ class FolderJournal:
         else:
             self.entries |= written
             self._noted.clear()
-            for file in before - {entry.file for entry in self.entries.values()}:
+            named = {entry.file for entry in self.entries.values()}
+            for file in self._files - named:
                 self._remove(file)
+            self._files = named
         self._last = time.monotonic()
 
     def _written(self, content: Any, order: int) -> Entry:
@@ -300,7 +308,7 @@ def read_manifest(path: Path) -> dict[str, Entry]:
     damaged = InputError(f"{path}: damaged: no manifest of a saved run; start the run anew")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        facts = content["facts"] if content["format"] == MANIFEST_FORMAT else None
+        facts: Any = content["facts"] if content["format"] == MANIFEST_FORMAT else None
         entries = {str(name): Entry(**entry) for name, entry in facts.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error

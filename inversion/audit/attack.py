@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ from inversion.layerwise.images import PUBLIC_IMAGES as LAYERWISE_PUBLIC_IMAGES
 from inversion.layerwise.layer import Layer
 from inversion.objective import Losses
 from inversion.optimise import Outcome, Reconstruction, lowest
-from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import Restarts, noise_generator
+from inversion.saved import reading
 from inversion.settings import AttackSettings
 from inversion.strategies import STRATEGIES
 from utils.console import Progress, Reporter
 from utils.device import peak_memory_mib
 from utils.errors import InputError
+from utils.journal import FORGETFUL, Journal, ReadOnly
 from utils.script import Stop
 from utils.shard import ALONE, Shard
 
@@ -43,10 +46,42 @@ class Recorder:
     save_consensus: Callable[[int, Tensor], None] | None = None
     #: What stands before every line.
     title: str = ""
-    #: Rows of losses.csv, in the order of `header`.
-    rows: list = field(default_factory=list)
+    #: Number of a seed, or CONSENSUS → its rows of losses.csv, in the order of `header`.
+    rows_of: dict[str | int, list] = field(default_factory=dict)
     #: What every round of MLCO chose.
     rounds: list[dict] = field(default_factory=list)
+    #: Where rows, rounds and the time are saved.
+    journal: Journal = FORGETFUL
+
+    def go_on(self) -> None:
+        """Take rows, rounds and time from where a killed run had saved them, and save them on."""
+        settings, saved = self.settings, self.journal.recall("progress")
+        with reading("the progress"):
+            for name in [*settings.seeds, CONSENSUS]:
+                rows = self.journal.recall(f"rows-{name}") or []
+                if rows:
+                    self.rows_of[name] = [list(r) for r in rows if len(r) == len(self.header)]
+            self.rounds += [dict(entry) for entry in self.journal.recall("rounds") or []]
+            if saved is not None:
+                self.progress.done = int(saved["done"])
+                self.progress.start -= float(saved["seconds"])
+        self.journal.note("progress", self._progress, always=True)
+
+    def end(self) -> float:
+        """Return the seconds that the attack took, those before a kill included."""
+        now = self._progress()
+        self.journal.note("progress", lambda: now)
+        return now["seconds"]
+
+    def _progress(self) -> dict:
+        return {
+            "done": self.progress.done, "seconds": time.perf_counter() - self.progress.start,
+        }  # fmt: skip
+
+    @property
+    def rows(self) -> list:
+        """The rows of losses.csv, seed by seed and the consensus last."""
+        return in_order([row for rows in self.rows_of.values() for row in rows])
 
     @property
     def header(self) -> list[str]:
@@ -62,7 +97,10 @@ class Recorder:
         self.progress.step(self.title + (CONSENSUS if index is None else f"seed {name}"), values)
         if step % max(1, steps // RECORDED_STEPS) == 0 or step == steps - 1:
             terms = [losses.terms.get(term, "") for term in settings.prior_names]
-            self.rows.append([name, step, rate, losses.total, losses.gradient, *terms])
+            row = [name, step, rate, losses.total, losses.gradient, *terms]
+            rows = self.rows_of.setdefault(name, [])
+            rows.append(row)
+            self.journal.note(f"rows-{name}", partial(list, rows), order=step + 1)
         return self.interrupts.should_stop
 
     def on_round(self, done: int, combination: Combination) -> None:
@@ -85,6 +123,8 @@ class Recorder:
                 "image_gradients": combination.image_gradients,
             }
         )
+        rounds = list(self.rounds)
+        self.journal.note("rounds", lambda: rounds, order=len(rounds))
 
 
 def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outcome:
@@ -101,8 +141,9 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
         on_step=recorder.on_step,
         on_round=recorder.on_round,
         should_stop=lambda: objective.batch_shard.any(recorder.interrupts.should_stop),
+        journal=recorder.journal,
     )
-    pixel_gradient = PIXEL_GRADIENTS[settings.pixel_gradient]
+    pixel_gradient = pixel_gradient_of(settings)
     return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
 
 
@@ -130,6 +171,14 @@ class Attacked:
         return math.isnan(self.outcome.final.losses.criterion)
 
     @property
+    def failure(self) -> str:
+        """Why it failed, where it did."""
+        reasons = [run.reason for run in self.outcome.runs if run.reason is not None]
+        return "no seed had a finite loss at its start: nothing was reconstructed" + "".join(
+            f"; {reason}" for reason in reasons[:1]
+        )
+
+    @property
     def stopped(self) -> str | None:
         """Why it ended early, None where all iterations ran."""
         return "interrupted" if self.interrupted else self.outcome.final.stopped
@@ -153,6 +202,7 @@ def attack(
     print_freq: int,
     title: str = "",
     save_consensus: Callable[[int, Tensor], None] | None = None,
+    journal: Journal = FORGETFUL,
 ) -> Attacked:
     """Run an attack from its settings to its images, and report its progress.
 
@@ -160,25 +210,31 @@ def attack(
     the images; an interruption of solving leaves what was recovered until then.
 
     print_freq: iterations between two progress lines, each of which begins with `title`.
-    save_consensus(iterations, x): called with every consensus.
+    save_consensus(iterations, x): called with every consensus. journal: where the attack is saved
+    on its way and when it is interrupted, and from where a killed one goes on.
     """
     if settings.method != "matching":
-        attacked, why = _solve(case, interrupts, reporter, title, settings.max_memory)
+        attacked, why = _solve(case, interrupts, reporter, title, settings.max_memory, journal)
         enough = settings.method == "layerwise" or not why
         if attacked is not None and (enough or attacked.interrupted):
             return attacked
         if settings.method == "layerwise":
             raise InputError(f"--attack layerwise: {why}; give --attack matching")
         reporter.say(f"{title}matching, since solving layer by layer does not do: {why}")
-    start = time.perf_counter()
+    saves = journal is not FORGETFUL
+    if saves and settings.shared == "batch" and not case.processes.is_main:
+        journal = ReadOnly(journal)  # all compute the same batch, and the first one saves it
     total = settings.total_iterations(own_seeds(settings, case.processes))
     progress = Progress(total, print_freq, reporter)
-    recorder = Recorder(settings, progress, interrupts, save_consensus, title)
+    recorder = Recorder(settings, progress, interrupts, save_consensus, title, journal=journal)
+    recorder.go_on()
     try:
         outcome = run_attack(settings, case, recorder)
     finally:
         progress.close()
-    seconds = time.perf_counter() - start
+    seconds = recorder.end()
+    if asked_to_stop(case, interrupts):
+        journal.save()
     rows = recorder.rows
     if settings.shared == "seeds":
         rows = _all_rows(rows, case.processes)
@@ -195,13 +251,16 @@ def attack(
 
 
 def _solve(
-    case: Case, interrupts: Stop, reporter: Reporter, title: str, max_memory: int
+    case: Case, interrupts: Stop, reporter: Reporter, title: str, max_memory: int, journal: Journal
 ) -> tuple[Attacked | None, str]:
     """Solve the gradient layer by layer; return what it gave, and why that is not enough, or "".
 
     Nothing is returned where the network or what was sent does not allow it.
     """
-    target, start = case.target, time.perf_counter()
+    target = case.target
+    journal = journal.under("layerwise")
+    if not case.processes.is_main:
+        journal = ReadOnly(journal)  # all compute the same, and the first one saves it
 
     def on_layer(layer: Layer) -> None:
         verdict = "certified" if layer.certified else "not certified"
@@ -210,12 +269,19 @@ def _solve(
             f"{layer.residual:.1e}, {verdict}, {layer.seconds:.1f} s"
         )
 
+    def on_recalled(layer: Layer) -> None:
+        verdict = "certified" if layer.certified else "not certified"
+        reporter.say(f"{title}{layer.name}: {verdict} before, from the saved state")
+
     public = public_images(LAYERWISE_PUBLIC_IMAGES, target).to(case.device)
     try:
         found = layerwise_attack(
             case.objective.model, target, case.y, public, on_layer=on_layer,
-            should_stop=lambda: interrupts.should_stop, max_memory=max_memory,
+            on_recalled=on_recalled, should_stop=lambda: interrupts.should_stop,
+            max_memory=max_memory, journal=journal,
         )  # fmt: skip
+    except InputError:  # a saved state that does not fit
+        raise
     except ValueError as error:
         return None, str(error)
     x = found.images.to(target.gradient[0].dtype)
@@ -224,7 +290,7 @@ def _solve(
     reconstruction = Reconstruction(x, losses, len(found.layers), stopped)
     outcome = Outcome(reconstruction, (reconstruction,), 0, len(found.layers))
     attacked = Attacked(
-        outcome, case.images(x), [], [], [], time.perf_counter() - start,
+        outcome, case.images(x), [], [], [], found.seconds,
         peak_memory_mib(case.device), interrupted=interrupts.stopped, recovered=found,
     )  # fmt: skip
     return attacked, found.shortfall
@@ -245,9 +311,14 @@ def own_seeds(settings: AttackSettings, processes: Shard) -> int:
 def _all_rows(rows: list, processes: Shard) -> list:
     """Rows of losses.csv of all processes that ran whole seeds, the consensus only once."""
     parts = processes.objects(rows)
-    return [
-        row for rank, part in enumerate(parts) for row in part if row[0] != CONSENSUS or rank == 0
-    ]
+    return in_order(
+        [row for rank, part in enumerate(parts) for row in part if row[0] != CONSENSUS or not rank]
+    )
+
+
+def in_order(rows: list) -> list:
+    """Return rows of losses.csv seed by seed, those of the consensus last."""
+    return sorted(rows, key=lambda row: math.inf if row[0] == CONSENSUS else row[0])
 
 
 def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
@@ -264,8 +335,8 @@ def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
             )
         elif run.stopped is not None:
             lines.append(
-                f"{name}: a loss was not finite after {run.steps} iterations; its best images "
-                "are kept"
+                f"{name}: {run.reason}, so it ended after {run.steps} iterations; its best images "
+                "are kept, and --detect-anomaly names the operation"
             )
     chosen = settings.strategy if outcome.chosen is None else f"seed {first + outcome.chosen}"
     losses = outcome.final.losses

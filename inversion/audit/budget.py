@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from utils.journal import Journal
 from utils.script import Stop
 
 #: Share of its time that a part plans iterations for; the rest is for scoring, and for steps that
@@ -12,6 +13,8 @@ PLANNED = 0.7
 #: Share of a part's time after which its attack ends, so that its controls can be as long and the
 #: test has the rest.
 OF_THE_ATTACK = 0.4
+#: Name under which a journal holds the seconds that a part has taken.
+ELAPSED = "elapsed"
 
 
 class Budget:
@@ -30,6 +33,10 @@ class Budget:
     def add(self, weights: float) -> None:
         """Add the weights of parts that are to come."""
         self._to_come += weights
+
+    def go_on(self, spent: float) -> None:
+        """Count the `spent` seconds of a killed audit in the place of those since the start."""
+        self._start = self._clock() - spent
 
     @property
     def spent(self) -> float:
@@ -50,6 +57,21 @@ class Budget:
         share = self.forecast(weight)
         self._to_come -= weight
         return share
+
+
+class Watch:
+    """Measures what a part takes, together with what it took before its audit was killed."""
+
+    def __init__(self, journal: Journal, clock: Callable[[], float] = time.monotonic):
+        """Start; from now on every save writes the seconds until then."""
+        self._clock = clock
+        self._start = clock() - (journal.recall(ELAPSED) or 0.0)
+        journal.note(ELAPSED, lambda: self.seconds, always=True)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the part has taken."""
+        return self._clock() - self._start
 
 
 class Deadline:
@@ -76,31 +98,6 @@ class Deadline:
     def stopped(self) -> bool:
         """Whether a signal came, or the work was told that its time is over."""
         return self.is_late or self._others.stopped
-
-
-class SameLength:
-    """Ends every attack after as many iterations as another one did that had to end; a `Stop`.
-
-    An attack that ends so was not stopped: it is as long as it should be.
-    """
-
-    def __init__(self, iterations: int, others: Stop):
-        """Count from 0. others: what else ends the work."""
-        self._iterations, self._others, self._done = iterations, others, 0
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether the iteration that asks is the last one; the next attack begins anew."""
-        self._done += 1
-        if self._done < self._iterations:
-            return self._others.should_stop
-        self._done = 0
-        return True
-
-    @property
-    def stopped(self) -> bool:
-        """Whether something else asked the work to end."""
-        return self._others.stopped
 
 
 @dataclass(frozen=True)

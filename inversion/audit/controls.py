@@ -1,6 +1,5 @@
 """The same attack without the client's gradient, to set its scores beside."""
 
-import time
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from models.target import Target, Update
 from utils.console import Reporter, duration
 from utils.errors import InputError
 from utils.image_files import public_photographs
+from utils.journal import FORGETFUL, Journal
 from utils.script import Stop
 
 #: Controls run unasked where the attack takes less, in seconds.
@@ -74,6 +74,7 @@ def run_controls(
     reporter: Reporter,
     *,
     print_freq: int,
+    journal: Journal = FORGETFUL,
 ) -> Controls:
     """Run the same attack as `attacked` without the client's gradient, in three ways.
 
@@ -83,6 +84,8 @@ def run_controls(
     the attack, on the gradient (and BN statistics) of other images with the same labels. "mean
     image": of the public photographs. The labels are those of the attack. A control that cannot be
     run or is interrupted is left out with a printed note, and is missing in the result.
+
+    journal: as in `attack`; each control is a part of it.
     """
     target = case.target
     mean = public_photographs(PUBLIC_IMAGES, target.image_shape).mean(0)
@@ -105,11 +108,11 @@ def run_controls(
         if controls.missing and asked_to_stop(case, interrupts):
             controls.missing.append(f"control {name} was not run")
             continue
-        start = time.perf_counter()
         try:
             found = attack(
                 changed, case.attacked_by(changed, theirs), interrupts, reporter,
                 print_freq=print_freq, title=f"control, {name}: ",
+                journal=journal.under(name),
             )  # fmt: skip
         except InputError as error:
             reporter.say(f"control, {name}: left out: {error}")
@@ -119,10 +122,10 @@ def run_controls(
             reporter.say(f"control, {name}: interrupted, left out")
             controls.missing.append(f"control {name} was interrupted")
             continue
-        outcome, seconds = found.outcome, time.perf_counter() - start
+        outcome, seconds = found.outcome, found.seconds
         controls.found[name] = Control(found.images, outcome.iterations, seconds)
         stopped = (
-            ", ended by a loss that was not finite" if outcome.final.stopped == "not finite" else ""
+            f", ended early: {outcome.final.reason}" if outcome.final.reason is not None else ""
         )
         done = "iterations" if found.recovered is None else "tensors"
         reporter.say(

@@ -6,6 +6,7 @@ something where there is something to find.
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from inversion.audit.suite import (
     Part,
     Run,
     matching_settings,
-    pace_of,
+    plan_of,
     run_part,
 )
 from inversion.audit.truth import check_truth_gradient
 from inversion.audit.verdict import RECONSTRUCTION
+from inversion.saved import reading
 from models.build import build_model
 from models.checkpoint import Task, make_checkpoint
 from models.gradient import ClientLoss, whole_batch_gradient
@@ -56,8 +58,19 @@ class Positive:
     @property
     def iterations(self) -> int:
         """How many its attack took."""
-        attacked = None if self.done is None else self.done.attacked
-        return 0 if attacked is None else attacked.outcome.iterations
+        return 0 if self.done is None else self.done.iterations
+
+    @property
+    def fact(self) -> dict[str, Any]:
+        """The same as plain values and tensors, for a journal."""
+        return {**vars(self), "done": None if self.done is None else self.done.fact}
+
+    @classmethod
+    def of_fact(cls, fact: dict[str, Any]) -> "Positive":
+        """Return what a `fact` was made of; raises InputError where it is none."""
+        with reading(PART.name):
+            done = None if fact["done"] is None else Done.of_fact(PART, fact["done"])
+            return cls(**{**fact, "done": done})
 
     @property
     def entry(self) -> dict:
@@ -133,15 +146,14 @@ def positive_control(
     """
     start = time.perf_counter()
     case, sealed = positive_case(image_shape, seed, device, like)
-    pace = pace_of(case)
-    seconds -= time.perf_counter() - start
-    steps = pace.iterations(seconds, iterations)
+    plan = plan_of(PART, case, seconds - (time.perf_counter() - start), iterations, run.journal)
     size = "×".join(map(str, case.target.image_shape))
     what = f"{IMAGES} public photographs of {size}, {ARCHITECTURE}, undefended gradient"
-    if steps < FEWEST_ITERATIONS:
+    if plan.steps < FEWEST_ITERATIONS:
         short = f"{what}: not {FEWEST_ITERATIONS} iterations fit into its time"
         return Positive(False, short, None)
-    settings = matching_settings(case.target, steps, seed)
-    done = run_part(PART, settings, case, sealed, seconds, run)
+    settings = matching_settings(case.target, plan.steps, seed)
+    done = run_part(PART, settings, case, sealed, plan.seconds, run)
     passed = done.verdict.get("verdict") == RECONSTRUCTION
-    return Positive(passed, f"{what}, {steps:,} iterations", done, time.perf_counter() - start)
+    taken = time.perf_counter() - start
+    return Positive(passed, f"{what}, {plan.steps:,} iterations", done, taken)

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from inversion.audit.flags import tuned_flag
 from inversion.audit.inputs import bn_source, load_inputs, user_network_of
 from inversion.audit.settings import SearchSettings, Settings, settings_from
 from inversion.audit.truth import check_truth_gradient
+from inversion.saved import reading
 from inversion.search.trial import Problem
 from inversion.search.tune import (
     Budget,
@@ -22,6 +23,7 @@ from inversion.search.tune import (
     SearchResult,
     SearchUnavailableError,
     available,
+    can_go_on,
     search,
 )
 from inversion.settings import AttackSettings
@@ -32,11 +34,16 @@ from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Target, check_fits, model_of
 from utils.console import Reporter, Silent, table
 from utils.errors import FaultError, InputError, naming
-from utils.files import claim_folder, null_unless_finite, write_csv, write_json
+from utils.files import claim_folder, null_unless_finite, printable, write_csv, write_json
+from utils.flags import file_name
+from utils.journal import FORGETFUL, Journal
 from utils.pictures import save_trials
 from utils.script import check_reachable
 from utils.shard import ALONE
 
+#: Names under which a run's journal holds the name of its search's folder, and in the place of
+#: that what the search found.
+FOLDER, RECORD = "search-folder", "search"
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: Root mean square difference of normalised images up to which they are the same image.
 SAME_IMAGE = 1e-2
@@ -57,8 +64,25 @@ RAY_ENVIRONMENT = {
 RAY_EXCLUDED = [".git", ".venv*", "results", "train/checkpoint", "Demo_images", "docs", "tests"]
 
 
-def run_search(settings: Settings, reporter: Reporter) -> dict | None:
-    """Search, report, write, and return the entry `search` of result.json; None under --dry-run."""
+@dataclass(frozen=True)
+class Prepared:
+    """Holds a search that can begin."""
+
+    wanted: SearchSettings
+    problem: Problem
+    #: A name in `inversion.search.tune.ALGORITHMS`.
+    algorithm: str
+    #: Of each trial.
+    gpus: float
+    #: The folder of the search that --search-resume goes on with; None without it.
+    former: Path | None
+
+
+def prepare_search(settings: Settings, reporter: Reporter) -> Prepared:
+    """Load all that a search needs, and say what it will do.
+
+    Raises InputError, naming the flag, for what can be refused before the long work.
+    """
     wanted = settings.search
     assert wanted is not None
     _refuse_machine(wanted, settings.inputs.gpu)
@@ -73,20 +97,38 @@ def run_search(settings: Settings, reporter: Reporter) -> dict | None:
         f"{wanted.last_report} iterations over {', '.join(wanted.parameters)}; {wanted.cpus:g} "
         f"CPUs and {gpus:g} GPUs each"
     )
-    if settings.dry_run:
-        return None
-    folder = _search_folder(settings, wanted)
+    former = _newest_folder(settings) if wanted.resume and not settings.dry_run else None
+    return Prepared(wanted, problem, algorithm, gpus, former)
+
+
+def run_search(
+    settings: Settings, prepared: Prepared, reporter: Reporter, journal: Journal = FORGETFUL
+) -> dict:
+    """Search, report, write, and return the entry `search` of result.json.
+
+    journal: of the run that the search belongs to. One that has ended is taken from there, and one
+    that was killed goes on.
+    """
+    if (known := journal.recall(RECORD)) is not None:
+        with reading("the search"):
+            best = {str(name): float(value) for name, value in known["best"].items()}
+        reporter.say(f"the search was done before: {_best_line(best)}")
+        return known
+    folder, resume = _folder_of(settings, prepared, journal)
     reporter.say(f"search kept in {folder}; go on with it by --search-resume")
     os.environ.update(RAY_ENVIRONMENT)
+    if os.path.expanduser("~") == "~":  # no HOME and an unknown user: Ray asks for a home
+        os.environ["HOME"] = str(folder)
+    wanted = prepared.wanted
     try:
         found = search(
-            problem,
+            prepared.problem,
             wanted.parameters,
             Budget(wanted.num_samples, wanted.first_report, wanted.last_report),
-            _resources(wanted, gpus, settings.inputs.model),
-            algorithm=algorithm,
+            _resources(wanted, prepared.gpus, settings.inputs.model),
+            algorithm=prepared.algorithm,
             folder=str(folder),
-            resume=wanted.resume,
+            resume=resume,
             verbose=wanted.verbose,
         )
     except (SearchUnavailableError, ConnectionError) as error:
@@ -103,6 +145,9 @@ def run_search(settings: Settings, reporter: Reporter) -> dict | None:
     write_csv(header, rows, folder / "trials.csv")
     save_trials(found.trials, wanted.parameters, folder / "trials.png")
     write_json(record, folder / "search.json")
+    journal.drop(FOLDER)
+    journal.note(RECORD, lambda: record)
+    journal.save()
     _say(found, reporter)
     return record
 
@@ -234,13 +279,37 @@ def _shares_images(
 # The folder --------------------------------------------------------------------------------
 
 
-def _search_folder(settings: Settings, wanted: SearchSettings) -> Path:
-    """Make a folder for the search, or find the newest one of this --id to resume."""
-    path = Path(settings.root).resolve() / "results" / "search" / settings.id
-    if not wanted.resume:
-        folder = claim_folder(path)
+def _searches(settings: Settings) -> Path:
+    """Return the folder in which searches lie."""
+    return Path(settings.root).resolve() / "results" / "search"
+
+
+def _folder_of(settings: Settings, prepared: Prepared, journal: Journal) -> tuple[Path, bool]:
+    """Return the folder of the search, and whether it goes on with what lies there.
+
+    The journal holds the folder's name, which is looked for where searches lie.
+    """
+    if (name := journal.recall(FOLDER)) is not None:
+        with reading("the search"):
+            folder = _searches(settings) / file_name(name)
+        if not folder.is_dir():
+            raise InputError(
+                f"--resume: the search of this run lay in {printable(str(folder))}, which is gone; "
+                "start the run anew"
+            )
+        return folder, can_go_on(str(folder))
+    former = prepared.former
+    folder = claim_folder(_searches(settings) / settings.id) if former is None else former
+    if former is None:
         write_json(settings.record, folder / "flags.json")
-        return folder
+    journal.note(FOLDER, lambda: folder.name)
+    journal.save()
+    return folder, former is not None
+
+
+def _newest_folder(settings: Settings) -> Path:
+    """Return the folder of the newest search of this --id; raise InputError for other flags."""
+    path = _searches(settings) / settings.id
     found = {file: json.loads(file.read_text()) for file in path.parent.glob("*/flags.json")}
     found = {file: flags for file, flags in found.items() if flags.get("id") == settings.id}
     if not found:
@@ -285,5 +354,10 @@ def _say(found: SearchResult, reporter: Reporter) -> None:
     for trial in found.trials:
         if trial["status"] == "failed":
             reporter.say(f"trial {trial['trial']} failed twice: {trial['error']}")
-    best = "  ".join(f"{tuned_flag(name)} {value:.6g}" for name, value in found.best.items())
-    reporter.say(f"best settings: {best}")
+    reporter.say(_best_line(found.best))
+
+
+def _best_line(best: Mapping[str, float]) -> str:
+    """Name the settings of least error, as flags."""
+    shown = "  ".join(f"{tuned_flag(name)} {value:.6g}" for name, value in best.items())
+    return f"best settings: {shown}"

@@ -1,27 +1,31 @@
 """The suite of a whole audit: its parts as data, their attacks' settings, and running one."""
 
+import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from inversion.audit.attack import Attacked, attack
-from inversion.audit.budget import OF_THE_ATTACK, Deadline, Pace, SameLength
-from inversion.audit.certificate import Certificate, certificate_of
-from inversion.audit.controls import NOT_RUN, Controls, run_controls
+from inversion.audit.budget import ELAPSED, OF_THE_ATTACK, Deadline, Pace, Watch
+from inversion.audit.certificate import certificate_of
+from inversion.audit.controls import Controls, run_controls
 from inversion.audit.inputs import Case, Sealed
 from inversion.audit.plan import measured_step
 from inversion.audit.report import finish_of, score
 from inversion.audit.settings import ScoringSettings
-from inversion.audit.truth import Finish
 from inversion.audit.verdict import corrected
 from inversion.layerwise.attack import target_network
+from inversion.optimise import Outcome
+from inversion.saved import SavedSeed, plain_seed, reading, seed_from
 from inversion.settings import AttackSettings, Loop, Weights
 from models.comparing import float64_norm
 from models.target import Target
 from utils.console import Reporter
 from utils.errors import InputError
+from utils.journal import FORGETFUL, Journal
 from utils.script import Interrupts
 
 
@@ -151,6 +155,12 @@ def pace_of(case: Case) -> Pace:
 # One part ----------------------------------------------------------------------------------
 
 
+#: Names under which a part's journal holds what fits into its time, how its attack ended, and what
+#: it found; and of the journals of its attack and of its controls.
+PLAN, END, DONE = "plan", "end", "done"
+ATTACK, CONTROLS = "attack", "controls"
+
+
 @dataclass(frozen=True)
 class Run:
     """Says with what a part is run, whichever it is."""
@@ -159,13 +169,15 @@ class Run:
     interrupts: Interrupts
     reporter: Reporter
     print_freq: int
+    #: Where is kept what the part has done, so that a killed audit goes on from there.
+    journal: Journal = FORGETFUL
     #: Attacks of which the strongest verdict counts.
     tests: int = len(SUITE)
 
 
 @dataclass(frozen=True)
 class Done:
-    """Holds what a part found."""
+    """Holds what a part found, as plain values and tensors on the CPU."""
 
     part: Part
     #: "done", "skipped", "refused" (the network does not allow it) or "interrupted".
@@ -180,10 +192,18 @@ class Done:
     is_limited: bool = False
     #: The entry `metrics` of result.json; None without an attack.
     scores: dict | None = None
-    finish: Finish | None = None
-    attacked: Attacked | None = None
-    controls: Controls = NOT_RUN
-    certificate: Certificate | None = None
+    #: How many iterations its attack took, or how many tensors it solved for.
+    iterations: int = 0
+    #: Whether its objective became as low as at the truth; None where nobody can say.
+    arrived: bool | None = None
+    #: (B, C, H, W) reconstruction in [0, 1]; None without an attack.
+    images: Tensor | None = None
+    #: Name of a control → its images, as those.
+    controls: Mapping[str, Tensor] = field(default_factory=dict)
+    #: Names of the tensors that a layerwise attack certified, from the head; None without one.
+    certified: Sequence[str] | None = None
+    #: What is printed of its certificate.
+    certificate: Sequence[str] = ()
 
     @property
     def verdict(self) -> dict[str, Any]:
@@ -196,9 +216,23 @@ class Done:
         return corrected(self.verdict.get("p"), self.verdict.get("tests", 1))
 
     @property
-    def images(self) -> Tensor | None:
-        """(B, C, H, W) reconstruction in [0, 1]; None without an attack."""
-        return None if self.attacked is None else self.attacked.images
+    def fact(self) -> dict[str, Any]:
+        """All but the part, for a journal."""
+        return {name: value for name, value in vars(self).items() if name != "part"}
+
+    @classmethod
+    def of_fact(cls, part: Part, fact: dict[str, Any]) -> "Done":
+        """Return what a `fact` was made of; raises InputError where it is none of a part."""
+        with reading(part.name):
+            return cls(part, **fact)
+
+
+def keep(fact: dict[str, Any], journal: Journal) -> None:
+    """Save what a part found, in the place of all that it had noted on its way."""
+    for name in (PLAN, END, ELAPSED, ATTACK, CONTROLS):
+        journal.drop(name)
+    journal.note(DONE, lambda: fact)
+    journal.save()
 
 
 def run_part(
@@ -210,38 +244,116 @@ def run_part(
     layerwise one after the tensor that it is at. The controls of matching then have as many
     iterations as it had; a layerwise attack that had to end so has none.
     """
-    start, case = time.perf_counter(), case.attacked_by(settings, case.target)
-    title, limit = f"{part.name}: ", Deadline(OF_THE_ATTACK * seconds, run.interrupts)
+    watch, case = Watch(run.journal), case.attacked_by(settings, case.target)
     try:
-        attacked = attack(
-            settings, case, limit, run.reporter, print_freq=run.print_freq, title=title
-        )
+        attacked, took, was_late = _attacked(part, settings, case, seconds, watch, run)
     except InputError as error:
-        return Done(part, "refused", str(error), seconds, time.perf_counter() - start)
+        return Done(part, "refused", str(error), seconds, watch.seconds)
     if attacked.failed:
-        reason = "no seed had a finite loss at its start: nothing was reconstructed"
-        return Done(part, "skipped", reason, seconds, attacked.seconds)
-    took = time.perf_counter() - start
+        return Done(part, "skipped", attacked.failure, seconds, attacked.seconds)
     finish = finish_of(settings, case, sealed, attacked)
-    rest = Deadline(max(0.0, seconds - took), run.interrupts)
+    rest = Deadline(max(0.0, seconds - watch.seconds), run.interrupts)
     if run.interrupts.signal is not None:
         controls = Controls(missing=["the controls were not run, since it was interrupted"])
-    elif attacked.interrupted and part.method == "layerwise":
+    elif was_late and part.method == "layerwise":
         controls = Controls(missing=["the controls were not run, since its time was over"])
     else:
-        stop = SameLength(attacked.outcome.iterations, rest) if attacked.interrupted else rest
+        if was_late:
+            until = attacked.outcome.iterations
+            settings = replace(settings, loop=replace(settings.loop, until=until))
         controls = run_controls(
-            settings, case, sealed, attacked, stop, run.reporter, print_freq=run.print_freq
-        )
+            settings, case, sealed, attacked, rest, run.reporter, print_freq=run.print_freq,
+            journal=run.journal.under(CONTROLS),
+        )  # fmt: skip
     scores, _ = score(run.scoring, case, sealed, attacked, finish, controls, tests=run.tests)
+    certificate = certificate_of(case, attacked.recovered, sealed)
     interrupted = run.interrupts.signal is not None
     return Done(
         part, "interrupted" if interrupted else "done", "interrupted" if interrupted else "",
-        seconds, took, time.perf_counter() - start - took,
-        is_limited=limit.is_late or rest.is_late or finish.doubt is not None,
-        scores=scores, finish=finish, attacked=attacked, controls=controls,
-        certificate=certificate_of(case, attacked.recovered, sealed),
+        seconds, took, watch.seconds - took,
+        is_limited=was_late or rest.is_late or finish.doubt is not None,
+        scores=scores, iterations=attacked.outcome.iterations, arrived=finish.arrival.arrived,
+        images=attacked.images, controls=controls.images,
+        certified=None if certificate is None else
+        [layer.name for layer in certificate.recovered.certified],
+        certificate=[] if certificate is None else certificate.lines,
     )  # fmt: skip
+
+
+def _attacked(
+    part: Part, settings: AttackSettings, case: Case, seconds: float, watch: Watch, run: Run
+) -> tuple[Attacked, float, bool]:
+    """Attack until the end or the deadline.
+
+    Once it has ended, a killed audit takes its end from the journal: there the clock decides no
+    more when that was.
+
+    Returns what it found, the seconds that it took, and whether it had to end for its time.
+    """
+    ended = run.journal.recall(END)
+    if ended is not None and part.method == "matching":
+        with reading(part.name):
+            return _attacked_of(ended, settings, case), ended["seconds"], ended["late"]
+    left = OF_THE_ATTACK * seconds - watch.seconds
+    if ended is not None:
+        left = 0.0 if ended["late"] else math.inf
+    limit = Deadline(left, run.interrupts)
+    attacked = attack(
+        settings, case, limit, run.reporter, print_freq=run.print_freq, title=f"{part.name}: ",
+        journal=run.journal.under(ATTACK),
+    )  # fmt: skip
+    took = watch.seconds if ended is None else ended["seconds"]
+    if run.interrupts.signal is None and not attacked.failed:
+        fact = {"seconds": took, "late": limit.is_late, **_ending(attacked)}
+        run.journal.note(END, lambda: fact)
+        run.journal.save()
+    return attacked, took, limit.is_late
+
+
+def _ending(attacked: Attacked) -> dict[str, Any]:
+    """Return how an attack by matching ended, for a journal."""
+    final = attacked.outcome.final
+    end = SavedSeed((0, final.steps), 0, None, replace(final, optimiser_state=None))
+    return {
+        "run": plain_seed(end), "rows": attacked.rows, "header": attacked.header,
+    }  # fmt: skip
+
+
+def _attacked_of(fact: dict[str, Any], settings: AttackSettings, case: Case) -> Attacked:
+    """Return the attack by matching of which `fact` holds how it ended."""
+    start = case.start(settings.first_seed)
+    run = seed_from(fact["run"], start, settings.loop.steps, "its end").run
+    assert run is not None  # it has ended
+    outcome = Outcome(run, (run,), 0, run.steps)
+    late = bool(fact["late"])
+    return Attacked(
+        outcome, case.images(run.x.to(case.device)), fact["rows"], fact["header"], [],
+        fact["seconds"], 0.0, interrupted=late,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Says how many iterations of matching fit into how many seconds."""
+
+    steps: int
+    seconds: float
+
+
+def plan_of(part: Part, case: Case, seconds: float, most: int, journal: Journal) -> Plan:
+    """Return how many iterations of a part fit into `seconds`, less what measuring takes.
+
+    A killed audit takes it from the journal.
+    """
+    if (fact := journal.recall(PLAN)) is not None:
+        with reading(part.name):
+            return Plan(**fact)
+    start = time.perf_counter()
+    pace = pace_of(case)  # anew: the machine may be busier than when it was planned
+    seconds -= time.perf_counter() - start
+    plan = Plan(pace.iterations(seconds, most), seconds)
+    journal.note(PLAN, lambda: vars(plan))
+    return plan
 
 
 def run_matching(
@@ -252,13 +364,10 @@ def run_matching(
     fewest: iterations that are planned even if the machine has become slower; one that its time
     ends before them is limited by it.
     """
-    start = time.perf_counter()
-    pace = pace_of(case)  # anew: the machine may be busier than when it was planned
-    seconds -= time.perf_counter() - start
-    steps = pace.iterations(seconds, part.most)
-    if steps < FEWEST_ITERATIONS:
+    plan = plan_of(part, case, seconds, part.most, run.journal)
+    if plan.steps < FEWEST_ITERATIONS:
         reason = f"not {FEWEST_ITERATIONS} iterations fit into its time"
-        return Done(part, "skipped", reason, seconds, is_limited=True)
-    steps = max(steps, min(fewest, part.most))
+        return Done(part, "skipped", reason, plan.seconds, is_limited=True)
+    steps = max(plan.steps, min(fewest, part.most))
     settings = matching_settings(case.target, steps, seed, resists_noise=part.resists_noise)
-    return run_part(part, settings, case, sealed, seconds, run)
+    return run_part(part, settings, case, sealed, plan.seconds, run)

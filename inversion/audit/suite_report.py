@@ -42,7 +42,7 @@ FROM_VERDICT = ("verdict", "metric", "p", "smallest_p", "worst_image")
 
 def part_entry(done: Done) -> dict[str, Any]:
     """Return the entry of a part in audit.json."""
-    verdict, scores, attacked = done.verdict, done.scores, done.attacked
+    verdict, scores = done.verdict, done.scores
     entry: dict[str, Any] = {
         "name": done.part.name,
         "method": done.part.method,
@@ -52,8 +52,8 @@ def part_entry(done: Done) -> dict[str, Any]:
         "seconds": done.seconds,
         "control_seconds": done.control_seconds,
         "budget_seconds": done.budget_seconds,
-        "iterations": 0 if attacked is None else attacked.outcome.iterations,
-        "arrived": None if done.finish is None else done.finish.arrival.arrived,
+        "iterations": done.iterations,
+        "arrived": done.arrived,
         "p_corrected": done.p_corrected,
         **{key: verdict.get(key) for key in FROM_VERDICT},
         "sentence": verdict.get("sentence", done.reason),
@@ -73,10 +73,9 @@ def part_entry(done: Done) -> dict[str, Any]:
             },
             "ranks": None if test is None else test["ranks"],
         }
-    if done.certificate is not None:
-        certified = done.certificate.recovered.certified
-        entry["certified"] = len(certified)
-        entry["deepest_layer"] = certified[-1].name if certified else None
+    if done.certified is not None:
+        entry["certified"] = len(done.certified)
+        entry["deepest_layer"] = done.certified[-1] if done.certified else None
     return entry
 
 
@@ -93,15 +92,13 @@ def part_lines(done: Done) -> list[str]:
     name, taken = done.part.name, duration(done.seconds + done.control_seconds)
     if done.scores is None:
         return [f"{name}: {done.status}: {done.reason} ({taken})"]
-    assert done.attacked is not None  # it was scored
-    unit = "iterations" if done.attacked.recovered is None else "tensors"
-    lines = [] if done.certificate is None else list(done.certificate.lines)
-    lines.append(_image_table(done.scores))
+    unit = "iterations" if done.certified is None else "tensors"
+    lines = [*done.certificate, _image_table(done.scores)]
     lines.append(f"{name}: {done.verdict['sentence']}")
     if done.is_limited and done.verdict["verdict"] not in LEAKAGE:
         lines.append(f"{name}: optimiser-limited: it is no evidence of safety")
     lines.append(
-        f"{name}: {done.attacked.outcome.iterations:,} {unit} in {duration(done.seconds)}, "
+        f"{name}: {done.iterations:,} {unit} in {duration(done.seconds)}, "
         f"controls and test {duration(done.control_seconds)}, of {duration(done.budget_seconds)}"
     )
     return lines
@@ -370,4 +367,4 @@ def _control_image(done: Done, name: str, image: int) -> Tensor:
     """Return the image (C, H, W) of a control that is paired with a true one."""
     assert done.scores is not None  # it has controls
     pairing = done.scores["controls"][name]["reconstruction"]
-    return done.controls.images[name][pairing[image]]
+    return done.controls[name][pairing[image]]

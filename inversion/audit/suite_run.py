@@ -9,14 +9,17 @@ from typing import Any
 from inversion.audit.budget import Budget
 from inversion.audit.positive import PART as POSITIVE_PART
 from inversion.audit.positive import Positive, positive_control
+from inversion.audit.resuming import running
 from inversion.audit.subject import LabelFinding, Subject, label_finding, load_subjects
 from inversion.audit.suite import (
+    DONE,
     FEWEST_ITERATIONS,
     POSITIVE_WEIGHT,
     SUITE,
     Done,
     Part,
     Run,
+    keep,
     part_settings,
     run_matching,
     run_part,
@@ -37,7 +40,8 @@ from inversion.audit.suite_verdict import ALREADY_SHOWN, best_part
 from inversion.audit.verdict import RECONSTRUCTION
 from utils.console import Reporter, duration, setting_lines, table
 from utils.errors import FaultError, one_line
-from utils.files import claim_folder, null_unless_finite, write_json
+from utils.files import null_unless_finite, write_json
+from utils.journal import Journal
 from utils.script import Interrupts, git_revision, versions
 
 #: The reason of a part before its turn comes.
@@ -55,6 +59,8 @@ class Audit:
     interrupts: Interrupts
     #: Where the files go.
     folder: Path
+    #: Where is kept what is done.
+    journal: Journal
     #: What audit.json begins with.
     frame: dict[str, Any]
     positive: Positive = Positive(False, "it was not run", None)
@@ -63,11 +69,12 @@ class Audit:
     entries: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[list[tuple[str, str]]] = field(default_factory=list)
 
-    def run_of(self, subject: Subject) -> Run:
-        """Return with what the parts on a checkpoint are run."""
+    def run_of(self, subject: Subject, journal: Journal) -> Run:
+        """Return with what a part on a checkpoint is run."""
         return Run(
-            subject.settings.scoring, self.interrupts, self.reporter, self.settings.print_freq
-        )
+            subject.settings.scoring, self.interrupts, self.reporter, self.settings.print_freq,
+            journal,
+        )  # fmt: skip
 
 
 def run_audit(settings: SuiteSettings) -> int:
@@ -77,26 +84,51 @@ def run_audit(settings: SuiteSettings) -> int:
     subjects = load_subjects(settings, reporter)
     budget.add(POSITIVE_WEIGHT + sum(part.weight for s in subjects for part in s.parts))
     reporter.say("settings\n" + setting_lines(settings.record))
-    reporter.say(plan(subjects, budget))
+    if settings.dry_run or settings.args.resume is None:
+        reporter.say(plan(subjects, budget))
     if settings.dry_run:
         return 0
-    frame = {
-        "format": AUDIT_FORMAT, "created": created.isoformat(timespec="seconds"),
-        "command": settings.command, "versions": versions(), "git": git_revision(),
-        "budget_seconds": settings.budget,
-    }  # fmt: skip
-    folder = claim_folder(settings.folder)
-    reporter.log_to(folder / "log.txt")
-    reporter.say(f"results: {folder}")
-    with Interrupts() as interrupts:
-        audit = Audit(settings, subjects, budget, reporter, interrupts, folder, frame)
+    where = settings.folder, settings.record, settings.argv
+    with (
+        running(*where, reporter) as run,
+        run.paused_by_errors(reporter),
+        Interrupts() as interrupts,
+    ):
+        frame = go_on(run.journal, budget, settings, created)
+        audit = Audit(
+            settings, subjects, budget, reporter, interrupts, run.folder, run.journal, frame
+        )
         audit.positive = control(audit)
         for subject in subjects:
             examine(audit, subject)
         whole = write(audit)
-    reporter.say(f"written to {folder}")
-    reporter.say(whole["sentence"])
-    return 128 + interrupts.signal if interrupts.signal is not None else 0
+        reporter.say(f"written to {run.folder}")
+        reporter.say(whole["sentence"])
+        if interrupts.signal is not None:
+            run.pause(reporter)
+            return 128 + interrupts.signal
+        run.end()
+    return 0
+
+
+def go_on(
+    journal: Journal, budget: Budget, settings: SuiteSettings, created: datetime.datetime
+) -> dict[str, Any]:
+    """Take from the journal when and how the audit began and the time that it has spent.
+
+    Both are saved from now on. Returns what audit.json begins with.
+    """
+    if (spent := journal.recall("spent")) is not None:
+        budget.go_on(spent)
+    journal.note("spent", lambda: budget.spent, always=True)
+    begun = journal.recall("begun") or {
+        "created": created.isoformat(timespec="seconds"), "command": settings.command
+    }  # fmt: skip
+    journal.note("begun", lambda: begun)
+    return {
+        "format": AUDIT_FORMAT, **begun, "versions": versions(), "git": git_revision(),
+        "budget_seconds": settings.budget,
+    }  # fmt: skip
 
 
 # The plan ----------------------------------------------------------------------------------
@@ -131,13 +163,19 @@ def plan(subjects: Sequence[Subject], budget: Budget) -> str:
 
 def control(audit: Audit) -> Positive:
     """Run the positive control and say how it ended."""
-    first = audit.subjects[0]
+    journal = audit.journal.under(POSITIVE_PART.name)
     goal = planned_iterations(audit.subjects, audit.budget)
-    run = audit.run_of(first)
-    positive = positive_control(
-        first.case.target.image_shape, goal, audit.budget.share(POSITIVE_WEIGHT),
-        audit.settings.first_seed, first.case.device, first.sealed, run,
-    )  # fmt: skip
+    seconds = audit.budget.share(POSITIVE_WEIGHT)
+    if (fact := journal.recall(DONE)) is not None:
+        positive = Positive.of_fact(fact)
+    else:
+        first = audit.subjects[0]
+        positive = positive_control(
+            first.case.target.image_shape, goal, seconds, audit.settings.first_seed,
+            first.case.device, first.sealed, audit.run_of(first, journal),
+        )  # fmt: skip
+        if audit.interrupts.signal is None:
+            keep(positive.fact, journal)
     if positive.done is not None:
         audit.reporter.say("\n".join(part_lines(positive.done)))
     passed = "passed" if positive.passed else "FAILED"
@@ -180,20 +218,33 @@ def run_one(audit: Audit, subject: Subject, part: Part, before: Sequence[Done]) 
     if part.name in subject.refused:
         return Done(part, "refused", subject.refused[part.name])
     seconds = audit.budget.share(part.weight)
+    journal = audit.journal.under(f"checkpoint-{len(audit.entries)}/{part.name}")
+    if (fact := journal.recall(DONE)) is not None:
+        return Done.of_fact(part, fact)
     if audit.interrupts.signal is not None:
         return Done(part, "skipped", "the audit was interrupted")
     shown = [d for d in before if d.part.method == "layerwise"]
     if any(d.verdict.get("verdict") == RECONSTRUCTION for d in shown):
         return Done(part, "skipped", f"{ALREADY_SHOWN} by {shown[0].part.name}")
-    number, run, case = len(before), audit.run_of(subject), subject.case
-    seed = audit.settings.first_seed + number
+    run, seed = audit.run_of(subject, journal), audit.settings.first_seed + len(before)
+    fewest = audit.positive.iterations if part is SUITE[-1] else 0
+    done = attacked(part, subject, seconds, seed, run, fewest)
+    if audit.interrupts.signal is None:
+        keep(done.fact, journal)
+    return done
+
+
+def attacked(
+    part: Part, subject: Subject, seconds: float, seed: int, run: Run, fewest: int
+) -> Done:
+    """Run the attack of a part; fewest: as in `run_matching`."""
+    case, sealed = subject.case, subject.sealed
     try:
         if part.method == "matching":
-            fewest = audit.positive.iterations if part is SUITE[-1] else 0
-            return run_matching(part, case, subject.sealed, seconds, seed, run, fewest)
+            return run_matching(part, case, sealed, seconds, seed, run, fewest)
         memory = subject.settings.attack.max_memory
         settings = part_settings(part, case.target, FEWEST_ITERATIONS, seed, memory)
-        return run_part(part, settings, case, subject.sealed, seconds, run)
+        return run_part(part, settings, case, sealed, seconds, run)
     except FaultError as error:
         return Done(part, "skipped", one_line(error), seconds)
 

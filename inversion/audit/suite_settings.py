@@ -42,10 +42,15 @@ class SuiteSettings:
     root: str
     print_freq: int
     dry_run: bool
-    #: The command that repeats this audit.
-    command: str
+    #: The words of the command line.
+    argv: tuple[str, ...]
     #: The flags as given, of which `reading` makes those of one checkpoint.
     args: argparse.Namespace
+
+    @property
+    def command(self) -> str:
+        """The command that repeats this audit."""
+        return shlex.join(["python", "run.py", *self.argv])
 
     @property
     def folder(self) -> Path:
@@ -94,7 +99,7 @@ def suite_settings_from(args: argparse.Namespace, argv: list[str]) -> SuiteSetti
         root=args.root,
         print_freq=args.print_freq,
         dry_run=args.dry_run,
-        command=shlex.join(["python", "run.py", *argv]),
+        argv=tuple(argv),
         args=args,
     )
     settings.reading(checkpoints[0], None)  # refuses what no checkpoint can be read with

@@ -251,12 +251,19 @@ def _trainable(problem: Problem, budget: Budget, resources: Resources):
     )
 
 
+def can_go_on(folder: str) -> bool:
+    """Tell whether a search that can go on lies in `folder`."""
+    from ray import tune
+
+    return tune.Tuner.can_restore(f"{folder}/{TUNE_FOLDER}")
+
+
 def _restored(trainable, folder: str):
     """Return the tuner of the search that lies in `folder`."""
     from ray import tune
 
     path = f"{folder}/{TUNE_FOLDER}"
-    if not tune.Tuner.can_restore(path):
+    if not can_go_on(folder):
         raise SearchUnavailableError(f"{path} holds no search that can go on")
     return tune.Tuner.restore(path, trainable=trainable, restart_errored=False)
 

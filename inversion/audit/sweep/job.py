@@ -24,6 +24,7 @@ from utils.console import Silent
 from utils.device import choose_device
 from utils.errors import FaultError, InputError, is_out_of_memory, one_line
 from utils.images import eight_bit
+from utils.journal import FORGETFUL, Journal
 from utils.matching import label_numbers
 from utils.script import Interrupts
 from utils.shard import ALONE
@@ -77,16 +78,21 @@ def attacks_of(settings: AttackSettings, tv: Sequence[float], repeat: int) -> li
 
 
 def run_job(
-    settings: Settings, simulate: Simulate, job: Job, folder: Path, interrupts: Interrupts
+    settings: Settings,
+    simulate: Simulate,
+    job: Job,
+    folder: Path,
+    interrupts: Interrupts,
+    journal: Journal = FORGETFUL,
 ) -> Result | None:
     """Simulate and attack one client; None where it was interrupted.
 
-    folder: where its checkpoint is written. What cannot be captured or attacked is a row with the
-    reason.
+    folder: where its checkpoint is written. journal: where its attacks are saved on their way.
+    What cannot be captured or attacked is a row with the reason.
     """
     start = time.perf_counter()
     try:
-        result = _attacked(settings, simulate, job, folder, interrupts)
+        result = _attacked(settings, simulate, job, folder, interrupts, journal)
     except (InputError, FaultError) as error:
         result = Result(Row(job.value, job.repeat, reason=one_line(error)))
     except (RuntimeError, MemoryError) as error:
@@ -99,7 +105,12 @@ def run_job(
 
 
 def _attacked(
-    settings: Settings, simulate: Simulate, job: Job, folder: Path, interrupts: Interrupts
+    settings: Settings,
+    simulate: Simulate,
+    job: Job,
+    folder: Path,
+    interrupts: Interrupts,
+    journal: Journal,
 ) -> Result | None:
     """Do the work of `run_job`; raises what ends it."""
     sweep = settings.sweep
@@ -118,11 +129,12 @@ def _attacked(
     case, sealed = load_inputs(settings, Silent(), ALONE, 0)
     assert sealed is not None  # it is scored
     found: list[Found] = []
-    for attack_settings in attacks_of(settings.attack, sweep.tv, job.repeat):
+    for number, attack_settings in enumerate(attacks_of(settings.attack, sweep.tv, job.repeat)):
         theirs = case.attacked_by(attack_settings, case.target)
         one = _scored(
-            replace(settings, attack=attack_settings), theirs, sealed, interrupts, sweep.attempts
-        )
+            replace(settings, attack=attack_settings), theirs, sealed, interrupts, sweep.attempts,
+            journal.under(str(number)),
+        )  # fmt: skip
         if one is None:
             return None
         found.append(one)
@@ -135,24 +147,27 @@ def _attacked(
 
 
 def _scored(
-    settings: Settings, case: Case, sealed: Sealed, interrupts: Interrupts, tests: int
+    settings: Settings,
+    case: Case,
+    sealed: Sealed,
+    interrupts: Interrupts,
+    tests: int,
+    journal: Journal,
 ) -> Found | None:
     """Run one attack of `tests` with its controls, and score it; None where it was interrupted."""
-    attacked = attack(settings.attack, case, interrupts, Silent(), print_freq=settings.print_freq)
+    attacked = attack(
+        settings.attack, case, interrupts, Silent(), print_freq=settings.print_freq,
+        journal=journal.under("attack"),
+    )  # fmt: skip
     if attacked.interrupted:
         return None
     if attacked.failed:
         raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
     finish = finish_of(settings.attack, case, sealed, attacked)
     controls = run_controls(
-        settings.attack,
-        case,
-        sealed,
-        attacked,
-        interrupts,
-        Silent(),
-        print_freq=settings.print_freq,
-    )
+        settings.attack, case, sealed, attacked, interrupts, Silent(),
+        print_freq=settings.print_freq, journal=journal.under("controls"),
+    )  # fmt: skip
     if interrupts.signal is not None:
         return None
     scores, _ = score(settings.scoring, case, sealed, attacked, finish, controls, tests=tests)

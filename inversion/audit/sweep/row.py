@@ -1,9 +1,13 @@
 """What one client of a sweep gave: a row of sweep.csv and sweep.json."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
+
+from utils.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,15 @@ class Job:
     value: str
     #: Number of the batch, from 0.
     repeat: int
+
+    @property
+    def name(self) -> str:
+        """Its name in the journal of the sweep."""
+        return f"client-{self.value.replace('/', '|')}-{self.repeat}"
+
+    def journal_in(self, journal: Journal) -> Journal:
+        """Return its part of the journal of the sweep."""
+        return journal.under(self.name)
 
 
 @dataclass(frozen=True)
@@ -78,3 +91,20 @@ class Result:
     #: (B, C, H, W) of uint8: the true images, and their reconstructions in the same order.
     true: np.ndarray | None = None
     found: np.ndarray | None = None
+
+    @property
+    def job(self) -> Job:
+        """The client that gave it."""
+        return Job(self.row.value, self.row.repeat)
+
+    @property
+    def fact(self) -> dict[str, Any]:
+        """The result as plain values and tensors, for a journal."""
+        pictures = (None if x is None else torch.from_numpy(x) for x in (self.true, self.found))
+        return {"row": asdict(self.row), "pictures": list(pictures)}
+
+    @classmethod
+    def of_fact(cls, fact: Mapping[str, Any]) -> "Result":
+        """Return the result that a `fact` was made of."""
+        true, found = (None if x is None else x.numpy() for x in fact["pictures"])
+        return cls(Row(**fact["row"]), true, found)

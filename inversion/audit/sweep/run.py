@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inversion.audit.resuming import Running, running
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.sweep.job import Simulate, decoys_per_image
 from inversion.audit.sweep.picture import Panel, save_sweeps
@@ -18,16 +19,20 @@ from inversion.audit.sweep.settings import SweepSettings
 from inversion.audit.sweep.table import csv_table, entries, sweep_table
 from inversion.audit.sweep.workers import run_jobs
 from inversion.audit.verdict import ALPHA
+from inversion.saved import reading
 from models import checkpoint as checkpoints
 from utils.console import Reporter, duration, setting_lines
 from utils.device import choose_device, device_name
 from utils.errors import InputError, naming
-from utils.files import claim_folder, null_if_nan, write_csv, write_json
+from utils.files import null_if_nan, write_csv, write_json
+from utils.journal import Journal
 from utils.pictures import save_panels
 from utils.script import Interrupts, git_revision, versions
 
 #: Of sweep.json: raised by one whenever a reader of the number before could misread it.
 SWEEP_FORMAT = 1
+#: Name under which the journal of a client holds its result.
+RESULT = "result"
 
 
 def client_record(inputs: InputSettings) -> dict:
@@ -47,36 +52,62 @@ def client_record(inputs: InputSettings) -> dict:
     return record if isinstance(record, dict) and "format" in source else {}
 
 
-def run_sweep(settings: Settings, simulate: Simulate) -> int:
-    """Simulate and attack a client per value and repeat, report, write; return the exit code."""
+def run_sweep(settings: Settings, argv: Sequence[str], simulate: Simulate) -> int:
+    """Simulate and attack a client per value and repeat, report, write; return the exit code.
+
+    argv: the command line, which is printed where the sweep can go on.
+    """
     sweep, reporter = settings.sweep, Reporter()
     assert sweep is not None  # the caller has asked
     for line in _opening(settings, sweep, simulate):
         reporter.say(line)
-    jobs = [Job(value, repeat) for value in sweep.values for repeat in range(sweep.repeats)]
     if settings.dry_run:
         return 0
-    folder = claim_folder(settings.folder)
-    reporter.log_to(folder / "log.txt")
-    reporter.say("settings\n" + setting_lines(settings.record))
-    reporter.say(f"results: {folder}")
-    results: list[Result] = []
+    with (
+        running(settings.folder, settings.record, argv, reporter) as run,
+        run.paused_by_errors(reporter),
+        Interrupts() as interrupts,
+    ):
+        reporter.say("settings\n" + setting_lines(settings.record))
+        _attack_all(settings, sweep, simulate, run, interrupts, reporter)
+        if interrupts.signal is not None:
+            run.pause(reporter)
+            return 128 + interrupts.signal
+        run.end()
+    return 0
+
+
+def _attack_all(
+    settings: Settings,
+    sweep: SweepSettings,
+    simulate: Simulate,
+    run: Running,
+    interrupts: Interrupts,
+    reporter: Reporter,
+) -> None:
+    """Attack every client that was not attacked before, and write what all of them gave."""
+    jobs = [Job(value, repeat) for value in sweep.values for repeat in range(sweep.repeats)]
+    known = recalled(jobs, run.journal)
+    results, missing = dict(known), [job for job in jobs if job not in known]
+    if known:
+        reporter.say(f"{len(known)} of {len(jobs)} clients were attacked before")
     start = time.perf_counter()
 
     def on_result(result: Result) -> None:
-        results.append(result)
-        reporter.say(_progress(sweep, result.row, len(results), len(jobs), start))
+        results[result.job] = result
+        keep(result, run.journal)
+        seconds = (time.perf_counter() - start) / (len(results) - len(known))
+        reporter.say(_progress(sweep, result.row, len(results), len(jobs), seconds))
 
-    with Interrupts() as interrupts, _clients_folder(folder, sweep) as clients:
+    with _clients_folder(run.folder, sweep) as clients:
         try:
-            run_jobs(settings, simulate, jobs, clients, interrupts, on_result)
+            run_jobs(settings, simulate, missing, clients, interrupts, on_result, run.journal)
         finally:  # whatever ended it, what is done stays
-            results.sort(key=lambda result: jobs.index(Job(result.row.value, result.row.repeat)))
+            done = [results[job] for job in jobs if job in results]
             interrupted = interrupts.signal is not None
-            _finish(settings, sweep, results, folder, reporter, interrupted=interrupted)
-            seconds = time.perf_counter() - start
-            reporter.say(f"{len(results)} of {len(jobs)} clients in {duration(seconds)}; {folder}")
-    return 128 + interrupts.signal if interrupts.signal is not None else 0
+            _finish(settings, sweep, done, run.folder, reporter, interrupted=interrupted)
+            seconds = duration(time.perf_counter() - start)
+            reporter.say(f"{len(results)} of {len(jobs)} clients in {seconds}; {run.folder}")
 
 
 def _opening(settings: Settings, sweep: SweepSettings, simulate: Simulate) -> list[str]:
@@ -150,9 +181,30 @@ def _clients_folder(folder: Path, sweep: SweepSettings) -> Iterator[Path]:
         yield Path(path)
 
 
-def _progress(sweep: SweepSettings, row: Row, done: int, total: int, start: float) -> str:
-    """Say what one client gave, and how long the others will take."""
-    left = (time.perf_counter() - start) / done * (total - done)
+def recalled(jobs: Sequence[Job], journal: Journal) -> dict[Job, Result]:
+    """Return the results that an earlier process kept, by their client."""
+    found = {}
+    for job in jobs:
+        if (fact := job.journal_in(journal).recall(RESULT)) is not None:
+            with reading(f"the client {job.value}"):
+                found[job] = Result.of_fact(fact)
+    return found
+
+
+def keep(result: Result, journal: Journal) -> None:
+    """Save the result of a client, in the place of all that its attacks had saved.
+
+    One that was left out is not saved: its reason, such as a want of memory, may have gone.
+    """
+    if result.row.reason is None:
+        journal.drop(result.job.name)
+        result.job.journal_in(journal).note(RESULT, lambda: result.fact)
+        journal.save()
+
+
+def _progress(sweep: SweepSettings, row: Row, done: int, total: int, seconds: float) -> str:
+    """Say what one client gave, and how long the others will take, at `seconds` each."""
+    left = seconds * (total - done)
     name = f"{sweep.parameter}={row.value}"
     if sweep.repeats > 1:
         name += f", batch {row.repeat + 1} of {sweep.repeats}"

@@ -16,6 +16,7 @@ from inversion.audit.settings import Settings
 from inversion.audit.sweep.job import Simulate, run_job
 from inversion.audit.sweep.row import Job, Result
 from utils.errors import FaultError
+from utils.journal import FORGETFUL, Journal
 from utils.launch import die_with
 from utils.script import Interrupts
 
@@ -32,19 +33,22 @@ def run_jobs(
     folder: Path,
     interrupts: Interrupts,
     on_result: Callable[[Result], None],
+    journal: Journal = FORGETFUL,
 ) -> None:
     """Run every job and hand its result to `on_result`, in the order in which they end.
 
     After an interruption only jobs that have ended count. Several workers are processes of one
-    thread each. Raises FaultError where one of them was ended from outside.
+    thread each. journal: where the attacks on a client are saved on their way, by one worker;
+    those of several start anew. Raises FaultError where one of them was ended from outside.
     """
     assert settings.sweep is not None  # it has jobs
-    if settings.sweep.workers == 1:
+    if settings.sweep.workers == 1 or not jobs:
         for job in jobs:
-            result = run_job(settings, simulate, job, folder, interrupts)
-            if result is None:
+            result = run_job(settings, simulate, job, folder, interrupts, job.journal_in(journal))
+            if result is not None:
+                on_result(result)
+            if interrupts.signal is not None:
                 return
-            on_result(result)
         return
     context = get_context("spawn")
     stop = context.Event()
