@@ -143,4 +143,4 @@ def _called_at(calls: Sequence[str]) -> str:
     if not own:
         return ""
     path, line, name = own[-1]
-    return f", called in {name}, {path.rpartition("/")[2]}, line {line}"
+    return f", called in {name}, {path.rpartition('/')[2]}, line {line}"
