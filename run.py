@@ -9,6 +9,11 @@ Reads what training.py wrote. Run with --help for all flags, --dry-run to check 
 import sys
 from contextlib import nullcontext
 
+from utils import interruption
+
+if __name__ in ("__main__", "__mp_main__"):  # a script, or a process that it starts
+    interruption.begin(started_by_another=__name__ != "__main__")  # the imports below take time
+
 from inversion.audit.beginning import check_resumable
 from inversion.audit.flags import parser
 from inversion.audit.settings import Settings, refuse_processes, settings_from
@@ -156,7 +161,7 @@ def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts,
         say_end(reporter, attacked, finish, text, controls, run.folder)
     if attacked.failed:
         run.end()
-        raise FaultError("no seed had a finite loss at its start: nothing was reconstructed")
+        raise FaultError(attacked.failure)
     if interrupts.signal is not None:
         run.pause(reporter)
         return 128 + interrupts.signal

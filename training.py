@@ -8,6 +8,11 @@ torch, and whatever needs it, is imported only once the command line is accepted
 
 import sys
 
+from utils import interruption
+
+if __name__ in ("__main__", "__mp_main__"):  # a script, or a process that it starts
+    interruption.begin(started_by_another=__name__ != "__main__")  # the imports below take time
+
 from train.flags import parser
 from train.settings import settings_from
 from utils.flags import process_settings

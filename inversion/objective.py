@@ -63,6 +63,28 @@ class Losses(Generic[Value]):
 NO_LOSSES: Losses[float] = Losses(math.nan, math.nan, {})
 
 
+def first_not_finite(losses: Losses[float], derivative: Tensor) -> str | None:
+    """Name what is not finite in an evaluation and what it is, in words; None where all is finite.
+
+    Of several the one that is computed first counts: the gradient distance, each prior, their
+    weighted sum, and last the derivative of it, shaped like the images.
+    """
+    values = {
+        "the gradient distance": losses.gradient,
+        **{f"the prior {name}": value for name, value in losses.terms.items()},
+        "the weighted sum of the losses": losses.total,
+    }
+    for what, value in values.items():
+        if value is not None and not math.isfinite(value):
+            return f"{what} is {value}"
+    if derivative.sum().isfinite():
+        return None
+    count = derivative.numel() - int(derivative.isfinite().sum())
+    if count == 0:
+        return "the sum of the derivative overflows"
+    return f"the derivative is not finite in {count:,} of {derivative.numel():,} entries"
+
+
 class Objective:
     """Evaluates the objective of candidate images, for one target and its labels.
 

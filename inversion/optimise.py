@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from inversion.objective import NO_LOSSES, Losses
+from inversion.objective import NO_LOSSES, Losses, first_not_finite
 from inversion.settings import Loop
 from utils.shard import ALONE, Shard
 
@@ -61,6 +61,8 @@ class Reconstruction:
     stopped: str | None = None
     #: What `reconstruct` goes on from; None after a loss that was not finite.
     optimiser_state: dict | None = field(default=None, repr=False)
+    #: At which iteration what was not finite, in words; None where all was.
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def reconstruct(
     """
     run = _Run(pixel_gradient, x_init, loop, batch_shard, optimiser_state)
     span = range(loop.length) if span is None else span
-    begin, stopped = span.start, None
+    begin, stopped, reason = span.start, None, None
     if since is not None:
         begin = since.step
         run.go_on(since, generator)
@@ -150,7 +152,7 @@ def reconstruct(
         rate = loop.rate(step)
         before = run.improve(loop.progress(step), rate, generator)
         if before is None:
-            stopped = "not finite"
+            stopped, reason = "not finite", f"at iteration {step} {run.not_finite}"
             break
         done += 1
         wish = GO_ON
@@ -165,11 +167,11 @@ def reconstruct(
             stopped = "interrupted"
             break
     if stopped != "not finite" and not run.evaluate(loop.progress(step)):
-        stopped = "not finite"
+        stopped, reason = "not finite", f"after iteration {step} {run.not_finite}"
     best = loop.keep_best or stopped == "not finite"
     x, losses = (run.best_x, run.best) if best else (run.x.detach().clone(), run.latest)
     state = None if stopped == "not finite" else run.state()
-    return Reconstruction(batch_shard.gather(x, len(x_init)), losses, done, stopped, state)
+    return Reconstruction(batch_shard.gather(x, len(x_init)), losses, done, stopped, state, reason)
 
 
 class _NotFiniteError(Exception):
@@ -198,14 +200,17 @@ class _Run:
             self.scale = state["scale"]
         #: Losses at the last evaluation, and the total there as the optimiser sees it.
         self.latest, self.scaled_total = NO_LOSSES, self.x.new_zeros(())
+        #: What was not finite at the last evaluation, in words; None where all was.
+        self.not_finite: str | None = None
         self.best_x, self.best = self.x.detach().clone(), NO_LOSSES
 
     def evaluate(self, progress: float) -> bool:
         """Compute losses and derivative at the images; false where one is not finite."""
         losses, derivative = self.pixel_gradient(self.x.detach(), progress)
         self.latest = losses.floats()
-        finite = math.isfinite(self.latest.total) and bool(derivative.sum().isfinite())
-        if self.shard.any(not finite):
+        self.not_finite = first_not_finite(self.latest, derivative)
+        if self.shard.any(self.not_finite is not None):
+            self.not_finite = self.not_finite or "the derivative of other images is not finite"
             return False
         if not self.latest.criterion >= self.best.criterion:  # true for the NaN of the start too
             self.best_x, self.best = self.x.detach().clone(), self.latest

@@ -5,13 +5,17 @@ and returns the losses (detached) and the derivative, shaped like `x`. With seve
 is this one's part of the batch, and the losses are those of the whole.
 """
 
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from inversion.objective import Losses, Objective
-from inversion.settings import PRIOR_ONLY
+from inversion.settings import PRIOR_ONLY, AttackSettings
+from utils.errors import FaultError
 
 #: A function of this file: (objective, x, progress) → losses and derivative.
 PixelGradient = Callable[[Objective, Tensor, float], tuple[Losses[Tensor], Tensor]]
@@ -89,3 +93,54 @@ def prior_only(
 
 #: name in `inversion.settings`, PIXEL_GRADIENTS or PRIOR_ONLY → function(objective, x, progress).
 PIXEL_GRADIENTS: dict[str, PixelGradient] = {"exact": exact, "plain": plain, PRIOR_ONLY: prior_only}
+
+
+def pixel_gradient_of(settings: AttackSettings) -> PixelGradient:
+    """Return the function that the settings name, with the checks that they ask for."""
+    function = PIXEL_GRADIENTS[settings.pixel_gradient]
+    return partial(_checked, function) if settings.detect_anomaly else function
+
+
+#: How torch's warning begins that says where the operation was called.
+_WHERE = "Error detected in"
+
+
+def _checked(
+    function: PixelGradient, objective: Objective, x: Tensor, progress: float = 0.0
+) -> tuple[Losses[Tensor], Tensor]:
+    """Call `function` while torch looks for NaN after every operation of a derivative.
+
+    Raises FaultError with the operation, and where it was called, at the first NaN.
+    """
+    calls: list[str] = []
+    show = warnings.showwarning
+
+    def note(message, *rest, **options):
+        if str(message).startswith(_WHERE):
+            calls.append(str(message))
+        else:
+            show(message, *rest, **options)
+
+    with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
+        warnings.filterwarnings("always", message=_WHERE)
+        warnings.showwarning = note
+        try:
+            return function(objective, x, progress)
+        except RuntimeError as error:
+            found = re.search(r"Function '(\w+)' returned nan values", str(error))
+            if found is None:
+                raise
+            raise FaultError(
+                f"the derivative has a NaN, {progress:.0%} of the way through the iterations: "
+                f"{found[1]} made it" + _called_at(calls)
+            ) from error
+
+
+def _called_at(calls: Sequence[str]) -> str:
+    """Tell the file and line outside torch from which torch's warnings say that it was called."""
+    frames = re.findall(r'File "(.+?)", line (\d+), in (\S+)', "".join(calls))
+    own = [frame for frame in frames if not frame[0].startswith(torch.__path__[0])]
+    if not own:
+        return ""
+    path, line, name = own[-1]
+    return f", called in {name}, {path.rpartition('/')[2]}, line {line}"

@@ -88,7 +88,8 @@ def plain_seed(seed: SavedSeed) -> dict:
         },
         "run": run and {
             "x": run.x.cpu(), "losses": _plain_losses(run.losses), "steps": run.steps,
-            "stopped": run.stopped, "optimiser_state": moved(run.optimiser_state, CPU),
+            "stopped": run.stopped, "reason": run.reason,
+            "optimiser_state": moved(run.optimiser_state, CPU),
         },
     }  # fmt: skip
 
@@ -115,6 +116,7 @@ def seed_from(saved: Any, start: Tensor, steps: int, what: str) -> SavedSeed:
             run = Reconstruction(
                 _images(run["x"], start), _losses(run["losses"]), int(run["steps"]),
                 None if run["stopped"] is None else str(run["stopped"]), run["optimiser_state"],
+                None if run["reason"] is None else str(run["reason"]),
             )  # fmt: skip
         if (moment is None) == (run is None):
             raise ValueError("neither a moment nor an end")

@@ -320,6 +320,8 @@ class AttackSettings:
     shared: str = "batch"
     #: A name in UPDATE_MODELS; None for "sme" where several local steps were sent, else "mean".
     update_model: str | None = None
+    #: Let torch check every operation of the derivative, and end at the first that gives a NaN.
+    detect_anomaly: bool = False
 
     @property
     def seeds(self) -> range:

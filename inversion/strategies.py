@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inversion.mlco import mlco
 from inversion.objective import Objective
-from inversion.optimise import Outcome, Reconstruction, lowest
+from inversion.optimise import Outcome, lowest
 from inversion.pixel_gradient import PixelGradient
 from inversion.restarts import Restarts, run_own_seeds
 from utils.matching import assign
@@ -42,7 +42,7 @@ def mean(objective: Objective, pixel_gradient: PixelGradient, restarts: Restarts
         total += _paired(run.x, reference, objective.y.to(reference.device))
     x = total / len(started)
     losses = objective(objective.local_part(x.to(objective.y.device)), 1.0).floats()
-    final = Reconstruction(x, losses, outcome.final.steps, outcome.final.stopped)
+    final = replace(outcome.final, x=x, losses=losses, optimiser_state=None)
     return replace(outcome, final=final, chosen=None)
 
 

@@ -1,13 +1,21 @@
-"""Binds a truth to its checkpoint: both carry an id, and each a digest of the other."""
+"""Binds a truth to its checkpoint, and what a file holds to what was written.
+
+A checkpoint and its truth carry an id, and each a digest of the other. Both files carry a checksum
+of every entry. All are SHA-256 of names, types, shapes, bytes of tensors, and plain values. They
+show damage and mistakes; who alters a file on purpose can write its checksums anew.
+"""
 
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.build import some
 from utils.errors import InputError
+from utils.tensor_files import flaw_of
 
 #: Entries that the truth's `checkpoint_digest` covers.
 PUBLIC_KEYS = (
@@ -23,6 +31,8 @@ INNER_KEYS = {
     "dataset_setup": ("mean", "std", "size", "n_classes"),
     "control": ("target_gradient", "bn_mean_list", "bn_var_list"),
 }
+#: Entry of a file that maps the name of every other entry to its checksum.
+CHECKSUMS = "checksums"
 #: Entries that the checkpoint's `truth_digest` covers.
 TRUTH_KEYS = ("x_true", "y_true", "control", "decoys")
 
@@ -75,6 +85,44 @@ def check_bound(truth: Mapping, checkpoint: Mapping, truth_name: str, checkpoint
     return True
 
 
+def with_checksums(content: Mapping) -> dict:
+    """Return the content of a file with a checksum of every entry, as it is to be written."""
+    plain = {key: value for key, value in content.items() if key != CHECKSUMS}
+    return {**plain, CHECKSUMS: {key: _digest(value) for key, value in plain.items()}}
+
+
+def without_checksums(content: dict) -> dict:
+    """Return the content of a file without its checksums, after checking every entry by them.
+
+    Files of other writers, and of before there were checksums, have none and are not checked.
+    Raises InputError, naming entries, where one is not what was written.
+    """
+    if CHECKSUMS not in content:
+        return content
+    sums = content[CHECKSUMS]
+    plain = {key: value for key, value in content.items() if key != CHECKSUMS}
+    if not isinstance(sums, dict):
+        raise InputError(f"its {CHECKSUMS} are no mapping; copy it again from where it was made")
+    for names, what in (
+        ([name for name in sums if name not in plain], "lacks"),
+        ([name for name in plain if name not in sums], "was not written with"),
+        ([n for n in plain if n in sums and not _is_digest_of(sums[n], plain[n])], "has another"),
+    ):
+        if names:
+            raise InputError(
+                f"has been altered or damaged since it was written: it {what} {some(names)} (by "
+                "its checksums); copy it again from where it was made"
+            )
+    return plain
+
+
+def _is_digest_of(digest: Any, value: Any) -> bool:
+    try:
+        return digest == _digest(value)
+    except (TypeError, ValueError, RuntimeError):  # of no value that is ever written
+        return False
+
+
 def _truth_digest(truth: Mapping) -> str:
     return _digest([truth["truth_salt"], *_entries(truth, TRUTH_KEYS)])
 
@@ -97,7 +145,10 @@ def _entries(content: Mapping, keys: Sequence[str]) -> list:
 
 
 def _digest(content) -> str:
-    """SHA-256 of tensors and plain values, in hexadecimal; lists and tuples count as the same."""
+    """Return SHA-256 of tensors and plain values, in hexadecimal; lists and tuples count as same.
+
+    Raises TypeError for a tensor with a flaw (`flaw_of`), which could cost any memory.
+    """
     state = hashlib.sha256()
     _feed(state, content)
     return state.hexdigest()
@@ -105,8 +156,13 @@ def _digest(content) -> str:
 
 def _feed(state, content) -> None:
     if isinstance(content, Tensor):
+        if (flaw := flaw_of(content)) is not None:
+            raise TypeError(f"a tensor that {flaw}")
         state.update(f"tensor {content.dtype} {tuple(content.shape)}".encode())
         state.update(content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(content, bytes):
+        state.update(f"bytes {len(content)}".encode())
+        state.update(content)
     elif isinstance(content, Mapping):
         state.update(f"mapping {len(content)}".encode())
         for key in sorted(content):

@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.choices import LOSS_KINDS, PROTECTION_MODES
 from models.target import Protection
+from utils.tensor_files import flaw_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -88,32 +89,18 @@ def check_tensor(
     """Raise UnfitError unless `value` is a dense tensor in memory that holds all its numbers.
 
     what: its name in a message. dtypes: those allowed. attached: it may require a gradient.
-    Reads no numbers. Refused are sparse, nested, quantised and meta tensors, those of subclasses
-    of Tensor, lazy conjugates, and tensors with more numbers than their storage holds, which
-    `expand` makes: any operation on such a tensor may take as much memory as its shape claims.
+    Reads no numbers. Refused are all tensors that have a flaw (`flaw_of`).
     """
     if not isinstance(value, Tensor):
         raise UnfitError(f"{what} is {shown(value)}, not a tensor")
-    if type(value) not in (Tensor, nn.Parameter):
-        raise UnfitError(f"{what} is a {type(value).__name__}, not a plain tensor")
-    if value.is_nested or value.layout != torch.strided:
-        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-        raise UnfitError(f"{what} is a {kind} tensor, not a dense one")
-    if value.device.type != "cpu":
-        raise UnfitError(f"{what} is on the {value.device.type} device and holds no numbers here")
+    flaw = flaw_of(value)
+    if flaw is not None:
+        raise UnfitError(f"{what} {flaw}")
     if value.dtype not in dtypes:
         kind = "floating-point numbers" if FLOATS[-1] in dtypes else "integers"
         raise UnfitError(f"{what} is not {kind}: its dtype is {value.dtype}")
-    if value.is_conj() or value.is_neg():
-        raise UnfitError(f"{what} is a lazy view, not a plain tensor")
     if value.requires_grad and not attached:
         raise UnfitError(f"{what} requires a gradient: it was saved without detach()")
-    stored = value.untyped_storage().nbytes() // value.element_size()
-    if value.numel() > stored:
-        raise UnfitError(
-            f"{what} has {value.numel()} numbers of shape {tuple(value.shape)}, but only {stored} "
-            "are stored: it was saved expanded"
-        )
 
 
 def check_finite(value: Tensor, what: str) -> None:
@@ -194,6 +181,15 @@ def check_weight_values(state: dict[str, Tensor]) -> None:
             raise UnfitError(f"the weights {_in_line(name)} are not finite")
         if name.endswith("running_var"):
             check_at_least_zero(value, f"the tensor {_in_line(name)} of weights")
+
+
+def check_class_count(count: int, state: dict[str, Tensor]) -> None:
+    """Check n_classes against the weights that `check_weights` passed: some make every logit."""
+    weights = sum(value.numel() for value in state.values())
+    if count > weights:
+        raise UnfitError(
+            f"dataset_setup['n_classes'] is {count:,}, more than the {weights:,} weights"
+        )
 
 
 def check_names(names, count: int) -> None:

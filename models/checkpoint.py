@@ -7,6 +7,7 @@ runs code from the file. models/reading.py takes the attacker's view of it.
 
 import contextlib
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from models import checking
-from models.binding import bind
+from models.binding import bind, with_checksums, without_checksums
 from models.build import without_wrapper
 from models.gradient import ClientLoss, Update
 from models.local import LocalSteps
 from models.target import GroundTruth, Protection
+from utils import tensor_files
 from utils.errors import InputError, naming, one_line
+from utils.memory import require_memory
 from utils.tensor_files import load_plain
 
 #: Raised by one whenever a reader of the number before could misread the file.
@@ -34,6 +37,8 @@ REQUIRED = (
     "state_dict",
     "target_gradient",
 )
+#: What every attack keeps of the size of the batch: images, gradient, and an optimiser's two means.
+KEPT_IMAGES = 4
 #: What only scoring may see; `seal` takes it out.
 PRIVATE_KEYS = (
     "x_true", "y_true", "protection_norms", "control", "decoys", "args", "truth_salt",
@@ -239,11 +244,19 @@ def seal(checkpoint: dict) -> tuple[dict, dict]:
     return sealed, {"format": FORMAT, **truth}
 
 
+def save(content: dict, path: str) -> None:
+    """Write a checkpoint or a truth to `path` with a checksum of every entry.
+
+    Raises FaultError if it cannot be written; the former `path` is then untouched.
+    """
+    tensor_files.save(with_checksums(content), path)
+
+
 def load(path: str) -> dict:
     """Load and check a checkpoint, of this project or of the original.
 
-    Raises InputError, without the file's name, when it is missing, damaged, hostile, incomplete or
-    of a newer format.
+    Raises InputError, without the file's name, when it is missing, damaged, altered, hostile,
+    incomplete, of a newer format, or of more images than the free memory holds.
     """
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, dict):
@@ -269,7 +282,18 @@ def load(path: str) -> dict:
     channels = checkpoint["dataset_setup"]["size"][0]
     if channels not in (1, 3):
         raise InputError(f"images of {channels} channels cannot be shown; attack them from Python")
-    return checkpoint
+    _check_memory(checkpoint)
+    return without_checksums(checkpoint)
+
+
+def _check_memory(checkpoint: dict) -> None:
+    """Raise InputError where an attack could not even keep the images that a checkpoint claims."""
+    batch_size, shape = checkpoint["batch_size"], tuple(checkpoint["dataset_setup"]["size"])
+    require_memory(
+        KEPT_IMAGES * 4 * batch_size * math.prod(shape),
+        f"the {batch_size:,} images {shape} that it claims and what an attack keeps beside them",
+        "take a machine with more memory, or capture a smaller batch",
+    )
 
 
 def _original_protection(settings) -> dict | None:
@@ -298,6 +322,7 @@ def check_contents(checkpoint: dict) -> None:
         checking.check_local_steps(checkpoint)
         state, names = checkpoint["state_dict"], checkpoint.get("trainable")
         checking.check_weights(state)
+        checking.check_class_count(checkpoint["dataset_setup"]["n_classes"], state)
         checking.check_gradient(checkpoint["target_gradient"], names, len(state))
         checking.check_statistics(
             checkpoint.get("bn_mean_list"), checkpoint.get("bn_var_list"), len(state)
@@ -357,14 +382,14 @@ def check_labels(y, batch_size: int, num_classes: int, loss: str | None = None) 
 def load_truth(path: str) -> dict:
     """Load a truth file that `seal` made, or a checkpoint that holds its truth.
 
-    Raises InputError, without the file's name, when it is missing, damaged, of a newer format, or
-    without a truth.
+    Raises InputError, without the file's name, when it is missing, damaged, altered, of a newer
+    format, or without a truth.
     """
     truth = load_plain(path)
     if not isinstance(truth, dict) or not {"x_true", "y_true"} <= truth.keys():
         raise InputError("holds no x_true and y_true; give the sealed truth file")
     _check_format(truth)
-    return truth
+    return without_checksums(truth)
 
 
 def _check_format(content: dict) -> None:

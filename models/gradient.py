@@ -95,6 +95,36 @@ def forward_failure(
     return ValueError(problem) if problem else None
 
 
+def kept_bytes(model: nn.Module, image_shape: tuple[int, int, int], train_mode: bool) -> int:
+    """Return the bytes that a network's convolutions and linear layers make of two images.
+
+    A backward pass keeps at least that. The forward pass is computed on shapes alone and takes no
+    memory; 0 where the network cannot be computed so.
+    """
+    made = [0]
+
+    def count(module, inputs, output):
+        made[0] += output.numel() * output.element_size()
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    x = torch.empty(2, *image_shape, dtype=next(iter(state.values())).dtype, device="meta")
+    try:
+        with gradient_mode(model, train_mode), torch.no_grad():
+            functional_call(model, shapes, (x,))
+    except Exception:  # a user's network may do anything that shapes alone do not allow
+        return 0
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return made[0]
+
+
 def _hard_sigmoid(x: Tensor) -> Tensor:
     return F.relu6(x + 3) / 6
 

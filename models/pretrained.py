@@ -13,6 +13,8 @@ from utils.tensor_files import load_plain
 
 #: Where a file that holds more than a state dict keeps it.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+#: Most parts of a prefix that are tried.
+MOST_CUTS = 50
 MOCO_PREFIX = "encoder_q."
 #: Heads that some torchvision files carry for training only; the networks here have none.
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
@@ -104,6 +106,7 @@ def with_own_names(state: dict[str, Tensor], own: Collection[str]) -> tuple[dict
     """
     shared = os.path.commonprefix(list(state))
     cuts = [0, *(i + 1 for i, letter in enumerate(shared) if letter == ".")]
+    cuts = cuts[:MOST_CUTS]  # of hostile names, which may hold dots without end
     cut = max(cuts, key=lambda cut: sum(name[cut:] in own for name in state))
     return {name[cut:]: value for name, value in state.items()}, shared[:cut]
 

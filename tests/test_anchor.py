@@ -15,7 +15,8 @@ from inversion.layerwise.forward_head import head_part
 from inversion.layerwise.kinds import StoppedError
 from inversion.layerwise.layer import Layer
 from inversion.layerwise.least_squares import disturbed
-from inversion.layerwise.peel import Peeled, peel, withdraw_unsupported
+from inversion.layerwise.peel import peel, withdraw_unsupported
+from inversion.layerwise.peeled import Peeled
 from inversion.layerwise.shift.factors import shift_factors
 from inversion.layerwise.shift.nonnegative import fitted_to_zeros, gauge_by_nonnegativity
 from inversion.layerwise.trace import network_of

@@ -346,8 +346,8 @@ def test_a_backup_of_odd_tensors_is_refused(tmp_path):
     x, y = torch.randn(4, 3, 12, 12), torch.arange(4)
     for bad_x, bad_y, message in (
         (torch.ones(1).expand(2**20, 3, 32, 32), torch.zeros(1).long().expand(2**20), "only 1 are"),
-        (x.to_sparse(), y, "x_true is a sparse_coo tensor"),
-        (x, y.to("meta"), "y_true is on the meta device"),
+        (x.to_sparse(), y, "x_true.pth.bk: it is a sparse_coo tensor"),
+        (x, y.to("meta"), "y_true.pth.bk: it is on the meta device"),
         (x, y * 1j, "y_true is not integers: its dtype is torch.complex64"),
         ({"x": x}, y, "not a tensor"),
     ):

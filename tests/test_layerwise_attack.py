@@ -15,7 +15,8 @@ from inversion.layerwise.attack import NEAR, accuracies, layerwise_attack, targe
 from inversion.layerwise.images import WORTH_MATCHING, make_images
 from inversion.layerwise.layer import Layer
 from inversion.layerwise.matching import Matching
-from inversion.layerwise.peel import Peeled, peel
+from inversion.layerwise.peel import peel
+from inversion.layerwise.peeled import Peeled
 from inversion.layerwise.smooth_matching import SmoothMatching
 from inversion.layerwise.trace import network_of
 from models.build import build_model

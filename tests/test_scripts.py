@@ -324,9 +324,10 @@ def test_a_loss_that_is_not_finite_is_said(captured, tmp_path, monkeypatch):
     flags = ("--root", tmp_path, "--checkpoint", path, "--epochs", 30)
     outcome = call("run.py", *flags, "--lr", "1e30", "--input-norm=-1e-6", "--n-seed", 2)
     assert outcome.code == 0
-    assert outcome.out.count("a loss was not finite") == 2
+    assert outcome.out.count(": at iteration 1 the prior norm is inf, so it ended") == 2
     result = json.loads((tmp_path / "results" / "exp" / "test" / "result.json").read_text())
     assert result["stopped"] == "not finite"
+    assert {seed["reason"] for seed in result["seeds"]} == {"at iteration 1 the prior norm is inf"}
     assert result["losses"]["gradient"] > 0
 
 
@@ -361,6 +362,7 @@ def test_what_has_no_value_is_null_in_the_result(captured, tmp_path):
     )  # fmt: skip
     assert outcome.code == 1
     assert "no seed had a finite loss" in outcome.err
+    assert "at iteration 0 the gradient distance is inf" in outcome.err
     result = strict(tmp_path / "results" / "exp" / "failed" / "result.json")
     assert result["losses"] == {"gradient": None, "total": None}
     assert result["seeds"][0]["gradient_loss"] is None

@@ -4,10 +4,12 @@ A new data set is one `DatasetSpec` in DATASETS and its name in train/request.py
 one by one, only those of the batch asked for.
 """
 
+import math
 import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 import utils.images
 from train.label_vectors import LabelFile, label_vectors, output_count, read_label_file
-from train.origins import Origin
+from train.origins import Origin, file_below
 from train.photos import photo_batch
 from train.request import (
     PHOTO_NAMES,
@@ -25,14 +27,19 @@ from train.request import (
     check_openable,
     check_request,
 )
-from utils.errors import InputError, naming
+from utils.errors import InputError, naming, one_line
 from utils.files import printable
 from utils.image_files import decode_all
 from utils.image_folder import ImageFolder, image_folder
 from utils.image_reading import ColourError, DepthError, is_grey
+from utils.memory import limited_memory, require_memory
+from utils.tensor_files import SPARE
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR100_MEAN, CIFAR100_STD = (0.50716, 0.48669, 0.44120), (0.26733, 0.25644, 0.27615)
+#: How many numbers a published file may claim per byte of it: they are photographs, and compress by
+#: half at most.
+MOST_PACKED = 100
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
 
 
@@ -311,7 +318,8 @@ def _open_celeba(request: Request, spec: DatasetSpec) -> Finite:
                 f"--data {listing}: line {number} is not 'name identity' with an identity "
                 f"from 1 to {spec.class_count}"
             )
-        paths.append(os.path.join(images, name.strip()))
+        with naming(f"--data {listing}: line {number}"):
+            paths.append(file_below(images, name.strip()))
         labels.append(int(identity) - 1)
     if not paths:
         raise InputError(f"--data {listing}: lists no image")
@@ -322,16 +330,30 @@ def _open_celeba(request: Request, spec: DatasetSpec) -> Finite:
 # Arrays ------------------------------------------------------------------------------------
 
 
+#: What numpy's pickles of arrays name, by old and new versions.
+ARRAY_NAMES = (
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
+    "numpy.dtype",
+)  # fmt: skip
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads pickled containers, strings, numbers and numpy arrays; refuses everything else."""
 
     def find_class(self, module, name):
         """Allow the names that an array is rebuilt from."""
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+        if f"{module}.{name}" in ARRAY_NAMES:
             return super().find_class(module, name)
         if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
+            return _latin1
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array or plain value")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Turn text into bytes as pickles of bytes do, and by no other encoding, which could grow."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes by the encoding {encoding[:20]!r}")
+    return text.encode("latin1")
 
 
 def _array_source(data: np.ndarray, labels: Sequence[int], spec: DatasetSpec) -> Finite:
@@ -355,10 +377,14 @@ def _open_cifar100(request: Request, spec: DatasetSpec) -> Finite:
     root = _folder_of(request)
 
     def read():
-        with open(os.path.join(root, "cifar-100-python", "train"), "rb") as file:
+        path = os.path.join(root, "cifar-100-python", "train")
+        size = os.path.getsize(path)
+        require_memory(4 * size, "its content", "take a machine with more memory")
+        with limited_memory(4 * size + SPARE), open(path, "rb") as file:
             content = _ArrayUnpickler(file, encoding="latin1").load()
-        labels = [int(label) for label in content["fine_labels"]]
-        return content["data"].reshape(len(labels), 3, 32, 32), labels
+        labels = _published_labels(content["fine_labels"], spec)
+        images = _published_images(content["data"], (len(labels), 3072))
+        return images.reshape(-1, 3, 32, 32), labels
 
     data, labels = _read_published(read, root, "cifar-100-python/train")
     return _array_source(data, labels, spec)
@@ -369,24 +395,50 @@ def _open_svhn(request: Request, spec: DatasetSpec) -> Finite:
     root = _folder_of(request)
 
     def read():
-        from scipy.io import loadmat  # a second that only this needs
+        from scipy.io import loadmat, whosmat  # a second that only this needs
 
-        content = loadmat(os.path.join(root, "train_32x32.mat"))
-        labels = content["y"].astype(np.int64).reshape(-1)
-        labels[labels == 10] = 0  # as which the file counts the digit 0
-        return content["X"].transpose(3, 2, 0, 1), labels
+        path = os.path.join(root, "train_32x32.mat")
+        size = os.path.getsize(path)
+        with limited_memory(4 * size + SPARE):
+            claims = [math.prod(shape) for name, shape, _ in whosmat(path) if name in ("X", "y")]
+        claimed = max(claims)
+        if claimed > MOST_PACKED * size:
+            raise ValueError(f"it claims {claimed:,} numbers in {size:,} bytes")
+        require_memory(2 * claimed, "its content", "take a machine with more memory")
+        with limited_memory(2 * claimed + 4 * size + SPARE):
+            content = loadmat(path, variable_names=("X", "y"))
+        labels = np.asarray(content["y"]).reshape(-1)
+        labels = _published_labels(np.where(labels == 10, 0, labels), spec)  # 10 is the digit 0
+        images = _published_images(content["X"], (32, 32, 3, len(labels)))
+        return images.transpose(3, 2, 0, 1), labels
 
     data, labels = _read_published(read, root, "train_32x32.mat")
     return _array_source(data, labels, spec)
 
 
+def _published_labels(values: Sequence, spec: DatasetSpec) -> list[int]:
+    """Return labels as they should be; raise ValueError for anything but classes of the set."""
+    labels = [int(value) for value in values]
+    if not labels or min(labels) < 0 or max(labels) >= spec.class_count:
+        raise ValueError(f"its labels are not from 0 to {spec.class_count - 1}")
+    return labels
+
+
+def _published_images(values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return images as they should be; raise ValueError for anything but bytes of that shape."""
+    if not (isinstance(values, np.ndarray) and values.dtype == np.uint8 and values.shape == shape):
+        raise ValueError(f"its images are not 8-bit integers of shape {shape}")
+    return values
+
+
 def _read_published(read, root, file):
     try:
         return read()
+    except InputError as error:
+        raise InputError(f"--data {root}: {file} {error}") from error
     except Exception as error:  # scipy and pickle raise many types for damaged files
         raise InputError(
-            f"--data {root}: does not hold a readable {file} "
-            f"({' '.join(str(error).split()) or type(error).__name__})"
+            f"--data {root}: does not hold a readable {file} ({printable(one_line(error)[:200])})"
         ) from error
 
 

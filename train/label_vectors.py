@@ -11,8 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train.origins import file_below
 from train.request import Request
-from utils.errors import InputError
+from utils.errors import InputError, naming
+from utils.files import printable
+from utils.memory import require_memory
+
+#: How many times its size the lines of a CSV file take in memory, at most about.
+CSV_GROWTH = 20
 
 
 def output_count(num_classes: int, request: Request) -> int:
@@ -80,6 +86,9 @@ def read_label_file(path: str, root: str) -> LabelFile:
     the line, for images that are missing or come twice and for values that are no such numbers.
     """
     try:
+        require_memory(
+            CSV_GROWTH * os.path.getsize(path), "its lines", "take a machine with more memory"
+        )
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -89,11 +98,12 @@ def read_label_file(path: str, root: str) -> LabelFile:
     classes = rows[0][1][1:]
     found: dict[str, tuple[float, ...]] = {}
     for number, (name, *values) in rows[1:]:
-        image = os.path.join(root, name)
+        with naming(f"line {number}"):
+            image = file_below(root, name)
         if not os.path.isfile(image):
-            raise InputError(f"line {number}: {root} holds no file {name}")
+            raise InputError(f"line {number}: {root} holds no file {printable(name[:200])}")
         if image in found:
-            raise InputError(f"line {number}: {name} comes twice")
+            raise InputError(f"line {number}: {printable(name[:200])} comes twice")
         if len(values) != len(classes):
             raise InputError(f"line {number}: {len(values)} labels for {len(classes)} classes")
         found[image] = tuple(_label(value, number) for value in values)
@@ -106,5 +116,6 @@ def _label(text: str, line: int) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise InputError(f"line {line}: '{text}' is no label; give 0, 1 or a number between")
+        shown = printable(text[:40])
+        raise InputError(f"line {line}: '{shown}' is no label; give 0, 1 or a number between")
     return value

@@ -1,9 +1,11 @@
 """Where the images of the private batch come from: the list "which file is image 7"."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from utils.errors import InputError
 from utils.files import printable
 from utils.image_reading import Reading
 
@@ -25,6 +27,16 @@ class Origin:
     file: str | None = None
     #: How the file was read; None where there is none.
     reading: Reading | None = None
+
+
+def file_below(folder: str, name: str) -> str:
+    """Return the path of a file that a list names below a folder.
+
+    Raises InputError for a name that leads out of the folder: no list decides what else is read.
+    """
+    if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+        raise InputError(f"{printable(name[:200])} leads out of the folder; name files below it")
+    return os.path.join(folder, name)
 
 
 def has_deep_grey(origins: Sequence[Origin]) -> bool:

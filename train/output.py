@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.checkpoint import Task, make_checkpoint, seal
+from models.checkpoint import Task, make_checkpoint, save, seal
 from models.comparing import float64_norm
 from models.target import GroundTruth, Protection
 from models.user_network import load_user_network
@@ -17,7 +17,6 @@ from utils.files import claimed_stem, free_stem, write_csv
 from utils.images import denormalise
 from utils.pictures import save_panels
 from utils.script import git_revision, versions
-from utils.tensor_files import save
 
 #: Ends of the files' names; all files of a run begin with one stem.
 ENDINGS = {

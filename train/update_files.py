@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,18 @@ import numpy as np
 
 from models.pretrained import WRAPPERS
 from utils.errors import InputError, one_line
-from utils.tensor_files import load_plain
+from utils.files import printable
+from utils.memory import limited_memory, require_memory
+from utils.tensor_files import SPARE, check_archive_size, load_plain
 
 #: Kinds of NVFlare's DXO that hold weights, and whether they are a difference.
 DXO_KINDS = {"WEIGHTS": False, "WEIGHT_DIFF": True}
 #: Where a DXO says how many steps its client took.
 DXO_STEPS = "NUM_STEPS_CURRENT_ROUND"
+#: Most bytes of the header of a safetensors file, which names every tensor.
+MOST_HEADER = 2**22
+#: How many times its size an archive may unpack to, unless that is as small as SMALL_CONTENT bytes.
+MOST_PACKED, SMALL_CONTENT = 100, 2**28
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,39 @@ def read_update_file(path: str) -> UpdateFile:
 def _read_npz(path: str) -> UpdateFile:
     """Read an archive of numpy arrays, none of which may hold pickled objects."""
     try:
-        with np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
+        total = _unpacked_size(path)
+        with (
+            limited_memory(2 * total + SPARE),
+            np.lib.npyio.NpzFile(path, allow_pickle=False) as archive,
+        ):
             arrays = {name: archive[name] for name in archive.files}
+    except InputError:
+        raise
     except Exception as error:  # damaged archives make numpy raise almost any type
-        raise InputError(f"unreadable or damaged ({one_line(error)[:120]})") from error
+        raise InputError(f"unreadable or damaged ({printable(one_line(error)[:120])})") from error
     if not arrays:
         raise InputError("holds no arrays")
     if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
         ordered = sorted(arrays, key=lambda name: int(name[4:]))
         return UpdateFile([arrays[name] for name in ordered], f"a list of {len(arrays)} arrays")
     return UpdateFile(arrays, f"{len(arrays)} arrays by name")
+
+
+def _unpacked_size(path: str) -> int:
+    """Return the bytes that an archive unpacks to.
+
+    Raises InputError for more than the free memory, and for a bomb: many times the file's size.
+    """
+    check_archive_size(path)
+    with zipfile.ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+    if total > max(SMALL_CONTENT, MOST_PACKED * os.path.getsize(path)):
+        raise InputError(
+            f"unpacks to {total:,} bytes, more than {MOST_PACKED} times its size; save it "
+            "uncompressed, by numpy.savez"
+        )
+    require_memory(total, "what it unpacks to", "take a machine with more memory")
+    return total
 
 
 def _read_safetensors(path: str) -> UpdateFile:
@@ -87,9 +117,20 @@ def _read_safetensors(path: str) -> UpdateFile:
             "needs the package safetensors; install it, or save the weights by torch.save"
         ) from error
     try:
-        return UpdateFile(load_file(path), "safetensors")
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MOST_HEADER:
+            raise InputError(
+                f"unreadable or damaged (its header claims {header:,} bytes, above {MOST_HEADER:,})"
+            )
+        size = os.path.getsize(path)
+        require_memory(size, "what it holds", "take a machine with more memory")
+        with limited_memory(4 * size + SPARE):
+            return UpdateFile(load_file(path), "safetensors")
+    except InputError:
+        raise
     except Exception as error:  # its errors have no common type
-        raise InputError(f"unreadable or damaged ({one_line(error)[:120]})") from error
+        raise InputError(f"unreadable or damaged ({printable(one_line(error)[:120])})") from error
 
 
 def _read_dxo(content: Mapping) -> UpdateFile:
@@ -111,10 +152,13 @@ def _read_parameters(content: Mapping) -> UpdateFile:
         raise InputError(
             f"Parameters of type {str(content['tensor_type'])[:40]!r}: only numpy.ndarray is read"
         )
+    size = sum(len(part) for part in content["tensors"] if isinstance(part, bytes))
     try:
-        arrays = [np.load(io.BytesIO(part), allow_pickle=False) for part in content["tensors"]]
+        with limited_memory(2 * size + SPARE):
+            arrays = [np.load(io.BytesIO(part), allow_pickle=False) for part in content["tensors"]]
     except Exception as error:  # damaged bytes make numpy raise almost any type
-        raise InputError(f"Parameters: unreadable ({one_line(error)[:120]})") from error
+        reason = printable(one_line(error)[:120])
+        raise InputError(f"Parameters: unreadable ({reason})") from error
     if not all(isinstance(array, np.ndarray) for array in arrays):
         raise InputError("Parameters: unreadable (an archive in the place of an array)")
     return UpdateFile(arrays, f"Parameters of {len(arrays)} arrays")

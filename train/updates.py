@@ -148,7 +148,7 @@ def _tensor(value, what: str) -> Tensor:
         checking.check_tensor(tensor, what, checking.ANY, attached=True)
         if tensor.is_floating_point():
             checking.check_finite(tensor, what)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         text = one_line(error)
         raise InputError(text if text.startswith(what) else f"{what}: {text}"[:200]) from error
     return tensor.detach()

@@ -22,7 +22,8 @@ NEEDED = ("data_name", "arch", "batch_size", "target_idx")
 #: Flags that concern the run that wrote the record, not the client.
 OF_THE_RUN = {
     "id", "results", "gpu", "dry_run", "seal", "ra", "ra_mode", "with_control", "model",
-    "multiprocessing_distributed", "nproc", "world_size", "rank", "dist_url", "dist_backend",
+    "help", "version", "traceback", "multiprocessing_distributed", "nproc", "world_size", "rank",
+    "dist_url", "dist_backend",
 }  # fmt: skip
 #: Flags of the protection, which a swept defence takes the place of.
 OF_PROTECTION = {"enable_dp", "dp_mode", "sigma", "max_per_sample_grad_norm", "defence"}
@@ -44,6 +45,12 @@ def base_flags(record: Mapping, model: str | None = None) -> list[str]:
             "holds no record of a client that training.py can simulate again, as an imported "
             "gradient or a checkpoint of another program; capture one by training.py"
         )
+    for name, value in record.items():
+        if not (isinstance(name, str) and _is_plain(value)):
+            raise InputError(
+                f"its record holds {ascii(name)[:40]}, which is no flag of training.py with a "
+                "plain value; capture it anew"
+            )
     if record.get("import_update"):
         raise InputError(
             "its update was imported, so that no client can be simulated again; capture one by "
@@ -59,6 +66,15 @@ def base_flags(record: Mapping, model: str | None = None) -> list[str]:
     flags = [*_command_line({**record, "noise_seed": None}), *_model_flags(model)]
     parser().parse_args(flags)  # for its refusals
     return flags
+
+
+def _is_plain(value) -> bool:
+    """Tell whether a record's value can be that of a flag, or a note such as versions."""
+    if isinstance(value, dict):
+        return all(isinstance(v, str) and v.isprintable() for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(isinstance(v, str | int | float) and str(v).isprintable() for v in value)
+    return value is None or (isinstance(value, str | int | float) and str(value).isprintable())
 
 
 def _model_flags(model: str | None) -> list[str]:

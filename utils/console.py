@@ -1,7 +1,7 @@
 """Prints what a run reports: lines and their log, progress, tables."""
 
+import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from prettytable import PrettyTable
 from tqdm import tqdm
+
+from utils.interruption import silence
 
 
 class Reporter:
@@ -30,8 +32,8 @@ class Reporter:
                 known = text.encode(sys.stdout.encoding, "backslashreplace")
                 tqdm.write(known.decode(sys.stdout.encoding), file=sys.stdout)
             sys.stdout.flush()
-        except OSError:  # such as `| head` that has seen enough
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        except (OSError, ValueError):  # such as `| head` that has seen enough
+            silence("stdout")
         self._lines.append(text)
         self._flush()
 
@@ -43,12 +45,13 @@ class Reporter:
     def _flush(self) -> None:
         if self._path is None:
             return
-        try:
-            with open(self._path, "a", encoding="utf-8") as log:
-                log.writelines(line + "\n" for line in self._lines)
-            self._lines.clear()
-        except OSError:
-            pass  # the lines are kept for the next attempt
+        text = "".join(line + "\n" for line in self._lines).encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError), open(self._path, "ab", buffering=0) as log:
+            before = log.tell()
+            if log.write(text) == len(text):
+                self._lines.clear()
+            else:  # the disk is full: whole lines or none; they are kept for the next attempt
+                log.truncate(before)
 
 
 class Silent(Reporter):

@@ -2,20 +2,28 @@
 
 import contextlib
 import csv
+import fcntl
 import importlib.util
 import io
 import json
 import math
 import os
+import platform
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from utils.errors import FaultError
+from utils.interruption import unfinished
 
-#: Ending of the empty file that reserves a stem while its files are written.
+#: Ending of the file that reserves a stem while its files are written.
 CLAIM = ".claim"
+#: How the name of a file begins that is being written.
+TEMPORARY = ".writing-"
+#: Folders from which this process has removed what killed processes left.
+_tidied: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -23,32 +31,96 @@ def whole_file(path: str | Path, *, text: bool = False) -> Iterator[IO]:
     """Yield a file, binary or UTF-8 text, that becomes `path` when the context ends without error.
 
     The content goes to a temporary file in the folder of `path` (created if missing), is flushed to
-    the disk and then renamed. An error in the context, even in the middle of a write, leaves the
-    former `path` untouched and no temporary file behind. Only a killed process leaves its
-    temporary file, `.writing-…`.
+    the disk and then renamed; the folder is flushed too, so that files which are written one after
+    the other outlive a power cut in this order. An error in the context, even in the middle of a
+    write, leaves the former `path` untouched and no temporary file behind, and so does a signal.
+    Only a killed process leaves its temporary file, `.writing-…`; the next process of this machine
+    that writes into the folder removes it. In text, bytes of file names that are no UTF-8 are
+    written as escapes.
 
     Raises FaultError, naming `path`, if anything cannot be written.
     """
     final = os.path.abspath(path)
     folder = os.path.dirname(final)
-    temporary = os.path.join(folder, f".writing-{secrets.token_hex(8)}")
+    temporary = os.path.join(folder, f"{TEMPORARY}{_host()}-{secrets.token_hex(8)}")
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(temporary, "xb") as file:
-            if text:
-                words = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-                yield words
-                words.detach()
-            else:
-                yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
+        _tidy(folder)
+        with unfinished(temporary):
+            try:
+                with _create(temporary) as file:
+                    if text:
+                        words = io.TextIOWrapper(
+                            file, "utf-8", "backslashreplace", newline="", write_through=True
+                        )
+                        yield words
+                        words.detach()
+                    else:
+                        yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(temporary, final)
+            finally:
+                with contextlib.suppress(OSError):  # it is gone where all went well
+                    os.unlink(temporary)
+        _flush_folder(folder)
     except OSError as error:
         raise unwritten(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
-            os.unlink(temporary)
+
+
+def _flush_folder(folder: str) -> None:
+    """Flush the names in a folder to the disk, where its file system can."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _host() -> str:
+    """Return the name of this machine, as far as it can be part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]", "_", platform.node())[:60] or "unnamed"
+
+
+def _create(path: str) -> IO:
+    """Create `path`, which must not exist, and lock it until it is closed.
+
+    The end of a process, however it comes, ends its locks. Some file systems know no locks; what a
+    killed process left there stays.
+    """
+    while True:
+        file = open(path, "xb")  # noqa: SIM115
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # another process took it for abandoned before it was locked
+
+
+def _remove_if_abandoned(path: str, said: bytes = b"") -> bool:
+    """Remove a file that `_create` made, unless its process is alive; tell whether it was removed.
+
+    said: how the file ends; another one is left alone.
+    """
+    with contextlib.suppress(OSError), open(path, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink and file.read().endswith(said):
+            os.unlink(path)
+            return True
+    return False
+
+
+def _tidy(folder: str) -> None:
+    """Remove temporary files that killed processes of this machine left in `folder`, once."""
+    if folder in _tidied:
+        return
+    _tidied.add(folder)
+    ours = f"{TEMPORARY}{_host()}-"
+    with os.scandir(folder) as entries:
+        found = [entry.path for entry in entries if entry.name.startswith(ours)]
+    for path in found:
+        _remove_if_abandoned(path)
 
 
 def printable(name: str) -> str:
@@ -86,43 +158,60 @@ def free_stem(stem: str, endings: Sequence[str] = ("",)) -> str:
 def claimed_stem(stem: str, endings: Sequence[str]) -> Iterator[str]:
     """Yield the first free stem of `free_stem` and reserve it for as long as the context lasts.
 
-    Every file that the context writes must have this stem and one of the endings. If an error ends
-    the context, these files are removed, so that a run leaves all its files or none. The folder is
-    created if missing. An empty file `{stem}.claim`, which only one process can create, reserves
-    the stem, also between machines. A killed process leaves its claim behind; that stem is then
-    not used again.
+    Every file that the context writes must have this stem and one of the endings. If an error or a
+    signal ends the context, these files are removed, so that a run leaves all its files or none.
+    The folder is created if missing. A file `{stem}.claim`, which only one process can create,
+    reserves the stem, also between machines; it says which process. A killed process leaves its
+    claim behind, and the files that it had written. Such files stay, and their stem is not used
+    again; a claim of this machine without files is removed and its stem is used.
 
     Raises FaultError if the claim cannot be created.
     """
-    free = _claim(stem, endings)
-    try:
-        yield free
-    except BaseException:
-        for ending in endings:
+    free, claim = _claim(stem, endings)
+    files = [free + ending for ending in endings]
+    with claim, unfinished(*files, free + CLAIM):
+        try:
+            yield free
+        except BaseException:
+            for file in files:
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
+            raise
+        finally:
             with contextlib.suppress(OSError):
-                os.unlink(free + ending)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(free + CLAIM)
+                os.unlink(free + CLAIM)
 
 
-def _claim(stem: str, endings: Sequence[str]) -> str:
+def _claim(stem: str, endings: Sequence[str]) -> tuple[str, IO]:
+    """Return a free stem and the open file that reserves it."""
+    own = f"process {os.getpid()} on {_host()}\n".encode()
     try:
         os.makedirs(os.path.dirname(os.path.abspath(stem)), exist_ok=True)
     except OSError as error:
         raise unwritten(stem + endings[0], error) from error
     while True:
         free = free_stem(stem, [*endings, CLAIM])
+        without_files = free_stem(stem, endings)
+        if without_files != free and _remove_if_abandoned(
+            without_files + CLAIM, said=f" on {_host()}\n".encode()
+        ):
+            continue
         try:
-            os.close(os.open(free + CLAIM, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            claim = _create(free + CLAIM)
         except FileExistsError:  # another process took it in between
             continue
         except OSError as error:
             raise unwritten(free + endings[0], error) from error
+        try:
+            os.write(claim.fileno(), own)
+        except OSError as error:
+            os.unlink(free + CLAIM)
+            claim.close()
+            raise unwritten(free + endings[0], error) from error
         if free_stem(free, endings) == free:
-            return free
+            return free, claim
         os.unlink(free + CLAIM)  # another process took it, wrote and was done in between
+        claim.close()
 
 
 def claim_folder(path: str | Path) -> Path:

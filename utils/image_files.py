@@ -16,7 +16,8 @@ from torch import Tensor
 from utils.errors import InputError
 from utils.files import package_folder, printable
 from utils.image_folder import image_folder
-from utils.image_reading import Reading, eight_bit_pixels, read_picture
+from utils.image_reading import Reading, eight_bit_pixels, most_pixels, read_picture
+from utils.memory import require_memory
 
 
 def decode(
@@ -39,8 +40,7 @@ def _fitted(path, channels, size, bit_depth) -> tuple[Tensor, Reading]:
     pixels, reading = read_picture(path, channels, bit_depth)
     goal = (size, size) if isinstance(size, int) else size
     scaled = covering_size(pixels.shape[-2], pixels.shape[-1], goal)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and scaled[0] * scaled[1] > limit:
+    if scaled[0] * scaled[1] > most_pixels():
         raise InputError(
             f"{printable(path)} has {pixels.shape[-1]}×{pixels.shape[-2]} pixels: too narrow to be "
             "scaled and cut; cut it"
@@ -187,9 +187,14 @@ def public_photographs(
     """Cut crops out of the public photographs in turn: (count, C, H, W) in [0, 1].
 
     C is 1 or 3. Photograph and place of a crop depend on (seed, number) alone, and the numbers
-    count from `first`.
+    count from `first`. Raises InputError where they do not fit into the free memory.
     """
     channels, height, width = image_shape
+    require_memory(
+        4 * count * channels * max(height, width) ** 2,
+        f"{count} public photographs as large as images {image_shape}",
+        "take a machine with more memory, or smaller images",
+    )
     mode = "L" if channels == 1 else "RGB"
     photos = [Image.fromarray(photo()).convert(mode) for photo in PUBLIC_PHOTOS]
     size = max(height, width)

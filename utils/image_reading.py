@@ -1,9 +1,10 @@
 """One image file → its pixels: the first frame, upright, in its own range, without transparency.
 
-Nothing is done in silence: `Picture.done` says in words what was.
+Nothing is done in silence: `Reading.done` says in words what was.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,16 @@ DEEP = ("I", "F")
 DOUBTFUL_BITS = 14
 #: Tags of TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+
+
+#: Most pixels of an image; with all that is made of them they take about 1 GB.
+MOST_PIXELS = 50_000_000
+#: JPEG files of more scans than FEW_SCANS are refused where the scans pass more pixels than this.
+MOST_SCANNED, FEW_SCANS = 2**30, 20
+
+
+# What Pillow warns of is refused here, or said in `Reading.done`.
+warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
 class ColourError(InputError):
@@ -90,7 +101,7 @@ def read_picture(path: str, channels: int, bit_depth: int | None = None) -> tupl
 def eight_bit_pixels(image: Image.Image) -> Tensor:
     """Return the pixels of an 8-bit image: (channels, height, width) in [0, 1]."""
     values = torch.from_numpy(np.array(image))
-    return values.view(image.height, image.width, -1).permute(2, 0, 1).float() / 255
+    return values.view(image.height, image.width, -1).permute(2, 0, 1).float().div_(255)
 
 
 def is_grey(path: str) -> bool:
@@ -112,6 +123,8 @@ def opened(path: str) -> Iterator[Image.Image]:
         # then mixes up width and height of those that EXIF turns by a quarter.
         with open(path, "rb") as file, Image.open(file, formats=readable_formats()) as image:
             _check_size(name, image)
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(name, image, path)
             yield image
     except (InputError, MemoryError):
         raise
@@ -133,11 +146,26 @@ def _check_size(name: str, image: Image.Image) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise InputError(f"{name} is no readable image (it has {width}×{height} pixels); remove it")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
+    if width * height > most_pixels():
         raise InputError(
             f"{name} is no readable image ({width}×{height} = {width * height:,} pixels, above "
-            f"{limit:,}); scale it down"
+            f"{most_pixels():,}); scale it down"
+        )
+
+
+def most_pixels() -> int:
+    """Return the most pixels of an image: MOST_PIXELS, or Pillow's own limit where it is less."""
+    return min(MOST_PIXELS, Image.MAX_IMAGE_PIXELS or MOST_PIXELS)
+
+
+def _check_scans(name: str, image: Image.Image, path: str) -> None:
+    """Raise InputError for a JPEG file whose many scans would take too long."""
+    with open(path, "rb") as file:
+        scans = file.read().count(b"\xff\xda")
+    if scans > FEW_SCANS and scans * image.width * image.height > MOST_SCANNED:
+        raise InputError(
+            f"{name} is no readable image ({image.width}×{image.height} pixels in {scans} scans); "
+            "store it again"
         )
 
 
@@ -145,8 +173,7 @@ def _check_size(name: str, image: Image.Image) -> None:
 
 
 def _first_frame(image: Image.Image) -> tuple[str, ...]:
-    frames = getattr(image, "n_frames", 1)
-    if frames == 1:
+    if not getattr(image, "is_animated", False):  # `n_frames` would go through all of them
         return ()
     image.seek(0)
     return ("the first of several frames or pages",)

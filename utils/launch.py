@@ -18,6 +18,7 @@ from multiprocessing.queues import SimpleQueue
 import torch
 import torch.distributed as dist
 
+from utils import interruption
 from utils.errors import FaultError, InputError
 from utils.flags import ProcessSettings
 from utils.script import run_script
@@ -185,10 +186,19 @@ def launch(work: Callable[[list[str], Shard, int], int], argv: list[str], group:
         context.Process(target=_child, args=(work, argv, group, local, failures, os.getpid()))
         for local in range(group.local)
     ]
-    with _forwarded_signals(children) as signals:
+    try:
+        with _forwarded_signals(children) as signals:
+            with interruption.held_back():  # a signal reaches all children or none
+                for child in children:
+                    child.start()
+            return _watch(children, failures, group, signals)
+    finally:
         for child in children:
-            child.start()
-        return _watch(children, failures, group, signals)
+            if child.pid is not None:  # it was started
+                child.kill()
+                child.join()
+            child.close()
+        failures.close()
 
 
 def _child(
@@ -200,8 +210,8 @@ def _child(
     parent: int,
 ) -> None:
     """Join the other processes, work, and report what went wrong: the body of a child."""
-    os.setpgrp()  # a terminal's Ctrl-C reaches the parent, which passes it on once
     die_with(parent)
+    interruption.begin(started_by_another=True)
     torch.set_num_threads(max(1, torch.get_num_threads() // group.local))
     rank = group.first + local
 
@@ -295,7 +305,7 @@ def _meet(store: dist.Store, group: Group, rank: int) -> None:
 
 @contextlib.contextmanager
 def _forwarded_signals(children: Sequence[BaseProcess]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the children; yield the list of the signals that came."""
+    """Pass signals on to the children; yield the list of those that came."""
     came: list[int] = []
 
     def forward(number, frame):
@@ -304,7 +314,7 @@ def _forwarded_signals(children: Sequence[BaseProcess]) -> Iterator[list[int]]:
             if child.pid is not None and child.is_alive():
                 os.kill(child.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in interruption.heeded()}
     try:
         yield came
     finally:
@@ -317,28 +327,29 @@ def _watch(
 ) -> int:
     """Wait for the children, end all of them when one fails, and return the exit code.
 
-    signals: the signals that were passed on. After an interruption the children may take long,
-    because they save what they have.
+    signals: the signals that were passed on. After the first one the children may take long,
+    because they save what they have; after the second they have little time.
     """
-    while all(child.exitcode in (None, 0) for child in children):
+    while all(child.exitcode in (None, 0) for child in children) and len(signals) < 2:
         if all(child.exitcode == 0 for child in children):
             return 0
         connection.wait([c.sentinel for c in children if c.exitcode is None], 1.0)
-    first = next(c for c in children if c.exitcode not in (None, 0))
-    saving = first.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-    _wait(children, COLLECTIVE_TIMEOUT if saving else GRACE)
+    first = next((c for c in children if c.exitcode not in (None, 0)), children[0])
+    complaints = _taken(failures)
+    saving = first.exitcode in [128 + number for number in interruption.SIGNALS] and not any(
+        text == interruption.LINE for _, text in complaints
+    )
+    _wait(children, COLLECTIVE_TIMEOUT if saving else GRACE, signals)
     for end in (lambda child: child.terminate(), lambda child: child.kill()):
         for child in children:
             if child.is_alive():
                 end(child)
         _wait(children, GRACE)
     if signals:
-        if not saving:
-            print("interrupted", file=sys.stderr)
+        if not saving:  # else a child has said what it saved
+            interruption.print_line(interruption.LINE)
         return 128 + signals[0]
-    complaints = []
-    while not failures.empty():
-        complaints.append(failures.get())
+    complaints += _taken(failures)
     # a process that lost another one reports only the consequence: the cause comes first
     complaints.sort(key=lambda complaint: LOST in complaint[1])
     if complaints and LOST not in complaints[0][1]:
@@ -346,21 +357,33 @@ def _watch(
     said: set[str] = set()
     for rank, text in complaints:
         if text not in said and (not said or LOST not in text):
-            print(text if rank == 0 or group.size == 1 else f"{text} (process {rank})",
-                  file=sys.stderr)  # fmt: skip
+            interruption.print_line(
+                text if rank == 0 or group.size == 1 else f"{text} (process {rank})"
+            )
         said.add(text)
     code = first.exitcode or 1
     if code < 0 and not said:
         number = children.index(first) + group.first
-        print(
+        interruption.print_line(
             f"fault: process {number} of {group.size} was ended by signal {-code}; the "
-            "others were ended too",
-            file=sys.stderr,
+            "others were ended too"
         )
     return code if code > 0 else 1
 
 
-def _wait(children: Sequence[BaseProcess], seconds: float) -> None:
+def _taken(failures: SimpleQueue) -> list[tuple[int, str]]:
+    """Return what children have complained of since the last call: their ranks and lines."""
+    complaints = []
+    while not failures.empty():
+        complaints.append(failures.get())
+    return complaints
+
+
+def _wait(children: Sequence[BaseProcess], seconds: float, signals: Sequence[int] = ()) -> None:
+    """Wait for the end of the children, until so many seconds have passed or a second signal."""
     deadline = time.monotonic() + seconds
-    for child in children:
-        child.join(max(0.0, deadline - time.monotonic()))
+    while (left := deadline - time.monotonic()) > 0 and len(signals) < 2:
+        running = [child.sentinel for child in children if child.exitcode is None]
+        if not running:
+            return
+        connection.wait(running, min(left, 1.0))

@@ -4,7 +4,6 @@ Images are (B, C, H, W) in [0, 1]. Every metric returns one number per image.
 """
 
 import os
-import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.tensor_files import load_plain
 
 #: File name of torchvision's AlexNet, whose features LPIPS compares.
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
@@ -137,11 +137,11 @@ def load_lpips(path: str | None) -> Callable[[Tensor, Tensor], Tensor] | None:
         name: layer for part in network.net.children() for name, layer in part.named_children()
     }
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
         for name, layer in layers.items():
             own = layer.state_dict()
             layer.load_state_dict({key: state[f"features.{name}.{key}"] for key in own})
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.PickleError) as error:
+    except (InputError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(
             f"--lpips-weights {path}: holds no AlexNet of torchvision; give {LPIPS_BACKBONE}"
         ) from error

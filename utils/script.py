@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from utils import interruption
 from utils.errors import FaultError, InputError, is_out_of_memory
-from utils.files import package_folder
+from utils.files import package_folder, printable
 
 
 def check_reachable(address: str, flag: str, seconds: float = 5.0) -> None:
@@ -58,10 +60,11 @@ class Stop(Protocol):
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second acts as usual.
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts as usual.
 
-    Use `with Interrupts() as interrupts:` and ask `interrupts.should_stop` wherever the work can
-    end cleanly. It is a `Stop`. The end of the context restores the former handlers.
+    Signals that are ignored, such as SIGHUP under nohup, stay ignored. Use
+    `with Interrupts() as interrupts:` and ask `interrupts.should_stop` wherever the work can end
+    cleanly. It is a `Stop`. The end of the context restores the former handlers.
     """
 
     #: Number of the signal that came, or None.
@@ -69,7 +72,7 @@ class Interrupts:
 
     def __enter__(self):
         self.signal = None
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in interruption.heeded()}
         for number_ in self._before:
             signal.signal(number_, self._request)
         return self
@@ -96,40 +99,69 @@ class Interrupts:
         self._restore()
 
 
-def run_script(main, argv: list[str] | None = None, complain=None) -> int:
+def run_script(
+    main: Callable[[list[str]], int | None],
+    argv: list[str] | None = None,
+    complain: Callable[[str], None] = interruption.print_line,
+) -> int:
     """Call `main(argv)` and return the documented exit code.
 
-    The code is 0 if `main` returned 0 or None, 2 for a refused input, 1 for a fault, and 130 for an
-    interruption; another integer that `main` returns is the code itself. Refusals and faults are
-    one line each, which goes to `complain(line)`, or to stderr without it. With --traceback among
-    the flags, the place in the code stands before that line.
+    The code is 0 if `main` returned 0 or None, 2 for a refused input, 1 for a fault, and 128 + the
+    signal's number for an interruption; another integer that `main` returns is the code itself.
+    Refusals, faults and interruptions are one line each, which goes to `complain(line)`. With
+    --traceback among the flags, the place in the code stands before that line.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if complain is None:
-
-        def complain(line):
-            print(line, file=sys.stderr)
-
     try:
+        _refuse_lost_folder()
         return main(argv) or 0
-    except InputError as error:
-        if "--traceback" in argv:
-            traceback.print_exc()
-        complain(f"error: {' '.join(str(error).splitlines())}")  # names from files may have more
-        return 2
-    except (FaultError, OSError) as error:
-        if "--traceback" in argv:
-            traceback.print_exc()
-        complain(f"fault: {error}")
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
-            complain("fault: out of memory; take a smaller batch, smaller images or another device")
-            return 1
+    except SystemExit:  # of --help and --version
         raise
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
+    except BaseException as error:
+        came = interruption.end()
+        if came is not None or isinstance(error, KeyboardInterrupt):
+            complain(interruption.LINE)  # whatever else followed the signal is its consequence
+            return 128 + (came or signal.SIGINT)
+        code, line = _ending(error)
+        if line is None:
+            raise
+        if "--traceback" in argv:
+            traceback.print_exc()
+        complain(printable(" ".join(line.splitlines())))  # names from files may have more
+        return code
+    finally:
+        interruption.end()
+        _flush_output()
+
+
+def _ending(error: BaseException) -> tuple[int, str | None]:
+    """Return the exit code of an error and the line that says it, None for a bug."""
+    if isinstance(error, InputError):
+        return 2, f"error: {error}"
+    if isinstance(error, FaultError | OSError):
+        return 1, f"fault: {error}"
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and is_out_of_memory(error)
+    ):
+        line = "fault: out of memory; take a smaller batch, smaller images or another device"
+        return 1, line
+    return 1, None
+
+
+def _refuse_lost_folder() -> None:
+    """Raise InputError if the working directory is gone: torch cannot be imported there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError("the working directory is gone; change to a folder that exists") from error
+
+
+def _flush_output() -> None:
+    """Flush what is printed: Python would turn a closed or full output into exit code 120."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        interruption.silence("stdout")
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from inversion.layerwise.images import PUBLIC_IMAGES as LAYERWISE_PUBLIC_IMAGES
 from inversion.layerwise.layer import Layer
 from inversion.objective import Losses
 from inversion.optimise import Outcome, Reconstruction, lowest
-from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import Restarts, noise_generator
 from inversion.saved import reading
 from inversion.settings import AttackSettings
@@ -143,7 +143,7 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
         should_stop=lambda: objective.batch_shard.any(recorder.interrupts.should_stop),
         journal=recorder.journal,
     )
-    pixel_gradient = PIXEL_GRADIENTS[settings.pixel_gradient]
+    pixel_gradient = pixel_gradient_of(settings)
     return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
 
 
@@ -169,6 +169,14 @@ class Attacked:
     def failed(self) -> bool:
         """Whether no seed had a finite loss."""
         return math.isnan(self.outcome.final.losses.criterion)
+
+    @property
+    def failure(self) -> str:
+        """Why it failed, where it did."""
+        reasons = [run.reason for run in self.outcome.runs if run.reason is not None]
+        return "no seed had a finite loss at its start: nothing was reconstructed" + "".join(
+            f"; {reason}" for reason in reasons[:1]
+        )
 
     @property
     def stopped(self) -> str | None:
@@ -249,7 +257,10 @@ def _solve(
 
     Nothing is returned where the network or what was sent does not allow it.
     """
-    target, start = case.target, time.perf_counter()
+    target = case.target
+    journal = journal.under("layerwise")
+    if not case.processes.is_main:
+        journal = ReadOnly(journal)  # all compute the same, and the first one saves it
 
     def on_layer(layer: Layer) -> None:
         verdict = "certified" if layer.certified else "not certified"
@@ -258,12 +269,19 @@ def _solve(
             f"{layer.residual:.1e}, {verdict}, {layer.seconds:.1f} s"
         )
 
+    def on_recalled(layer: Layer) -> None:
+        verdict = "certified" if layer.certified else "not certified"
+        reporter.say(f"{title}{layer.name}: {verdict} before, from the saved state")
+
     public = public_images(LAYERWISE_PUBLIC_IMAGES, target).to(case.device)
     try:
         found = layerwise_attack(
             case.objective.model, target, case.y, public, on_layer=on_layer,
-            should_stop=lambda: interrupts.should_stop, max_memory=max_memory,
+            on_recalled=on_recalled, should_stop=lambda: interrupts.should_stop,
+            max_memory=max_memory, journal=journal,
         )  # fmt: skip
+    except InputError:  # a saved state that does not fit
+        raise
     except ValueError as error:
         return None, str(error)
     x = found.images.to(target.gradient[0].dtype)
@@ -272,7 +290,7 @@ def _solve(
     reconstruction = Reconstruction(x, losses, len(found.layers), stopped)
     outcome = Outcome(reconstruction, (reconstruction,), 0, len(found.layers))
     attacked = Attacked(
-        outcome, case.images(x), [], [], [], time.perf_counter() - start,
+        outcome, case.images(x), [], [], [], found.seconds,
         peak_memory_mib(case.device), interrupted=interrupts.stopped, recovered=found,
     )  # fmt: skip
     return attacked, found.shortfall
@@ -317,8 +335,8 @@ def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
             )
         elif run.stopped is not None:
             lines.append(
-                f"{name}: a loss was not finite after {run.steps} iterations; its best images "
-                "are kept"
+                f"{name}: {run.reason}, so it ended after {run.steps} iterations; its best images "
+                "are kept, and --detect-anomaly names the operation"
             )
     chosen = settings.strategy if outcome.chosen is None else f"seed {first + outcome.chosen}"
     losses = outcome.final.losses

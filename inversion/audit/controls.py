@@ -125,7 +125,7 @@ def run_controls(
         outcome, seconds = found.outcome, found.seconds
         controls.found[name] = Control(found.images, outcome.iterations, seconds)
         stopped = (
-            ", ended by a loss that was not finite" if outcome.final.stopped == "not finite" else ""
+            f", ended early: {outcome.final.reason}" if outcome.final.reason is not None else ""
         )
         done = "iterations" if found.recovered is None else "tensors"
         reporter.say(

@@ -275,6 +275,12 @@ def _add_optimisation(add) -> None:
         default="Adam",
         help="Optimiser. LBFGS allows no signs, no box and no noise; try it with --lr 1.",
     )
+    add(
+        "--detect-anomaly",
+        action="store_true",
+        help="Let torch check every operation of the derivative, and end at the first that gives "
+        "a NaN, with its name; slow.",
+    )
     add("--n-seed", type=integer_from(1), default=1, help="Number of restarts.")
     add("--grad-sign", action="store_true", help="Step along the sign of the derivative.")
     add("--input-boxed", action="store_true", help="Clamp to valid colours after every step.")

@@ -1,5 +1,6 @@
 """The files of a run, read and checked: what an attacker has, and what only scoring may see."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from models.binding import check_bound
 from models.build import is_known, some
 from models.choices import DP_MODES
 from models.forced import forced_statistics
-from models.gradient import couples_samples, forward_failure
+from models.gradient import couples_samples, forward_failure, kept_bytes
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Target, Update, check_fits, guarantee_lines, model_of
 from models.user_network import UserNetwork, is_user_network, load_user_network
@@ -35,6 +36,7 @@ from utils.files import printable
 from utils.image_files import load_auxiliary, public_photographs
 from utils.image_reading import DepthError
 from utils.images import denormalise, normalise
+from utils.memory import free_memory, require_memory
 from utils.metrics import LPIPS_BACKBONE, load_lpips
 from utils.shard import ALONE, Shard
 
@@ -42,6 +44,10 @@ LPIPS_HINT = (
     f"LPIPS n/a: needs the AlexNet weights {LPIPS_BACKBONE} of torchvision, by "
     "--lpips-weights FILE or in the torch hub cache"
 )
+#: Networks make less than so many numbers of every number of an image; only beyond that is counted.
+LEAST_GROWTH = 1000
+#: Most bytes of a file of labels per label: numbers with whatever stands between them.
+LABEL_BYTES = 256
 #: Photographs that show labels' regime and make the mean image.
 PUBLIC_IMAGES = 128
 
@@ -146,6 +152,8 @@ def load_inputs(
         reporter.say(files.note)
     with naming(_network_source(inputs)):
         model = model_of(target).to(device)
+    if device.type == "cpu":
+        _refuse_too_large(attack, model, target, processes)
     labels, y = _labels(inputs, target, truth, model, processes)
     _refuse_bn(attack, target, model)
     for line in _notes_on_bn(attack, target):
@@ -399,11 +407,19 @@ def _given_labels(given: str, target: Target) -> Tensor:
     kind = "numbers like 1,0,1" if is_bce else "integers like 3,1,2"
     try:
         if os.path.isfile(text):
+            most = LABEL_BYTES * (1 + target.batch_size * (target.num_classes if is_bce else 1))
+            if os.path.getsize(text) > most:
+                raise InputError(
+                    f"--labels {given[:80]}: a file of {os.path.getsize(text):,} bytes, too many "
+                    f"for the labels of {target.batch_size} images; give only these"
+                )
             with open(text, errors="replace") as file:
                 text = file.read()
         words = text.replace(",", " ").split()
         y = torch.tensor([float(word) if is_bce else int(word) for word in words])
-    except (ValueError, OSError) as error:
+    except InputError:
+        raise
+    except (ValueError, OSError, OverflowError, RuntimeError) as error:
         raise InputError(f"--labels {given[:80]}: neither a readable file nor {kind}") from error
     with naming(f"--labels {given[:80]}"):
         if is_bce and len(y) == target.batch_size * target.num_classes:
@@ -482,6 +498,22 @@ def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
             f"exact, but the client {what}"
         )
     return notes
+
+
+def _refuse_too_large(
+    settings: AttackSettings, model: nn.Module, target: Target, processes: Shard
+) -> None:
+    """Raise InputError where what the network makes of the images does not fit into the memory."""
+    images = 2 if settings.method == "layerwise" else -(-target.batch_size // processes.size)
+    numbers = images * math.prod(target.image_shape)
+    free = free_memory()
+    if free is None or numbers * 4 * LEAST_GROWTH < free:
+        return
+    require_memory(
+        kept_bytes(model, target.image_shape, target.train_mode) * images // 2,
+        f"what {target.arch} makes of {images:,} images {target.image_shape}",
+        "take a machine with more memory or a GPU, more processes (--nproc), or a smaller batch",
+    )
 
 
 def _refuse_unfit_network(case: Case, source: str) -> None:

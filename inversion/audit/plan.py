@@ -16,7 +16,7 @@ from inversion.layerwise.attack import target_network
 from inversion.layerwise.least_squares import memory_of_system
 from inversion.layerwise.trace import largest_system
 from inversion.optimise import reconstruct
-from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import noise_generator
 from inversion.settings import AttackSettings
 from models.gradient import trainable_parameters
@@ -146,8 +146,8 @@ def measured_step(attack: AttackSettings, case: Case, steps: int = 2) -> float:
         return False
 
     loop = attack.loop_in(case.target.box)
-    reconstruct(
-        partial(PIXEL_GRADIENTS[attack.pixel_gradient], case.objective),
+    found = reconstruct(
+        partial(pixel_gradient_of(attack), case.objective),
         case.start(attack.first_seed).to(case.device),
         replace(loop, steps=max(steps, loop.steps)),
         generator=noise_generator(attack.first_seed, case.device),
@@ -156,6 +156,6 @@ def measured_step(attack: AttackSettings, case: Case, steps: int = 2) -> float:
         batch_shard=case.objective.batch_shard,
     )
     if len(times) <= steps:
-        raise FaultError("a loss of the first two steps is not finite; see --lr and the weights")
+        raise FaultError(f"the first steps fail: {found.reason}; see --lr and the weights")
     taken = [end - begin for begin, end in itertools.pairwise(times)]
     return statistics.median(taken[1:])  # the first step warms up

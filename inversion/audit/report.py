@@ -273,6 +273,7 @@ class Report:
                     "gradient_loss": null_unless_finite(run.losses.gradient),
                     "iterations": run.steps,
                     "stopped": run.stopped,
+                    "reason": run.reason,
                 }
                 for index, run in enumerate(outcome.runs)
             ],

@@ -117,6 +117,8 @@ def run_search(
     folder, resume = _folder_of(settings, prepared, journal)
     reporter.say(f"search kept in {folder}; go on with it by --search-resume")
     os.environ.update(RAY_ENVIRONMENT)
+    if os.path.expanduser("~") == "~":  # no HOME and an unknown user: Ray asks for a home
+        os.environ["HOME"] = str(folder)
     wanted = prepared.wanted
     try:
         found = search(

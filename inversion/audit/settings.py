@@ -284,6 +284,7 @@ def _attack_from(args) -> AttackSettings:
         bn_coupling=args.bn_coupling,
         shared=args.shard,
         update_model=args.update_model,
+        detect_anomaly=args.detect_anomaly,
     )
 
 

@@ -19,6 +19,7 @@ from models import checkpoint as checkpoints
 from utils import metrics
 from utils.console import Reporter
 from utils.errors import InputError, naming, one_line
+from utils.files import printable
 from utils.shard import ALONE
 
 
@@ -105,7 +106,7 @@ def sources(paths: Sequence[str], truths: Sequence[str]) -> list[Source]:
     for path in paths:
         with naming(f"--checkpoint {path}"):
             content = checkpoints.load(path)
-        own = [t for t in truths if ids[t] is not None and ids[t] == content.get("id")]
+        own = [t for t in truths if ids[t] is not None and ids[t] == _text(content, "id")]
         if len(paths) == len(truths) == 1:
             own = list(truths)  # `load_inputs` checks that they belong together
         used |= set(own)
@@ -125,9 +126,9 @@ def sources(paths: Sequence[str], truths: Sequence[str]) -> list[Source]:
 
 
 def _text(content: Mapping[str, Any], key: str) -> str | None:
-    """Return an entry that is text; None where it is missing or something else."""
+    """Return an entry that is text, fit to be printed; None where it is something else."""
     value = content.get(key)
-    return value if isinstance(value, str) else None
+    return printable(value)[:100] if isinstance(value, str) else None
 
 
 def _flags(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -135,7 +136,11 @@ def _flags(content: Mapping[str, Any]) -> Mapping[str, Any]:
     flags = content.get("args")
     if not isinstance(flags, dict):
         return {}
-    return {name: v for name, v in flags.items() if isinstance(v, str | int | float)}
+    return {
+        name: printable(v)[:200] if isinstance(v, str) else v
+        for name, v in flags.items()
+        if isinstance(v, str | int | float)
+    }
 
 
 # Labels ------------------------------------------------------------------------------------

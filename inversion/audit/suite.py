@@ -250,8 +250,7 @@ def run_part(
     except InputError as error:
         return Done(part, "refused", str(error), seconds, watch.seconds)
     if attacked.failed:
-        reason = "no seed had a finite loss at its start: nothing was reconstructed"
-        return Done(part, "skipped", reason, seconds, attacked.seconds)
+        return Done(part, "skipped", attacked.failure, seconds, attacked.seconds)
     finish = finish_of(settings, case, sealed, attacked)
     rest = Deadline(max(0.0, seconds - watch.seconds), run.interrupts)
     if run.interrupts.signal is not None:

@@ -14,8 +14,10 @@ from inversion.layerwise.layer import Layer
 from inversion.layerwise.network import MAX_MEMORY, Network
 from inversion.layerwise.peel import peel
 from inversion.layerwise.trace import network_of
+from inversion.saved import reading
 from models.gradient import trainable_parameters
 from models.target import Target, rounding_error
+from utils.journal import FORGETFUL, Journal
 
 #: The largest relative distance of an image's own activations from the recovered ones at which
 #: these determine it.
@@ -34,8 +36,7 @@ class Recovered:
 
     #: (B, C, H, W), normalised, inside the box.
     images: Tensor
-    #: "solved" (the image itself), "stem", "activations" (matched), "decoded" (from
-    #: certified activations), "decoder" (from uncertified ones) or "nothing".
+    #: One of `images.METHODS`.
     method: str
     #: Names of the recovered tensors that the images were made of.
     sources: tuple[str, ...]
@@ -96,9 +97,11 @@ def layerwise_attack(
     public: Tensor,
     *,
     on_layer: Callable[[Layer], None] = lambda layer: None,
+    on_recalled: Callable[[Layer], None] = lambda layer: None,
     should_stop: Callable[[], bool] = lambda: False,
     seed: int = 0,
     max_memory: int = MAX_MEMORY,
+    journal: Journal = FORGETFUL,
 ) -> Recovered:
     """Solve the gradient for the network's tensors and make images of the deepest certified ones.
 
@@ -106,30 +109,44 @@ def layerwise_attack(
     head's gradient does not determine the features that belong to class labels, labels are read
     from the gradient instead. public: (M, C, H, W)
     normalised photographs that are none of the client's, for the linear decoder. on_layer: called
-    with every certificate. should_stop: asked after every tensor, and while images are made; true
-    ends with what there is.
-    seed: of the decoder's augmentation. max_memory: bytes that a dense system may take.
+    with every certificate; on_recalled: with those that an earlier process saved. should_stop:
+    asked after every tensor, and while images are made; true ends with what there is.
+    seed: of the decoder's augmentation. max_memory: bytes that a dense system may take. journal:
+    where the attack is saved on its way, and from where a killed one goes on.
 
     Raises ValueError, in one line, where the network cannot be walked through or the batch
-    statistics are missing.
+    statistics are missing; InputError where what the journal recalls does not fit the network.
     """
     start = time.perf_counter()
     network = target_network(model, target, max_memory)
     clipped = target.protection is not None and target.protection.clip is not None
+    before = journal.recall("seconds")
+    with reading("the time of the layerwise attack"):
+        before = 0.0 if before is None else float(before)
 
-    def note(layer: Layer) -> bool:
+    def seconds() -> float:
+        return before + time.perf_counter() - start
+
+    def told(layer: Layer) -> bool:
         on_layer(layer)
         return should_stop()
 
+    journal.note("seconds", seconds, always=True)
     peeled = peel(
-        network, y, label_smoothing=target.label_smoothing, clipped=clipped, on_layer=note
-    )
-    made = make_images(model, target, peeled, public, seed=seed, should_stop=should_stop)
+        network, y, label_smoothing=target.label_smoothing, clipped=clipped, on_layer=told,
+        journal=journal, on_recalled=on_recalled,
+    )  # fmt: skip
+    made = make_images(
+        model, target, peeled, public, seed=seed, should_stop=should_stop,
+        journal=journal if peeled.ended else FORGETFUL,
+    )  # fmt: skip
+    taken = seconds()
+    journal.note("seconds", lambda: taken)
     low, high = (bound.to(made.images) for bound in target.box)
     return Recovered(
         made.images.clamp(low, high), made.method, made.sources, made.residual,
         tuple(peeled.layers), peeled.stopped, tuple(peeled.detours), peeled.labels,
-        made.decoder_only, peeled.tensors(), time.perf_counter() - start,
+        made.decoder_only, peeled.tensors(), taken,
     )  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, fx, nn
+from torch import Generator, Size, Tensor, fx, nn
 
 from inversion.layerwise.decoder import (
     Decoder,
@@ -18,12 +19,15 @@ from inversion.layerwise.kinds import AVERAGES, MAXIMA, StoppedError, geometry_o
 from inversion.layerwise.matching import Matched, Matching, match_activations
 from inversion.layerwise.network import Network
 from inversion.layerwise.operations import pooling_sides
-from inversion.layerwise.peel import SIGNALS, Peeled
+from inversion.layerwise.peeled import SIGNALS, Peeled
 from inversion.layerwise.smooth_matching import SmoothMatching, match_smoothly, whitening
+from inversion.layerwise.stages import note, same_kind
 from inversion.layerwise.stem.posterior import Stem, stem_posterior
 from inversion.layerwise.stem.windows import Pooling
+from inversion.saved import reading
 from models.graph import operation_name
 from models.target import Target
+from utils.journal import FORGETFUL, Journal
 
 #: Penalty of the decoder, in shares of the mean square of its features.
 RIDGE = 0.1
@@ -51,6 +55,9 @@ STEMS = (
     ["maxpool2d", "relu", "batchnorm2d", "conv2d"],
     ["maxpool2d", "relu", "conv2d"],
 )
+#: How images may have been made: the image itself, from pooled values, by matching, by a decoder of
+#: certified activations or of uncertified ones, or of nothing.
+METHODS = ("solved", "stem", "activations", "decoded", "decoder", "nothing")
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,7 @@ class Made:
 
     #: (B, C, H, W), normalised.
     images: Tensor
-    #: "solved" (the image itself), "stem", "activations" (matched), "decoded" (from
-    #: certified activations), "decoder" (from uncertified ones) or "nothing".
+    #: One of METHODS.
     method: str
     #: Names of the recovered tensors that the images were made of.
     sources: tuple[str, ...] = ()
@@ -79,12 +85,42 @@ def make_images(
     *,
     seed: int,
     should_stop: Callable[[], bool],
+    journal: Journal = FORGETFUL,
 ) -> Made:
     """Make images of the deepest certified tensors, or of the head's features where there are none.
 
     public: (M, C, H, W) normalised photographs that the decoder learns from. seed: of its
     augmentation. should_stop: asked between steps; true ends with the best images until then.
+    journal: where every stage is saved on its way, and from where a killed one goes on.
+
+    Raises InputError where what the journal recalls does not fit.
     """
+    if (saved := journal.recall("images")) is not None:
+        return _made_from(saved, target, peeled)
+    stopped = False
+
+    def stop() -> bool:
+        nonlocal stopped
+        stopped = stopped or should_stop()
+        return stopped
+
+    made = _make(model, target, peeled, public, seed, stop, journal)
+    if not stopped:
+        note(journal, "images", vars(made) | {"sources": list(made.sources)})
+        if journal.due():
+            journal.save()
+    return made
+
+
+def _make(
+    model: nn.Module,
+    target: Target,
+    peeled: Peeled,
+    public: Tensor,
+    seed: int,
+    should_stop: Callable[[], bool],
+    journal: Journal,
+) -> Made:
     network, tensors = peeled.network, peeled.tensors()
     image, deepest = network.nodes[0], peeled.frontier()
     if image in deepest:
@@ -94,15 +130,14 @@ def make_images(
         return Made(mean, "nothing", decoder_only=mean)
     names = tuple(node.name for node in deepest) or (next(iter(tensors)),)
     front = Front(model, names, statistics_of(target, model))
-    decoder = _decoder(front, names[0], target, public, seed)
-    alone = mean_decoding(decoder, target.batch_size)
-    start = decode(decoder, tensors[names[0]])
+    start, alone = _decoded(front, names[0], tensors[names[0]], target, public, seed, journal)
     if not deepest:
         return Made(start, "decoder", names, None, alone)
     certificate = next(
         layer for layer in peeled.layers if layer.name == names[0] and layer.kind not in SIGNALS
     )
-    stem = _solved_stem(network, deepest[0], certificate.expected_error or 0.0, target, should_stop)
+    error = certificate.expected_error or 0.0
+    stem = _solved_stem(network, deepest[0], error, target, should_stop, journal)
     if stem is not None:
         return Made(stem.images, "stem", names[:1], stem.residual, alone)
     targets, box = {name: tensors[name] for name in names}, target.box
@@ -111,9 +146,11 @@ def make_images(
     if share < WORTH_MATCHING:
         return Made(first.images, "decoded", names, first.residual, alone)
     if share < NO_PRIOR or _pools_before(network, deepest[0]):
-        found = _matched_smoothly(front, targets, target, start, public, seed, should_stop)
+        found = _matched_smoothly(front, targets, target, start, public, seed, should_stop, journal)
     else:
-        found = match_activations(front, targets, *box, start, WHOLE, should_stop=should_stop)
+        found = match_activations(
+            front, targets, *box, start, WHOLE, should_stop=should_stop, journal=journal
+        )
     failed = found.residual >= FAILED  # noise, where the decoder gives shapes
     images = torch.where(failed[:, None, None, None], first.images, found.images)
     residual = torch.where(failed, first.residual, found.residual)
@@ -132,6 +169,44 @@ def decoded(
     return decode(_decoder(front, name, target, public, seed=0), activations)
 
 
+def _made_from(saved: Any, target: Target, peeled: Peeled) -> Made:
+    """Read back images that were made, and what they were made of; raise InputError."""
+    with reading("the images of the layerwise attack"):
+        like = peeled.network.empty(peeled.network.nodes[0])
+        names, alone, residual = tuple(saved["sources"]), saved["decoder_only"], saved["residual"]
+        known = {node.name for node in peeled.network.values}
+        if saved["method"] not in METHODS or not known.issuperset(names):
+            raise ValueError("of another method or other sources")
+        return Made(
+            same_kind(saved["images"], like),
+            str(saved["method"]),
+            names,
+            None if residual is None else same_kind(residual, like, Size([target.batch_size])),
+            None if alone is None else same_kind(alone, like),
+        )
+
+
+def _decoded(
+    front: Front,
+    name: str,
+    activations: Tensor,
+    target: Target,
+    public: Tensor,
+    seed: int,
+    journal: Journal,
+) -> tuple[Tensor, Tensor]:
+    """Return what a decoder makes of activations, and what it makes of the public mean alone."""
+    if (saved := journal.recall("decoded")) is not None:
+        with reading("the decoded images"):
+            shape = Size([target.batch_size, *target.image_shape])
+            start, alone = (same_kind(t, activations, shape) for t in saved["images"])
+            return start, alone
+    decoder = _decoder(front, name, target, public, seed)
+    start, alone = decode(decoder, activations), mean_decoding(decoder, target.batch_size)
+    note(journal, "decoded", {"images": [start, alone]})
+    return start, alone
+
+
 def _decoder(front: Front, name: str, target: Target, public: Tensor, seed: int) -> Decoder:
     generator = Generator().manual_seed(seed)
     return linear_decoder(front, name, *target.box, public, ridge=RIDGE, generator=generator)
@@ -145,6 +220,7 @@ def _matched_smoothly(
     public: Tensor,
     seed: int,
     should_stop: Callable[[], bool],
+    journal: Journal,
 ) -> Matched:
     """Match activations, weighted as they vary among public photographs."""
     generator = Generator().manual_seed(seed)
@@ -153,7 +229,7 @@ def _matched_smoothly(
     varied = augmented(public[:VARIED_IMAGES], *target.box, generator)
     return match_smoothly(
         front, targets, *target.box, start, whitening(front, varied), how,
-        should_stop=should_stop,
+        should_stop=should_stop, journal=journal,
     )  # fmt: skip
 
 
@@ -164,7 +240,12 @@ def _pools_before(network: Network, node: fx.Node) -> bool:
 
 
 def _solved_stem(
-    network: Network, pool: fx.Node, error: float, target: Target, should_stop: Callable[[], bool]
+    network: Network,
+    pool: fx.Node,
+    error: float,
+    target: Target,
+    should_stop: Callable[[], bool],
+    journal: Journal,
 ) -> Stem | None:
     """Solve image → convolution → BatchNorm → ReLU → max-pooling for the image, if it is so.
 
@@ -189,5 +270,5 @@ def _solved_stem(
     return stem_posterior(
         network.values[pool], conv.weight, scale, shift, target.image_shape, conv=geometry,
         pool=Pooling(*(side[0] for side in sides)), low=low, high=high,
-        error=max(POOLED_ERROR, error), should_stop=should_stop,
+        error=max(POOLED_ERROR, error), should_stop=should_stop, journal=journal,
     )  # fmt: skip

@@ -7,6 +7,7 @@ derivatives are needed, unlike for the matching of gradients.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from inversion.layerwise.front import Front
+from inversion.layerwise.stages import keep, memory_of, note, restore, same_kind, take_steps
+from inversion.saved import reading
+from utils.journal import FORGETFUL, Journal
 
 #: L-BFGS steps between two looks at the residual.
 _CHUNK = 10
@@ -55,6 +59,7 @@ def match_activations(
     how: Matching,
     *,
     should_stop: Callable[[], bool] = lambda: False,
+    journal: Journal = FORGETFUL,
 ) -> Matched:
     """Find images (B, C, H, W) whose tensors `front` are the `targets`, from `start` on.
 
@@ -65,22 +70,24 @@ def match_activations(
     An image whose residual it does not lower stays as Adam left it.
 
     targets: name → (B, …), names of the front. should_stop: asked between steps; true ends the
-    matching with what there is, of every image no worse than its start.
+    matching with what there is, of every image no worse than its start. journal: where the matching
+    is saved on its way, and from where a killed one goes on.
 
-    Raises ValueError for a target that the front does not compute.
+    Raises ValueError for a target that the front does not compute, InputError where what the
+    journal recalls does not fit.
     """
     problem = Problem(front, targets)
     box = low.double().to(start.device), high.double().to(start.device)
     begun = start.detach().double().clamp(*box)
     x = begun
     if how.adam_steps:
-        x = _adam(problem, start.detach().clone(), (low, high), how, should_stop)
+        x = _adam(problem, start.detach().clone(), (low, high), how, should_stop, journal)
         x = x.double().clamp(*box)
         if should_stop():  # Adam may have been at work, which goes astray before it arrives
             x = nearer(problem, begun, x)
     if how.lbfgs_steps:
         found = [
-            _lbfgs(problem.of(i), x[i : i + 1], box, how.lbfgs_steps, should_stop)
+            _lbfgs(problem.of(i), x[i : i + 1], box, how.lbfgs_steps, should_stop, journal, i)
             for i in range(len(x))
         ]
         x = nearer(problem, x, torch.cat(found).clamp(*box))
@@ -161,19 +168,21 @@ def _adam(
     box: tuple[Tensor, Tensor],
     how: Matching,
     should_stop: Callable[[], bool],
+    journal: Journal,
 ) -> Tensor:
     x = x.float().requires_grad_()
     low, high = (value.to(x) for value in box)
     optimiser = torch.optim.Adam([x], lr=how.rate)
-    for step in range(how.adam_steps):
-        if should_stop():
-            break
+
+    def take(step: int) -> None:
         progress = step / how.adam_steps
         optimiser.param_groups[0]["lr"] = how.rate * (1 + math.cos(math.pi * progress)) / 2
         (x.grad,) = torch.autograd.grad(problem.losses(x).sum(), x)
         optimiser.step()
         with torch.no_grad():
             x.clamp_(low, high)
+
+    take_steps(optimiser, how.adam_steps, take, should_stop, journal, "adam")
     return x.detach()
 
 
@@ -183,8 +192,10 @@ def _lbfgs(
     box: tuple[Tensor, Tensor],
     steps: int,
     should_stop: Callable[[], bool],
+    journal: Journal,
+    number: int,
 ) -> Tensor:
-    """Improve one image (1, C, H, W) of float64."""
+    """Improve one image (1, C, H, W) of float64, number `number` of the batch."""
     x = x.detach().clone().requires_grad_()
 
     def penalised() -> Tensor:
@@ -208,9 +219,26 @@ def _lbfgs(
         (x.grad,) = torch.autograd.grad(loss * scale, x)
         return loss.detach() * scale
 
-    for done in range(0, steps, _CHUNK):
-        if loss <= _EXACT or should_stop():
+    first, name = 0, f"lbfgs-{number}"
+    saved = journal.recall(name)
+    if saved is not None:
+        with reading("the matching of activations"), torch.no_grad():
+            first = range(steps + 1)[int(saved["done"])]
+            x.copy_(same_kind(saved["x"], x))
+            loss, scale = (same_kind(saved[value], loss) for value in ("loss", "scale"))
+            restore(optimiser, saved["optimiser"])
+
+    def now(done: int) -> dict:
+        memory = memory_of(optimiser) if done < steps else {}
+        return {"done": done, "x": x.detach(), "loss": loss, "scale": scale, "optimiser": memory}
+
+    for done in range(first, steps, _CHUNK):
+        if loss <= _EXACT:
             break
+        stop = should_stop()
+        keep(journal, name, partial(now, done), stop=stop and done > 0)
+        if stop:
+            return x.detach()
         optimiser.param_groups[0]["max_iter"] = min(_CHUNK, steps - done)
         optimiser.step(closure)
         with torch.no_grad():
@@ -218,4 +246,5 @@ def _lbfgs(
         if not latest < loss * (1 - _STALLED):  # or not finite
             break
         loss = latest
+    note(journal, name, now(steps))
     return x.detach()

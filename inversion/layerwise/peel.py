@@ -1,12 +1,12 @@
 """Solves a network layer by layer, from the head to the image, as far as its gradient allows."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from inversion.layerwise.accuracy import MOST_ERROR
 from inversion.layerwise.anchor import anchored, candidates
@@ -14,57 +14,17 @@ from inversion.layerwise.certify import in_order, solve_head, solve_node, start_
 from inversion.layerwise.kinds import AVERAGES, MAXIMA, RELUS, WEIGHTED, StoppedError
 from inversion.layerwise.layer import Layer
 from inversion.layerwise.network import Network
+from inversion.layerwise.peeled import SIGNALS, Peeled
 from inversion.layerwise.routes import find_route
+from inversion.layerwise.saved import plain_walk, walk_from
+from inversion.saved import CPU, moved
 from models.graph import operation_name, place
+from utils.journal import FORGETFUL, Journal
 
-#: Kinds of certificates that are about signals, not about a tensor's values.
-SIGNALS = ("masks", "shifts")
 #: Kinds of certificates at which the walk started anew, which see nothing of the tensor behind.
 STARTS = ("forward", "shifts")
 #: Why a walk ended that was told to.
 INTERRUPTED = "interrupted"
-
-
-@dataclass
-class Peeled:
-    """Holds what was recovered, deepest last."""
-
-    network: Network
-    layers: list[Layer] = field(default_factory=list)
-    #: Why it ended where it did, in one line.
-    stopped: str = ""
-    #: Why it turned to convolutions that were attacked directly, a line each.
-    detours: list[str] = field(default_factory=list)
-    #: (B,) labels that such a convolution gave; None without one.
-    labels: Tensor | None = None
-    #: Place in the network's nodes down to which it came.
-    reached: int = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what was recovered, by name: values only, in the order of `layers`."""
-        by_name = {node.name: node for node in self.network.nodes}
-        found = {}
-        for layer in self.layers:
-            if layer.kind not in SIGNALS and by_name[layer.name] in self.network.values:
-                found[layer.name] = self.network.values[by_name[layer.name]]
-        return found
-
-    def frontier(self) -> list[fx.Node]:
-        """Return the certified tensors that no deeper ones determine, the deepest first."""
-        certified = {
-            layer.name for layer in self.layers if layer.certified and layer.kind not in SIGNALS
-        }
-        known: set[fx.Node] = set()
-        found = []
-        for node in self.network.nodes:
-            inputs = self.network.inputs(node)
-            follows = bool(inputs) and all(source in known for source in inputs)
-            solved = node.name in certified and node in self.network.values
-            if solved and not follows:
-                found.append(node)
-            if solved or follows:
-                known.add(node)
-        return found
 
 
 def peel(
@@ -74,45 +34,75 @@ def peel(
     label_smoothing: float = 0.0,
     clipped: bool = False,
     on_layer: Callable[[Layer], bool] = lambda layer: False,
+    journal: Journal = FORGETFUL,
+    on_recalled: Callable[[Layer], None] = lambda layer: None,
 ) -> Peeled:
     """Recover the network's tensors from the head to the image, until one is not certified.
 
     Then the next convolution towards the image that can be attacked directly is, and the walk goes
     on from there (`inversion.layerwise.anchor`).
 
-    y: (B,) labels, or (B, K) of a binary cross-entropy. clipped: the client scaled gradients down
-    by unknown factors. With either no convolution is attacked directly: that reads class labels
-    from the gradient, and needs its scale. on_layer: called with every certificate; true ends the
-    walk there. Nothing is raised for what cannot be solved: `stopped` says it.
+    network: freshly traced. y: (B,) labels, or (B, K) of a binary cross-entropy. clipped: the
+    client scaled gradients down by unknown factors. With either no convolution is attacked
+    directly: that reads class labels from the gradient, and needs its scale. on_layer: called with
+    every certificate; true ends the walk there. journal: where the walk is saved behind every
+    tensor, as "walk", and from where a killed one goes on; on_recalled is called with each of its
+    certificates then. Nothing is raised for what cannot be solved: `stopped` says it.
+
+    Raises InputError where what the journal recalls does not fit the network.
     """
-    peeled = Peeled(network, reached=len(network.nodes))
     y = y.to(next(network.twin.parameters()).device)
-    _follow(peeled, _from_head(peeled, y, label_smoothing, clipped=clipped), on_layer)
-    while peeled.stopped not in ("", INTERRUPTED) and not clipped and y.dim() == 1:
-        layers = _from_anchor(peeled, y, label_smoothing)
-        if layers is None:
+    follow = partial(_follow, on_layer=on_layer, journal=journal)
+    saved = journal.recall("walk")
+    if saved is None:
+        peeled = Peeled(network, reached=len(network.nodes))
+        follow(peeled, _from_head(peeled, y, label_smoothing, clipped=clipped))
+    else:
+        peeled = walk_from(saved, network)
+        for layer in peeled.layers:
+            on_recalled(layer)
+        if not peeled.stopped and not peeled.ended:
+            follow(peeled, _onwards(peeled))
+    while peeled.stopped not in ("", INTERRUPTED) and not (peeled.ended or clipped or y.dim() > 1):
+        if not _find_anchor(peeled, y, label_smoothing):
             break
-        peeled.stopped = ""
-        _follow(peeled, layers, on_layer)
-    withdraw_unsupported(peeled)
+        follow(peeled, _onwards(peeled))
+    if not peeled.ended:
+        withdraw_unsupported(peeled)
+        if not peeled.stopped.startswith(INTERRUPTED):
+            peeled.ended = True
+            _note(peeled, journal)
     return peeled
 
 
-def _follow(peeled: Peeled, layers: Iterator[Layer], on_layer: Callable[[Layer], bool]) -> None:
+def _follow(
+    peeled: Peeled, layers: Iterator[Layer], on_layer: Callable[[Layer], bool], journal: Journal
+) -> None:
     """Walk, and write down every tensor's certificate and why the walk ended."""
     try:
         for layer in layers:
             peeled.layers.append(layer)
-            if on_layer(layer):
-                peeled.stopped = INTERRUPTED
-            elif not layer.certified:
+            if not layer.certified:
                 peeled.stopped = _reason(layer)
+            _note(peeled, journal)
+            if on_layer(layer):
+                journal.save()  # before images are made of what there is
+                peeled.stopped = INTERRUPTED
             if peeled.stopped:
                 return
     except StoppedError as reason:
         peeled.stopped = str(reason)
     except torch.linalg.LinAlgError as error:  # such as numbers that overflow
         peeled.stopped = f"a system cannot be solved: {' '.join(str(error).split())[:160]}"
+    _note(peeled, journal)
+
+
+def _note(peeled: Peeled, journal: Journal) -> None:
+    """Let the journal have the walk as it is now, and save it where that is due."""
+    walk = plain_walk(peeled)  # as it is now; tensors are replaced, never changed
+    journal.note("walk", lambda: moved(walk, CPU))
+    if journal.due():
+        journal.save()
 
 
 def withdraw_unsupported(peeled: Peeled) -> None:
@@ -138,14 +128,16 @@ def _from_head(
     output = network.nodes[-1]
     if operation_name(output) != "linear":
         raise StoppedError(f"{place(output)}: the walk starts at a linear head")
-    yield solve_head(network, output, y, label_smoothing, clipped=clipped)
-    yield from _walk(peeled, network.nodes[:-1])
+    layer = solve_head(network, output, y, label_smoothing, clipped=clipped)
+    peeled.todo = len(network.nodes) - 1
+    yield layer
+    yield from _onwards(peeled)
 
 
-def _from_anchor(peeled: Peeled, y: Tensor, label_smoothing: float) -> Iterator[Layer] | None:
-    """Return the certificates from the next convolution on that can be attacked directly.
+def _find_anchor(peeled: Peeled, y: Tensor, label_smoothing: float) -> bool:
+    """Turn to the next convolution that can be attacked directly; false where there is none.
 
-    None where there is none. What was certified stays, all else is forgotten.
+    What was certified stays, all else is forgotten.
     """
     network = peeled.network
     for node in candidates(network, peeled.reached):
@@ -162,28 +154,37 @@ def _from_anchor(peeled: Peeled, y: Tensor, label_smoothing: float) -> Iterator[
         peeled.network = replace(network, values=values, signals={}, masks={}, raw={}, routes={})
         peeled.labels = anchor.labels
         peeled.detours.append(f"{peeled.stopped}; {node.target} was then attacked directly")
-        layers = start_at(peeled.network, anchor, time.perf_counter() - start)
-        peeled.reached = network.nodes.index(anchor.joint)  # the next one lies before this one
-        return itertools.chain(layers, _walk(peeled, network.nodes[: peeled.reached]))
-    return None
+        peeled.pending = start_at(peeled.network, anchor, time.perf_counter() - start)
+        peeled.reached = peeled.todo = network.nodes.index(anchor.joint)  # the next lies before
+        peeled.stopped = ""
+        return True
+    return False
 
 
-def _walk(peeled: Peeled, nodes: Sequence[fx.Node]) -> Iterator[Layer]:
-    """Yield the certificate of every tensor among `nodes` that is solved for, the last first."""
+def _onwards(peeled: Peeled) -> Iterator[Layer]:
+    """Yield the certificates that are pending, then that of every tensor that is yet to be solved.
+
+    When it yields, `peeled` says all that it takes to go on from there.
+    """
+    while peeled.pending:
+        yield peeled.pending.pop(0)
     network = peeled.network
-    for number, node in reversed([*enumerate(nodes)]):
-        peeled.reached = number
+    for number in reversed(range(peeled.todo)):
+        node, peeled.reached = network.nodes[number], number
         if any(operation_name(user) in WEIGHTED for user in network.users(node)):
             if network.value(node) is None:
-                yield solve_node(network, node)
+                layer = solve_node(network, node)
+                peeled.todo = number + 1  # its signal and its positions are yet to come
+                yield layer
             if node.op != "placeholder":
                 network.settle(node)
         elif operation_name(node) in RELUS:
             network.settle(node)
         if operation_name(node) in MAXIMA | AVERAGES and node.op != "placeholder":
-            layer = find_route(network, node)
-            if layer is not None:
-                yield layer
+            found = find_route(network, node)
+            if found is not None:
+                peeled.todo = number
+                yield found
 
 
 def _reason(layer: Layer) -> str:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from inversion.layerwise.front import Front
 from inversion.layerwise.matching import Matched, Problem, Whitening, nearer
+from inversion.layerwise.stages import take_steps
+from utils.journal import FORGETFUL, Journal
 
 #: Decay rates of Adam's averages.
 _BETAS = (0.9, 0.99)
@@ -79,6 +81,7 @@ def match_smoothly(
     how: SmoothMatching,
     *,
     should_stop: Callable[[], bool] = lambda: False,
+    journal: Journal = FORGETFUL,
 ) -> Matched:
     """Find smooth images (B, C, H, W) whose tensors `front` are near the `targets`.
 
@@ -92,9 +95,11 @@ def match_smoothly(
     and `high` (C, 1, 1) are penalised, and clamped in the end.
 
     targets: name → (B, …), names of the front. should_stop: asked between steps; true ends the
-    matching with what there is, of every image no worse than its start.
+    matching with what there is, of every image no worse than its start. journal: where the matching
+    is saved on its way, and from where a killed one goes on.
 
-    Raises ValueError for a target that the front does not compute.
+    Raises ValueError for a target that the front does not compute, InputError where what the
+    journal recalls does not fit.
     """
     problem = Problem(front, targets)
     distance = Problem(front, targets, whitened).losses
@@ -109,11 +114,7 @@ def match_smoothly(
     def image() -> Tensor:
         return torch.fft.irfft2(torch.view_as_complex(z) * scale, s=sides, norm="ortho")
 
-    stopped = False
-    for step in range(how.steps):
-        stopped = should_stop()
-        if stopped:
-            break
+    def take(step: int) -> None:
         progress = step / how.steps
         optimiser.param_groups[0]["lr"] = how.rate * (1 + math.cos(math.pi * progress)) / 2
         x = image()
@@ -122,9 +123,11 @@ def match_smoothly(
         total = distance(x) + _OUTSIDE * outside + how.total_variation * (1 - progress) ** 2 * rough
         (z.grad,) = torch.autograd.grad(total.sum(), z)
         optimiser.step()
+
+    whole = take_steps(optimiser, how.steps, take, should_stop, journal, "smooth")
     with torch.no_grad():
         x = image().clamp(*box).double()
-        if stopped:  # steps that lead to a better image may first lead away
+        if not whole:  # steps that lead to a better image may first lead away
             x = nearer(problem, begun, x)
         return Matched(x, problem.losses(x).sqrt())
 

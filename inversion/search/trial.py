@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inversion.objective import Objective
 from inversion.optimise import reconstruct
-from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import initial_images, noise_generator
 from inversion.settings import AttackSettings
 from models.target import GroundTruth, Target
@@ -93,7 +93,7 @@ def run_trial(
     device = torch.device(problem.device)
     settings = problem.trial_settings(values)
     loop = settings.loop_in(problem.target.box)
-    pixel_gradient = partial(PIXEL_GRADIENTS[settings.pixel_gradient], problem.objective(settings))
+    pixel_gradient = partial(pixel_gradient_of(settings), problem.objective(settings))
     generator = noise_generator(settings.first_seed, device)
     x, done, optimiser_state = _start(problem, settings.first_seed).to(device), 0, None
     if state is not None:
@@ -112,7 +112,7 @@ def run_trial(
             optimiser_state=optimiser_state,
         )
         if run.stopped is not None:
-            raise FloatingPointError(f"a loss was not finite after {done + run.steps} iterations")
+            raise FloatingPointError(run.reason)
         x, done, optimiser_state = run.x, end, run.optimiser_state
         figures = {
             "mse": image_error(x, problem),

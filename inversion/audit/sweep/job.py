@@ -17,6 +17,7 @@ from inversion.audit.sweep.row import Job, Result, Row
 from inversion.audit.truth import TruthCheck, check_truth_gradient
 from inversion.audit.verdict import ALPHA, STRENGTH, corrected
 from inversion.settings import AttackSettings
+from models.checkpoint import save
 from models.guarantee import composed_mu, reconstruction_bound
 from utils import metrics
 from utils.console import Silent
@@ -27,7 +28,6 @@ from utils.journal import FORGETFUL, Journal
 from utils.matching import label_numbers
 from utils.script import Interrupts
 from utils.shard import ALONE
-from utils.tensor_files import save
 
 #: (parameter, value, repeat, decoys per image and image of the batch, device) → checkpoint with its
 #: truth, and the command that makes such a one. It raises InputError for what cannot be captured.

@@ -14,6 +14,7 @@ from inversion.layerwise.convolution import Geometry
 from inversion.layerwise.stem.grid_gaussian import grid_for
 from inversion.layerwise.stem.propagation import problem_for, propagate
 from inversion.layerwise.stem.windows import Pooling
+from utils.journal import FORGETFUL, Journal
 
 #: Bytes of the matrices that are in memory at once; more images are processed in turn.
 MEMORY = 2**30
@@ -42,16 +43,19 @@ def stem_posterior(
     high: Tensor,
     error: float,
     should_stop: Callable[[], bool] = lambda: False,
+    journal: Journal = FORGETFUL,
 ) -> Stem:
     """Recover images x from max_pool(ReLU(scale · conv(x) + shift)) by expectation propagation.
 
     pooled: (B, O, h, w) ≥ 0, float64; weight: (O, C, k, l); scale, shift: (O,), BatchNorm as an
     affine map; image_shape: (C, H, W); low, high: (C, 1, 1), the box of the normalised pixels;
     error: of the pooled values, relative to an image's largest; should_stop: asked between rounds,
-    true ends with the best images until then. It uses no random numbers. Time grows linearly with
-    the height of the images, and with the cube of k times their width.
+    true ends with the best images until then; journal: where the rounds are saved, and from where
+    killed ones go on. It uses no random numbers. Time grows linearly with the height of the images,
+    and with the cube of k times their width.
 
-    Raises ValueError if shapes do not fit or values are not finite.
+    Raises ValueError if shapes do not fit or values are not finite, InputError where what the
+    journal recalls does not fit.
     """
     _check(pooled, weight, image_shape, conv, pool)
     channels = image_shape[0]
@@ -63,9 +67,9 @@ def stem_posterior(
     # Matrix, factor and inverse: one block on and one beside the diagonal per row of blocks.
     at_once = max(1, MEMORY // (6 * 8 * sum(size * size for size in grid.sizes())))
     parts = []
-    for part in pooled.clamp_min(0).split(at_once):
+    for number, part in enumerate(pooled.clamp_min(0).split(at_once)):
         problem = problem_for(part, grid, conv, pool, scaled, offset, error)
-        images, residual = propagate(problem, should_stop)
+        images, residual = propagate(problem, should_stop, journal, f"stem-{number}")
         parts.append((low + span * images, residual))
     return Stem(*(torch.cat(values) for values in zip(*parts, strict=True)))
 

@@ -9,12 +9,15 @@ from round to round.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from inversion.layerwise.convolution import Geometry
+from inversion.layerwise.stages import keep, note, same_kind
 from inversion.layerwise.stem import block_tridiagonal
 from inversion.layerwise.stem.grid_gaussian import (
     Grid,
@@ -42,6 +45,8 @@ from inversion.layerwise.stem.smoothness import (
     student_precisions,
 )
 from inversion.layerwise.stem.windows import Pooling, Windows, read_windows
+from inversion.saved import reading
+from utils.journal import FORGETFUL, Journal
 
 #: Rounds of the propagation.
 ROUNDS = 10
@@ -101,6 +106,22 @@ class _State:
 
 
 @dataclass(frozen=True)
+class _Course:
+    """Holds how far the rounds have come."""
+
+    #: Rounds done.
+    number: int
+    state: _State
+    #: (B, 1, 1, 1): the share of the way that an image's sites move in one round.
+    share: Tensor
+    #: (B,): residuals of the last round, and the least of all rounds.
+    last: Tensor
+    least: Tensor
+    #: (B, C, H, W): the images of the least residuals.
+    best: Tensor
+
+
+@dataclass(frozen=True)
 class _Posterior:
     """Holds the Gaussian that all factors make."""
 
@@ -136,33 +157,88 @@ def problem_for(
     return Problem(grid, conv, pool, pooled, weight, offset, windows, bound, noise)
 
 
-def propagate(problem: Problem, should_stop: Callable[[], bool]) -> tuple[Tensor, Tensor]:
+def propagate(
+    problem: Problem,
+    should_stop: Callable[[], bool],
+    journal: Journal = FORGETFUL,
+    name: str = "stem",
+) -> tuple[Tensor, Tensor]:
     """Run ROUNDS rounds; per image return the one that explains the pooled values best.
 
     Sites move together. Where filters outnumber the values in a window they overshoot, and the
     residual rises: then the image's sites move less from there on. should_stop: asked before every
-    round but the first; true ends it there.
+    round but the first; true ends it there. journal: where the rounds are saved as `name`, and from
+    where killed ones go on.
     Returns images (B, C, H, W) from 0 to 1, and their residuals (B,).
     """
-    state = _start(problem)
-    share = problem.bound.new_full((len(problem.bound), 1, 1, 1), DAMPING)
-    last = problem.bound.new_full((len(problem.bound),), torch.inf)
-    best, least = torch.zeros_like(state.pixels.shift), last
-    for number in range(ROUNDS):
-        if number > 0 and should_stop():
+    course, saved = _begin(problem), journal.recall(name)
+    if saved is not None:
+        course = _course_from(saved, course)
+    while course.number < ROUNDS:
+        stop = course.number > 0 and should_stop()
+        keep(journal, name, partial(_plain, course), stop=stop)
+        if stop:
             break
-        posterior = _posterior(problem, state)
-        images = posterior.mean.clamp(0, 1)
-        residual = _residual(problem, images)
-        improved = residual < least
-        best = torch.where(improved.view(-1, 1, 1, 1), images, best)
-        least = torch.where(improved, residual, least)
-        if number == ROUNDS - 1:
-            break
-        rose = (residual > last).view(-1, 1, 1, 1)
-        share, last = torch.where(rose, CAUTION * share, share), residual
+        course = _round(problem, course)
+    else:
+        note(journal, name, _plain(course))
+    return course.best, course.least
+
+
+def _begin(problem: Problem) -> _Course:
+    state, like = _start(problem), problem.bound
+    share = like.new_full((len(like), 1, 1, 1), DAMPING)
+    last = like.new_full((len(like),), torch.inf)
+    return _Course(0, state, share, last, last, torch.zeros_like(state.pixels.shift))
+
+
+def _round(problem: Problem, course: _Course) -> _Course:
+    """Look at the images of the sites as they are, and move the sites unless it is the last one."""
+    number, state, share = course.number, course.state, course.share
+    posterior = _posterior(problem, state)
+    images = posterior.mean.clamp(0, 1)
+    residual = _residual(problem, images)
+    improved = residual < course.least
+    best = torch.where(improved.view(-1, 1, 1, 1), images, course.best)
+    least = torch.where(improved, residual, course.least)
+    if number < ROUNDS - 1:
+        rose = (residual > course.last).view(-1, 1, 1, 1)
+        share = torch.where(rose, CAUTION * share, share)
         state = _next(problem, number, share, state, posterior)
-    return best, least
+    return _Course(number + 1, state, share, residual, least, best)
+
+
+def _plain(course: _Course) -> dict:
+    """Return how far the rounds have come as plain values and tensors."""
+    state = course.state
+    sites = {"maps": state.maps, "pixels": state.pixels}
+    return {
+        "number": course.number,
+        **{name: [of.precision, of.shift] for name, of in sites.items()},
+        "precisions": list(state.precisions),
+        "share": course.share, "last": course.last, "least": course.least, "best": course.best,
+    }  # fmt: skip
+
+
+def _course_from(saved: Any, begun: _Course) -> _Course:
+    """Read back what `_plain` wrote. begun: as the rounds began. Raises InputError."""
+    with reading("the rounds of the stem"):
+        state = begun.state
+        maps, pixels = (
+            Sites(same_kind(precision, of.precision), same_kind(shift, of.shift))
+            for of, (precision, shift) in (
+                (state.maps, saved["maps"]), (state.pixels, saved["pixels"]),
+            )
+        )  # fmt: skip
+        pairs = zip(saved["precisions"], state.precisions, strict=True)
+        return _Course(
+            range(ROUNDS + 1)[int(saved["number"])],
+            _State(maps, pixels, [same_kind(*pair) for pair in pairs]),
+            same_kind(saved["share"], begun.share),
+            same_kind(saved["last"], begun.last),
+            same_kind(saved["least"], begun.least),
+            same_kind(saved["best"], begun.best),
+        )
 
 
 def _next(

@@ -1,0 +1,88 @@
+"""Numbers that are not finite are named; memory that runs out is said; memory does not grow."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from inversion.objective import Losses, Objective, first_not_finite
+from inversion.optimise import reconstruct
+from inversion.pixel_gradient import exact, pixel_gradient_of
+from inversion.settings import AttackSettings, Loop, Weights
+from tests.support import photos, target_of
+from utils.errors import FaultError
+
+FINE = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("losses", "derivative", "says"),
+    [
+        (Losses(1.0, 0.5, {"tv": 2.0}), FINE, None),
+        (Losses(1.0, None, {}), FINE, None),
+        (Losses(math.nan, math.nan, {"tv": math.inf}), FINE, "the gradient distance is nan"),
+        (Losses(math.inf, 0.5, {"tv": 1.0, "bn": math.inf}), FINE, "the prior bn is inf"),
+        (Losses(math.inf, 0.5, {"tv": 1.0}), FINE, "the weighted sum of the losses is inf"),
+        (Losses(1.0, 0.5, {}), FINE * torch.tensor([1, 1, math.nan]),
+         "the derivative is not finite in 2 of 6 entries"),
+        (Losses(1.0, 0.5, {}), FINE * 3e38, "the sum of the derivative overflows"),
+    ],
+)  # fmt: skip
+def test_the_first_number_that_is_not_finite_is_named(losses, derivative, says):
+    assert first_not_finite(losses, derivative) == says
+
+
+class Root(nn.Module):
+    """A network whose derivative at images of zeros is 0 times infinity, NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.head((x * x).sum((2, 3)).sqrt())
+
+
+def objective_of_root():
+    torch.manual_seed(0)
+    model, (x, y) = Root(), photos(2, 4)
+    return Objective(model, target_of(model, x, y % 4, num_classes=4), y % 4, Weights())
+
+
+def test_the_iteration_is_named_with_the_number():
+    """A box leaves only zeros at the start; and the last of four iterations breaks."""
+    objective = objective_of_root()
+    box = (torch.zeros(3, 1, 1), torch.zeros(3, 1, 1))
+    whole = reconstruct(
+        lambda x, p: exact(objective, x, p), torch.ones(2, 3, 4, 4), Loop(5, 0.1, box=box)
+    )
+    assert (whole.stopped, whole.steps) == ("not finite", 0)
+    assert whole.reason == "at iteration 0 the derivative is not finite in 96 of 96 entries"
+
+    def late(x, progress):
+        losses, derivative = exact(objective, x + 1, progress)
+        return losses, derivative if progress < 1 else derivative / 0
+
+    run = reconstruct(late, torch.ones(2, 3, 4, 4), Loop(4, 0.1))
+    assert run.reason.startswith("at iteration 3 the derivative is not finite in ")
+
+
+@pytest.mark.parametrize("method", ["exact", "plain"])
+def test_detect_anomaly_names_the_operation(method):
+    objective = objective_of_root()
+    settings = AttackSettings(
+        Weights(), Loop(9, 0.1), pixel_gradient=method, detect_anomaly=True
+    )  # fmt: skip
+    checked, near = pixel_gradient_of(settings), torch.full((2, 3, 4, 4), 0.5)
+    losses, derivative = checked(objective, near, 0.0)
+    same, equal = exact(objective, near, 0.0)
+    assert losses.total == pytest.approx(same.total.item())
+    torch.testing.assert_close(derivative, equal)
+    with pytest.raises(FaultError) as fault:
+        checked(objective, torch.zeros(2, 3, 4, 4), 0.25)
+    assert str(fault.value) == (
+        "the derivative has a NaN, 25% of the way through the iterations: MulBackward0 made it, "
+        f"called in forward, test_numbers.py, line {Root.forward.__code__.co_firstlineno + 1}"
+    )
+    assert not torch.is_anomaly_enabled()
