@@ -341,10 +341,10 @@ def _watch(
         text == interruption.LINE for _, text in complaints
     )
     _wait(children, COLLECTIVE_TIMEOUT if saving else GRACE, signals)
-    for number in [signal.SIGKILL] if signals else [signal.SIGTERM, signal.SIGKILL]:
+    for last in (signal.SIGKILL,) if signals else (signal.SIGTERM, signal.SIGKILL):
         for child in children:
             if child.pid is not None and child.is_alive():
-                os.kill(child.pid, number)
+                os.kill(child.pid, last)
         _wait(children, GRACE)
     if signals:
         if not saving:  # else a child has said what it saved
