@@ -181,6 +181,7 @@ def launch(work: Callable[[list[str], Shard, int], int], argv: list[str], group:
         with _joined(group, group.first):
             return work(argv, Shard(group.first, group.size), local)
     context = get_context("spawn")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is said in one line
     failures = context.SimpleQueue()
     children = [
         context.Process(target=_child, args=(work, argv, group, local, failures, os.getpid()))
@@ -340,10 +341,10 @@ def _watch(
         text == interruption.LINE for _, text in complaints
     )
     _wait(children, COLLECTIVE_TIMEOUT if saving else GRACE, signals)
-    for end in (lambda child: child.terminate(), lambda child: child.kill()):
+    for last in (signal.SIGKILL,) if signals else (signal.SIGTERM, signal.SIGKILL):
         for child in children:
-            if child.is_alive():
-                end(child)
+            if child.pid is not None and child.is_alive():
+                os.kill(child.pid, last)
         _wait(children, GRACE)
     if signals:
         if not saving:  # else a child has said what it saved

@@ -15,6 +15,7 @@ import torch
 from inversion.audit.settings import Settings
 from inversion.audit.sweep.job import Simulate, run_job
 from inversion.audit.sweep.row import Job, Result
+from utils import interruption
 from utils.errors import FaultError
 from utils.journal import FORGETFUL, Journal
 from utils.launch import die_with
@@ -56,7 +57,8 @@ def run_jobs(
     with _one_thread_each(), ProcessPoolExecutor(
         workers, context, initializer=_begin, initargs=(stop, os.getpid())
     ) as pool:  # fmt: skip
-        futures = {pool.submit(_work, settings, simulate, job, folder) for job in jobs}
+        with interruption.held_back():  # a worker that is being started knows no signals yet
+            futures = {pool.submit(_work, settings, simulate, job, folder) for job in jobs}
         try:
             _collect(futures, interrupts, stop.set, on_result)
         except BrokenProcessPool as error:
@@ -103,8 +105,8 @@ def _one_thread_each() -> Iterator[None]:
 
 def _begin(stop, parent: int) -> None:
     """Set a worker up: it ends with its parent, which alone is interrupted and passes that on."""
-    os.setpgrp()  # a terminal's Ctrl-C reaches the parent alone
     die_with(parent)
+    interruption.begin(started_by_another=True)
     torch.set_num_threads(1)
     _asked.signal = None
 
