@@ -5,11 +5,14 @@ import itertools
 import json
 import os
 import re
+import shutil
+import signal
 
 import pytest
 import torch
 
 from inversion.audit.beginning import STATE
+from tests.faults import said, started
 from tests.support import call, capture_photos, succeed
 from utils.errors import FaultError
 from utils.journal import FolderJournal, locked
@@ -129,8 +132,9 @@ def test_a_run_that_ended_is_not_resumed(killed):
     assert "the run ended whole" in refused.err
 
 
-def test_a_run_at_work_is_locked(killed):
+def test_a_run_at_work_is_locked(killed, monkeypatch):
     flags, folder = killed
+    monkeypatch.setattr("utils.journal.PATIENCE", 0.1)
     with locked(folder / STATE):
         refused = call("run.py", *flags, "--resume", folder)
     assert refused.code == 2
@@ -175,3 +179,22 @@ def test_a_failed_save_is_told_and_the_run_goes_on(checkpoint, tmp_path, monkeyp
     done = succeed("run.py", *flags, "--save-every", "0.000001")
     assert "warning: the state could not be saved" in done.out
     assert (tmp_path / "results" / "exp" / "test" / "x_recon.pth").exists()
+
+
+@pytest.mark.parametrize("shard", ["batch", "seeds"])
+def test_two_killed_processes_go_on_as_one_or_two(
+    shard, checkpoint, tmp_path, in_two_processes
+):  # fmt: skip
+    flags = ("--checkpoint", checkpoint, "--root", tmp_path, *COMMON, "--MinCombine")
+    flags += ("--n-seed", "2", "--T-in", "10", "--epochs", "50", "--shard", shard)
+    succeed("run.py", *flags, "--id", "whole", "--save-every", "0")
+    two = ("--nproc", "2", "--dist-backend", "gloo")
+    with started(tmp_path, "run.py", *flags, *two, "--save-every", "0.01") as process:
+        process.end_by(signal.SIGKILL, said("consensus after 25 iterations"))
+    results = tmp_path / "results" / "exp"
+    shutil.copytree(results / "test", results / "copy")
+    for folder, processes in (("test", ()), ("copy", two)):
+        going_on = succeed("run.py", *flags, *processes, "--resume", results / folder)
+        assert "consensus after 15 iterations" not in going_on.out
+        found, true = (torch.load(results / name / "x_recon.pth") for name in (folder, "whole"))
+        assert (found - true).abs().max() < 1e-6

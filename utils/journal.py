@@ -24,6 +24,8 @@ from utils.files import write_json
 
 #: Of a manifest: raised by one whenever a reader of the number before could misread it.
 MANIFEST_FORMAT = 1
+#: How long a lock is waited for, in seconds: processes that end with a killed one hold it on.
+PATIENCE = 3.0
 #: What names of a fact's file look like; no other file is read or removed.
 FACT_FILE = re.compile(r"fact-[0-9a-f]{16}\.pt")
 #: What names of manifests look like; the number is that of the process that wrote it.
@@ -362,16 +364,22 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[str], run: Path) -> None:
-    """Lock an open file; raise InputError where another process has."""
+    """Lock an open file; raise InputError where another process has it for more than a moment."""
     import fcntl
 
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read(60).strip()
-        known = f" {holder}" if re.fullmatch(r"\d+ on \S+", holder) else ""
-        raise InputError(f"{run}: process{known} is at work on it; wait for its end") from error
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() < until:
+                time.sleep(0.05)
+                continue
+            file.seek(0)
+            holder = file.read(60).strip()
+            known = f" {holder}" if re.fullmatch(r"\d+ on \S+", holder) else ""
+            raise InputError(f"{run}: process{known} is at work on it; wait for its end") from error
 
 
 def remove(folder: Path) -> None:
