@@ -390,6 +390,10 @@ class Sparse:
     begin: bytes
 
 
+class Pipe:
+    """A named pipe, into which nobody writes."""
+
+
 def altered(whole, rng):
     """The same archive with one bit of a tensor turned and its checksum made right."""
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
@@ -729,6 +733,7 @@ def image_cases(rng):
     yield "a pickle as png", lambda: ("x.png", pickle.dumps([1] * 9))
     yield "a name of controls", lambda: ("\x1b[2J<script>.png", b"x")
     yield "a sparse file", lambda: ("x.png", Sparse(2**40, stored("PNG")))
+    yield "a named pipe", lambda: ("x.png", Pipe())
     for form, ending in (("PNG", "png"), ("JPEG", "jpg"), ("GIF", "gif"), ("TIFF", "tif"),
                          ("BMP", "bmp"), ("WEBP", "webp"), ("PPM", "ppm"),
                          ("JPEG2000", "jp2")):  # fmt: skip
@@ -895,6 +900,8 @@ def pools(files: Files, seed: int) -> dict[str, list[Case]]:
     def add(kind, group, cases, ending=None):
         named = NAMES.get(kind, f"file{ending}")
         found[group] = [Case(what, kind, named, make) for what, make in cases]
+        if kind != "folder":
+            found[group].append(Case("a named pipe", kind, named, Pipe))
 
     for name in ("lenet", "convnet"):
         for i, pool in enumerate(checkpoint_cases(files, name, rng)):
@@ -932,7 +939,9 @@ def written(case: Case, folder: Path) -> Path:
     elif case.kind == "cifar":
         path = folder / "cifar-100-python" / "train"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, Sparse):
+    if isinstance(content, Pipe):
+        os.mkfifo(path)
+    elif isinstance(content, Sparse):
         path.write_bytes(content.begin)
         os.truncate(path, content.size)
     elif isinstance(content, bytes):
@@ -1099,6 +1108,8 @@ def main(argv: list[str] | None = None) -> int:
                 fault, seconds, memory, code = met_alone(case, files, Path(own) / "file")
             codes[code] += 1
             slowest, largest = max(slowest, (seconds, name)), max(largest, (memory, name))
+            if sys.stderr.isatty():
+                print(f"\r{number + 1}", end="", file=sys.stderr)
             if fault:
                 faults.append(name)
                 print(f"{number}: {name}: {fault}", flush=True)
