@@ -15,13 +15,15 @@ import pytest
 import torch
 from torch import nn
 
+from inversion.audit import inputs
 from models.build import build_model
 from models.checkpoint import FORMAT, Task, load, load_truth, make_checkpoint, seal
-from models.gradient import ClientLoss, Update, batch_gradient
+from models.gradient import ClientLoss, Update, batch_gradient, kept_bytes
 from models.local import LocalSteps
 from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth, Protection, check_gradient_fits, model_of, outline_of
 from tests.support import Hostile, attack, call, smooth_network, succeed
+from utils import memory
 from utils.errors import FaultError, InputError, naming
 from utils.files import free_stem
 from utils.tensor_files import save
@@ -318,6 +320,68 @@ def test_unfit_truths_are_refused(captured, tmp_path, change, message):
     assert outcome.code == 2
     assert message in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["c.pth.tar"]
+
+
+def test_an_altered_file_is_refused_by_its_checksums(tmp_path):
+    """Though its archive is in order: a number changed, an entry put in, one taken out."""
+    flags = ("--data-name", "photos", "-a", "lenet", "-b", 2, "--results", tmp_path, "--seal")
+    succeed("training.py", *flags)
+    for kind, read, numbers in (
+        ("checkpoint", load, lambda content: content["state_dict"]["0.weight"]),
+        ("truth", load_truth, lambda content: content["x_true"]),
+    ):
+        (path,) = tmp_path.glob(f"*-{kind}.pth.tar")
+        other = str(tmp_path / "altered.tar")
+
+        def altered(change, path=path, other=other, read=read):
+            content = torch.load(path, weights_only=True)
+            change(content)
+            save(content, other)
+            with pytest.raises(InputError, match="altered or damaged since it was written") as told:
+                read(other)
+            return str(told.value)
+
+        assert "has another" in altered(lambda c, numbers=numbers: numbers(c).view(-1)[5].neg_())
+        assert "lacks id" in altered(lambda c: c.pop("id"))
+        assert "not written with note" in altered(lambda c: c.update(note=1))
+        assert "another id" in altered(lambda c: c["checksums"].update(id={1}))
+        content = torch.load(path, weights_only=True)
+        del content["checksums"]  # as older files and those of other writers
+        save(content, other)
+        assert read(other).keys() == content.keys()
+
+
+def test_sizes_are_compared_with_the_free_memory(captured, tmp_path, monkeypatch):
+    path = captured("-a", "convnet", "-b", "4")
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**5)
+    with pytest.raises(InputError, match=r"needs at least 0\.0 GiB for what it holds"):
+        load(str(path))
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**23)
+    checkpoint = load(str(path))
+    setup = checkpoint["dataset_setup"] | {"size": (3, 512, 512)}
+    public = {k: v for k, v in checkpoint.items() if k not in ("x_true", "y_true")}
+    save(public | {"dataset_setup": setup}, str(tmp_path / "large.tar"))
+    with pytest.raises(InputError, match=r"the 4 images \(3, 512, 512\) that it claims"):
+        load(str(tmp_path / "large.tar"))
+    monkeypatch.setattr(inputs, "free_memory", lambda: 2**27)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**27)
+    flags = ("--labels", "0,1,2,3", "--lr", 0.1, "--epochs", 1, "--root", tmp_path)
+    outcome = call("run.py", "--checkpoint", tmp_path / "large.tar", *flags)
+    assert "for what convnet makes of 4 images (3, 512, 512)" in outcome.err
+    assert outcome.code == 2
+
+
+def test_what_a_network_keeps_is_counted_on_shapes_alone(captured):
+    """Against the outputs of its layers."""
+    model = model_of(target_from_checkpoint(load(str(captured("-a", "convnet", "-b", "4")))))
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda _, args, out: found.append(out.numel()))
+    with torch.no_grad():
+        model(torch.zeros(2, 3, 32, 32))
+    numbers = sum(found)
+    assert kept_bytes(model, (3, 32, 32), True) == 4 * numbers > 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "list", "folder", "missing"])

@@ -26,6 +26,7 @@ from inversion.settings import RANGES
 from models.binding import bind
 from models.build import build_model
 from models.checkpoint import FORMAT, load
+from tests.damaged_files import png_of
 from tests.support import ROOT, Hostile, Outcome, attack, call, capture_photos
 from tests.test_datasets import celeba_folder, image_folder
 from tests.test_models import moco_file
@@ -41,6 +42,7 @@ PAGES = {
         *sorted((ROOT / "docs").glob("*.md")),
         ROOT / "CONTRIBUTING.md",
         ROOT / "CHANGELOG.md",
+        ROOT / "SECURITY.md",
         ROOT / "Demo_images" / "README.md",
     )
 }
@@ -230,7 +232,7 @@ def test_every_entry_of_a_checkpoint_is_described(tmp_path):
                "--decoys", "1", "--enable-dp", "-C", "1")  # fmt: skip
     checkpoint = load(str(capture_photos(tmp_path, *options)))
     rows = section("docs/files.md", "The checkpoint").split("| --- |")[1]
-    assert sorted(first_column(rows)) == sorted(checkpoint)
+    assert sorted(first_column(rows)) == sorted([*checkpoint, "checksums"])  # `load` takes it off
 
 
 def test_every_entry_of_a_result_is_described(tmp_path):
@@ -359,6 +361,22 @@ def mistakes(tmp_path_factory):
     flipped = bytearray((folder / "lenet.tar").read_bytes())
     flipped[flipped.index(state["0.weight"].numpy().tobytes())] ^= 1
     (folder / "flipped.tar").write_bytes(flipped)
+    written = torch.load(folder / "lenet.tar", weights_only=True)
+    written["state_dict"]["0.weight"][0] += 1
+    save(written, str(folder / "altered.tar"))
+    sealed = load(str(folder / "sealed.tar"))
+    for name, change in (
+        ("huge", {"size": (3, 100_000, 100_000)}),
+        ("many", {"n_classes": 2**31 - 1}),
+    ):
+        setup = sealed["dataset_setup"] | change
+        save(sealed | {"dataset_setup": setup}, str(folder / f"{name}.tar"))
+    save(checkpoint | {"note": torch.ones(2).to_sparse()}, str(folder / "sparse.tar"))
+    record = checkpoint["args"] | {"label_smoothing": torch.ones(2)}
+    save(checkpoint | {"args": record}, str(folder / "record.tar"))
+    (folder / "long.txt").write_text("1," * 10_000)
+    (folder / "outside.csv").write_text("file,one,two\n../file.txt,1,0\n")
+    np.savez_compressed(folder / "bomb.npz", zeros=np.zeros(2**26))
     torch.save(checkpoint | {"args": Hostile(folder / "ran")}, folder / "hostile.tar")
     gradient = [65536 * g for g in checkpoint["target_gradient"]]
     save(checkpoint | {"target_gradient": gradient}, str(folder / "scaled.tar"))
@@ -383,6 +401,8 @@ def mistakes(tmp_path_factory):
     (folder / "broken" / "a").mkdir(parents=True)
     (folder / "broken" / "a" / "x.png").write_text("no image")
     (folder / "file.txt").write_text("a file")
+    (folder / "giant" / "a").mkdir(parents=True)
+    (folder / "giant" / "a" / "x.png").write_bytes(png_of(100_000, 100_000))
     odd_folders(folder)
     return folder
 

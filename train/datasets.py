@@ -433,6 +433,8 @@ def _published_images(values: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 def _read_published(read, root, file):
     try:
+        if not os.path.isfile(os.path.join(root, file)):  # a named pipe would be waited for
+            raise FileNotFoundError("no such file")
         return read()
     except InputError as error:
         raise InputError(f"--data {root}: {file} {error}") from error

@@ -85,6 +85,8 @@ def read_label_file(path: str, root: str) -> LabelFile:
     Raises InputError, without the name of the CSV file, for a file that cannot be read, and, with
     the line, for images that are missing or come twice and for values that are no such numbers.
     """
+    if not os.path.isfile(path):  # a named pipe would be waited for
+        raise InputError("no readable CSV file (no such file)")
     try:
         require_memory(
             CSV_GROWTH * os.path.getsize(path), "its lines", "take a machine with more memory"

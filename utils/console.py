@@ -10,6 +10,7 @@ from pathlib import Path
 from prettytable import PrettyTable
 from tqdm import tqdm
 
+from utils.files import printable
 from utils.interruption import silence
 
 
@@ -24,7 +25,8 @@ class Reporter:
         self._path: Path | None = None
 
     def say(self, text: str = "") -> None:
-        """Print `text` and log it."""
+        """Print `text` and log it; what names from files may hold beside letters is escaped."""
+        text = "\n".join(map(printable, text.split("\n")))
         try:
             try:
                 tqdm.write(text, file=sys.stdout)

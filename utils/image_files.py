@@ -4,6 +4,8 @@ torchvision and scikit-image take seconds to import, so each is imported inside 
 need it.
 """
 
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,8 +18,18 @@ from torch import Tensor
 from utils.errors import InputError
 from utils.files import package_folder, printable
 from utils.image_folder import image_folder
-from utils.image_reading import Reading, eight_bit_pixels, most_pixels, read_picture
+from utils.image_reading import (
+    Reading,
+    eight_bit_pixels,
+    most_pixels,
+    opened,
+    read_picture,
+)
 from utils.memory import require_memory
+
+#: Images of more pixels are decoded one at a time, by whatever number of threads: each takes 1 GB.
+LARGE_PIXELS = 2**25
+_ONE_LARGE = threading.Lock()
 
 
 def decode(
@@ -35,6 +47,13 @@ def decode(
 
 def _fitted(path, channels, size, bit_depth) -> tuple[Tensor, Reading]:
     """Decode a file, and return how it was read."""
+    with opened(path) as image:
+        is_large = image.width * image.height > LARGE_PIXELS
+    with _ONE_LARGE if is_large else contextlib.nullcontext():
+        return _read_and_fitted(path, channels, size, bit_depth)
+
+
+def _read_and_fitted(path, channels, size, bit_depth) -> tuple[Tensor, Reading]:
     from torchvision.transforms.v2.functional import center_crop, resize
 
     pixels, reading = read_picture(path, channels, bit_depth)
@@ -67,6 +86,12 @@ def decode_all(
 
     Also returns how each was read. Raises InputError as `decode` does.
     """
+    height, width = (size, size) if isinstance(size, int) else size
+    require_memory(
+        8 * len(paths) * channels * height * width,
+        f"{len(paths):,} images of {height}×{width} pixels",
+        "take fewer or smaller ones",
+    )
     with ThreadPoolExecutor(max(1, workers)) as pool:
         read = list(pool.map(lambda path: _fitted(path, channels, size, bit_depth), paths))
     return torch.stack([pixels for pixels, _ in read]), tuple(reading for _, reading in read)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ CONTAINER_FILES = (
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
+
+
+#: Held while a limit is set.
+_LIMITING = threading.RLock()
 
 
 def free_memory() -> int | None:
@@ -51,24 +56,32 @@ def limited_memory(more: int) -> Iterator[None]:
     """Within this context the process can take only about `more` bytes beyond what it has.
 
     What asks for more, as a hostile file makes its reader do, meets a MemoryError, or torch's
-    RuntimeError, before any memory is touched. Where the system has no such limit, none is set.
+    RuntimeError, before any memory is touched. The limit is the whole process's: other threads wait
+    to set one of their own. Where the system has no such limit, none is set.
     """
+    with _LIMITING:
+        before = _set_limit(more)
+        try:
+            yield
+        finally:
+            if before is not None:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _set_limit(more: int) -> tuple[int, int] | None:
+    """Set the limit of `limited_memory`; return the one before, None where there can be none."""
     try:
         import resource
 
         used = _address_space()
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     except (ImportError, OSError):  # Windows has no limits, and only Linux says what is used
-        yield
-        return
-    limit = used + more
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
+        return None
+    limit = used + more if soft == resource.RLIM_INFINITY else min(used + more, soft)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return soft, hard
 
 
 def _available() -> int | None:

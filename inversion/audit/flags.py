@@ -172,7 +172,7 @@ def _add_attack(add) -> None:
     )
     add(
         "--max-memory",
-        type=number(above=0),
+        type=number(low=0, high=1e12, above=0),
         default=8192.0,
         help="--attack layerwise and auto: MiB that the equations of one layer may take; the walk "
         "ends at a layer that needs more.",
@@ -328,7 +328,7 @@ def _add_seeds(add) -> None:
     )
     add(
         "--combine-memory",
-        type=number(above=0),
+        type=number(low=0, high=1e12, above=0),
         default=4096.0,
         help="MLCO: MiB that per-sample gradients may take; beyond it the combination is greedy.",
     )

@@ -40,7 +40,7 @@ class Source:
     @property
     def name(self) -> str:
         """The file's name without its folder."""
-        return Path(self.path).name
+        return printable(Path(self.path).name)
 
     @property
     def chosen(self) -> str:

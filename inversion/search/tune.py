@@ -5,11 +5,13 @@ images the attacker knows; the error of the trial's images is its score. No othe
 and this one only when a search runs.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import math
+import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -222,7 +224,8 @@ def search(
             tuner = _restored(trainable, folder)
         else:
             tuner = _new_tuner(trainable, searched, folder, verbose)
-        results = tuner.fit()
+        with _ended_by_sigterm():
+            results = tuner.fit()
         trials = [_row(results[index], parameters) for index in range(len(results))]
         # Tune has no public way to the searcher that really ran, nor any on a Ray client
         local = getattr(tuner, "_local_tuner", None)
@@ -230,6 +233,29 @@ def search(
         return _summary(algorithm, trials, parameters, live)
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within this context SIGTERM ends the search as Ctrl-C does; Ray would abort the process.
+
+    SystemExit with the documented code leaves the context then.
+    """
+    came = []
+
+    def end(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if came:
+            raise SystemExit(128 + came[0]) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def carry_user_network(problem: Problem) -> None:
