@@ -256,14 +256,14 @@ def test_four_processes_of_one_name_overwrite_nothing(tmp_path):
 
 #: Where an exception would be lost, or show its place in the code: name → code after `begin`.
 LOSING = {
-    "an import that turns every error into another": """
-        import importlib.abc, importlib.machinery
+    "an import that goes on after any error": """
+        import importlib.abc, importlib.machinery, os
         class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             def find_spec(self, name, *_):
                 return importlib.machinery.ModuleSpec(name, self) if name == "slow" else None
             def exec_module(self, module):
                 try: wait()
-                except BaseException: raise ImportError("no module")
+                except BaseException: os._exit(7)
         sys.meta_path.insert(0, Finder())
         import slow
     """,
@@ -277,7 +277,7 @@ LOSING = {
         from utils.script import run_script
         def work(argv):
             try: wait()
-            except BaseException: raise ValueError("a consequence")
+            except BaseException: raise OSError("a consequence")
         sys.exit(run_script(work))
     """,
 }
@@ -302,7 +302,7 @@ def test_an_interruption_is_not_lost(tmp_path, where):
 def test_a_second_signal_ends_what_does_not_end(tmp_path):
     """And leaves no half of a file."""
     code = """if True:
-        import time
+        import os, time
         from utils.interruption import begin
         begin()
         from utils.files import claimed_stem, whole_file
@@ -312,7 +312,10 @@ def test_a_second_signal_ends_what_does_not_end(tmp_path):
                 time.sleep(1000)
             finally:
                 print("and here", flush=True)
-                time.sleep(1000)
+                try:
+                    time.sleep(1000)
+                finally:
+                    os._exit(7)
     """
     place = tmp_path / "place"
     place.mkdir()
@@ -402,8 +405,9 @@ def test_a_launch_that_fails_leaves_no_process_and_no_open_file(monkeypatch):
 )
 @pytest.mark.parametrize("script", ["run.py", "training.py"])
 def test_outputs_that_are_closed_or_full_keep_the_exit_code(tmp_path, script, flags, code):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for streams in ({"closed": (1,)}, {"closed": (0, 1, 2)}, {"full": (1, 2)}, {"closed": (2,)}):
-        outcome = finished(tmp_path, script, *flags, **streams)
+        outcome = finished(tmp_path, script, *flags, env=env, **streams)
         assert outcome.code == code
         assert "Traceback" not in outcome.out + outcome.err
 
