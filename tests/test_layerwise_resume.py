@@ -16,7 +16,7 @@ from inversion.layerwise.saved import walk_from
 from inversion.layerwise.smooth_matching import SmoothMatching
 from tests.support import capture_photos, succeed, target_of
 from tests.test_anchor import basic
-from tests.test_layerwise_attack import private, public
+from tests.test_layerwise_attack import noisy, private, public
 from tests.test_layerwise_network import CLASSES, NETWORKS, deep, vgg
 from tests.test_resume import run_until_save
 from utils.errors import InputError
@@ -31,12 +31,13 @@ def grouped():
     )  # fmt: skip
 
 
+#: The walk of "train" meets noise; the rounds of "stem" overshoot.
 #: Case → network, labels, side of the images, train mode, how images are made, a kind of layer.
 CASES = {
     "eval": (NETWORKS["residual"], [5, 1], 8, False, "solved", "masks"),
     "train": (lambda: deep(48), [5, 1, 3, 0], 8, True, "solved", "convolution"),
     "anchor": (basic, [2, 0, 1, 2, 2], 16, False, "solved", "shifts"),
-    "stem": (lambda: nn.Sequential(*vgg(32, 8)), [5, 1], 8, False, "stem", "masks"),
+    "stem": (lambda: nn.Sequential(*vgg(64, 8)), [5, 1], 8, False, "stem", "masks"),
     "matched": (grouped, [5, 1], 8, False, "activations", "convolution"),
     "smooth": (NETWORKS["convnet"], [5, 1], 16, False, "activations", "head"),
 }
@@ -77,6 +78,7 @@ def attack_of(case):
     model = make().float()
     x, y = private(len(labels), (3, size, size)), torch.tensor(labels)
     target = target_of(model, x, y, train_mode=train_mode)
+    target = noisy(1e-4)(target) if case == "train" else target
 
     def attacked(journal=FORGETFUL, **callbacks):
         return layerwise_attack(model, target, y, public(size), journal=journal, **callbacks)
