@@ -501,6 +501,7 @@ def test_a_use_says_the_signal_and_leaves_nothing_at_the_truth(train):
     torch.testing.assert_close(use.signal(u), dz)
     assert use.residual(u) < 1e-12
     off = flipped(use.mask, 17)
+    assert torch.equal(flipped(use.mask.mT.contiguous().mT, 17), off)  # in memory transposed
     change = replace(use, mask=off).signal(u) - use.signal(u)
     assert change.flatten()[17] == pytest.approx(
         (use.per_flip * (1 - 2 * use.mask)).flatten()[17].item()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,11 @@ from inversion.layerwise.attack import layerwise_attack, target_network
 from inversion.layerwise.matching import Matching
 from inversion.layerwise.saved import walk_from
 from inversion.layerwise.smooth_matching import SmoothMatching
-from tests.support import target_of
+from tests.support import capture_photos, succeed, target_of
 from tests.test_anchor import basic
-from tests.test_layerwise_attack import private, public
+from tests.test_layerwise_attack import noisy, private, public
 from tests.test_layerwise_network import CLASSES, NETWORKS, deep, vgg
+from tests.test_resume import run_until_save
 from utils.errors import InputError
 from utils.journal import FORGETFUL, FolderJournal, consolidate
 
@@ -29,12 +31,13 @@ def grouped():
     )  # fmt: skip
 
 
+#: The walk of "train" meets noise; the rounds of "stem" overshoot.
 #: Case → network, labels, side of the images, train mode, how images are made, a kind of layer.
 CASES = {
     "eval": (NETWORKS["residual"], [5, 1], 8, False, "solved", "masks"),
     "train": (lambda: deep(48), [5, 1, 3, 0], 8, True, "solved", "convolution"),
     "anchor": (basic, [2, 0, 1, 2, 2], 16, False, "solved", "shifts"),
-    "stem": (lambda: nn.Sequential(*vgg(32, 8)), [5, 1], 8, False, "stem", "masks"),
+    "stem": (lambda: nn.Sequential(*vgg(64, 8)), [5, 1], 8, False, "stem", "masks"),
     "matched": (grouped, [5, 1], 8, False, "activations", "convolution"),
     "smooth": (NETWORKS["convnet"], [5, 1], 16, False, "activations", "head"),
 }
@@ -75,6 +78,7 @@ def attack_of(case):
     model = make().float()
     x, y = private(len(labels), (3, size, size)), torch.tensor(labels)
     target = target_of(model, x, y, train_mode=train_mode)
+    target = noisy(1e-4)(target) if case == "train" else target
 
     def attacked(journal=FORGETFUL, **callbacks):
         return layerwise_attack(model, target, y, public(size), journal=journal, **callbacks)
@@ -233,3 +237,36 @@ def test_a_stage_that_does_not_fit_is_refused(case, fact, keys, brief, tmp_path)
     attacked(opened(tmp_path / "state"), should_stop=stop)
     with pytest.raises(InputError, match=r"^the saved state does not fit this run: [^\n]*$"):
         attacked(opened(tmp_path / "state", kind=Altered))
+
+
+def without_times(value):
+    """A parsed result.json without what differs between two runs of the same attack."""
+    if isinstance(value, dict):
+        other = {"settings", "seconds", "iterations_per_second", "peak_memory_mib"}
+        return {key: without_times(v) for key, v in value.items() if key not in other}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def test_a_killed_run_solves_first_and_then_matches(brief, tmp_path, monkeypatch):
+    """It is killed while it makes images of the head's features, and while it matches."""
+    monkeypatch.setattr("inversion.audit.attack.LAYERWISE_PUBLIC_IMAGES", 40)
+    checkpoint = capture_photos(
+        tmp_path, "--image-size", "8", "--arch", "convnet", "--batch-size", "2", "--model-eval"
+    )
+    flags = ("--checkpoint", checkpoint, "--root", tmp_path, "--attack", "auto", "--lr", "0.1")
+    flags += ("--epochs", "3", "--save-every", "0.000001")
+    saves = run_until_save(None, monkeypatch, *flags, "--id", "whole")
+    found = {}
+    for name, number in (("solving", 4), ("matching", saves - 1)):
+        assert run_until_save(number, monkeypatch, *flags, "--id", name) == number
+        folder = tmp_path / "results" / "exp" / name
+        resumed = succeed("run.py", *flags, "--id", name, "--resume", folder)
+        assert "_13: certified, from the saved state" in resumed.out
+        assert "_13: rank" not in resumed.out
+        assert "matching, since solving layer by layer does not do" in resumed.out
+    for name in ("whole", "solving", "matching"):
+        folder = tmp_path / "results" / "exp" / name
+        images = torch.load(folder / "x_recon.pth")
+        found[name] = images, without_times(json.loads((folder / "result.json").read_text()))
+        assert torch.equal(images, found["whole"][0])
+        assert found[name][1] == found["whole"][1]

@@ -271,7 +271,7 @@ def _solve(
 
     def on_recalled(layer: Layer) -> None:
         verdict = "certified" if layer.certified else "not certified"
-        reporter.say(f"{title}{layer.name}: {verdict} before, from the saved state")
+        reporter.say(f"{title}{layer.name}: {verdict}, from the saved state")
 
     public = public_images(LAYERWISE_PUBLIC_IMAGES, target).to(case.device)
     try:

@@ -102,12 +102,12 @@ def pursued_flips(
         gain = 2 * geometry.forward(u, left) * change - size
         gain = gain / left.flatten(1).square().sum(1).clamp_min(1e-300).view(1, -1, 1, 1)
         best = int(gain.argmax())
-        if not gain.view(-1)[best] > WORTH:
+        if not gain.reshape(-1)[best] > WORTH:
             break
         image, channel, row, column = torch.unravel_index(torch.tensor(best), change.shape)
         patch = patches[image, :, row * change.shape[3] + column].view(left.shape[1:])
         left[channel] -= change[image, channel, row, column] * patch
-        change = change.clone()
+        change = change.clone(memory_format=torch.contiguous_format)
         change.view(-1)[best] = 0
         found.append(best)
     return found
@@ -126,6 +126,6 @@ def rounded_mask(estimate: Tensor, arriving: Tensor, mask: Tensor) -> Tensor:
 
 def flipped(mask: Tensor, index: int) -> Tensor:
     """Return the mask with one entry, by flat index, turned over."""
-    changed = mask.clone()
+    changed = mask.clone(memory_format=torch.contiguous_format)  # whatever order it came in
     changed.view(-1)[index] = 1 - changed.view(-1)[index]
     return changed
