@@ -273,7 +273,8 @@ def run_part(
         seconds, took, watch.seconds - took,
         is_limited=was_late or rest.is_late or finish.doubt is not None,
         scores=scores, iterations=attacked.outcome.iterations, arrived=finish.arrival.arrived,
-        images=attacked.images, controls=controls.images,
+        images=attacked.images,
+        controls={name: images.contiguous() for name, images in controls.images.items()},
         certified=None if certificate is None else
         [layer.name for layer in certificate.recovered.certified],
         certificate=[] if certificate is None else certificate.lines,
