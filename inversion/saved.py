@@ -15,7 +15,7 @@ from torch import Tensor
 from inversion.combine import Combination
 from inversion.objective import Losses
 from inversion.optimise import Moment, Reconstruction
-from utils.errors import InputError
+from utils.errors import InputError, StateError
 
 CPU = torch.device("cpu")
 
@@ -40,13 +40,13 @@ class SavedSeed:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Raise InputError, naming `what`, where a saved fact is not what it should be."""
+    """Raise StateError, naming `what`, where a saved fact is not what it should be."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # of any type: the content is not trusted
-        raise InputError(
+        raise StateError(
             f"the saved state does not fit this run: {what} is damaged; start the run anew"
         ) from error
 
@@ -97,7 +97,7 @@ def plain_seed(seed: SavedSeed) -> dict:
 def seed_from(saved: Any, start: Tensor, steps: int, what: str) -> SavedSeed:
     """Read a seed back.
 
-    start: (B, C, H, W), as the seed's start. steps: iterations of the whole loop. Raises InputError
+    start: (B, C, H, W), as the seed's start. steps: iterations of the whole loop. Raises StateError
     where it does not fit.
     """
     with reading(what):
@@ -134,7 +134,7 @@ def plain_combination(found: Combination) -> dict:
 
 
 def combination_from(saved: Any, x: Any, starts: Sequence[Tensor], what: str) -> Combination:
-    """Read a combination back, with its images `x`; starts: of all seeds. Raises InputError."""
+    """Read a combination back, with its images `x`; starts: of all seeds. Raises StateError."""
     with reading(what):
         choice = tuple(int(seed) for seed in saved["choice"])
         losses = tuple(float(loss) for loss in saved["seed_losses"])

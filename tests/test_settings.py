@@ -106,7 +106,8 @@ def test_an_attack_imports_nothing_that_only_scoring_and_searching_need():
 
 def test_search_only_needs_no_iterations_and_stops_after_the_search(monkeypatch, tmp_path):
     found = {"best": {"lr": 0.3}}
-    monkeypatch.setattr(searching, "run_search", lambda settings, reporter: found)
+    monkeypatch.setattr(searching, "prepare_search", lambda *_: None)
+    monkeypatch.setattr(searching, "run_search", lambda *_: found)
     monkeypatch.setattr(inputs, "load_inputs", lambda *_: pytest.fail("it goes on"))
     flags = ["--checkpoint", "file", "--root", str(tmp_path), "--superparameters-search"]
     flags += ["--simulation-checkpoint", "other", "--lr-tune", "--search-only"]

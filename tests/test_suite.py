@@ -31,10 +31,10 @@ from inversion.audit.verdict import (
 from models.target import Protection
 from tests.support import call, capture_photos, photos, succeed, target_of
 from utils.console import Silent
-from utils.errors import InputError
+from utils.errors import InputError, StateError
 from utils.files import null_if_nan
 from utils.flags import duration_from
-from utils.journal import FORGETFUL, FolderJournal, consolidate
+from utils.journal import FORGETFUL, FolderJournal, consolidate, read_manifest
 from utils.metrics import label_accuracy
 from utils.script import Interrupts
 
@@ -512,7 +512,7 @@ def test_a_part_that_is_killed_on_its_way_goes_on_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(suite, "Deadline", Late)
 
-    def part(folder, deaths):
+    def part(folder, deaths, then=lambda folder: None):
         """Go on with the part after each death, which comes after so many iterations in all."""
 
         def followed(recorder, index, step, losses, rate):
@@ -532,6 +532,7 @@ def test_a_part_that_is_killed_on_its_way_goes_on_there(tmp_path, monkeypatch):
                     return suite.run_part(positive.PART, settings, case, sealed, 3600.0, run)
             except Killed:
                 consolidate(folder)
+                then(folder)
 
     one = part(tmp_path / "whole", ())
     other = part(tmp_path / "killed", (5, 17, 30))
@@ -544,6 +545,13 @@ def test_a_part_that_is_killed_on_its_way_goes_on_there(tmp_path, monkeypatch):
     for name, images in one.controls.items():
         assert torch.equal(images, other.controls[name])
     assert null_if_nan(one.scores) == null_if_nan(other.scores)
+
+    def alter(folder):
+        path = folder / read_manifest(folder / "manifest-0.json")["attack/seed-0"].file
+        path.write_bytes(path.read_bytes() + b"0")
+
+    with pytest.raises(StateError, match="altered since it was saved"):  # no part that is refused
+        part(tmp_path / "altered", (5,), alter)
 
 
 def test_the_plan_alone(captured, tmp_path):

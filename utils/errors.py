@@ -12,6 +12,13 @@ class InputError(ValueError):
     """
 
 
+class StateError(InputError):
+    """Refuses the saved state of a run: it is damaged, or of another run.
+
+    Nobody takes it for a refusal of what is attacked, which an audit may pass over.
+    """
+
+
 class FaultError(RuntimeError):
     """Reports what went wrong outside the user's input, such as a full disk (exit code 1)."""
 

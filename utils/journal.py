@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from utils.errors import FaultError, InputError
+from utils.errors import FaultError, InputError, StateError
 from utils.files import write_json
 
 #: Of a manifest: raised by one whenever a reader of the number before could misread it.
@@ -137,14 +137,14 @@ class FolderJournal:
     ) -> "FolderJournal":
         """Return the journal in `folder`, after `consolidate` where a run goes on.
 
-        Raises InputError for a manifest that is damaged.
+        Raises StateError for a manifest that is damaged.
         """
         former = read_manifest(folder / "manifest-0.json")
         entries = dict(former) if process == 0 else {}
         return cls(folder, every, complain, process, former, entries)
 
     def recall(self, name: str) -> Any | None:
-        """Return the fact; raise InputError if its file is missing, altered or damaged."""
+        """Return the fact; raise StateError if its file is missing, altered or damaged."""
         from utils.tensor_files import load_plain  # torch, which a refusal does without
 
         if name not in self.former:
@@ -155,18 +155,18 @@ class FolderJournal:
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(
+            raise StateError(
                 f"{path}: {error.strerror}, though the manifest names it; start the run anew"
             ) from error
         if found != entry.sha256:
-            raise InputError(
+            raise StateError(
                 f"{path}: altered since it was saved: its SHA-256 is not that of the manifest; "
                 "start the run anew"
             )
         try:
             return load_plain(str(path))
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise StateError(f"{path}: {error}") from error
 
     def note(
         self, name: str, make: Callable[[], Any], *, order: int = 0, always: bool = False
@@ -303,11 +303,11 @@ def write_manifest(path: Path, entries: dict[str, Entry]) -> None:
 def read_manifest(path: Path) -> dict[str, Entry]:
     """Read a manifest: name of a fact → where it is; nothing where there is no file.
 
-    Raises InputError, naming the file, where it is damaged.
+    Raises StateError, naming the file, where it is damaged.
     """
     if not path.exists():
         return {}
-    damaged = InputError(f"{path}: damaged: no manifest of a saved run; start the run anew")
+    damaged = StateError(f"{path}: damaged: no manifest of a saved run; start the run anew")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         facts: Any = content["facts"] if content["format"] == MANIFEST_FORMAT else None
@@ -326,7 +326,7 @@ def consolidate(folder: Path) -> None:
 
     One process calls it, which holds the folder's lock, before any other one opens the journal.
 
-    Raises InputError for a manifest that is damaged, FaultError if nothing can be written.
+    Raises StateError for a manifest that is damaged, FaultError if nothing can be written.
     """
     manifests = sorted(path for path in folder.iterdir() if MANIFEST.fullmatch(path.name))
     entries: dict[str, Entry] = {}

@@ -24,7 +24,7 @@ from inversion.settings import AttackSettings
 from inversion.strategies import STRATEGIES
 from utils.console import Progress, Reporter
 from utils.device import peak_memory_mib
-from utils.errors import InputError
+from utils.errors import InputError, StateError
 from utils.journal import FORGETFUL, Journal, ReadOnly
 from utils.script import Stop
 from utils.shard import ALONE, Shard
@@ -280,7 +280,7 @@ def _solve(
             on_recalled=on_recalled, should_stop=lambda: interrupts.should_stop,
             max_memory=max_memory, journal=journal,
         )  # fmt: skip
-    except InputError:  # a saved state that does not fit
+    except StateError:
         raise
     except ValueError as error:
         return None, str(error)

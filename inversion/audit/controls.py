@@ -11,7 +11,7 @@ from inversion.audit.settings import ScoringSettings
 from inversion.settings import AttackSettings
 from models.target import Target, Update
 from utils.console import Reporter, duration
-from utils.errors import InputError
+from utils.errors import InputError, StateError
 from utils.image_files import public_photographs
 from utils.journal import FORGETFUL, Journal
 from utils.script import Stop
@@ -114,6 +114,8 @@ def run_controls(
                 print_freq=print_freq, title=f"control, {name}: ",
                 journal=journal.under(name),
             )  # fmt: skip
+        except StateError:
+            raise
         except InputError as error:
             reporter.say(f"control, {name}: left out: {error}")
             controls.missing.append(f"control {name} could not be run")

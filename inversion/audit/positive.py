@@ -67,7 +67,7 @@ class Positive:
 
     @classmethod
     def of_fact(cls, fact: dict[str, Any]) -> "Positive":
-        """Return what a `fact` was made of; raises InputError where it is none."""
+        """Return what a `fact` was made of; raises StateError where it is none."""
         with reading(PART.name):
             done = None if fact["done"] is None else Done.of_fact(PART, fact["done"])
             return cls(**{**fact, "done": done})

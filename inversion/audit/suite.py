@@ -24,7 +24,7 @@ from inversion.settings import AttackSettings, Loop, Weights
 from models.comparing import float64_norm
 from models.target import Target
 from utils.console import Reporter
-from utils.errors import InputError
+from utils.errors import InputError, StateError
 from utils.journal import FORGETFUL, Journal
 from utils.script import Interrupts
 
@@ -222,7 +222,7 @@ class Done:
 
     @classmethod
     def of_fact(cls, part: Part, fact: dict[str, Any]) -> "Done":
-        """Return what a `fact` was made of; raises InputError where it is none of a part."""
+        """Return what a `fact` was made of; raises StateError where it is none of a part."""
         with reading(part.name):
             return cls(part, **fact)
 
@@ -247,6 +247,8 @@ def run_part(
     watch, case = Watch(run.journal), case.attacked_by(settings, case.target)
     try:
         attacked, took, was_late = _attacked(part, settings, case, seconds, watch, run)
+    except StateError:
+        raise
     except InputError as error:
         return Done(part, "refused", str(error), seconds, watch.seconds)
     if attacked.failed:
@@ -273,7 +275,8 @@ def run_part(
         seconds, took, watch.seconds - took,
         is_limited=was_late or rest.is_late or finish.doubt is not None,
         scores=scores, iterations=attacked.outcome.iterations, arrived=finish.arrival.arrived,
-        images=attacked.images, controls=controls.images,
+        images=attacked.images,
+        controls={name: images.contiguous() for name, images in controls.images.items()},
         certified=None if certificate is None else
         [layer.name for layer in certificate.recovered.certified],
         certificate=[] if certificate is None else certificate.lines,

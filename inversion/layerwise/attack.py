@@ -115,7 +115,7 @@ def layerwise_attack(
     where the attack is saved on its way, and from where a killed one goes on.
 
     Raises ValueError, in one line, where the network cannot be walked through or the batch
-    statistics are missing; InputError where what the journal recalls does not fit the network.
+    statistics are missing; StateError where what the journal recalls does not fit the network.
     """
     start = time.perf_counter()
     network = target_network(model, target, max_memory)

@@ -93,7 +93,7 @@ def make_images(
     augmentation. should_stop: asked between steps; true ends with the best images until then.
     journal: where every stage is saved on its way, and from where a killed one goes on.
 
-    Raises InputError where what the journal recalls does not fit.
+    Raises StateError where what the journal recalls does not fit.
     """
     if (saved := journal.recall("images")) is not None:
         return _made_from(saved, target, peeled)
@@ -170,7 +170,7 @@ def decoded(
 
 
 def _made_from(saved: Any, target: Target, peeled: Peeled) -> Made:
-    """Read back images that were made, and what they were made of; raise InputError."""
+    """Read back images that were made, and what they were made of; raise StateError."""
     with reading("the images of the layerwise attack"):
         like = peeled.network.empty(peeled.network.nodes[0])
         names, alone, residual = tuple(saved["sources"]), saved["decoder_only"], saved["residual"]

@@ -49,7 +49,7 @@ def peel(
     tensor, as "walk", and from where a killed one goes on; on_recalled is called with each of its
     certificates then. Nothing is raised for what cannot be solved: `stopped` says it.
 
-    Raises InputError where what the journal recalls does not fit the network.
+    Raises StateError where what the journal recalls does not fit the network.
     """
     y = y.to(next(network.twin.parameters()).device)
     follow = partial(_follow, on_layer=on_layer, journal=journal)

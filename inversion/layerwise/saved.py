@@ -52,7 +52,7 @@ def plain_walk(peeled: Peeled) -> dict:
 def walk_from(saved: Any, network: Network) -> Peeled:
     """Return the walk that `plain_walk` wrote, in a network that was traced anew.
 
-    Raises InputError where a name, type or shape is not that of this network.
+    Raises StateError where a name, type or shape is not that of this network.
     """
     with reading("the walk of the layerwise attack"):
         nodes = {node.name: node for node in network.nodes}

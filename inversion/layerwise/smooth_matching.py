@@ -98,7 +98,7 @@ def match_smoothly(
     matching with what there is, of every image no worse than its start. journal: where the matching
     is saved on its way, and from where a killed one goes on.
 
-    Raises ValueError for a target that the front does not compute, InputError where what the
+    Raises ValueError for a target that the front does not compute, StateError where what the
     journal recalls does not fit.
     """
     problem = Problem(front, targets)

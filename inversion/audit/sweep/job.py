@@ -22,7 +22,7 @@ from models.guarantee import composed_mu, reconstruction_bound
 from utils import metrics
 from utils.console import Silent
 from utils.device import choose_device
-from utils.errors import FaultError, InputError, is_out_of_memory, one_line
+from utils.errors import FaultError, InputError, StateError, is_out_of_memory, one_line
 from utils.images import eight_bit
 from utils.journal import FORGETFUL, Journal
 from utils.matching import label_numbers
@@ -93,6 +93,8 @@ def run_job(
     start = time.perf_counter()
     try:
         result = _attacked(settings, simulate, job, folder, interrupts, journal)
+    except StateError:
+        raise
     except (InputError, FaultError) as error:
         result = Result(Row(job.value, job.repeat, reason=one_line(error)))
     except (RuntimeError, MemoryError) as error:

@@ -54,7 +54,7 @@ def stem_posterior(
     killed ones go on. It uses no random numbers. Time grows linearly with the height of the images,
     and with the cube of k times their width.
 
-    Raises ValueError if shapes do not fit or values are not finite, InputError where what the
+    Raises ValueError if shapes do not fit or values are not finite, StateError where what the
     journal recalls does not fit.
     """
     _check(pooled, weight, image_shape, conv, pool)

@@ -221,7 +221,7 @@ def _plain(course: _Course) -> dict:
 
 
 def _course_from(saved: Any, begun: _Course) -> _Course:
-    """Read back what `_plain` wrote. begun: as the rounds began. Raises InputError."""
+    """Read back what `_plain` wrote. begun: as the rounds began. Raises StateError."""
     with reading("the rounds of the stem"):
         state = begun.state
         maps, pixels = (
