@@ -214,11 +214,11 @@ class FolderJournal:
         self._last = time.monotonic()
 
     def _written(self, content: Any, order: int) -> Entry:
-        from utils.tensor_files import save
+        from utils.tensor_files import save, whole
 
         name = f"fact-{secrets.token_hex(8)}.pt"
         path = self.folder / name
-        save(content, str(path))
+        save(whole(content), str(path))
         with open(path, "rb") as file:
             return Entry(name, hashlib.file_digest(file, "sha256").hexdigest(), order)
 

@@ -60,6 +60,23 @@ def save(content: Any, path: str) -> None:
             raise unwritten(path, cause) from error
 
 
+def whole(content: Any) -> Any:
+    """Return nested dicts, lists and tuples in which every tensor has a storage of its own size.
+
+    A view into a larger tensor would be written with all of it, and an expanded one is not read.
+    """
+    if isinstance(content, torch.Tensor):
+        alone = content.untyped_storage().nbytes() == content.numel() * content.element_size()
+        return content if alone else content.clone(memory_format=torch.contiguous_format)
+    if isinstance(content, dict):
+        return {key: whole(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [whole(value) for value in content]
+    if isinstance(content, tuple):
+        return tuple(whole(value) for value in content)
+    return content
+
+
 def load_plain(path: str) -> Any:
     """Load a file of tensors and plain types onto the CPU; no code in it is run.
 

@@ -276,7 +276,7 @@ def run_part(
         is_limited=was_late or rest.is_late or finish.doubt is not None,
         scores=scores, iterations=attacked.outcome.iterations, arrived=finish.arrival.arrived,
         images=attacked.images,
-        controls={name: images.contiguous() for name, images in controls.images.items()},
+        controls=controls.images,
         certified=None if certificate is None else
         [layer.name for layer in certificate.recovered.certified],
         certificate=[] if certificate is None else certificate.lines,
