@@ -892,6 +892,17 @@ def sound_files(folder: Path) -> Files:
     return Files(paths, folder / "ran")
 
 
+def sound_paths(files: Files) -> dict[str, Path]:
+    """Return a sound file of every kind, as `command` takes it."""
+    kinds = ("lenet", "convnet", "truth", "weights", "labels", "csv", "cifar", "svhn")
+    return {
+        **{kind: files.paths[kind] for kind in kinds},
+        "backup": files.paths["backup"] / "x_true.pth.bk",
+        "update": files.paths["after"],
+        "folder": files.paths["pictures"] / "a" / "0.png",
+    }
+
+
 def pools(files: Files, seed: int) -> dict[str, list[Case]]:
     """All damaged files that can be made, by group."""
     rng = random.Random(seed)
@@ -1099,6 +1110,9 @@ def main(argv: list[str] | None = None) -> int:
     codes, faults, slowest, largest = collections.Counter(), [], (0.0, ""), (0.0, "")
     with tempfile.TemporaryDirectory() as place:
         files = sound_files(Path(place) / "sound")
+        for kind, path in sound_paths(files).items():  # imports here what all would import
+            script, *flags = command(kind, path, files, Path(place) / "results")
+            assert call(script, *flags).code == 0
         for number, case in enumerate(cases(files, args.seed, args.count)):
             name = f"{case.kind}, {case.what}"
             if args.only not in name:

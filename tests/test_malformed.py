@@ -13,6 +13,7 @@ from tests.damaged_files import (
     forget_peak,
     peak_memory,
     sound_files,
+    sound_paths,
     written,
 )
 from tests.support import call
@@ -32,14 +33,8 @@ def met(kind, path, files, root):
 
 def test_sound_files_are_read(files, tmp_path):
     """So that what is refused below is refused for its damage."""
-    paths = files.paths | {
-        "backup": files.paths["backup"] / "x_true.pth.bk",
-        "update": files.paths["after"],
-        "folder": files.paths["pictures"] / "a" / "0.png",
-    }
-    kinds = ("lenet", "convnet", "truth", "weights", "update", "labels", "csv", "folder", "backup")
-    for kind in (*kinds, "cifar", "svhn"):
-        outcome = met(kind, paths[kind], files, tmp_path)
+    for kind, path in sound_paths(files).items():
+        outcome = met(kind, path, files, tmp_path)
         assert (outcome.code, outcome.err) == (0, ""), kind
 
 
