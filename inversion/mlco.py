@@ -52,6 +52,7 @@ def mlco(objective: Objective, pixel_gradient: PixelGradient, restarts: Restarts
     device = restarts.generators[0].device
     spans = [initial, *rounds]
     saved = _Saved.of(restarts, spans)
+    restarts.seed_shard.any(False)  # all have recalled it before one of them saves
     runs, consensus = saved.runs, saved.consensus
     for number, span in enumerate(spans[saved.spans :], saved.spans + 1):
         pull = None if consensus is None else consensus.x.to(device)

@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(case, checkpoint, tmp_path, monke
         words = (*flags, "--id", f"killed-{number}")
         assert run_until_save(number, monkeypatch, *words, *saved) == number
         folder = tmp_path / "results" / "exp" / f"killed-{number}"
-        resumed = succeed("run.py", *words, "--resume", folder)
+        resumed = succeed("run.py", *words, *saved, "--resume", folder)
         assert "going on with what is saved" in resumed.out
         assert_same(folder, whole)
         assert not (folder / STATE).exists()

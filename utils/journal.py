@@ -207,6 +207,8 @@ class FolderJournal:
         else:
             self.entries |= written
             self._noted.clear()
+            for name in written:  # this process is ahead of what it would recall
+                self.former.pop(name, None)
             named = {entry.file for entry in self.entries.values()}
             for file in self._files - named:
                 self._remove(file)

@@ -228,6 +228,7 @@ def attack(
     progress = Progress(total, print_freq, reporter)
     recorder = Recorder(settings, progress, interrupts, save_consensus, title, journal=journal)
     recorder.go_on()
+    case.processes.any(False)  # all have recalled it before one of them saves
     try:
         outcome = run_attack(settings, case, recorder)
     finally:
