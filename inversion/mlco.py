@@ -30,10 +30,10 @@ from inversion.saved import (
     combination_from,
     plain_combination,
     plain_seed,
-    reading,
     seed_from,
 )
-from utils.errors import InputError
+from utils.errors import StateError
+from utils.journal import reading
 
 
 def mlco(objective: Objective, pixel_gradient: PixelGradient, restarts: Restarts) -> Outcome:
@@ -121,7 +121,7 @@ def _run_until(restarts: Restarts, index: int, end: int) -> Reconstruction:
     """
     seed = restarts.saved_seed(index)
     if seed is None:
-        raise InputError(f"the saved state lacks seed-{index}; start the run anew")
+        raise StateError(f"the saved state lacks seed-{index}; start the run anew")
     device = restarts.starts[index].device
     if seed.moment is not None:
         best = seed.moment.best_x.to(device)

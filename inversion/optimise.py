@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from inversion.objective import NO_LOSSES, Losses, first_not_finite
 from inversion.settings import Loop
+from utils.journal import reading
 from utils.shard import ALONE, Shard
 
 
@@ -270,10 +271,11 @@ class _Run:
         with torch.no_grad():
             self.x.copy_(self.shard.split(moment.x))
         self.best_x, self.best = self._part(moment.best_x.to(self.x)), moment.best
-        self.optimiser.load_state_dict(self._part(moment.optimiser_state["optimiser"]))
-        self.scale = moment.optimiser_state["scale"]
-        if generator is not None:
-            go_on_drawing(generator, moment.noise, moment.step)
+        with reading("the optimiser's state"):
+            self.optimiser.load_state_dict(self._part(moment.optimiser_state["optimiser"]))
+            self.scale = moment.optimiser_state["scale"]
+            if generator is not None:
+                go_on_drawing(generator, moment.noise, moment.step)
 
     def _whole(self, value: Any) -> Any:
         """Return a state in which this process's part of the images is the whole batch."""

@@ -3,7 +3,6 @@
 What is read comes from a file: names, types and shapes are compared with the run that goes on.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from inversion.combine import Combination
 from inversion.objective import Losses
 from inversion.optimise import Moment, Reconstruction
-from utils.errors import InputError, StateError
+from utils.journal import reading
 
 CPU = torch.device("cpu")
 
@@ -36,19 +35,6 @@ class SavedSeed:
     place: dict | None = None
     #: State of the generator of the Langevin noise at the span's end; None before.
     noise: Tensor | None = None
-
-
-@contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Raise StateError, naming `what`, where a saved fact is not what it should be."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # of any type: the content is not trusted
-        raise StateError(
-            f"the saved state does not fit this run: {what} is damaged; start the run anew"
-        ) from error
 
 
 def _plain_losses(losses: Losses[float]) -> dict:
@@ -108,11 +94,14 @@ def seed_from(saved: Any, start: Tensor, steps: int, what: str) -> SavedSeed:
         if moment is not None:
             if not first <= moment["step"] <= last or (moment["best_x"] is None):
                 raise ValueError("a moment outside its span")
+            _check_state(moment["optimiser_state"], start)
             moment = Moment(
                 int(moment["step"]), _images(moment["x"], start), _images(moment["best_x"], start),
                 _losses(moment["best"]), dict(moment["optimiser_state"]), moment["noise"],
             )  # fmt: skip
         if run is not None:
+            if run["optimiser_state"] is not None:
+                _check_state(run["optimiser_state"], start)
             run = Reconstruction(
                 _images(run["x"], start), _losses(run["losses"]), int(run["steps"]),
                 None if run["stopped"] is None else str(run["stopped"]), run["optimiser_state"],
@@ -123,6 +112,24 @@ def seed_from(saved: Any, start: Tensor, steps: int, what: str) -> SavedSeed:
         return SavedSeed(
             (first, last), int(saved["steps"]), moment, run, saved["place"], saved["noise"]
         )
+
+
+def _check_state(state: Any, start: Tensor) -> None:
+    """Raise for an optimiser's state of which a tensor is neither a number nor one per pixel."""
+    for value in _tensors(state["optimiser"]):
+        if value.numel() not in (1, start.numel()):
+            raise ValueError("a tensor of another size")
+        if value.dim() == start.dim() and value.shape != start.shape:
+            raise ValueError("a tensor of another shape")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield all tensors in a state, nested in dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(v)
 
 
 def plain_combination(found: Combination) -> dict:

@@ -162,12 +162,21 @@ def test_a_state_of_other_shapes_is_refused(killed):
     """Its SHA-256 is right, as of a state that somebody made."""
     flags, folder = killed
     journal = FolderJournal.opened(folder / STATE, 1.0, print, 0)
-    for fact in ({"span": [0, 4]}, {"span": [0, 4], "moment": {"step": 1, "x": torch.zeros(3)}}, 7):
+    right = journal.recall("attack/seed-0")
+    wrong_size = {"optimiser": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}}
+    lacking = {"optimiser": {"state": {}, "param_groups": []}, "scale": 1.0}
+    for fact in (
+        {"span": [0, 4]},
+        right | {"moment": right["moment"] | {"x": torch.zeros(3)}},
+        right | {"moment": right["moment"] | {"optimiser_state": wrong_size}},
+        right | {"moment": right["moment"] | {"optimiser_state": lacking}},
+        7,
+    ):
         journal.note("attack/seed-0", lambda fact=fact: fact)
         journal.save()
         refused = call("run.py", *flags, "--resume", folder)
         assert refused.code == 2
-        assert "seed-0 is damaged" in refused.err
+        assert re.search("(seed-0|the optimiser's state) is damaged", refused.err)
 
 
 def test_a_failed_save_is_told_and_the_run_goes_on(checkpoint, tmp_path, monkeypatch):

@@ -61,6 +61,19 @@ class Journal(Protocol):
         """Write all that was noted; a failure is told and leaves the former state as it is."""
 
 
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise StateError, naming `what`, where a saved fact is not what it should be."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of any type: the content is not trusted
+        raise StateError(
+            f"the saved state does not fit this run: {what} is damaged; start the run anew"
+        ) from error
+
+
 class Forgetful:
     """A journal that keeps nothing."""
 

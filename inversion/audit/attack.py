@@ -19,13 +19,12 @@ from inversion.objective import Losses
 from inversion.optimise import Outcome, Reconstruction, lowest
 from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import Restarts, noise_generator
-from inversion.saved import reading
 from inversion.settings import AttackSettings
 from inversion.strategies import STRATEGIES
 from utils.console import Progress, Reporter
 from utils.device import peak_memory_mib
 from utils.errors import InputError, StateError
-from utils.journal import FORGETFUL, Journal, ReadOnly
+from utils.journal import FORGETFUL, Journal, ReadOnly, reading
 from utils.script import Stop
 from utils.shard import ALONE, Shard
 

@@ -24,7 +24,6 @@ from inversion.audit.suite import (
 )
 from inversion.audit.truth import check_truth_gradient
 from inversion.audit.verdict import RECONSTRUCTION
-from inversion.saved import reading
 from models.build import build_model
 from models.checkpoint import Task, make_checkpoint
 from models.gradient import ClientLoss, whole_batch_gradient
@@ -32,6 +31,7 @@ from models.reading import target_from_checkpoint, truth_from_checkpoint
 from models.target import GroundTruth
 from utils.image_files import PUBLIC_PHOTOS, public_photographs
 from utils.images import eight_bit, normalise
+from utils.journal import reading
 from utils.shard import ALONE
 
 #: The network, its images, the longest side of these and the decoys per image.

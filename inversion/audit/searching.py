@@ -15,7 +15,6 @@ from inversion.audit.flags import tuned_flag
 from inversion.audit.inputs import bn_source, load_inputs, user_network_of
 from inversion.audit.settings import SearchSettings, Settings, settings_from
 from inversion.audit.truth import check_truth_gradient
-from inversion.saved import reading
 from inversion.search.trial import Problem
 from inversion.search.tune import (
     Budget,
@@ -36,7 +35,7 @@ from utils.console import Reporter, Silent, table
 from utils.errors import FaultError, InputError, naming
 from utils.files import claim_folder, null_unless_finite, printable, write_csv, write_json
 from utils.flags import file_name
-from utils.journal import FORGETFUL, Journal
+from utils.journal import FORGETFUL, Journal, reading
 from utils.pictures import save_trials
 from utils.script import check_reachable
 from utils.shard import ALONE

@@ -19,13 +19,13 @@ from inversion.audit.settings import ScoringSettings
 from inversion.audit.verdict import corrected
 from inversion.layerwise.attack import target_network
 from inversion.optimise import Outcome
-from inversion.saved import SavedSeed, plain_seed, reading, seed_from
+from inversion.saved import SavedSeed, plain_seed, seed_from
 from inversion.settings import AttackSettings, Loop, Weights
 from models.comparing import float64_norm
 from models.target import Target
 from utils.console import Reporter
 from utils.errors import InputError, StateError
-from utils.journal import FORGETFUL, Journal
+from utils.journal import FORGETFUL, Journal, reading
 from utils.script import Interrupts
 
 

@@ -14,10 +14,9 @@ from inversion.layerwise.layer import Layer
 from inversion.layerwise.network import MAX_MEMORY, Network
 from inversion.layerwise.peel import peel
 from inversion.layerwise.trace import network_of
-from inversion.saved import reading
 from models.gradient import trainable_parameters
 from models.target import Target, rounding_error
-from utils.journal import FORGETFUL, Journal
+from utils.journal import FORGETFUL, Journal, reading
 
 #: The largest relative distance of an image's own activations from the recovered ones at which
 #: these determine it.

@@ -24,10 +24,9 @@ from inversion.layerwise.smooth_matching import SmoothMatching, match_smoothly, 
 from inversion.layerwise.stages import note, same_kind
 from inversion.layerwise.stem.posterior import Stem, stem_posterior
 from inversion.layerwise.stem.windows import Pooling
-from inversion.saved import reading
 from models.graph import operation_name
 from models.target import Target
-from utils.journal import FORGETFUL, Journal
+from utils.journal import FORGETFUL, Journal, reading
 
 #: Penalty of the decoder, in shares of the mean square of its features.
 RIDGE = 0.1

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from inversion.layerwise.front import Front
 from inversion.layerwise.stages import keep, memory_of, note, restore, same_kind, take_steps
-from inversion.saved import reading
-from utils.journal import FORGETFUL, Journal
+from utils.journal import FORGETFUL, Journal, reading
 
 #: L-BFGS steps between two looks at the residual.
 _CHUNK = 10

@@ -12,8 +12,8 @@ from torch import Size, Tensor, fx
 from inversion.layerwise.layer import Layer
 from inversion.layerwise.network import Network
 from inversion.layerwise.peeled import Peeled
-from inversion.saved import reading
 from utils.files import printable
+from utils.journal import reading
 
 #: Field of a certificate → the types that it may have in a file.
 LAYER_TYPES: dict[str, tuple[type, ...]] = {

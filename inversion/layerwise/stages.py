@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from inversion.saved import CPU, moved, reading
-from utils.journal import Journal
+from inversion.saved import CPU, moved
+from utils.journal import Journal, reading
 
 #: What an optimiser remembers that has as many numbers as the images; all else is single numbers.
 VECTORS = frozenset({"exp_avg", "exp_avg_sq", "d", "prev_flat_grad", "old_dirs", "old_stps"})

@@ -19,13 +19,12 @@ from inversion.audit.sweep.settings import SweepSettings
 from inversion.audit.sweep.table import csv_table, entries, sweep_table
 from inversion.audit.sweep.workers import run_jobs
 from inversion.audit.verdict import ALPHA
-from inversion.saved import reading
 from models import checkpoint as checkpoints
 from utils.console import Reporter, duration, setting_lines
 from utils.device import choose_device, device_name
 from utils.errors import InputError, naming
 from utils.files import null_if_nan, write_csv, write_json
-from utils.journal import Journal
+from utils.journal import Journal, reading
 from utils.pictures import save_panels
 from utils.script import Interrupts, git_revision, versions
 

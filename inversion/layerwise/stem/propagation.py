@@ -45,8 +45,7 @@ from inversion.layerwise.stem.smoothness import (
     student_precisions,
 )
 from inversion.layerwise.stem.windows import Pooling, Windows, read_windows
-from inversion.saved import reading
-from utils.journal import FORGETFUL, Journal
+from utils.journal import FORGETFUL, Journal, reading
 
 #: Rounds of the propagation.
 ROUNDS = 10
