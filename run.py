@@ -126,6 +126,7 @@ def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts,
     from inversion.audit.report import Report, finish_of, information_entry, say_end, score
     from utils.errors import FaultError
 
+    run.check_labels(case.y)
     report, information, finish = None, None, None
     if settings.scoring.information:
         information, text = information_entry(case, sealed)

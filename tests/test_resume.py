@@ -179,6 +179,17 @@ def test_a_state_of_other_shapes_is_refused(killed):
         assert re.search("(seed-0|the optimiser's state) is damaged", refused.err)
 
 
+def test_other_labels_are_refused(killed):
+    """They come from files, such as labelled images of the attacker's own, that may change."""
+    flags, folder = killed
+    journal = FolderJournal.opened(folder / STATE, 1.0, print, 0)
+    journal.note("labels", lambda: 1 - journal.recall("labels"))
+    journal.save()
+    refused = call("run.py", *flags, "--resume", folder)
+    assert refused.code == 2
+    assert "the labels are other ones than the run began with" in refused.err
+
+
 def test_a_failed_save_is_told_and_the_run_goes_on(checkpoint, tmp_path, monkeypatch):
     def full(content, path):
         raise FaultError(f"{path} could not be written: No space left on device")

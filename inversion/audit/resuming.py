@@ -8,11 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from inversion.audit.beginning import STATE, write_beginning
 from utils.console import Reporter, duration
-from utils.errors import FaultError, InputError
+from utils.errors import FaultError, InputError, StateError
 from utils.files import claim_folder
-from utils.journal import FORGETFUL, FolderJournal, Journal, consolidate, locked, remove
+from utils.journal import (
+    FORGETFUL,
+    FolderJournal,
+    Journal,
+    consolidate,
+    locked,
+    reading,
+    remove,
+)
 from utils.shard import ALONE, Shard
 
 
@@ -30,6 +41,21 @@ class Running:
     resumed: bool
     #: Whether this is the process that removes the state.
     is_main: bool = True
+
+    def check_labels(self, y: Tensor) -> None:
+        """Refuse to go on with other labels than the run began with; note them for the next time.
+
+        y: (B,) or (B, K). They are reconstructed anew, from files that may have changed. Raises
+        StateError.
+        """
+        before = self.journal.recall("labels")
+        with reading("the labels"):
+            if before is not None and not torch.equal(before.cpu(), y.cpu()):
+                raise StateError(
+                    f"--resume {self.folder}: the labels are other ones than the run began with; "
+                    "give the same --label-aux and version of torch, or start the run anew"
+                )
+        self.journal.note("labels", y.cpu)
 
     def pause(self, reporter: Reporter) -> None:
         """Save what there is, and print the command by which the run goes on."""
