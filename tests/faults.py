@@ -28,6 +28,7 @@ from PIL import Image
 
 from tests.support import HANG, ROOT, Outcome
 from utils import console, files
+from utils.interruption import SIGNALS
 
 #: How often a process is looked at while a moment is waited for, in seconds.
 LOOK = 0.002
@@ -88,6 +89,8 @@ def started(
         command = (ROOT / command[0], *command[1:])
 
     def begin():
+        for number in SIGNALS:  # whoever runs the tests may have them ignored, as nohup does
+            signal.signal(number, signal.SIG_DFL)
         for stream in closed:
             os.close(stream)
         for stream in full:
