@@ -9,6 +9,7 @@ from those of the whole run. Progress is read from the log, of which every itera
 """
 
 import argparse
+import itertools
 import random
 import re
 import shlex
@@ -57,12 +58,12 @@ RESNET = shlex.split(
 TWO = ("--nproc", "2")
 ONE_OR_TWO: Sequence[Sequence[str]] = ((), TWO)
 CASES = (
-    Case("MLCO, 2 seeds, controls", LENET, (*MATCHING, "--epochs", "800"), 14),
+    Case("MLCO, 2 seeds, controls", LENET, (*MATCHING, "--epochs", "600"), 14),
     Case("layerwise, control", RESNET, ("--attack", "layerwise", "--metric"), 6),
-    Case("2 processes, a batch", LENET, (*MATCHING, "--epochs", "500", *TWO), 3, ONE_OR_TWO),
+    Case("2 processes, a batch", LENET, (*MATCHING, "--epochs", "300", *TWO), 3, ONE_OR_TWO),
     Case(
         "2 processes, whole seeds", LENET,
-        (*MATCHING, "--epochs", "500", *TWO, "--shard", "seeds"), 2, ONE_OR_TWO,
+        (*MATCHING, "--epochs", "300", *TWO, "--shard", "seeds"), 2, ONE_OR_TWO,
     ),
 )  # fmt: skip
 
@@ -103,8 +104,10 @@ def measured(case: Case, folder: Path, chance: random.Random):
     results = folder / "results" / "exp"
     whole = torch.load(results / "whole" / "x_recon.pth")
     number = 0
-    while number < case.kills:
-        run, moment = results / f"killed-{number}", chance.uniform(0.1, 0.98) * seconds
+    for attempt in itertools.count():
+        if number == case.kills:
+            return
+        run, moment = results / f"killed-{attempt}", chance.uniform(0.1, 0.98) * seconds
         words = [*flags, "--id", run.name]
         if not killed(words, moment, run):
             continue  # before there was anything to go on with, or after its end
