@@ -144,6 +144,8 @@ def killed(flags: Sequence[str], moment: float, run: Path) -> bool:
 def reached(run: Path) -> tuple[str, str]:
     """Return the stage and the iteration, or tensor, of the last line of progress in the log."""
     stage, done = "start", ""
+    if not (run / "log.txt").exists():
+        return stage, done
     for line in (run / "log.txt").read_text().splitlines():
         found = re.match(r"(.*)  iteration (\d+)/", line)
         solved = re.match(r"(.*?)([\w.]+): rank \d+ of", line)
