@@ -299,10 +299,11 @@ def go_on_drawing(generator: Generator, state: Tensor | None, step: int) -> None
     """
     if state is None:
         return
-    if state.shape == generator.get_state().shape:
-        generator.set_state(state)
-    else:
-        generator.manual_seed(generator.initial_seed() + step)
+    with reading("the generator of the noise"):
+        if state.shape == generator.get_state().shape:
+            generator.set_state(state)
+        else:
+            generator.manual_seed(generator.initial_seed() + step)
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:

@@ -13,7 +13,7 @@ from inversion.optimise import Moment, Reconstruction, Saving, go_on_drawing, re
 from inversion.pixel_gradient import PixelGradient
 from inversion.saved import SavedSeed, moved, plain_seed, seed_from
 from inversion.settings import Loop, MLCOSchedule
-from utils.journal import FORGETFUL, Journal, ReadOnly
+from utils.journal import FORGETFUL, Journal, ReadOnly, reading
 from utils.shard import ALONE, Shard
 from utils.streams import stream
 
@@ -142,12 +142,13 @@ def _run_seed(
             return at_home(saved.run, start.device, keep_states=keep_states)
         moment, steps = saved.moment, saved.steps
         if objective.place is not None and saved.place is not None:
-            objective.place.go_on(saved.place)
+            with reading("the surrogate's place"):
+                objective.place.go_on(saved.place)
 
     def save(moment: Moment) -> None:
         place = None if objective.place is None else objective.place.state()
         now = SavedSeed((span.start, span.stop), steps, moment, None, place=place)
-        restarts.journal.note(f"seed-{index}", partial(plain_seed, now), order=moment.step)
+        restarts.journal.note(f"seed-{index}", partial(plain_seed, now), order=2 * moment.step)
         restarts.journal.save()
 
     run = reconstruct(
@@ -166,7 +167,8 @@ def _run_seed(
     if run.stopped != "interrupted":
         noise = generator.get_state()
         end = SavedSeed((span.start, span.stop), steps, None, run, noise=noise)
-        restarts.journal.note(f"seed-{index}", partial(plain_seed, end), order=span.stop)
+        # above a moment after the last iteration, which another process's manifest may name
+        restarts.journal.note(f"seed-{index}", partial(plain_seed, end), order=2 * span.stop + 1)
     return run
 
 

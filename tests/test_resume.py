@@ -11,6 +11,7 @@ import signal
 import pytest
 import torch
 
+from inversion.audit.attack import Recorder
 from inversion.audit.beginning import STATE
 from tests.faults import said, started
 from tests.support import call, capture_photos, succeed
@@ -218,3 +219,22 @@ def test_two_killed_processes_go_on_as_one_or_two(
         assert "consensus after 15 iterations" not in going_on.out
         found, true = (torch.load(results / name / "x_recon.pth") for name in (folder, "whole"))
         assert (found - true).abs().max() < 1e-6
+
+
+def test_a_run_that_failed_between_two_saves_repeats_no_row(checkpoint, tmp_path, monkeypatch):
+    flags = ("--checkpoint", checkpoint, "--root", tmp_path, *COMMON, "--epochs", "6")
+    succeed("run.py", *flags, "--id", "whole")
+    step = Recorder.on_step
+
+    def fails(recorder, index, number, losses, rate):
+        stop = step(recorder, index, number, losses, rate)
+        if number == 3:
+            raise MemoryError
+        return stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step", fails)
+        call("run.py", *flags, "--id", "failed")
+    folder = tmp_path / "results" / "exp" / "failed"
+    succeed("run.py", *flags, "--id", "failed", "--resume", folder)
+    assert_same(folder, tmp_path / "results" / "exp" / "whole")

@@ -98,6 +98,8 @@ class Recorder:
             terms = [losses.terms.get(term, "") for term in settings.prior_names]
             row = [name, step, rate, losses.total, losses.gradient, *terms]
             rows = self.rows_of.setdefault(name, [])
+            while rows and rows[-1][1] >= step:  # saved by a run that failed after its last moment
+                rows.pop()
             rows.append(row)
             self.journal.note(f"rows-{name}", partial(list, rows), order=step + 1)
         return self.interrupts.should_stop
@@ -113,6 +115,8 @@ class Recorder:
             f"of the best seed {best:.6g}; images "
             + ", ".join(f"{n} of seed {seed}" for seed, n in sorted(Counter(seeds).items()))
         )
+        # one may have been saved by a run that failed before its consensus was
+        self.rounds[:] = [entry for entry in self.rounds if entry["iteration"] < done]
         self.rounds.append(
             {
                 "iteration": done,
