@@ -15,6 +15,7 @@ from torch import Tensor
 from inversion.objective import Objective
 from inversion.optimise import lowest
 from models.gradient import trainable_parameters
+from utils.errors import telling_memory
 from utils.shard import Shard
 
 #: Up to this many combinations all are compared, where inner products give their losses.
@@ -112,9 +113,10 @@ def _combine(
     evaluated = _Evaluated(objective, x_seeds, should_stop)
     unmixed = [(s,) * len(objective.y) for s in range(len(x_seeds))]
     from_products = objective.distance_from_products
-    method, _ = combination_method(objective, len(x_seeds), memory)
+    method, stored = combination_method(objective, len(x_seeds), memory)
     if method == "gram" and from_products is not None:
-        gram, products, target_square = _inner_products(objective, x_seeds, should_stop)
+        with telling_memory(lambda: f"{stored}; a --combine-memory below that makes do without"):
+            gram, products, target_square = _inner_products(objective, x_seeds, should_stop)
         evaluated.image_gradients += len(products)
         losses = _CombinationLosses(from_products, gram, products, target_square, len(x_seeds))
         seed_losses = losses.of(torch.tensor(unmixed)).tolist()

@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from inversion.pixel_gradient import exact, pixel_gradient_of
 from inversion.restarts import Restarts
 from inversion.settings import AttackSettings, Loop, MLCOSchedule, Weights
 from inversion.strategies import best, mean
-from tests.support import photos, target_of
+from tests.support import attack, call, photos, target_of
 from utils.errors import FaultError
 from utils.journal import FolderJournal
 
@@ -134,3 +135,33 @@ def test_memory_does_not_grow(strategy, optimiser, steps, tmp_path):
     ))  # fmt: skip
     assert list(tmp_path.iterdir())
     assert found[steps] <= 1.01 * found[steps // 4]
+
+
+def out_of_memory(*_, **__):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+def test_memory_that_runs_out_says_what_would_fit(captured, tmp_path, monkeypatch):
+    """At a step, in a combination's matrix, in a layer's equations, and elsewhere."""
+    monkeypatch.setattr("inversion.combine._inner_products", out_of_memory)
+    flags = ("--root", tmp_path, "--checkpoint", captured("-a", "lenet", "-b", "4"))
+    matching = (*flags, "--epochs", 2, "--lr", 0.1)
+    outcome = call("run.py", *matching, "--n-seed", 2, "--MinCombine")
+    assert outcome.code == 1
+    assert re.fullmatch(
+        r"fault: out of memory: 8 per-sample gradients of \d+ MiB in all; a --combine-memory below "
+        r"that makes do without\n", outcome.err)  # fmt: skip
+    monkeypatch.setattr("inversion.layerwise.certify.solve_tensor", out_of_memory)
+    layers, _ = attack(tmp_path, flags[-1], "--attack", "layerwise", "--id", "layers")
+    assert re.search(
+        r"out of memory, its equations take about [\d,]+ MiB; give a smaller --max-memory",
+        layers["layerwise"]["stopped"],
+    )
+    monkeypatch.setattr("inversion.audit.attack.pixel_gradient_of", lambda _: out_of_memory)
+    outcome = call("run.py", *matching)
+    assert outcome.code == 1
+    assert re.fullmatch(
+        r"fault: out of memory: an iteration with 4 images \(3, 32, 32\) per process takes more "
+        r"than 0\.\d MiB; at most 2 may fit: [^\n]+\n", outcome.err)  # fmt: skip
+    monkeypatch.setattr("training.parser", out_of_memory)
+    assert call("training.py").err.startswith("fault: out of memory, 9 bytes more were asked for;")

@@ -25,6 +25,7 @@ from train.request import Request
 from train.settings import BatchSettings
 from utils.errors import InputError, naming
 from utils.image_files import public_photographs
+from utils.memory import free_memory, require_memory
 from utils.tensor_files import load_plain
 
 #: Number of the first crop of public photographs that is a decoy: those before are the controls'.
@@ -129,6 +130,14 @@ def read_batch(name: str, request: Request, batch_size: int, target_idx: int) ->
     """
     source = open_dataset(name, request)
     if isinstance(source, Endless):
+        each = 4 * math.prod(source.spec.shape)
+        fit = (free_memory() or 0) // each
+        with naming(f"--batch-size {batch_size}"):
+            require_memory(
+                each * batch_size,
+                "the images",
+                f"give {fit} or fewer" if fit else "give a smaller --image-size",
+            )
         x, y = source.draw(batch_size, target_idx)
         origins = tuple(Origin(class_name=source.class_names[label]) for label in y.tolist())
         if request.loss == "bce":

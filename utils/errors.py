@@ -1,7 +1,7 @@
 """The errors that users see: refused inputs and faults."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class InputError(ValueError):
@@ -36,10 +36,25 @@ def naming(subject: str) -> Iterator[None]:
         raise InputError(f"{subject}: {error}") from error
 
 
+@contextlib.contextmanager
+def telling_memory(tell: Callable[[], str]) -> Iterator[None]:
+    """Turn memory that runs out within this context into a FaultError that says `tell()`.
+
+    tell: returns what takes how much, and what would fit; it takes no memory itself.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, FaultError) or not is_out_of_memory(error):  # it may be told already
+            raise
+        raise FaultError(f"out of memory: {tell()}") from error
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether torch raised `error` because memory ran out, on the GPU or on the CPU."""
+    """Tell whether an error says that memory ran out, on the GPU or on the CPU."""
     text = str(error).lower()
-    return any(phrase in text for phrase in ("out of memory", "can't allocate memory"))
+    said = any(phrase in text for phrase in ("out of memory", "can't allocate memory"))
+    return said or isinstance(error, MemoryError)
 
 
 def one_line(error: Exception) -> str:

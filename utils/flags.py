@@ -120,7 +120,7 @@ def add_process_flags(parser: argparse.ArgumentParser):
     )
     add(
         "--nproc",
-        type=integer_from(1),
+        type=integer_from(1, 1024),
         help="Processes on this node. Without it: one, or one per GPU with the flag above.",
     )
     add("--world-size", type=int, default=-1, help="Number of nodes; -1 is this one alone.")

@@ -140,11 +140,12 @@ def _ending(error: BaseException) -> tuple[int, str | None]:
         return 2, f"error: {error}"
     if isinstance(error, FaultError | OSError):
         return 1, f"fault: {error}"
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and is_out_of_memory(error)
-    ):
-        line = "fault: out of memory; take a smaller batch, smaller images or another device"
-        return 1, line
+    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        size = f", {asked[1]} more were asked for" if asked else ""
+        return 1, (
+            f"fault: out of memory{size}; take a smaller batch, smaller images or another device"
+        )
     return 1, None
 
 

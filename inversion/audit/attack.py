@@ -21,10 +21,12 @@ from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import Restarts, noise_generator
 from inversion.settings import AttackSettings
 from inversion.strategies import STRATEGIES
+from models.gradient import kept_bytes
 from utils.console import Progress, Reporter
 from utils.device import peak_memory_mib
-from utils.errors import InputError, StateError
+from utils.errors import InputError, StateError, telling_memory
 from utils.journal import FORGETFUL, Journal, ReadOnly, reading
+from utils.memory import free_memory
 from utils.script import Stop
 from utils.shard import ALONE, Shard
 
@@ -147,7 +149,24 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
         journal=recorder.journal,
     )
     pixel_gradient = pixel_gradient_of(settings)
-    return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
+    with telling_memory(partial(_step_memory, settings, case)):
+        return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
+
+
+def _step_memory(settings: AttackSettings, case: Case) -> str:
+    """Tell what an iteration takes at least, and how many images may fit."""
+    target, device = case.target, case.device
+    share = case.processes.size if settings.shared == "batch" else 1
+    images = -(-target.batch_size // share)
+    each = kept_bytes(case.objective.model, target.image_shape, target.train_mode) / 2
+    there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_memory()
+    fit = images // 2 if not (each and there) else min(images // 2, int(there / each))
+    return (
+        f"an iteration with {images} images {target.image_shape} per process takes more than "
+        f"{each * images / 2**20:,.1f} MiB; "
+        + (f"at most {fit} may fit: capture fewer" if fit else "take smaller images")
+        + ", or take a device with more memory"
+    )
 
 
 @dataclass(frozen=True)

@@ -503,7 +503,12 @@ def _notes_on_bn(settings: AttackSettings, target: Target) -> Sequence[str]:
 def _refuse_too_large(
     settings: AttackSettings, model: nn.Module, target: Target, processes: Shard
 ) -> None:
-    """Raise InputError where what the network makes of the images does not fit into the memory."""
+    """Raise InputError where the seeds' images, or what the network makes of them, do not fit."""
+    seeds = settings.num_seeds * target.batch_size * math.prod(target.image_shape)
+    with naming(f"--n-seed {settings.num_seeds}"):
+        require_memory(
+            seeds * target.gradient[0].element_size(), "the images of all seeds", "give fewer"
+        )
     images = 2 if settings.method == "layerwise" else -(-target.batch_size // processes.size)
     numbers = images * math.prod(target.image_shape)
     free = free_memory()

@@ -16,6 +16,7 @@ from inversion.layerwise.masks import rectify
 from inversion.layerwise.network import Network
 from inversion.layerwise.solve import solve_tensor
 from models.graph import operation_name, place
+from utils.errors import is_out_of_memory
 from utils.matching import assign
 
 
@@ -91,13 +92,22 @@ def solve_node(network: Network, node: fx.Node) -> Layer:
     shape = [*network.shape(node), 1, 1][:4]
     known, value = network.known(node)
     near = {use.relu: network.raw[use.relu] for use in uses if use.relu and use.relu in network.raw}
-    solved = solve_tensor(
-        uses,
-        shape,
-        (known.reshape(shape), value.reshape(shape)),
-        rectified=network.rectified(node),
-        near=near,
-    )
+    try:
+        solved = solve_tensor(
+            uses,
+            shape,
+            (known.reshape(shape), value.reshape(shape)),
+            rectified=network.rectified(node),
+            near=near,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = network.memory_needed(uses, node)
+        raise StoppedError(
+            f"{node.name}: out of memory, its equations take about {needed / 2**20:,.0f} MiB; give "
+            "a smaller --max-memory, or a machine with more"
+        ) from error
     expected_error = math.hypot(solved.expected_error, network.signal_error)
     certified = solved.certified and expected_error <= MOST_ERROR
     if certified:  # before the tensor is taken over, from which values behind it would follow

@@ -230,10 +230,14 @@ class Network:
         """Return what the convolutions and linear layers that take a tensor say about it."""
         return [self.use(user) for user in self.users(node) if operation_name(user) in WEIGHTED]
 
+    def memory_needed(self, uses: Sequence[Use], node: fx.Node) -> int:
+        """Return about how many bytes the dense system about a tensor takes."""
+        rows = sum(use.gradient[:, 0].numel() for use in uses)
+        return memory_of_system(rows, self.empty(node)[:, 0].numel())
+
     def check_memory(self, uses: Sequence[Use], node: fx.Node) -> None:
         """Raise StoppedError where the dense system about a tensor takes more than `max_memory`."""
-        rows = sum(use.gradient[:, 0].numel() for use in uses)
-        needed = memory_of_system(rows, self.empty(node)[:, 0].numel())
+        needed = self.memory_needed(uses, node)
         if needed > self.max_memory:
             raise StoppedError(
                 f"{node.name}: its equations take about {needed / 2**20:,.0f} MiB, more than the "
