@@ -211,11 +211,12 @@ class FolderJournal:
             for name, (make, order) in [*self._noted.items(), *self._always.items()]:
                 written[name] = self._written(make(), order)
             self._write_manifest(self.entries | written)
-        except FaultError as error:
+        except (FaultError, MemoryError) as error:
             for entry in written.values():
                 self._remove(entry.file)
             self.complain(
-                f"warning: the state could not be saved, what was saved before stays: {error}"
+                f"warning: the state could not be saved, what was saved before stays: "
+                f"{error or 'out of memory'}"
             )
         else:
             self.entries |= written
