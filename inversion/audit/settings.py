@@ -34,6 +34,10 @@ from utils.errors import InputError
 from utils.script import writable_folder
 
 
+#: Rounds of MLCO at most: each forms a consensus, and is a line of the plan.
+MOST_ROUNDS = 100_000
+
+
 @dataclass(frozen=True)
 class InputSettings:
     """Says which files the attacker reads, and how to understand them."""
@@ -405,6 +409,12 @@ def _refuse_strategy(args) -> None:
         raise InputError(
             f"--T-init-rate {args.T_init_rate:g}: with --total-T-in-rate and --T-end-rate it sums "
             f"to {shares:g}; the three must sum to 1"
+        )
+    rounds = args.total_T_in_rate * (args.epochs or 0) / args.T_in
+    if used.forms_consensus and rounds > MOST_ROUNDS:
+        raise InputError(
+            f"--T-in {args.T_in}: makes {rounds:,.0f} rounds, more than {MOST_ROUNDS:,}; give more "
+            "iterations per round"
         )
 
 
