@@ -33,7 +33,6 @@ from inversion.settings import (
 from utils.errors import InputError
 from utils.script import writable_folder
 
-
 #: Rounds of MLCO at most: each forms a consensus, and is a line of the plan.
 MOST_ROUNDS = 100_000
 
