@@ -28,9 +28,9 @@ from utils.script import run_script
 EVERY = 0.5
 #: Name → flags of the capture, iterations.
 CASES = {
-    "lenet 32 px B 8": (["--arch", "lenet", "--image-size", "32", "--batch-size", "8"], 3000),
-    "ResNet-18 32 px B 8": (["--arch", "resnet18", "--image-size", "32", "--batch-size", "8"], 60),
-    "ResNet-18 64 px B 16": (["--arch", "resnet18", "--image-size", "64", "--batch-size", "16"], 8),
+    "lenet 32 px B 8": (["--arch", "lenet", "--image-size", "32", "--batch-size", "8"], 1200),
+    "ResNet-18 32 px B 8": (["--arch", "resnet18", "--image-size", "32", "--batch-size", "8"], 24),
+    "ResNet-18 64 px B 16": (["--arch", "resnet18", "--image-size", "64", "--batch-size", "16"], 5),
 }
 ATTACK = ["--lr", "0.05", "--TV", "1e-4", "--grad-sign", "--input-boxed", "--min-grads-loss"]
 
@@ -39,9 +39,9 @@ def main() -> None:
     """Run all pairs, print and write the rows."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
-    default = attack_parser().get_default("save_every")
+    default = attack_parser().parse_args([]).save_every
     rows = []
     for name, (capture, steps) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -115,6 +115,8 @@ def test_a_changed_setting_is_refused_by_name(killed, tmp_path):
     refused = call("run.py", *flags, "--TV", "1e-3", "--resume", folder)
     assert refused.code == 2
     assert f"--TV 0.001: the run in {folder} began with 0.0001" in refused.err
+    refused = call("run.py", *[f for f in flags if f != "--grad-sign"], "--resume", folder)
+    assert f"--grad-sign: the run in {folder} began with it" in refused.err
     other = tmp_path / "other.pth.tar"
     other.write_bytes(flags[1].read_bytes() + b"\0")
     refused = call("run.py", *flags, "--checkpoint", other, "--resume", folder)
@@ -131,6 +133,14 @@ def test_a_run_that_ended_is_not_resumed(killed):
     refused = call("run.py", *flags, "--resume", folder)
     assert refused.code == 2
     assert "the run ended whole" in refused.err
+
+
+def test_the_same_command_begins_anew_and_says_that_a_run_was_killed(killed):
+    flags, folder = killed
+    anew = succeed("run.py", *flags)
+    assert f"--resume {folder} goes on with it" in anew.out
+    assert (folder.parent / "test-2" / "x_recon.pth").exists()
+    assert (folder / STATE).exists()
 
 
 def test_a_run_at_work_is_locked(killed, monkeypatch):

@@ -348,6 +348,7 @@ def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
     """Describe how every seed ended and which one was chosen, a line each."""
     lines = []
     first = settings.first_seed
+    hint = "" if settings.detect_anomaly else ", and --detect-anomaly may name the operation"
     runs = [(f"seed {first + index}", run) for index, run in enumerate(outcome.runs)]
     if outcome.chosen is None:
         runs.append((CONSENSUS, outcome.final))
@@ -358,8 +359,8 @@ def outcome_lines(settings: AttackSettings, outcome: Outcome) -> list[str]:
             )
         elif run.stopped is not None:
             lines.append(
-                f"{name}: {run.reason}, so it ended after {run.steps} iterations; its best images "
-                "are kept, and --detect-anomaly names the operation"
+                f"{name}: {run.reason}, so it ended after {run.steps} iteration(s); its best "
+                f"images are kept{hint}"
             )
     chosen = settings.strategy if outcome.chosen is None else f"seed {first + outcome.chosen}"
     losses = outcome.final.losses

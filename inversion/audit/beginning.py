@@ -75,6 +75,8 @@ def check_resumable(record: Mapping[str, object]) -> None:
     """
     if record.get("resume") is None:
         return
+    if record.get("save_every") == 0:
+        raise InputError("--save-every 0: a run that goes on is saved on; leave it out")
     folder = str(record["resume"])
     state = Path(folder, STATE)
     if not Path(folder).is_dir():
@@ -94,9 +96,16 @@ def check_resumable(record: Mapping[str, object]) -> None:
     for name in [*before.settings, *now.settings]:
         old, new = before.settings.get(name), now.settings.get(name)
         if old != new:
+            given = (
+                f"--{_flag(name)}"
+                if new is True or new is False
+                else f"--{_flag(name)} {_shown(new)}"
+            )
+            began = f"with {_shown(old)}"
+            if old is True or old is False:
+                began = "with it" if old else "without it"
             raise InputError(
-                f"--{_flag(name)} {_shown(new)}: the run in {folder} began with {_shown(old)}; "
-                "give the same, or start the run anew"
+                f"{given}: the run in {folder} began {began}; give the same, or start the run anew"
             )
 
 

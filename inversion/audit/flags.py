@@ -94,7 +94,7 @@ def _add_run(add) -> None:
     add(
         "--save-every",
         type=duration_from(0.0, or_zero=True),
-        default=300.0,
+        default="5m",
         help="Time between two saves of the run, such as 30s or 5m, from which a killed run goes "
         "on; 0 saves nothing.",
     )
@@ -265,7 +265,7 @@ def _add_optimisation(add) -> None:
     )
     add(
         "--lr",
-        type=number(),
+        type=number(low=-1e6, high=1e6),
         default=0.0,
         help="First step size, required; it falls along a cosine to min(1e-3, lr).",
     )

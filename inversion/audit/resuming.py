@@ -122,16 +122,26 @@ def running(
         if processes.is_main:
             reporter.log_to(path / "log.txt")
             reporter.say(f"results: {path}")
+            if resume is None and path != folder and (folder / STATE).is_dir():
+                reporter.say(
+                    f"{folder} is at work or was killed; --resume {folder} goes on with it"
+                )
         if every and processes.any(not (path / STATE / token).exists()):
             reporter.say("not saved: a process does not see this folder; give one that all share")
             every = 0.0
         if every:
             journal = FolderJournal.opened(path / STATE, every, reporter.say, processes.rank)
             run = replace(run, journal=journal, every=every)
-            if run.resumed:
+            if run.resumed and journal.former:
                 reporter.say(f"going on with what is saved in {path / STATE}")
+            elif run.resumed:
+                reporter.say("nothing was saved when the run was killed: it begins anew")
             else:
-                reporter.say(f"saved every {duration(every)}; --save-every changes that")
+                reporter.say(
+                    f"saved every {duration(every)}; killed, it goes on by:\n  {run.command}"
+                )
+        elif not record.get("save_every"):
+            reporter.say("not saved, by --save-every 0: killed, it does not go on")
         processes.any(False)  # all have opened the journal before one of them saves
         if every and processes.is_main:
             with contextlib.suppress(OSError):
