@@ -63,6 +63,7 @@ def mlco(objective: Objective, pixel_gradient: PixelGradient, restarts: Restarts
             span=span,
             before=runs,
             keep_states=True,
+            goes_on=number == saved.spans + 1,
         )
         if any(run.stopped == "interrupted" for run in runs):
             return _interrupted(objective, runs, consensus)

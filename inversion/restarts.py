@@ -90,6 +90,7 @@ def run_own_seeds(
     span: range | None = None,
     before: Sequence[Reconstruction | None] = (),
     keep_states: bool = False,
+    goes_on: bool = True,
 ) -> list[Reconstruction]:
     """Improve the seeds of this process one after the other, and exchange the runs.
 
@@ -97,7 +98,8 @@ def run_own_seeds(
     first span. One that ended early stays as it is. keep_states: keep the optimisers' states, so
     that a later span can go on; images and states are kept where the starts are.
 
-    A seed is saved in the journal under its number, and taken from there as far as it had come.
+    A seed is saved in the journal under its number, and with `goes_on` taken from there as far as
+    it had come. Only the first span of a run may go on: from then on what was saved is replaced.
 
     Returns one run per seed, with the steps of all its spans. After an interruption one process
     alone leaves out seeds that never started.
@@ -109,8 +111,9 @@ def run_own_seeds(
         if not restarts.seed_shard.owns(index) or (last is not None and last.stopped is not None):
             continue
         run = _run_seed(
-            objective, pixel_gradient, restarts, index, span, last, keep_states=keep_states
-        )
+            objective, pixel_gradient, restarts, index, span, last, keep_states=keep_states,
+            goes_on=goes_on,
+        )  # fmt: skip
         runs[index] = run
         if run.stopped == "interrupted":
             break
@@ -130,10 +133,11 @@ def _run_seed(
     last: Reconstruction | None,
     *,
     keep_states: bool,
+    goes_on: bool,
 ) -> Reconstruction:
     """Improve one seed for a span of iterations, from its run before or from where it was saved."""
     start, generator = restarts.starts[index], restarts.generators[index]
-    saved = restarts.saved_seed(index)
+    saved = restarts.saved_seed(index) if goes_on else None
     moment, steps = None, 0 if last is None else last.steps
     objective = objective.afresh()
     if saved is not None and saved.span == (span.start, span.stop):

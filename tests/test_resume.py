@@ -225,7 +225,8 @@ def test_two_killed_processes_go_on_as_one_or_two(
     results = tmp_path / "results" / "exp"
     shutil.copytree(results / "test", results / "copy")
     for folder, processes in (("test", ()), ("copy", two)):
-        going_on = succeed("run.py", *flags, *processes, "--resume", results / folder)
+        words = (*flags, *processes, "--save-every", "0.01")
+        going_on = succeed("run.py", *words, "--resume", results / folder)
         assert "consensus after 15 iterations" not in going_on.out
         found, true = (torch.load(results / name / "x_recon.pth") for name in (folder, "whole"))
         assert (found - true).abs().max() < 1e-6
