@@ -56,7 +56,7 @@ RESNET = shlex.split(
     "--data-name photos --arch resnet18 --image-size 32 --batch-size 2 --with-control --upload-bn"
 )
 TWO = ("--nproc", "2")
-ONE_OR_TWO: Sequence[Sequence[str]] = ((), TWO)
+ONE_OR_TWO: Sequence[Sequence[str]] = (("--nproc", "1"), TWO)
 CASES = (
     Case("MLCO, 2 seeds, controls", LENET, (*MATCHING, "--epochs", "600"), 14),
     Case("layerwise, control", RESNET, ("--attack", "layerwise", "--metric"), 6),
@@ -118,7 +118,7 @@ def measured(case: Case, folder: Path, chance: random.Random):
         if (run / STATE).exists():
             script("run.py", *going_on)
         difference = (torch.load(run / "x_recon.pth") - whole).abs().max().item()
-        processes = " ".join(going_on[len(words) : -2]) or "as before"
+        processes = " ".join(case.going_on[number % len(case.going_on)]) or "as before"
         yield [case.name, round(moment, 1), *at, saved, kills, processes, difference]
         number += 1
 
