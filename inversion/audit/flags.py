@@ -265,7 +265,7 @@ def _add_optimisation(add) -> None:
     )
     add(
         "--lr",
-        type=number(low=-1e6, high=1e6),
+        type=number(low=-1e30, high=1e30),
         default=0.0,
         help="First step size, required; it falls along a cosine to min(1e-3, lr).",
     )
