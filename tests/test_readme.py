@@ -48,7 +48,7 @@ PAGES = {
 }
 #: Flags that the pages name and that belong to other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--few-classes", "--trials", "--csv", "--markdown"}
-FOREIGN_FLAGS |= {"--size", "--picture"}  # of benchmarks.updates
+FOREIGN_FLAGS |= {"--size", "--picture", "--pairs"}  # of benchmarks.updates, benchmarks.saving
 FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds", "--only", "--weights", "--curve"}
 
 
