@@ -6,7 +6,6 @@
 Reads what training.py wrote. Run with --help for all flags, --dry-run to check them.
 """
 
-import sys
 from contextlib import nullcontext
 
 from utils import interruption
@@ -171,4 +170,4 @@ def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts,
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    interruption.leave(run_script(main))

@@ -6,8 +6,6 @@ The checkpoint is what run.py attacks. Run with --help for all flags, --dry-run 
 torch, and whatever needs it, is imported only once the command line is accepted.
 """
 
-import sys
-
 from utils import interruption
 
 if __name__ in ("__main__", "__mp_main__"):  # a script, or a process that it starts
@@ -73,4 +71,4 @@ def work(argv: list[str], shard, local_rank: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    interruption.leave(run_script(main))

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 #: What asks a run to end: Ctrl-C, the end of a job, a terminal that is gone.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -25,6 +26,8 @@ class _State:
     started_by_another = False
     #: Number of the signal that ends this process, or None.
     came: int | None = None
+    #: Whether Python's own end of this process may abort it.
+    ends_on_the_spot = False
     #: Files that are worth nothing unless this process goes on.
     unfinished: set[str] = set()
 
@@ -69,6 +72,22 @@ def end() -> int | None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     return _State.came
+
+
+def end_on_the_spot() -> None:
+    """Let `leave` end this process without Python's own end of it, from now on.
+
+    For processes that were members of a group: torch.distributed leaves threads behind, and one
+    that asks for the interpreter while that ends aborts a process whose work is done.
+    """
+    _State.ends_on_the_spot = True
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code, after `run_script` has flushed what it printed."""
+    if _State.ends_on_the_spot:
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager

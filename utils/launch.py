@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -223,7 +222,7 @@ def _child(
     def report(text):
         failures.put((rank, text))
 
-    sys.exit(run_script(run, argv, complain=report))
+    interruption.leave(run_script(run, argv, complain=report))
 
 
 def die_with(parent: int) -> None:
@@ -269,6 +268,7 @@ def _joined(group: Group, rank: int) -> Iterator[None]:
             ) from error
         raise
     finally:
+        interruption.end_on_the_spot()
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
