@@ -12,6 +12,7 @@ from inversion.objective import NO_LOSSES, Losses, first_not_finite
 from inversion.settings import Loop
 from utils.journal import reading
 from utils.shard import ALONE, Shard
+from utils.tensor_files import map_tensors
 
 
 def _adam(x: Tensor, lr: float) -> torch.optim.Optimizer:
@@ -277,18 +278,22 @@ class _Run:
             if generator is not None:
                 go_on_drawing(generator, moment.noise, moment.step)
 
-    def _whole(self, value: Any) -> Any:
+    def _whole(self, state: Any) -> Any:
         """Return a state in which this process's part of the images is the whole batch."""
-        own = self.shape[1:]
-        if isinstance(value, Tensor) and value.dim() == len(self.shape) and value.shape[1:] == own:
-            return self.shard.gather(value, self.shape[0]).clone()
-        return _mapped(self._whole, value)
 
-    def _part(self, value: Any) -> Any:
+        def whole(tensor: Tensor) -> Tensor:
+            own = tensor.dim() == len(self.shape) and tensor.shape[1:] == self.shape[1:]
+            return self.shard.gather(tensor, self.shape[0]).clone() if own else tensor
+
+        return map_tensors(whole, state)
+
+    def _part(self, state: Any) -> Any:
         """Return a state in which the whole batch is this process's part of it."""
-        if isinstance(value, Tensor) and value.shape == self.shape:
-            return self.shard.split(value).clone()
-        return _mapped(self._part, value)
+
+        def part(tensor: Tensor) -> Tensor:
+            return self.shard.split(tensor).clone() if tensor.shape == self.shape else tensor
+
+        return map_tensors(part, state)
 
 
 def go_on_drawing(generator: Generator, state: Tensor | None, step: int) -> None:
@@ -304,15 +309,6 @@ def go_on_drawing(generator: Generator, state: Tensor | None, step: int) -> None
             generator.set_state(state)
         else:
             generator.manual_seed(generator.initial_seed() + step)
-
-
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to what a state is made of: values of dicts, items of lists."""
-    if isinstance(value, dict):
-        return {key: function(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [function(v) for v in value]
-    return value
 
 
 def _boxed(x: Tensor, box: tuple[Tensor, Tensor] | None) -> Tensor:

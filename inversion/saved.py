@@ -4,7 +4,7 @@ What is read comes from a file: names, types and shapes are compared with the ru
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from inversion.combine import Combination
 from inversion.objective import Losses
 from inversion.optimise import Moment, Reconstruction
 from utils.journal import reading
+from utils.tensor_files import map_tensors
 
 CPU = torch.device("cpu")
 
@@ -116,20 +117,14 @@ def seed_from(saved: Any, start: Tensor, steps: int, what: str) -> SavedSeed:
 
 def _check_state(state: Any, start: Tensor) -> None:
     """Raise for an optimiser's state of which a tensor is neither a number nor one per pixel."""
-    for value in _tensors(state["optimiser"]):
-        if value.numel() not in (1, start.numel()):
+
+    def check(tensor: Tensor) -> None:
+        if tensor.numel() not in (1, start.numel()):
             raise ValueError("a tensor of another size")
-        if value.dim() == start.dim() and value.shape != start.shape:
+        if tensor.dim() == start.dim() and tensor.shape != start.shape:
             raise ValueError("a tensor of another shape")
 
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield all tensors in a state, nested in dicts and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(v)
+    map_tensors(check, state["optimiser"])
 
 
 def plain_combination(found: Combination) -> dict:
@@ -157,10 +152,4 @@ def combination_from(saved: Any, x: Any, starts: Sequence[Tensor], what: str) ->
 
 def moved(value: Any, device: torch.device) -> Any:
     """Return a state, nested in dicts and lists, with all its tensors on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: moved(v, device) for key, v in value.items()}
-    if isinstance(value, list):
-        return [moved(v, device) for v in value]
-    return value
+    return map_tensors(lambda tensor: tensor.to(device), value)

@@ -12,7 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 import torch
@@ -60,21 +60,29 @@ def save(content: Any, path: str) -> None:
             raise unwritten(path, cause) from error
 
 
+def map_tensors(function: Callable[[Tensor], Any], content: Any) -> Any:
+    """Return nested dicts, lists and tuples with `function(tensor)` in place of every tensor."""
+    if isinstance(content, Tensor):
+        return function(content)
+    if isinstance(content, dict):
+        return {key: map_tensors(function, value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        kind = list if isinstance(content, list) else tuple
+        return kind(map_tensors(function, value) for value in content)
+    return content
+
+
 def whole(content: Any) -> Any:
     """Return nested dicts, lists and tuples in which every tensor has a storage of its own size.
 
     A view into a larger tensor would be written with all of it, and an expanded one is not read.
     """
-    if isinstance(content, torch.Tensor):
-        alone = content.untyped_storage().nbytes() == content.numel() * content.element_size()
-        return content if alone else content.clone(memory_format=torch.contiguous_format)
-    if isinstance(content, dict):
-        return {key: whole(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [whole(value) for value in content]
-    if isinstance(content, tuple):
-        return tuple(whole(value) for value in content)
-    return content
+
+    def alone(tensor: Tensor) -> Tensor:
+        own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        return tensor if own else tensor.clone(memory_format=torch.contiguous_format)
+
+    return map_tensors(alone, content)
 
 
 def load_plain(path: str) -> Any:
