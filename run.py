@@ -162,11 +162,7 @@ def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts,
     if attacked.failed:
         run.end()
         raise FaultError(attacked.failure)
-    if interrupts.signal is not None:
-        run.pause(reporter)
-        return 128 + interrupts.signal
-    run.end()
-    return 0
+    return run.finish(interrupts, reporter)
 
 
 if __name__ == "__main__":

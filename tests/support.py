@@ -141,3 +141,10 @@ def attack(folder, checkpoint, *flags):
     results = Path(folder) / "results" / "exp"
     newest = max(results.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     return json.loads((newest / "result.json").read_text()), newest
+
+
+def without(names, value):
+    """A parsed JSON file without the entries of these names, at any depth."""
+    if isinstance(value, dict):
+        return {key: without(names, v) for key, v in value.items() if key not in names}
+    return [without(names, v) for v in value] if isinstance(value, list) else value

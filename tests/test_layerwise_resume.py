@@ -14,7 +14,7 @@ from inversion.layerwise.attack import layerwise_attack, target_network
 from inversion.layerwise.matching import Matching
 from inversion.layerwise.saved import walk_from
 from inversion.layerwise.smooth_matching import SmoothMatching
-from tests.support import capture_photos, succeed, target_of
+from tests.support import capture_photos, succeed, target_of, without
 from tests.test_anchor import basic
 from tests.test_layerwise_attack import noisy, private, public
 from tests.test_layerwise_network import CLASSES, NETWORKS, deep, vgg
@@ -239,12 +239,8 @@ def test_a_stage_that_does_not_fit_is_refused(case, fact, keys, brief, tmp_path)
         attacked(opened(tmp_path / "state", kind=Altered))
 
 
-def without_times(value):
-    """A parsed result.json without what differs between two runs of the same attack."""
-    if isinstance(value, dict):
-        other = {"settings", "seconds", "iterations_per_second", "peak_memory_mib"}
-        return {key: without_times(v) for key, v in value.items() if key not in other}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
+#: Entries of result.json in which two runs of the same attack differ.
+TIMES = {"settings", "seconds", "iterations_per_second", "peak_memory_mib"}
 
 
 def test_a_killed_run_solves_first_and_then_matches(brief, tmp_path, monkeypatch):
@@ -267,6 +263,6 @@ def test_a_killed_run_solves_first_and_then_matches(brief, tmp_path, monkeypatch
     for name in ("whole", "solving", "matching"):
         folder = tmp_path / "results" / "exp" / name
         images = torch.load(folder / "x_recon.pth")
-        found[name] = images, without_times(json.loads((folder / "result.json").read_text()))
+        found[name] = images, without(TIMES, json.loads((folder / "result.json").read_text()))
         assert torch.equal(images, found["whole"][0])
         assert found[name][1] == found["whole"][1]

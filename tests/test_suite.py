@@ -29,7 +29,7 @@ from inversion.audit.verdict import (
     judge,
 )
 from models.target import Protection
-from tests.support import call, capture_photos, photos, succeed, target_of
+from tests.support import call, capture_photos, photos, succeed, target_of, without
 from utils.console import Silent
 from utils.errors import InputError, StateError
 from utils.files import null_if_nan
@@ -452,12 +452,8 @@ class Killed(BaseException):
     """Ends a run as kill -9 does: nothing catches it to save or to write."""
 
 
-def without_times(value):
-    """An audit without what depends on the clock."""
-    if isinstance(value, dict):
-        clocked = {"created", "seconds", "control_seconds", "budget_seconds"}
-        return {key: without_times(v) for key, v in value.items() if key not in clocked}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
+#: Entries of an audit that depend on the clock.
+CLOCKED = {"created", "seconds", "control_seconds", "budget_seconds"}
 
 
 def test_an_audit_killed_after_every_part_ends_as_one_that_was_not(both, tmp_path, monkeypatch):
@@ -487,7 +483,7 @@ def test_an_audit_killed_after_every_part_ends_as_one_that_was_not(both, tmp_pat
     found = json.loads((folder / "audit.json").read_text())
     assert found["seconds"] > spent[-1]
     found["command"] = whole["command"]
-    assert without_times(found) == without_times(whole)
+    assert without(CLOCKED, found) == without(CLOCKED, whole)
     assert not (folder / "state").exists()
     for path in pictures.glob("*.png"):
         assert path.read_bytes() == (folder / path.name).read_bytes()

@@ -24,6 +24,7 @@ from utils.journal import (
     reading,
     remove,
 )
+from utils.script import Interrupts
 from utils.shard import ALONE, Shard
 
 
@@ -78,6 +79,14 @@ class Running:
         except (Exception, KeyboardInterrupt, SystemExit):
             self.pause(reporter)
             raise
+
+    def finish(self, interrupts: Interrupts, reporter: Reporter) -> int:
+        """Pause a run that a signal interrupted, end one that is whole; return the exit code."""
+        if interrupts.signal is not None:
+            self.pause(reporter)
+            return 128 + interrupts.signal
+        self.end()
+        return 0
 
     def end(self) -> None:
         """Remove the state: the run has ended, and nothing is left to go on with."""

@@ -104,11 +104,7 @@ def run_audit(settings: SuiteSettings) -> int:
         whole = write(audit)
         reporter.say(f"written to {run.folder}")
         reporter.say(whole["sentence"])
-        if interrupts.signal is not None:
-            run.pause(reporter)
-            return 128 + interrupts.signal
-        run.end()
-    return 0
+        return run.finish(interrupts, reporter)
 
 
 def go_on(

@@ -69,11 +69,7 @@ def run_sweep(settings: Settings, argv: Sequence[str], simulate: Simulate) -> in
     ):
         reporter.say("settings\n" + setting_lines(settings.record))
         _attack_all(settings, sweep, simulate, run, interrupts, reporter)
-        if interrupts.signal is not None:
-            run.pause(reporter)
-            return 128 + interrupts.signal
-        run.end()
-    return 0
+        return run.finish(interrupts, reporter)
 
 
 def _attack_all(
