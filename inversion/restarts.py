@@ -13,7 +13,7 @@ from inversion.optimise import Moment, Reconstruction, Saving, go_on_drawing, re
 from inversion.pixel_gradient import PixelGradient
 from inversion.saved import SavedSeed, moved, plain_seed, seed_from
 from inversion.settings import Loop, MLCOSchedule
-from utils.journal import FORGETFUL, Journal, ReadOnly, reading
+from utils.journal import FORGETFUL, Journal, read_only, reading
 from utils.shard import ALONE, Shard
 from utils.streams import stream
 
@@ -48,7 +48,7 @@ class Restarts:
     @property
     def journal_of_all(self) -> Journal:
         """The journal for what every process computes alike; one of them saves it."""
-        return self.journal if self.seed_shard.is_main else ReadOnly(self.journal)
+        return self.journal if self.seed_shard.is_main else read_only(self.journal)
 
     def saving(self, save: Callable[[Moment], None], journal: Journal) -> Saving | None:
         """Return how `save` is called when the journal is due; None where nothing is saved."""

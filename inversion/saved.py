@@ -93,7 +93,7 @@ def seed_from(saved: Any, start: Tensor, steps: int, what: str) -> SavedSeed:
             raise ValueError("a span outside the loop")
         moment, run = saved["moment"], saved["run"]
         if moment is not None:
-            if not first <= moment["step"] <= last or (moment["best_x"] is None):
+            if not first <= moment["step"] <= last:
                 raise ValueError("a moment outside its span")
             _check_state(moment["optimiser_state"], start)
             moment = Moment(

@@ -368,7 +368,7 @@ def odd_archives(whole):
     def escaping():
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("../../../tmp/damaged-canary", b"x")
+            archive.writestr("../../../damaged-canary", b"x")
             archive.writestr("archive/\x1b[2Jdata.pkl", b"x")
         return file.getvalue()
 
@@ -463,7 +463,7 @@ def claims(base):
     yield "an entry of 10^9 numbers in 4 bytes", lambda: public | {"note": wide}
     yield "strides beyond", lambda: public | {"note": torch.zeros(9).as_strided((9, 9), (0, 1))}
     yield "a name that clears the screen", lambda: public | {"arch": "\x1b[2J<script>"}
-    yield "a file as the network", lambda: public | {"arch": "/tmp/evil.py:build"}
+    yield "a file as the network", lambda: public | {"arch": "/elsewhere/evil.py:build"}
 
 
 def truth_cases(files, rng):
@@ -724,7 +724,7 @@ def image_cases(rng):
     yield "tiff of many bits", lambda: ("x.tif", tiff(t277=65_000))
     yield "jpeg of many scans", lambda: ("x.jpg", scans())
     yield "DICOM", lambda: ("x.png", bytes(128) + b"DICM" + bytes(2000))
-    yield "a program", lambda: ("x.eps", b"%!PS\n(/tmp/x) (w) file")
+    yield "a program", lambda: ("x.eps", b"%!PS\n(/elsewhere/x) (w) file")
     yield (
         "a program as png",
         lambda: ("x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),

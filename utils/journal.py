@@ -310,6 +310,11 @@ class ReadOnly:
         """Do nothing."""
 
 
+def read_only(journal: Journal) -> Journal:
+    """Return a journal that only recalls; one that keeps nothing is returned as it is."""
+    return journal if journal is FORGETFUL else ReadOnly(journal)
+
+
 def write_manifest(path: Path, entries: dict[str, Entry]) -> None:
     """Replace a manifest; raises FaultError if it cannot be written."""
     facts = {name: vars(entry) for name, entry in entries.items()}

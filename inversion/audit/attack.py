@@ -25,7 +25,7 @@ from models.gradient import kept_bytes
 from utils.console import Progress, Reporter
 from utils.device import peak_memory_mib
 from utils.errors import InputError, StateError, telling_memory
-from utils.journal import FORGETFUL, Journal, ReadOnly, reading
+from utils.journal import FORGETFUL, Journal, read_only, reading
 from utils.memory import free_memory
 from utils.script import Stop
 from utils.shard import ALONE, Shard
@@ -243,9 +243,8 @@ def attack(
         if settings.method == "layerwise":
             raise InputError(f"--attack layerwise: {why}; give --attack matching")
         reporter.say(f"{title}matching, since solving layer by layer does not do: {why}")
-    saves = journal is not FORGETFUL
-    if saves and settings.shared == "batch" and not case.processes.is_main:
-        journal = ReadOnly(journal)  # all compute the same batch, and the first one saves it
+    if settings.shared == "batch" and not case.processes.is_main:
+        journal = read_only(journal)  # all compute the same batch, and the first one saves it
     total = settings.total_iterations(own_seeds(settings, case.processes))
     progress = Progress(total, print_freq, reporter)
     recorder = Recorder(settings, progress, interrupts, save_consensus, title, journal=journal)
@@ -283,7 +282,7 @@ def _solve(
     target = case.target
     journal = journal.under("layerwise")
     if not case.processes.is_main:
-        journal = ReadOnly(journal)  # all compute the same, and the first one saves it
+        journal = read_only(journal)  # all compute the same, and the first one saves it
 
     def on_layer(layer: Layer) -> None:
         verdict = "certified" if layer.certified else "not certified"
