@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from inversion.candidate_gradient import CandidateGradient
 from inversion.distances import GRADIENT_DISTANCES
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
 from inversion.settings import BN_COUPLINGS, BN_GRADIENTS, PRIORS, UPDATE_MODELS, Weights
@@ -258,16 +259,16 @@ class Objective:
             )
             return gradient, moments() if with_moments else []
 
-    def gradient_and_priors(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    def gradient_and_priors(self, x: Tensor) -> tuple[CandidateGradient, dict[str, Tensor]]:
         """Return the gradient of the candidate `x` and its unweighted priors, on the graph.
 
         With several processes `x` is this one's part, and so are the results, which
-        `sum_over_processes` makes whole. The gradient is one tensor per trainable parameter.
+        `sum_over_processes` makes whole.
         """
         gradient, moments = self._local_gradient(
             x, create_graph=True, with_moments=self._needs_moments
         )
-        return gradient, self._terms(x, moments)
+        return CandidateGradient(gradient), self._terms(x, moments)
 
     def priors_only(self, x: Tensor) -> dict[str, Tensor]:
         """Return the priors of `gradient_and_priors` alone, without computing a gradient."""
@@ -385,7 +386,10 @@ class Objective:
         With several processes `x` is this one's part and the losses are the whole batch's, but
         the derivative of the total holds only this process's share of what all compute alike.
         """
-        gradient, terms = self.gradient_and_priors(x)
+        gradient, moments = self._local_gradient(
+            x, create_graph=True, with_moments=self._needs_moments
+        )
+        terms = self._terms(x, moments)
         count = self.batch_shard.size
         distance = self.distance([differentiable_sum(g, self.batch_shard) for g in gradient])
         total = self.weights.gradient * distance / count + self.weighted_sum(terms, progress)

@@ -31,12 +31,12 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     """
     x = x.detach().requires_grad_()
     gradient, terms = objective.gradient_and_priors(x)
-    summed, values = objective.sum_over_processes(gradient, terms)
+    summed, values = objective.sum_over_processes(gradient.values, terms)
     distance, cotangents = objective.distance_with_cotangent(summed)
     if objective.weights.gradient != 1:
         cotangents = [objective.weights.gradient * v for v in cotangents]
     prior = objective.weighted_sum(terms, progress)
-    outputs = [(g, v) for g, v in zip(gradient, cotangents, strict=True) if g.requires_grad]
+    outputs = gradient.pairs(cotangents)
     if isinstance(prior, Tensor) and prior.requires_grad:
         outputs.append((prior, torch.ones_like(prior)))
     place = objective.place
