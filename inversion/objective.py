@@ -5,17 +5,18 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from inversion.candidate_gradient import CandidateGradient
-from inversion.distances import GRADIENT_DISTANCES
+from inversion.candidate_gradient import CandidateGradient, Part, on_graph
+from inversion.closed_form.layers import ClosedForm
+from inversion.distances import GRADIENT_DISTANCES, Aim
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
 from inversion.settings import BN_COUPLINGS, BN_GRADIENTS, PRIORS, UPDATE_MODELS, Weights
 from inversion.surrogate import START, SurrogatePlace
-from inversion.visible import view_of
+from inversion.visible import View, view_of
 from models.batchnorm import batch_statistics, recorded_moments, running_moments
 from models.comparing import joint_norm
 from models.forced import forced_normalisation, forced_statistics
@@ -161,6 +162,9 @@ class Objective:
         self.place: SurrogatePlace | None = None
         if update_model == "sme":
             self.place = SurrogatePlace([change.to(like) for change in target.weight_change])
+        self._aim = Aim.at(self.target_gradient)
+        #: The same for parts of the gradient, as they were asked for last.
+        self._part_aims: dict[str, Any] = {}
         self._distance = GRADIENT_DISTANCES[distance_name]
         #: The distance from inner products; None where it is no function of them.
         self.distance_from_products = self._distance.from_products
@@ -170,6 +174,7 @@ class Objective:
         self.target_moments: list[tuple[Tensor, Tensor]] = []
         if self._needs_moments:
             self.target_moments = _target_moments(model, target, bn_source)
+        self._closed = self._closed_form()
 
     def distance(self, gradient: Sequence[Tensor]) -> Tensor:
         """Return the distance of a candidate's gradient from the target's, differentiable.
@@ -178,11 +183,33 @@ class Objective:
         """
         return self._distance.value(self.seen(gradient), self.target_gradient)
 
-    def distance_with_cotangent(self, gradient: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return the same distance and its derivative by the gradient, without a graph."""
+    def distance_with_cotangent(
+        self,
+        gradient: Sequence[Tensor],
+        parts: tuple[Part, ...] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the same distance and its derivative by the gradient, without a graph.
+
+        parts: what of every parameter `gradient` has (`CandidateGradient.parts`). overwrite: the
+        derivative may take the gradient's memory.
+        """
+        aim, view = self._aim, self._view
+        if parts is not None and any(part is not None for part in parts):
+            aim, view = self._within(parts)
         with torch.no_grad():
-            value, v = self._distance.with_cotangent(self.seen(gradient), self.target_gradient)
-            return value, v if self._view is None else self._view.cotangent(v, gradient)
+            if view is None:
+                return self._distance.with_cotangent(gradient, aim, overwrite=overwrite)
+            value, v = self._distance.with_cotangent(view.of(gradient), aim)
+            return value, view.cotangent(v, gradient)
+
+    def _within(self, parts: tuple[Part, ...]) -> tuple[Aim, View | None]:
+        """Return what parts of a gradient are compared with, which is kept for the next time."""
+        if self._part_aims.get("parts") != parts:
+            view = None if self._view is None else self._view.within(parts)
+            self._part_aims.update(parts=parts, aim=self._aim.within(parts), view=view)
+        return self._part_aims["aim"], self._part_aims["view"]
 
     def seen(self, gradient: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return of a whole gradient what the client would have sent: all of it, or less."""
@@ -265,10 +292,47 @@ class Objective:
         With several processes `x` is this one's part, and so are the results, which
         `sum_over_processes` makes whole.
         """
-        gradient, moments = self._local_gradient(
-            x, create_graph=True, with_moments=self._needs_moments
+        if self._closed is None or torch.is_autocast_enabled(x.device.type):
+            own, moments = self._local_gradient(
+                x, create_graph=True, with_moments=self._needs_moments
+            )
+            gradient = on_graph(own)
+        else:
+            gradient, moments = self._closed_gradient(self._closed, x)
+        return gradient, self._terms(x, moments)
+
+    def _closed_form(self) -> ClosedForm | None:
+        """Return what computes the candidate's gradient with its layers in closed form.
+
+        None where the weights are on a graph themselves. BatchNorm is left to torch where the
+        processes normalise by, or record, the statistics of a batch that they share, and where
+        its derivative is the original attack's.
+        """
+        if self.place is not None or self._unrolled is not None:
+            return None
+        shared = self.batch_shard.size > 1 and (self._needs_moments or self.couples_images)
+        batchnorm = (
+            ClosedForm.replaces_batchnorm(self.model) and not shared and self.bn_grad == "exact"
         )
-        return CandidateGradient(gradient), self._terms(x, moments)
+        return ClosedForm(
+            self.model,
+            self.loss,
+            batchnorm=batchnorm,
+            forced=self._forced if batchnorm else None,
+            moments=self._needs_moments,
+        )
+
+    def _closed_gradient(
+        self, closed: ClosedForm, x: Tensor
+    ) -> tuple[CandidateGradient, list[tuple[Tensor, Tensor]]]:
+        y, images = self.local_part(self.y), len(self.y)
+        total = images if self.batch_shard.size > 1 else None
+        if closed.batchnorm:
+            return closed.gradient(x, y, images=images, total=total)
+        with self._statistics(needed=self._needs_moments) as moments:
+            with self._normalisation(images) as added:
+                gradient, _ = closed.gradient(x, y, images=images, total=total, added=added)
+            return gradient, moments() if self._needs_moments else []
 
     def priors_only(self, x: Tensor) -> dict[str, Tensor]:
         """Return the priors of `gradient_and_priors` alone, without computing a gradient."""

@@ -32,7 +32,9 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     x = x.detach().requires_grad_()
     gradient, terms = objective.gradient_and_priors(x)
     summed, values = objective.sum_over_processes(gradient.values, terms)
-    distance, cotangents = objective.distance_with_cotangent(summed)
+    distance, cotangents = objective.distance_with_cotangent(
+        summed, gradient.parts, overwrite=gradient.disposable
+    )
     if objective.weights.gradient != 1:
         cotangents = [objective.weights.gradient * v for v in cotangents]
     prior = objective.weighted_sum(terms, progress)

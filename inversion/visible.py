@@ -1,7 +1,7 @@
 """Shows a candidate's gradient as a client's defence would have sent it: in part, or cut."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,6 +25,14 @@ class View:
         if self.largest is not None:
             seen = tuple(g.clamp(-self.largest, self.largest) for g in seen)
         return seen
+
+    def within(self, parts: Sequence[tuple[slice, ...] | None]) -> "View":
+        """Return the same view of gradients of which only a part per parameter is at hand."""
+        if self.masks is None:
+            return self
+        both = zip(self.masks, parts, strict=True)
+        masks = tuple(mask if part is None else mask[part] for mask, part in both)
+        return replace(self, masks=masks)
 
     def cotangent(self, seen: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
         """Return the derivative by the whole `gradient` from `seen`, that by what `of` makes of it.

@@ -21,10 +21,9 @@ def float64_norm(gradient: Sequence[Tensor]) -> float:
     return sum(g.double().square().sum().item() for g in gradient) ** 0.5
 
 
-def norms_above_zero(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return both norms, at least the smallest number whose square is not rounded to 0."""
-    smallest = torch.finfo(gradient[0].dtype).tiny ** 0.5
-    return joint_norm(gradient).clamp_min(smallest), joint_norm(target).clamp_min(smallest)
+def above_zero(norm: Tensor) -> Tensor:
+    """Return a norm, at least the smallest number whose square is not rounded to 0."""
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.5)
 
 
 def cosine_distance(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
@@ -33,7 +32,7 @@ def cosine_distance(gradient: Sequence[Tensor], target: Sequence[Tensor]) -> Ten
     It is computed as half the squared distance of the unit vectors, which is the same number but
     does not lose its digits near 0, where 1 − cos is a difference of nearly equal numbers.
     """
-    norm, target_norm = norms_above_zero(gradient, target)
+    norm, target_norm = (above_zero(joint_norm(each)) for each in (gradient, target))
     gaps = (g / norm - t / target_norm for g, t in zip(gradient, target, strict=True))
     return 0.5 * sum((gap.square().sum() for gap in gaps), norm.new_zeros(()))
 

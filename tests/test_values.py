@@ -12,7 +12,7 @@ import torch
 import torchvision
 from skimage.metrics import structural_similarity
 
-from inversion.distances import GRADIENT_DISTANCES, cosine_distance, squared_l2
+from inversion.distances import GRADIENT_DISTANCES, Aim, cosine_distance, squared_l2
 from inversion.priors import Candidate, bn_statistics, l2_norm, total_variation
 from models.checkpoint import load
 from tests import golden
@@ -57,12 +57,12 @@ def test_the_closed_form_equals_autograd(name, near):
     value = distance.value(gradient, target)
     derivative = torch.autograd.grad(value, gradient)
     with torch.no_grad():
-        closed, cotangents = distance.with_cotangent(gradient, target)
+        closed, cotangents = distance.with_cotangent(gradient, Aim.at(target))
     assert closed.item() == pytest.approx(value.item(), rel=1e-9)
     for a, b in zip(derivative, cotangents, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
     zero = [torch.zeros_like(t) for t in target]
-    assert all(v.isfinite().all() for v in distance.with_cotangent(zero, target)[1])
+    assert all(v.isfinite().all() for v in distance.with_cotangent(zero, Aim.at(target))[1])
 
 
 def test_squared_l2_by_hand():
