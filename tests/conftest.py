@@ -48,9 +48,8 @@ def pytest_runtest_logreport(report):
 def pytest_sessionfinish(session, exitstatus):
     """A test that does not run proves nothing: none is skipped but for want of what it needs."""
     if _unexpected_skips and exitstatus == 0:
-        print(
-            f"\nskipped, but needs none of {', '.join(sorted(MARKERS))}: {', '.join(_unexpected_skips)}"
-        )
+        needs = ", ".join(sorted(MARKERS))
+        print(f"\nskipped, but needs none of {needs}: {', '.join(_unexpected_skips)}")
         session.exitstatus = 1
 
 
