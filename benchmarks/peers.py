@@ -9,7 +9,7 @@ All methods get the same network (random weights), gradient, labels, starts, ite
 settings: the cosine distance with TV, signs into Adam, a step size that falls along a cosine. They
 are
 
-- breaching: its own attacker (benchmarks/peers_breaching.py);
+- breaching: its own attacker (benchmarks/peers_breaching.py); breaching-tv has the others' TV;
 - inversefed and original: the loops of Geiping et al. (2020) and of E2EGI, written from their
   equations (benchmarks/peers_loops.py); original-truncated has the original's second derivative of
   BatchNorm in train mode, which is another one;
@@ -66,6 +66,7 @@ SPEC = DATASETS["photos"]
 BREACHING = "breaching"
 METHODS: dict[str, Callable[[Attack], Method]] = {
     BREACHING: breaching_method,
+    f"{BREACHING}-tv": functools.partial(breaching_method, equal_tv=True),
     "inversefed": inversefed,
     "original": original,
     "original-truncated": functools.partial(original, truncated=True),
@@ -93,8 +94,8 @@ class Setting:
 
 SETTINGS = {
     "lenet": Setting("lenet", 32, 8, 400),
-    "resnet18": Setting("resnet18", 32, 8, 80),
-    "resnet50": Setting("resnet50", 64, 4, 40),
+    "resnet18": Setting("resnet18", 32, 8, 60),
+    "resnet50": Setting("resnet50", 64, 4, 30),
 }
 #: Pixels and images of the small attack that loads code before memory is measured.
 WARM_UP = (32, 2)
@@ -163,7 +164,7 @@ def usable(setting: Setting, options: Options) -> dict[str, str]:
     """
     reasons = {}
     for name in options.methods:
-        reason = (missing() or "") if name == BREACHING else ""
+        reason = (missing() or "") if name.startswith(BREACHING) else ""
         if not reason:
             try:
                 METHODS[name](attack_of(setting, options))
@@ -460,7 +461,9 @@ def report(methods: list[list], raw: list[list], images: list[list], path: str |
     """Print what was measured until now, and write it if a file is named."""
     for header, rows, hidden in ((METHOD_HEADER, methods, DETAILS), (IMAGE_HEADER, images, ())):
         shown = [number for number, name in enumerate(header) if name not in hidden]
-        print(table([header[i] for i in shown], [[row[i] for i in shown] for row in rows]))
+        print(
+            table([header[i] for i in shown], [[row[i] for i in shown] for row in rows]), flush=True
+        )
     if path is not None:
         write_csv(METHOD_HEADER, methods, path)
         file = Path(path)

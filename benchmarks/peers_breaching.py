@@ -12,7 +12,8 @@ objective `CosineSimilarity`, its regulariser `TotalVariation`, its loop. Three 
 equal to this project's: the step size falls along a cosine, as its "cosine-decay" does, but to
 min(1e-3, lr) instead of 0; TV is weighted so that a difference of neighbours counts the same (its
 mean is over all pixels, this project's over all differences); and the starts are given. One thing
-stays other: its TV also counts how far the last row and the last column are from 0.
+stays other: its TV also counts how far the last row and the last column are from 0. "breaching-tv"
+is the same attacker with the TV of all others, to tell what this does to the images.
 """
 
 import contextlib
@@ -24,9 +25,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.peers_loops import Attack, Mark, Method
+from benchmarks.peers_loops import Attack, Mark, Method, total_variation
 
 #: The version whose code the adaptation was written for.
 VERSION = "0.1.2"
@@ -75,8 +76,23 @@ def _configuration(attack: Attack) -> Any:
     return settings
 
 
-def breaching_method(attack: Attack) -> Method:
-    """Make breaching's attacker ready."""
+class _EqualTV(nn.Module):
+    """Stands in for breaching's regulariser: the TV of all other methods."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = weight
+
+    def initialize(self, *_) -> None:
+        """Do nothing; breaching calls it before a run."""
+
+    def forward(self, x: Tensor, *_) -> Tensor:
+        """Return the weighted TV of the candidate."""
+        return self.weight * total_variation(x)
+
+
+def breaching_method(attack: Attack, *, equal_tv: bool = False) -> Method:
+    """Make breaching's attacker ready. equal_tv: with the TV of all others in place of its own."""
     with _quiet():
         import breaching
     objective = attack.objective()
@@ -97,6 +113,8 @@ def breaching_method(attack: Attack) -> Method:
             model, torch.nn.CrossEntropyLoss(), settings, setup
         )
         models, labels, stats = attacker.prepare_attack(payload, shared)
+    if equal_tv:
+        attacker.regularizers = [_EqualTV(attack.tv)]
     own_optimiser, own_objective = attacker._init_optimizer, attacker._compute_objective
 
     def init_optimiser(candidate):
@@ -136,4 +154,6 @@ def breaching_method(attack: Attack) -> Method:
         pixels, scale = x.numel(), settings.regularization.total_variation.scale
         return scale * (x[..., -1, :].abs().sum() + x[..., :, -1].abs().sum()) / pixels
 
+    if equal_tv:
+        return Method(models[0], objective, run, derivative, "its TV is replaced by the others'")
     return Method(models[0], objective, run, derivative, NOTE, border)

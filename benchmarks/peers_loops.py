@@ -128,7 +128,7 @@ def _gradient(objective: Objective, x: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, list(objective.model.parameters()), create_graph=True)
 
 
-def _total_variation(x: Tensor) -> Tensor:
+def total_variation(x: Tensor) -> Tensor:
     """Return the mean absolute difference of neighbours, across plus down."""
     across = (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
     down = (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
@@ -156,7 +156,7 @@ def _port(
     def backward(x: Tensor) -> Tensor:
         x.grad = None
         model.zero_grad()
-        loss = distance(x) + attack.tv * _total_variation(x)
+        loss = distance(x) + attack.tv * total_variation(x)
         loss.backward()
         return loss.detach()
 

@@ -26,6 +26,7 @@ METHODS = {
     "exact": partial(own, name="exact"),
     "exact+forced": partial(own, name="exact+forced"),
     "breaching": breaching_method,
+    "breaching-tv": partial(breaching_method, equal_tv=True),
 }
 #: Those that compute what `exact` does.
 SAME = [name for name in METHODS if name not in ("exact+forced", "original-truncated")]
@@ -34,7 +35,7 @@ SAME = [name for name in METHODS if name not in ("exact+forced", "original-trunc
 def parameters(names):
     """The names as parameters; breaching's is marked."""
     marks = pytest.mark.breaching
-    return [pytest.param(n, marks=marks) if n == "breaching" else n for n in names]
+    return [pytest.param(n, marks=marks) if n.startswith("breaching") else n for n in names]
 
 
 def attack(train_mode=True, boxed=False, tv=0.01):
