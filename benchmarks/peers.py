@@ -19,10 +19,11 @@ are
 Before anything is timed, the derivative of every method is computed once in float64 at the same
 images and compared with the plain one; a method that differs ends the benchmark. Then methods take
 turns, a few iterations each. A step is the time between the same point of one iteration and of the
-next, all that the loop does included. Evaluations of the network are counted by a hook on its first
-convolution, over a whole run. Memory is that of two iterations in a process of its own. Images are
-those after --iterations of each method, and after as many as fit the time that the first method's
-iterations take; scored is the last iterate.
+next, all that the loop does included; beside it stands the process's CPU time between the same
+points, which a busy machine disturbs less. Evaluations of the network are counted by a hook on its
+first convolution, over a whole run. Memory is that of two iterations in a process of its own.
+Images are those after --iterations of each method, and after as many as fit the time that the first
+method takes for them, by the median ratio of their steps; scored is the last iterate.
 
 --csv FILE.csv has a row per network and method; FILE_rounds.csv the raw times; FILE_images.csv the
 images' scores. Machines are noisy: quote the ratios, which are of neighbours in time.
@@ -31,6 +32,7 @@ images' scores. Machines are noisy: quote the ratios, which are of neighbours in
 import argparse
 import functools
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -102,14 +104,19 @@ WARM_UP = (32, 2)
 #: Columns that say what was attacked, and those of each file.
 TASK = ["network", "px", "B", "mode", "box"]
 METHOD_HEADER = [
-    *TASK, "method", "rounds", "ms per step", "lower quartile", "upper quartile",
+    *TASK, "method", "rounds",
+    "ms per step", "lower quartile", "upper quartile",
     "ratio to breaching", "lower quartile of ratio", "upper quartile of ratio",
+    "cpu ratio to breaching", "lower quartile of cpu ratio", "upper quartile of cpu ratio",
     "evaluations", "iterations", "peak resident MiB", "peak allocated MiB",
     "cosine with plain", "relative difference", "difference of loss", "note",
 ]  # fmt: skip
 #: Columns that are written, but not printed.
-DETAILS = ["rounds", "lower quartile", "upper quartile", "difference of loss", "note"]
-ROUND_HEADER = [*TASK, "round", "method", "ms per step"]
+DETAILS = [
+    "rounds", "lower quartile", "upper quartile", "lower quartile of cpu ratio",
+    "upper quartile of cpu ratio", "difference of loss", "note",
+]  # fmt: skip
+ROUND_HEADER = [*TASK, "round", "method", "ms per step", "cpu ms per step"]
 IMAGE_HEADER = [
     *TASK, "start", "method", "equal", "iterations", "seconds", "psnr", "distance",
     "grey psnr", "mean colour psnr",
@@ -235,26 +242,47 @@ def checked(setting: Setting, options: Options, names: Sequence[str]) -> dict[st
 # Time and evaluations --------------------------------------------------------------------------
 
 
-def turn(method: Method, start: Tensor, iterations: int) -> float:
-    """Return the median time of a step in seconds, over the steps of `iterations` iterations."""
-    marks: list[float] = []
-    method.run(start, iterations, lambda: marks.append(time.perf_counter()))
+@dataclass(frozen=True)
+class Step:
+    """Holds what one step took, in ms."""
+
+    wall: float
+    #: The process's CPU time, of all its threads.
+    cpu: float
+
+
+def turn(method: Method, start: Tensor, iterations: int) -> Step:
+    """Return the median time of the steps of `iterations` iterations."""
+    marks: list[tuple[float, float]] = []
+
+    def mark() -> None:
+        marks.append((time.perf_counter(), time.process_time()))
+
+    method.run(start, iterations, mark)
     if len(marks) != iterations:
         raise FaultError(f"{len(marks)} marks in {iterations} iterations")
-    return statistics.median(
-        after - before for before, after in zip(marks, marks[1:], strict=False)
+    wall, cpu = (
+        1e3 * statistics.median(after - before for before, after in itertools.pairwise(clock))
+        for clock in zip(*marks, strict=True)
     )
+    return Step(wall, cpu)
 
 
-def rounds(methods: dict[str, Method], start: Tensor, options: Options) -> dict[str, list[float]]:
-    """Return every method's time of a step in ms, per round; in a round all take their turn."""
+def rounds(methods: dict[str, Method], start: Tensor, options: Options) -> dict[str, list[Step]]:
+    """Return what a step of every method took, per round; in a round all take their turn."""
     for method in methods.values():
         turn(method, start, options.turn)  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in methods}
+    steps: dict[str, list[Step]] = {name: [] for name in methods}
     for _ in range(options.rounds):
         for name, method in methods.items():
-            times[name].append(1e3 * turn(method, start, options.turn))
-    return times
+            steps[name].append(turn(method, start, options.turn))
+    return steps
+
+
+def ratios(steps: Sequence[Step], others: Sequence[Step], clock: str) -> list[float]:
+    """Return the ratios of two methods' steps, of the same rounds, by one clock of `Step`."""
+    pairs = zip(steps, others, strict=True)
+    return [getattr(one, clock) / getattr(other, clock) for one, other in pairs]
 
 
 class Evaluations:
@@ -333,24 +361,25 @@ def reconstructed(method: Method, setting: Setting, seed: int, iterations: int) 
 
 
 def image_rows(
-    methods: dict[str, Method], times: dict[str, list[float]], setting: Setting, options: Options
+    methods: dict[str, Method], steps: dict[str, list[Step]], setting: Setting, options: Options
 ) -> tuple[list[list], dict[str, Images]]:
     """Return the rows of the images, and every method's first run of equal iterations.
 
-    The time is that of the first method's iterations, at the median of its steps.
+    The time is that of the first method's iterations.
     """
-    median = {name: statistics.median(times[name]) for name in methods}
-    budget = setting.iterations * median[next(iter(methods))]
+    first = steps[next(iter(methods))]
     true, _ = photo_batch(setting.batch_size, 1, setting.size, seed=0)
     flat = [psnr(images, true).mean().item() for images in baselines(true).values()]
     rows, firsts = [], {}
     for seed in range(options.starts):
         for name, method in methods.items():
             for equal in ("iterations", "time"):
-                fit = max(1, round(budget / median[name]))
-                steps = setting.iterations if equal == "iterations" else fit
-                if equal == "iterations" or steps != setting.iterations:
-                    run = reconstructed(method, setting, seed, steps)
+                count = setting.iterations
+                if equal == "time":
+                    share = statistics.median(ratios(first, steps[name], "wall"))
+                    count = max(1, round(count * share))
+                if equal == "iterations" or count != setting.iterations:
+                    run = reconstructed(method, setting, seed, count)
                 if equal == "iterations" and seed == 0:
                     firsts[name] = run
                 rows.append(
@@ -369,8 +398,8 @@ def measure(setting: Setting, options: Options) -> tuple[list[list], list[list],
     names = [name for name, reason in reasons.items() if not reason]
     agreements = checked(setting, options, names)
     methods = {name: METHODS[name](attack_of(setting, options)) for name in names}
-    times = rounds(methods, start_of(setting, 0), options)
-    images, firsts = image_rows(methods, times, setting, options)
+    steps = rounds(methods, start_of(setting, 0), options)
+    images, firsts = image_rows(methods, steps, setting, options)
     task = options.task(setting)
     rows = []
     for name, reason in reasons.items():
@@ -378,22 +407,24 @@ def measure(setting: Setting, options: Options) -> tuple[list[list], list[list],
             blank = len(METHOD_HEADER) - len(task) - 2
             rows.append([*task, name, *[""] * blank, f"left out: {reason}"])
             continue
-        ratios: list[float | str] = [""] * 3
-        if BREACHING in times:
-            pairs = zip(times[name], times[BREACHING], strict=True)
-            ratios = [*quartiles([mine / theirs for mine, theirs in pairs])]
+        times: list = quartiles([step.wall for step in steps[name]])
+        for clock in ("wall", "cpu"):
+            if BREACHING in steps:
+                times += quartiles(ratios(steps[name], steps[BREACHING], clock))
+            else:
+                times += [""] * 3
         taken = (None, None)
         if options.memory:
             taken = in_a_fresh_process(memory, setting, options, name)
         run, same = firsts[name], agreements[name]
         rows.append(
-            [*task, name, options.rounds, *quartiles(times[name]), *ratios, run.evaluations]
-            + [run.iterations, *taken, same.cosine, same.difference, same.loss, methods[name].note]
+            [*task, name, options.rounds, *times, run.evaluations, run.iterations, *taken]
+            + [same.cosine, same.difference, same.loss, methods[name].note]
         )
     raw = [
-        [*task, number, name, value]
-        for name, values in times.items()
-        for number, value in enumerate(values)
+        [*task, number, name, step.wall, step.cpu]
+        for name, taken_by in steps.items()
+        for number, step in enumerate(taken_by)
     ]
     return rows, raw, images
 
