@@ -5,6 +5,7 @@ the whole loss is differentiated by one `backward()`, the network's parameters i
 project's runs as it is. benchmarks/peers_breaching.py has breaching's.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -197,7 +198,13 @@ def own(attack: Attack, name: str) -> Method:
         return pixel_gradient(objective, x, progress)
 
     def run(start: Tensor, steps: int, mark: Mark) -> Tensor:
-        return reconstruct(bound, start, attack.loop(steps), on_step=lambda *_: mark()).x
+        marks = itertools.repeat(mark, steps)
+
+        def marked(x: Tensor, progress: float) -> tuple[Losses[Tensor], Tensor]:
+            next(marks, lambda: None)()  # the loop may evaluate the images once more at its end
+            return bound(x, progress)
+
+        return reconstruct(marked, start, attack.loop(steps)).x
 
     def derivative(x: Tensor) -> tuple[Tensor, Tensor]:
         losses, slope = bound(x)
@@ -207,6 +214,8 @@ def own(attack: Attack, name: str) -> Method:
     return Method(objective.model, objective, run, derivative, note)
 
 
+#: Pixel gradients that are the plain one to rounding; others approximate it.
+EXACT = ("exact", "plain")
 #: Names of this project's methods: pixel gradients, each also with the statistics forced.
 OWN = [
     name + ending for name in PIXEL_GRADIENTS if name != PRIOR_ONLY for ending in ("", FORCED)
