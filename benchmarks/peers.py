@@ -78,7 +78,7 @@ METHODS: dict[str, Callable[[Attack], Method]] = {
 }
 DEFAULT = [BREACHING, "inversefed", "original", "exact"]
 #: What a derivative in float64 may differ from the plain one by, of its norm: rounding gives at
-#: most 5e-14 on the networks below.
+#: most 4e-13 on the networks below.
 TOLERANCE = 1e-10
 #: Methods whose derivative need not be exact: how far it is off is written, but is no fault.
 APPROXIMATE = [name for name in OWN if name.removesuffix(FORCED) not in EXACT]
