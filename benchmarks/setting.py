@@ -28,6 +28,7 @@ def photo_objective(
     bn_coupling: str = "exact",
     body: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     shard: Shard = ALONE,
 ) -> Objective:
     """Return the objective for batch 1 of the photographs, with random weights drawn from `seed`.
@@ -35,7 +36,8 @@ def photo_objective(
     arch: the network's name. size: the images' side in pixels. weights: those of the objective;
     without them it has the gradient distance, TV and, if the network has BatchNorm, the exact BN
     prior. body: weights by name for all but the classifier head; random ones without it.
-    train_mode, bn_grad, bn_coupling, shard: as in `Objective`.
+    train_mode, bn_grad, bn_coupling, shard: as in `Objective`. dtype: in which the attacker
+    computes; the client computes in float32.
     """
     torch.manual_seed(seed)
     spec = DATASETS["photos"]
@@ -59,7 +61,7 @@ def photo_objective(
     if weights is None:
         weights = Weights(priors={"tv": 0.01, "bn": 0.01} if sent.bn_mean else {"tv": 0.01})
     return Objective(
-        model.to(device),
+        model.to(device, dtype),
         target_from_checkpoint(checkpoint),
         y,
         weights,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 
+from benchmarks.peers_breaching import missing as missing_breaching
 from tests.browser import missing_browser
 from utils import image_files
 
@@ -26,6 +27,7 @@ def pytest_collection_modifyitems(items):
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "bohb": None if has_bohb else "needs requirements-bohb.txt",
         "browser": missing_browser(),
+        "breaching": missing_breaching(),
     }
     for item in items:
         for marker, reason in missing.items():
@@ -33,18 +35,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+#: What a test may need, and be skipped without.
+MARKERS = {"gpu", "bohb", "browser", "breaching"}
 _unexpected_skips = []
 
 
 def pytest_runtest_logreport(report):
-    if report.skipped and not {"gpu", "bohb", "browser"} & set(report.keywords):
+    if report.skipped and not MARKERS & set(report.keywords):
         _unexpected_skips.append(report.nodeid)
 
 
 def pytest_sessionfinish(session, exitstatus):
     """A test that does not run proves nothing: none is skipped but for want of what it needs."""
     if _unexpected_skips and exitstatus == 0:
-        print(f"\nskipped without needing a GPU, BOHB or a browser: {', '.join(_unexpected_skips)}")
+        needs = ", ".join(sorted(MARKERS))
+        print(f"\nskipped, but needs none of {needs}: {', '.join(_unexpected_skips)}")
         session.exitstatus = 1
 
 
