@@ -22,6 +22,7 @@ from models.comparing import joint_norm
 from models.forced import forced_normalisation, forced_statistics
 from models.gradient import batch_gradient, couples_samples, gradient_mode, trainable_parameters
 from models.local import local_gradient, replaced_parameters
+from models.losses import mean_loss
 from models.target import Target, check_gradient_fits
 from utils.errors import InputError
 from utils.shard import ALONE, Shard, differentiable_sum, sum_tensors
@@ -334,6 +335,27 @@ class Objective:
                 gradient, _ = closed.gradient(x, y, images=images, total=total, added=added)
             return gradient, moments() if self._needs_moments else []
 
+    def loss_and_priors(self, x: Tensor, *, priors: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the client's loss of the candidate `x` and its unweighted priors, on the graph.
+
+        The derivative of the loss by the parameters is the gradient of `gradient_and_priors`, where
+        one gradient is compared (`compares_one_gradient`). With several processes `x` is this one's
+        part, and so are the results. priors: compute priors at all.
+        """
+        total = len(self.y) if self.batch_shard.size > 1 else None
+        needed = priors and self._needs_moments
+        with (
+            self._statistics(needed=needed) as recorded,
+            self._normalisation(len(self.y)) as added,
+            gradient_mode(self.model, self.loss.train_mode),
+            torch.enable_grad(),
+        ):
+            loss = mean_loss(self.model(x), self.local_part(self.y), self.loss, total)
+            if added is not None:
+                loss = loss + added()
+            moments = recorded() if needed else []
+        return loss, self._terms(x, moments) if priors else {}
+
     def priors_only(self, x: Tensor) -> dict[str, Tensor]:
         """Return the priors of `gradient_and_priors` alone, without computing a gradient."""
         moments: list[tuple[Tensor, Tensor]] = []
@@ -395,6 +417,11 @@ class Objective:
         other = copy.copy(self)
         other.place = SurrogatePlace(self.place.change, alpha)
         return other
+
+    @property
+    def compares_one_gradient(self) -> bool:
+        """Whether what was sent is compared with the gradient at the model's own weights."""
+        return self._unrolled is None and self.place is None
 
     @property
     def alpha(self) -> Tensor | None:
