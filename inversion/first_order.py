@@ -14,9 +14,6 @@ switch between θ and θ + ε v, the quotient has another direction altogether, 
 allows, and an attack with it is another attack. docs/results.md has what it buys.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -32,20 +29,24 @@ def finite_differences(
 ) -> tuple[Losses[Tensor], Tensor]:
     """Return the quotient in place of ∂distance/∂x, with exact derivatives of the priors.
 
-    step: c in ε = c ‖θ‖ / ‖v‖, by how much the weights move, relative to their norm. The model's
-    weights are moved in place and get their own bits back. The losses are exact, at θ.
+    step: c in ε = c ‖θ‖ / ‖v‖, by how much the weights move, relative to their norm. The model is
+    left as it is. The losses are exact, at θ.
 
     Raises InputError for an update of several local steps that is compared with more than the
     gradient at one state, and for BatchNorm's truncated derivative, which is a second one.
     """
     _refuse(objective)
-    parameters = list(trainable_parameters(objective.model).values())
+    parameters = trainable_parameters(objective.model)
     x = x.detach().requires_grad_()
     loss, terms = objective.loss_and_priors(x)
     prior = objective.weighted_sum(terms, progress)
     has_prior = isinstance(prior, Tensor) and prior.requires_grad
     *share, behind = torch.autograd.grad(
-        loss, [*parameters, x], retain_graph=has_prior, allow_unused=True, materialize_grads=True
+        loss,
+        [*parameters.values(), x],
+        retain_graph=has_prior,
+        allow_unused=True,
+        materialize_grads=True,
     )
     derivative = torch.autograd.grad(prior, x)[0] if has_prior else torch.zeros_like(x)
     gradient, values = objective.sum_over_processes(share, terms)
@@ -53,12 +54,14 @@ def finite_differences(
     distance, cotangents = objective.distance_with_cotangent(gradient)
     # Where v or θ is 0 the quotient is 0 as well: nothing moves, or there is nothing to move by.
     smallest = torch.finfo(distance.dtype).tiny
-    length = (step * joint_norm([p.detach() for p in parameters])).clamp_min(smallest)
+    weights = [parameter.detach() for parameter in parameters.values()]
+    length = (step * joint_norm(weights)).clamp_min(smallest)
     norm = joint_norm(cotangents).clamp_min(smallest)
-    with _moved(parameters, cotangents, length / norm):
-        loss, _ = objective.loss_and_priors(x, priors=False)
-        (ahead,) = torch.autograd.grad(loss, x)
-    scale = objective.weights.gradient * norm / length
+    size = length / norm
+    moved = [torch.addcmul(w, v, size) for w, v in zip(weights, cotangents, strict=True)]
+    loss = objective.loss_at(x, dict(zip(parameters, moved, strict=True)))
+    (ahead,) = torch.autograd.grad(loss, x)
+    scale = objective.weights.gradient / size
     total = objective.weights.gradient * distance + objective.weighted_sum(values, progress)
     return Losses(total, distance, values), derivative + scale * (ahead - behind)
 
@@ -67,28 +70,11 @@ def _refuse(objective: Objective) -> None:
     """Raise InputError where the quotient says nothing of what the objective asks for."""
     if not objective.compares_one_gradient:
         raise InputError(
-            "finite differences: the gradient of several local steps is taken at other weights than "
-            "the state before; take the update model mean, or the pixel gradient exact"
+            "finite differences: the gradient of several local steps is taken at other weights "
+            "than the state before; take the update model mean, or the pixel gradient exact"
         )
     if objective.bn_grad == "detached":
         raise InputError(
             "finite differences: take no second derivative that bn_grad detached could truncate; "
             "take bn_grad exact"
         )
-
-
-@contextmanager
-def _moved(
-    parameters: Sequence[Tensor], direction: Sequence[Tensor], length: Tensor
-) -> Iterator[None]:
-    """Within this context the parameters are θ + length · direction; then bit by bit θ again."""
-    own = [parameter.detach().clone() for parameter in parameters]
-    try:
-        with torch.no_grad():
-            for parameter, v in zip(parameters, direction, strict=True):
-                parameter.add_(v * length)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, own, strict=True):
-                parameter.copy_(value)

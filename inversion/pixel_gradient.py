@@ -104,7 +104,7 @@ PIXEL_GRADIENTS: dict[str, PixelGradient] = {
 
 
 def pixel_gradient_of(settings: AttackSettings) -> PixelGradient:
-    """Return the function that the settings name, with its step and the checks that they ask for."""
+    """Return the function that the settings name, with its step and the checks asked for."""
     function = PIXEL_GRADIENTS[settings.pixel_gradient]
     if settings.pixel_gradient == FINITE_DIFFERENCES:
         function = partial(finite_differences, step=settings.difference_step)

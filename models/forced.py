@@ -75,8 +75,9 @@ def forced_statistics(model: nn.Module, target: Target) -> list[ForcedStatistics
                 f"the client sent no gradient by scale and shift of BatchNorm layer "
                 f"{names[layer]}, which is part of the coupling; leave it out"
             )
-        sent_of = [t.to(like) for t in (mean, var, *own)]
-        found.append(ForcedStatistics(*sent_of, layer.weight.detach().clone()))
+        mean, var, d_weight, d_bias = (t.to(like) for t in (mean, var, *own))
+        scale = layer.weight.detach().clone()
+        found.append(ForcedStatistics(mean, var, d_weight, d_bias, scale))
     return found
 
 

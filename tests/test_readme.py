@@ -381,6 +381,8 @@ def mistakes(tmp_path_factory):
     torch.save(checkpoint | {"args": Hostile(folder / "ran")}, folder / "hostile.tar")
     gradient = [65536 * g for g in checkpoint["target_gradient"]]
     save(checkpoint | {"target_gradient": gradient}, str(folder / "scaled.tar"))
+    steps = ("-a", "lenet", "-b", "2", "--local-steps", "2", "--local-lr", "0.1")
+    os.rename(capture_photos(folder, *steps), folder / "steps.tar")
     convnet = ("-a", "convnet", "-b", "2")
     os.rename(capture_photos(folder, *convnet), folder / "convnet.tar")
     os.rename(capture_photos(folder, *convnet, "--upload-bn"), folder / "uploaded.tar")

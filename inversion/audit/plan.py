@@ -74,7 +74,7 @@ def _matching_lines(settings: AttackSettings, case: Case) -> list[str]:
     )
     if settings.pixel_gradient == FINITE_DIFFERENCES:
         lines.append(
-            f"derivative: finite differences of the gradient, which are not exact (weights moved by "
+            "derivative: finite differences of the gradient, which are not exact (weights moved by "
             f"{settings.difference_step:g} of their norm)"
         )
     if case.processes.size > 1:
