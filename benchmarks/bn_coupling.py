@@ -84,10 +84,13 @@ CASES = {
 
 
 @functools.cache
-def trained_weights(arch: str, seconds: float, seed: int) -> dict[str, Tensor]:
+def trained_weights(
+    arch: str, seconds: float, seed: int, length: int | None = None
+) -> dict[str, Tensor]:
     """Train a network to tell public photographs apart; return its weights by name.
 
-    seconds: CPU time that training takes. The classes are the photographs; crops come shifted,
+    seconds: CPU time that training takes. length: steps that it takes instead, so that every
+    machine trains alike. The classes are the photographs; crops come shifted,
     mirrored and at other brightness and contrast, by a generator of `seed`.
     """
     torch.manual_seed(seed)
@@ -99,7 +102,11 @@ def trained_weights(arch: str, seconds: float, seed: int) -> dict[str, Tensor]:
         model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
     begin, steps, right = time.process_time(), 0, 0.0
-    while (share := (time.process_time() - begin) / seconds) < 1:
+
+    def done() -> float:
+        return (time.process_time() - begin) / seconds if length is None else steps / length
+
+    while (share := done()) < 1:
         optimiser.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * share)) / 2
         chosen = torch.randint(CROPS, (TRAINING_BATCH,))
         row, column = torch.randint(9, (2,)).tolist()

@@ -45,6 +45,8 @@ from utils.metrics import baselines
 SIZE, BATCH_SIZE = 32, 4
 SPEC = DATASETS["photos"]
 STEPS = (1e-4, 1e-3, 1e-2)
+#: Steps that the trained network is trained for.
+TRAINING_STEPS = 300
 #: Networks that the control averages over, and the norm of their noise relative to the weights'.
 AVERAGED, NOISE = 2, 1e-3
 #: Rows of `--only-time`.
@@ -78,9 +80,9 @@ DEMO = Weights(priors={"tv": 1e-4}, priors_end={"tv": 1e-6})
 WITH_BN = {"tv": 1e-2, "bn": 1e-3}
 EVAL = Weights(priors={"tv": 1e-1}, priors_end={"tv": 1e-2})
 CASES = {
-    "lenet": Attacks("lenet", False, 1000, 0.05, DEMO),
-    "convnet, train": Attacks("convnet", True, 300, 0.1, Weights(priors={"tv": 1e-2, "bn": 1e-2})),
-    "random resnet18, train": Attacks("resnet18", True, 80, 0.1, Weights(priors=WITH_BN)),
+    "lenet": Attacks("lenet", False, 800, 0.05, DEMO),
+    "convnet, train": Attacks("convnet", True, 250, 0.1, Weights(priors={"tv": 1e-2, "bn": 1e-2})),
+    "random resnet18, train": Attacks("resnet18", True, 40, 0.1, Weights(priors=WITH_BN)),
     "random resnet18, eval": Attacks("resnet18", False, 80, 1.0, EVAL),
     "trained resnet18, eval": Attacks("resnet18", False, 80, 0.1, EVAL, trained=True),
 }
@@ -120,13 +122,13 @@ def averaged(generator: torch.Generator) -> Method:
     return method
 
 
-def objective_of(name: str, seed: int, index: int, seconds: float) -> Objective:
+def objective_of(name: str, seed: int, index: int) -> Objective:
     """Return the objective of one client of a case; `index` says which batch."""
     case = CASES[name]
     return photo_objective(
         case.arch, SIZE, BATCH_SIZE, seed=seed, index=index, weights=case.weights,
         train_mode=case.train_mode,
-        body=trained_weights(case.arch, seconds, 0) if case.trained else None,
+        body=trained_weights(case.arch, 0.0, 0, TRAINING_STEPS) if case.trained else None,
     )  # fmt: skip
 
 
@@ -136,13 +138,13 @@ def agreement(found: Tensor, true: Tensor) -> tuple[float, float]:
     return cosine.item(), (found.sign() == true.sign()).float().mean().item()
 
 
-def attack_rows(name: str, seed: int, index: int, share: float, seconds: float) -> list[list]:
+def attack_rows(name: str, seed: int, index: int, share: float) -> list[list]:
     """Attack one client in every way; return a row for each.
 
     share: time of a step with finite differences, relative to an exact one.
     """
     case = CASES[name]
-    objective = objective_of(name, seed, index, seconds)
+    objective = objective_of(name, seed, index)
     true, _ = photo_batch(BATCH_SIZE, index, SIZE, seed=seed)
     start = initial_images(seed, BATCH_SIZE, (3, SIZE, SIZE), torch.float32)
     mean, std = SPEC.normalisation
@@ -240,7 +242,6 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--index", type=int, default=1, help="which batch of photographs")
-    parser.add_argument("--training-seconds", type=float, default=30.0)
     parser.add_argument("--only-time", action="store_true", help="measure steps, attack nothing")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of steps that are timed")
     parser.add_argument("--times", default=str(TIMES), help="rows of --only-time")
@@ -257,7 +258,7 @@ def main() -> None:
         share = shares(args.times)
         for name in args.networks:
             for seed in range(args.seeds):
-                rows += attack_rows(name, seed, args.index, share[name], args.training_seconds)
+                rows += attack_rows(name, seed, args.index, share[name])
         print(table(HEADER, rows))
         print(table(GAINS_HEADER, gains(rows)))
     if args.csv:
