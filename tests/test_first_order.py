@@ -12,6 +12,8 @@ from inversion.settings import AttackSettings, Loop, Weights
 from models.build import build_model
 from models.local import LocalSteps
 from tests.support import attack, cosine, smooth_network, succeed, target_of
+from tests.test_defences import small_case
+from tests.test_user_network import bce_objective
 from utils.errors import InputError
 
 PRIORS = Weights(0.7, {"tv": 0.02, "bn": 0.05, "norm": -0.01}, {"tv": 0.001})
@@ -70,6 +72,19 @@ def test_forced_statistics_hold_their_scale_while_the_weights_move(monkeypatch):
     _, found = finite_differences(objective, x, step=1e-6)
     assert (found - true).norm() < 1e-2 * true.norm()
     assert (found - true).norm() > 1e-6 * true.norm()
+
+
+@pytest.mark.parametrize("kind", ["topk", "percentile", "bce"])
+def test_it_comes_close_for_what_a_defence_let_through_and_for_other_labels(kind):
+    if kind == "bce":
+        objective = bce_objective(train_mode=True)[1]
+        x = torch.rand(3, 3, 12, 8, generator=torch.Generator().manual_seed(1)).double()
+    else:
+        objective, x, _ = small_case(kind, "sim")
+    losses, true = exact(objective, x)
+    found, derivative = finite_differences(objective, x, step=1e-6)
+    assert found.floats() == pytest.approx(losses.floats())
+    assert cosine(derivative, true) > 0.9999
 
 
 def test_all_is_zero_at_the_truth():
