@@ -1,12 +1,16 @@
 """Compares matching with BatchNorm's exact coupling and with forced statistics.
 
-    python -m benchmarks.bn_coupling --csv FILE
+    python -m benchmarks.bn_coupling --csv docs/rows/bn_coupling.csv
+    python -m benchmarks.bn_coupling --only-cost --csv docs/rows/bn_coupling_cost.csv
 
 Both attack the same client from the same start with the same settings, at equal iterations, in
 train mode with uploaded statistics: a random ResNet-18, a random convnet, and a ResNet-18 trained
 on public photographs alone with a fresh head. Beside the images stand grey and mean-colour ones,
 the gradient distance that each coupling gives images at 30 dB from the truth, and the ratio of the
 times of a step, measured in interleaved pairs. Machines are noisy: quote the ratio.
+
+`--only-cost` attacks nothing. It measures on random weights, which cost what trained ones do, the
+time of a step in more pairs and the bytes that autograd keeps at most at one time in it.
 """
 
 import argparse
@@ -42,6 +46,12 @@ SPEC = DATASETS["photos"]
 CROPS, TRAINING_BATCH = 900, 32
 #: Distance from the truth, in dB, at which gradient distances are compared.
 NEAR = 30.0
+#: Networks whose cost is measured: name, side of the images, images.
+COSTS = (("convnet", 32, 8), ("resnet18", 32, 8), ("resnet50", 64, 4))
+COST_HEADER = [
+    "network", "px", "B", "pair", "exact seconds", "forced seconds", "forced / exact",
+    "exact saved bytes", "forced saved bytes",
+]  # fmt: skip
 HEADER = [
     "network", "seed", "coupling", "iterations", "psnr", "ssim", "distance", "exact distance",
     "distance at 30 dB", "grey psnr", "grey ssim", "mean colour psnr", "mean colour ssim",
@@ -62,6 +72,7 @@ class Attacks:
     weights: Weights
 
 
+COST_WEIGHTS = Weights(priors={"tv": 1e-2, "bn": 1e-2})
 OF_RESNET18 = Weights(priors={"tv": 1e-2, "bn": 1e-3})
 OF_CONVNET = Weights(priors={"tv": 1e-2, "bn": 1e-2})
 CASES = {
@@ -73,10 +84,13 @@ CASES = {
 
 
 @functools.cache
-def trained_weights(arch: str, seconds: float, seed: int) -> dict[str, Tensor]:
+def trained_weights(
+    arch: str, seconds: float, seed: int, length: int | None = None
+) -> dict[str, Tensor]:
     """Train a network to tell public photographs apart; return its weights by name.
 
-    seconds: CPU time that training takes. The classes are the photographs; crops come shifted,
+    seconds: CPU time that training takes. length: steps that it takes instead, so that every
+    machine trains alike. The classes are the photographs; crops come shifted,
     mirrored and at other brightness and contrast, by a generator of `seed`.
     """
     torch.manual_seed(seed)
@@ -88,7 +102,11 @@ def trained_weights(arch: str, seconds: float, seed: int) -> dict[str, Tensor]:
         model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
     begin, steps, right = time.process_time(), 0, 0.0
-    while (share := (time.process_time() - begin) / seconds) < 1:
+
+    def done() -> float:
+        return (time.process_time() - begin) / seconds if length is None else steps / length
+
+    while (share := done()) < 1:
         optimiser.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * share)) / 2
         chosen = torch.randint(CROPS, (TRAINING_BATCH,))
         row, column = torch.randint(9, (2,)).tolist()
@@ -106,8 +124,10 @@ def trained_weights(arch: str, seconds: float, seed: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def step_ratio(forced: Objective, other: Objective, x: Tensor, pairs: int) -> float:
-    """Return the median ratio of the times of a step, forced to other, of interleaved pairs."""
+def step_times(
+    forced: Objective, other: Objective, x: Tensor, pairs: int
+) -> list[tuple[float, float]]:
+    """Return the seconds of a step, forced and other, in interleaved pairs."""
 
     def seconds(objective: Objective) -> float:
         start = time.perf_counter()
@@ -115,7 +135,76 @@ def step_ratio(forced: Objective, other: Objective, x: Tensor, pairs: int) -> fl
         return time.perf_counter() - start
 
     seconds(forced), seconds(other)  # warm-up
-    return statistics.median(seconds(forced) / seconds(other) for _ in range(pairs))
+    return [(seconds(forced), seconds(other)) for _ in range(pairs)]
+
+
+class SavedBytes:
+    """Counts what autograd keeps at the same time: every storage once, weights and images not."""
+
+    def __init__(self, objective: Objective, x: Tensor):
+        """Count nothing that the model, its target or `x` keep anyway."""
+        state = [*objective.model.state_dict(keep_vars=True).values(), *objective.target_gradient]
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in (x, *state)}
+        self._kept: dict[int, int] = {}
+        self._now = 0
+        #: The most that was kept.
+        self.most = 0
+
+    def pack(self, tensor: Tensor) -> "_Saved | Tensor":
+        """Take note of a tensor that autograd saves."""
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place in self._own:
+            return tensor
+        if not self._kept.get(place):
+            self._now += storage.nbytes()
+            self.most = max(self.most, self._now)
+        self._kept[place] = self._kept.get(place, 0) + 1
+        return _Saved(self, tensor)
+
+    def release(self, tensor: Tensor) -> None:
+        """Take note that autograd has dropped one that it saved."""
+        storage = tensor.untyped_storage()
+        self._kept[storage.data_ptr()] -= 1
+        if not self._kept[storage.data_ptr()]:
+            self._now -= storage.nbytes()
+
+
+class _Saved:
+    """Holds one saved tensor for as long as autograd keeps it."""
+
+    def __init__(self, counter: SavedBytes, tensor: Tensor):
+        self.counter, self.tensor = counter, tensor
+
+    def __del__(self):
+        self.counter.release(self.tensor)
+
+
+def saved_bytes(objective: Objective, x: Tensor) -> int:
+    """Return the bytes that autograd keeps at most at one time in one step of `exact` at `x`."""
+    counter = SavedBytes(objective, x)
+
+    def unpack(saved: _Saved | Tensor) -> Tensor:
+        return saved.tensor if isinstance(saved, _Saved) else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, unpack):
+        exact(objective, x)
+    return counter.most
+
+
+def cost_rows(arch: str, size: int, batch_size: int, pairs: int) -> list[list]:
+    """Measure time and memory of both couplings on random weights; return a row for each pair."""
+    objectives = [
+        photo_objective(arch, size, batch_size, weights=COST_WEIGHTS, bn_coupling=coupling)
+        for coupling in ("forced", "exact")
+    ]
+    x = initial_images(0, batch_size, (3, size, size), torch.float32)
+    forced_bytes, exact_bytes = (saved_bytes(objective, x) for objective in objectives)
+    forced, other = objectives
+    return [
+        [arch, size, batch_size, pair, there, here, here / there, exact_bytes, forced_bytes]
+        for pair, (here, there) in enumerate(step_times(forced, other, x, pairs))
+    ]
 
 
 def scores(images: Tensor, true: Tensor) -> tuple[float, float]:
@@ -140,7 +229,8 @@ def attack_rows(name: str, seed: int, pairs: int, body: dict[str, Tensor] | None
     noise = initial_images(1000 + seed, BATCH_SIZE, (3, SIZE, SIZE), torch.float32)
     near = x_true + 10 ** (-NEAR / 20) * noise / std
     start = initial_images(seed, BATCH_SIZE, (3, SIZE, SIZE), torch.float32)
-    ratio = step_ratio(objectives["forced"], objectives["exact"], start, pairs)
+    times = step_times(objectives["forced"], objectives["exact"], start, pairs)
+    ratio = statistics.median(forced / other for forced, other in times)
     flat = [value for x in baselines(true).values() for value in scores(x, true)]
     box = (-mean / std, (1 - mean) / std)
     loop = Loop(case.steps, case.lr, signed=True, box=box, keep_best=True)
@@ -161,16 +251,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of steps that are timed")
+    parser.add_argument("--pairs", type=int, help="pairs of steps that are timed, 5 or 15")
+    parser.add_argument("--only-cost", action="store_true", help="time and memory, no attack")
     parser.add_argument("--training-seconds", type=float, default=60.0)
     parser.add_argument("--csv", help="file for the raw rows")
     args = parser.parse_args()
     rows = []
+    if args.only_cost:
+        for arch, size, batch_size in COSTS:
+            rows += cost_rows(arch, size, batch_size, args.pairs or 15)
+            ratios = [row[6] for row in rows if row[0] == arch]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            exactly, forced = (rows[-1][i] / 2**20 for i in (7, 8))
+            print(
+                f"{arch}, {size} px, B {batch_size}: forced / exact {middle:.2f} "
+                f"({low:.2f} to {high:.2f}), {forced:.1f} MiB against {exactly:.1f} MiB",
+                flush=True,
+            )
+        if args.csv:
+            write_csv(COST_HEADER, rows, args.csv)
+        return
     for name in args.networks:
         case = CASES[name]
         body = trained_weights(case.arch, args.training_seconds, 0) if case.trained else None
         for seed in range(args.seeds):
-            rows += attack_rows(name, seed, args.pairs, body)
+            rows += attack_rows(name, seed, args.pairs or 5, body)
     print(table(HEADER, rows))
     if args.csv:
         write_csv(HEADER, rows, args.csv)

@@ -22,6 +22,7 @@ def photo_objective(
     batch_size: int,
     *,
     seed: int = 0,
+    index: int = 1,
     weights: Weights | None = None,
     train_mode: bool = True,
     bn_grad: str = "exact",
@@ -31,13 +32,21 @@ def photo_objective(
     dtype: torch.dtype = torch.float32,
     shard: Shard = ALONE,
 ) -> Objective:
-    """Return the objective for batch 1 of the photographs, with random weights drawn from `seed`.
+    """Return the objective for a batch of the photographs, with random weights drawn from `seed`.
 
+<<<<<<< HEAD
     arch: the network's name. size: the images' side in pixels. weights: those of the objective;
     without them it has the gradient distance, TV and, if the network has BatchNorm, the exact BN
     prior. body: weights by name for all but the classifier head; random ones without it.
     train_mode, bn_grad, bn_coupling, shard: as in `Objective`. dtype: in which the attacker
     computes; the client computes in float32.
+=======
+    arch: the network's name. size: the images' side in pixels. index: which batch. weights:
+    those of the objective; without them it has the gradient distance, TV and, if the network has
+    BatchNorm, the exact BN prior. body: weights by name for all but the classifier head; random
+    ones without it.
+    train_mode, bn_grad, bn_coupling, shard: as in `Objective`.
+>>>>>>> part-first
     """
     torch.manual_seed(seed)
     spec = DATASETS["photos"]
@@ -53,7 +62,7 @@ def photo_objective(
             },
         )
     init_head(model, "normal")
-    x, y = photo_batch(batch_size, 1, size, seed=seed)
+    x, y = photo_batch(batch_size, index, size, seed=seed)
     loss = ClientLoss(train_mode)
     sent = whole_batch_gradient(model, normalise(x, spec), y, loss, moments=True)
     task = Task(arch, batch_size, shape, spec.class_count, spec.mean, spec.std, loss)

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from inversion.candidate_gradient import CandidateGradient, Part, on_graph
 from inversion.closed_form.layers import ClosedForm
@@ -22,6 +23,7 @@ from models.comparing import joint_norm
 from models.forced import forced_normalisation, forced_statistics
 from models.gradient import batch_gradient, couples_samples, gradient_mode, trainable_parameters
 from models.local import local_gradient, replaced_parameters
+from models.losses import mean_loss
 from models.target import Target, check_gradient_fits
 from utils.errors import InputError
 from utils.shard import ALONE, Shard, differentiable_sum, sum_tensors
@@ -334,6 +336,36 @@ class Objective:
                 gradient, _ = closed.gradient(x, y, images=images, total=total, added=added)
             return gradient, moments() if self._needs_moments else []
 
+    def loss_and_priors(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the client's loss of the candidate `x` and its unweighted priors, on the graph.
+
+        The derivative of the loss by the parameters is the gradient of `gradient_and_priors`, where
+        one gradient is compared (`compares_one_gradient`). With several processes `x` is this one's
+        part, and so are the results.
+        """
+        loss, moments = self._loss(x, {}, with_moments=self._needs_moments)
+        return loss, self._terms(x, moments)
+
+    def loss_at(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the same loss of the network with other weights, by name; on the graph of `x`."""
+        return self._loss(x, weights, with_moments=False)[0]
+
+    def _loss(
+        self, x: Tensor, weights: Mapping[str, Tensor], *, with_moments: bool
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        total = len(self.y) if self.batch_shard.size > 1 else None
+        with (
+            self._statistics(needed=with_moments) as moments,
+            self._normalisation(len(self.y)) as added,
+            gradient_mode(self.model, self.loss.train_mode),
+            torch.enable_grad(),
+        ):
+            logits = functional_call(self.model, dict(weights), (x,))
+            loss = mean_loss(logits, self.local_part(self.y), self.loss, total)
+            if added is not None:
+                loss = loss + added()
+            return loss, moments() if with_moments else []
+
     def priors_only(self, x: Tensor) -> dict[str, Tensor]:
         """Return the priors of `gradient_and_priors` alone, without computing a gradient."""
         moments: list[tuple[Tensor, Tensor]] = []
@@ -395,6 +427,11 @@ class Objective:
         other = copy.copy(self)
         other.place = SurrogatePlace(self.place.change, alpha)
         return other
+
+    @property
+    def compares_one_gradient(self) -> bool:
+        """Whether what was sent is compared with the gradient at the model's own weights."""
+        return self._unrolled is None and self.place is None
 
     @property
     def alpha(self) -> Tensor | None:

@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from inversion.first_order import finite_differences
 from inversion.objective import Losses, Objective
-from inversion.settings import PRIOR_ONLY, AttackSettings
+from inversion.settings import FINITE_DIFFERENCES, PRIOR_ONLY, AttackSettings
 from utils.errors import FaultError
 
 #: A function of this file: (objective, x, progress) → losses and derivative.
@@ -94,12 +95,19 @@ def prior_only(
 
 
 #: name in `inversion.settings`, PIXEL_GRADIENTS or PRIOR_ONLY → function(objective, x, progress).
-PIXEL_GRADIENTS: dict[str, PixelGradient] = {"exact": exact, "plain": plain, PRIOR_ONLY: prior_only}
+PIXEL_GRADIENTS: dict[str, PixelGradient] = {
+    "exact": exact,
+    "plain": plain,
+    FINITE_DIFFERENCES: finite_differences,
+    PRIOR_ONLY: prior_only,
+}
 
 
 def pixel_gradient_of(settings: AttackSettings) -> PixelGradient:
-    """Return the function that the settings name, with the checks that they ask for."""
+    """Return the function that the settings name, with its step and the checks asked for."""
     function = PIXEL_GRADIENTS[settings.pixel_gradient]
+    if settings.pixel_gradient == FINITE_DIFFERENCES:
+        function = partial(finite_differences, step=settings.difference_step)
     return partial(_checked, function) if settings.detect_anomaly else function
 
 

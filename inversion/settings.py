@@ -129,7 +129,10 @@ UPDATE_MODELS = ("sme", "mean", "unroll")
 #: `--gradient-loss-fun`; functions in `inversion.distances.GRADIENT_DISTANCES`.
 GRADIENT_DISTANCES = ("sim", "L2")
 #: `--pixel-gradient`; functions in `inversion.pixel_gradient.PIXEL_GRADIENTS`.
-PIXEL_GRADIENTS = ("exact", "plain")
+FINITE_DIFFERENCES = "finite-differences"
+PIXEL_GRADIENTS = ("exact", "plain", FINITE_DIFFERENCES)
+#: `--difference-step`: by how much finite differences move the weights, relative to their norm.
+DIFFERENCE_STEP = 1e-3
 #: The pixel gradient of the control that ignores the gradient of the client.
 PRIOR_ONLY = "prior only"
 #: `--optim`; functions in `inversion.optimise.OPTIMISERS`.
@@ -310,6 +313,8 @@ class AttackSettings:
     distance: str = "sim"
     #: A name in PIXEL_GRADIENTS, or PRIOR_ONLY.
     pixel_gradient: str = "exact"
+    #: By how much `finite-differences` moves the weights, relative to their norm, > 0.
+    difference_step: float = DIFFERENCE_STEP
     #: Pull the BN prior to the batch statistics that the client sent, where it sent them.
     exact_bn: bool = False
     #: A name in BN_GRADIENTS.

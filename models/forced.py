@@ -31,7 +31,7 @@ from utils.errors import InputError
 
 @dataclass(frozen=True)
 class ForcedStatistics:
-    """Holds what the client sent of one BatchNorm layer, (C,) each."""
+    """Holds what the client sent of one BatchNorm layer and the layer's scale, (C,) each."""
 
     #: Mean μ of the client's batch at the layer's input.
     mean: Tensor
@@ -41,6 +41,8 @@ class ForcedStatistics:
     d_weight: Tensor
     #: The client's gradient by the layer's shift, ∂L/∂β.
     d_bias: Tensor
+    #: The layer's scale γ as R holds it constant, also where the layer's own is moved.
+    weight: Tensor
 
 
 def forced_statistics(model: nn.Module, target: Target) -> list[ForcedStatistics]:
@@ -73,7 +75,9 @@ def forced_statistics(model: nn.Module, target: Target) -> list[ForcedStatistics
                 f"the client sent no gradient by scale and shift of BatchNorm layer "
                 f"{names[layer]}, which is part of the coupling; leave it out"
             )
-        found.append(ForcedStatistics(*(t.to(like) for t in (mean, var, *own))))
+        mean, var, d_weight, d_bias = (t.to(like) for t in (mean, var, *own))
+        scale = layer.weight.detach().clone()
+        found.append(ForcedStatistics(mean, var, d_weight, d_bias, scale))
     return found
 
 
@@ -110,7 +114,7 @@ def _coupling(layer: nn.Module, of: ForcedStatistics, z: Tensor, images: int) ->
     """Return what a layer with the input `z` (n, C, ...) adds to R."""
     count = images * math.prod(z.shape[2:])
     scale = (of.var + layer.eps).rsqrt()
-    weight = layer.weight.detach() / count
+    weight = of.weight / count
     slope, bend = weight * scale * of.d_bias, weight * scale.square() * of.d_weight / 2
     centred = z - per_channel(of.mean, z)
     return -(centred * torch.addcmul(per_channel(slope, z), per_channel(bend, z), centred)).sum()

@@ -145,6 +145,7 @@ NEEDS |= {
     "--ssim": ("--metric",),
     "--lpips-weights": ("--metric",),
     "--controls": ("--metric",),
+    "--difference-step": ("--pixel-gradient", "finite-differences"),
     "--TV-end": ("--TV", "1e-3"),
     "--max-memory": ("--attack", "layerwise"),
     "--budget": ("--audit",),

@@ -6,6 +6,7 @@ from torchvision.models.resnet import BasicBlock
 
 from inversion.audit.information import gradient_information_ratio
 from inversion.combine import combine
+from inversion.first_order import finite_differences
 from inversion.mlco import mlco
 from inversion.objective import Objective
 from inversion.optimise import reconstruct
@@ -77,7 +78,10 @@ def derivatives(shard, device="cpu"):
         ("conv", 7, plain, {"distance_name": "L2"}),
     ]
     cases += [("residual", 6, exact, {"bn_grad": "detached"})]
+    cases += [("conv", size, finite_differences, {}) for size in (7, 2)]
+    cases += [("conv", 7, finite_differences, {"train_mode": False})]
     forced = {"bn_coupling": "forced"}
+    cases += [("conv", 7, finite_differences, forced)]
     cases += [("residual", 7, exact, forced), ("conv", 2, exact, forced)]
     cases += [("conv", size, prior_only, {}) for size in (7, 2)]
     cases += [

@@ -49,6 +49,7 @@ PAGES = {
 #: Flags that the pages name and that belong to other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--few-classes", "--trials", "--csv", "--markdown"}
 FOREIGN_FLAGS |= {"--size", "--picture", "--pairs"}  # of benchmarks.updates, benchmarks.saving
+FOREIGN_FLAGS |= {"--only-time", "--only-cost"}  # of benchmarks.first_order, benchmarks.bn_coupling
 FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds", "--only", "--weights", "--curve"}
 FOREIGN_FLAGS |= {"--settings", "--methods", "--eval-mode", "--boxed"}  # of benchmarks.peers
 
@@ -382,6 +383,8 @@ def mistakes(tmp_path_factory):
     torch.save(checkpoint | {"args": Hostile(folder / "ran")}, folder / "hostile.tar")
     gradient = [65536 * g for g in checkpoint["target_gradient"]]
     save(checkpoint | {"target_gradient": gradient}, str(folder / "scaled.tar"))
+    steps = ("-a", "lenet", "-b", "2", "--local-steps", "2", "--local-lr", "0.1")
+    os.rename(capture_photos(folder, *steps), folder / "steps.tar")
     convnet = ("-a", "convnet", "-b", "2")
     os.rename(capture_photos(folder, *convnet), folder / "convnet.tar")
     os.rename(capture_photos(folder, *convnet, "--upload-bn"), folder / "uploaded.tar")

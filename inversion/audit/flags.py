@@ -8,6 +8,7 @@ from inversion.settings import (
     AUTO,
     BN_COUPLINGS,
     BN_GRADIENTS,
+    DIFFERENCE_STEP,
     GRADIENT_DISTANCES,
     LABEL_METHODS,
     OPTIMISERS,
@@ -243,7 +244,16 @@ def _add_objective(add) -> None:
         "--pixel-gradient",
         choices=PIXEL_GRADIENTS,
         default="exact",
-        help="How the derivative of the pixels is computed; plain is the slow twin of exact.",
+        help="How the derivative of the pixels is computed; plain is the slow twin of exact. "
+        "finite-differences takes no second derivative and less time, but is not exact: with ReLU "
+        "it has another direction, so the attack is another one.",
+    )
+    add(
+        "--difference-step",
+        type=number(low=0, high=1, above=0),
+        default=DIFFERENCE_STEP,
+        help="--pixel-gradient finite-differences: by how much the weights move, relative to their "
+        "norm.",
     )
 
 

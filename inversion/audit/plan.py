@@ -18,7 +18,7 @@ from inversion.layerwise.trace import largest_system
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import noise_generator
-from inversion.settings import AttackSettings
+from inversion.settings import FINITE_DIFFERENCES, AttackSettings
 from models.gradient import trainable_parameters
 from utils.console import duration
 from utils.device import device_name, peak_memory_mib
@@ -72,6 +72,11 @@ def _matching_lines(settings: AttackSettings, case: Case) -> list[str]:
         f"{', '.join(settings.prior_names) or 'none'}; BN statistics: "
         f"{case.bn_source or 'not used'}"
     )
+    if settings.pixel_gradient == FINITE_DIFFERENCES:
+        lines.append(
+            "derivative: finite differences of the gradient, which are not exact (weights moved by "
+            f"{settings.difference_step:g} of their norm)"
+        )
     if case.processes.size > 1:
         lines.append(f"{case.processes.size} processes, each with a part of the {settings.shared}")
     if num_seeds > 1:

@@ -21,6 +21,8 @@ from inversion.audit.sweep.settings import SweepSettings, sweep_from
 from inversion.audit.withhold import refuse_contradictions
 from inversion.settings import (
     AUTO,
+    DIFFERENCE_STEP,
+    FINITE_DIFFERENCES,
     LABEL_METHODS,
     PRIORS,
     RANGES,
@@ -175,6 +177,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         _refuse_attack(args)
     refuse_contradictions(args)
     _refuse_inputs(args)
+    _refuse_derivative(args)
     _refuse_optimiser(args)
     _refuse_strategy(args)
     _refuse_scoring(args)
@@ -282,6 +285,7 @@ def _attack_from(args) -> AttackSettings:
         offload_seeds=args.offload_seeds,
         distance=args.gradient_loss_fun,
         pixel_gradient=args.pixel_gradient,
+        difference_step=args.difference_step,
         exact_bn=args.exact_bn,
         bn_grad=args.bn_grad,
         bn_coupling=args.bn_coupling,
@@ -346,6 +350,22 @@ def _refuse_attack(args) -> None:
         raise InputError(
             "--bn-coupling forced: leaves no batch statistics whose derivative --bn-grad detached "
             "would truncate; give one of them"
+        )
+
+
+def _refuse_derivative(args) -> None:
+    """Refuse what the way to the derivative leaves without effect, or cannot do."""
+    if args.pixel_gradient != FINITE_DIFFERENCES:
+        if args.difference_step != DIFFERENCE_STEP:
+            raise InputError(
+                f"--difference-step {args.difference_step:g}: concerns --pixel-gradient "
+                f"{FINITE_DIFFERENCES}, not {args.pixel_gradient}; leave it out"
+            )
+        return
+    if args.bn_grad == "detached":
+        raise InputError(
+            f"--bn-grad detached: truncates a second derivative, and --pixel-gradient "
+            f"{FINITE_DIFFERENCES} takes none; give one of them"
         )
 
 

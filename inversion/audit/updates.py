@@ -1,6 +1,6 @@
 """Updates of several local steps: which model of them the attack takes, and what is told of it."""
 
-from inversion.settings import AttackSettings
+from inversion.settings import FINITE_DIFFERENCES, AttackSettings
 from models.target import Target
 from utils.errors import InputError
 
@@ -25,6 +25,11 @@ def update_model_of(settings: AttackSettings, target: Target) -> str:
         raise InputError(
             f"--update-model {name}: --strategy {settings.strategy} mixes images of several seeds, "
             "each of which goes by local steps of its own; give --update-model mean"
+        )
+    if name != "mean" and settings.pixel_gradient == FINITE_DIFFERENCES:
+        raise InputError(
+            f"--pixel-gradient {FINITE_DIFFERENCES}: takes the gradient at one state, not by the "
+            f"update model {name}; give --update-model mean, or --pixel-gradient exact"
         )
     if name == "sme" and settings.loop.optimiser == "LBFGS":
         raise InputError(
