@@ -34,19 +34,12 @@ def photo_objective(
 ) -> Objective:
     """Return the objective for a batch of the photographs, with random weights drawn from `seed`.
 
-<<<<<<< HEAD
-    arch: the network's name. size: the images' side in pixels. weights: those of the objective;
-    without them it has the gradient distance, TV and, if the network has BatchNorm, the exact BN
-    prior. body: weights by name for all but the classifier head; random ones without it.
-    train_mode, bn_grad, bn_coupling, shard: as in `Objective`. dtype: in which the attacker
-    computes; the client computes in float32.
-=======
     arch: the network's name. size: the images' side in pixels. index: which batch. weights:
     those of the objective; without them it has the gradient distance, TV and, if the network has
     BatchNorm, the exact BN prior. body: weights by name for all but the classifier head; random
     ones without it.
-    train_mode, bn_grad, bn_coupling, shard: as in `Objective`.
->>>>>>> part-first
+    train_mode, bn_grad, bn_coupling, shard: as in `Objective`. dtype: in which the attacker
+    computes; the client computes in float32.
     """
     torch.manual_seed(seed)
     spec = DATASETS["photos"]
