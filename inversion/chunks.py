@@ -61,7 +61,7 @@ class Pull:
 
 @dataclass(frozen=True)
 class Whole:
-    """Holds what the first pass finds of the whole batch, summed over processes, without a graph."""
+    """Holds what the first pass finds of the whole batch, of all processes, without a graph."""
 
     #: One tensor per trainable parameter.
     gradient: tuple[Tensor, ...]

@@ -426,6 +426,17 @@ class Objective:
         share = len(candidate.x) / (len(self.y) if images is None else images)
         return PRIOR_FUNCTIONS[name](candidate) * share
 
+    def in_chunks(self, chunk_size: int | None) -> "Objective":
+        """Return the objective that takes so many images at a time; None for all.
+
+        Raises InputError where its images interact.
+        """
+        other = copy.copy(self)
+        other.chunk_size = chunk_size
+        if chunk_size is not None:
+            chunks.check_uncoupled(other)
+        return other
+
     def part(self, images: slice, pulls: Mapping[str, chunks.Pull] | None = None) -> "Objective":
         """Return the objective of some images of the batch, by their place in it.
 

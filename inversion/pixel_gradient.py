@@ -33,7 +33,7 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     With `Objective.chunk_size` it is computed chunk by chunk (inversion/chunks.py).
     """
     if chunks.needed(objective):
-        return _exact_in_chunks(objective, x.detach(), progress)
+        return exact_in_chunks(objective, x.detach(), progress)
     x = x.detach().requires_grad_()
     gradient, terms = objective.gradient_and_priors(x)
     summed, values = objective.sum_over_processes(gradient.values, terms)
@@ -61,7 +61,7 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     return losses, derivative
 
 
-def _exact_in_chunks(
+def exact_in_chunks(
     objective: Objective, x: Tensor, progress: float
 ) -> tuple[Losses[Tensor], Tensor]:
     """Return what `exact` does, with the graph of one chunk of images at a time."""
@@ -126,7 +126,7 @@ def prior_only(
     computed: `Losses.gradient` is None, and runs are compared by the total (`Losses.criterion`).
     """
     if chunks.needed(objective):
-        return _prior_only_in_chunks(objective, x.detach(), progress)
+        return prior_only_in_chunks(objective, x.detach(), progress)
     x = x.detach().requires_grad_()
     terms = objective.priors_only(x)
     share = objective.weighted_sum(terms, progress) + 0 * x.sum()  # there may be no prior
@@ -136,7 +136,7 @@ def prior_only(
     return Losses(total, None, values), derivative
 
 
-def _prior_only_in_chunks(
+def prior_only_in_chunks(
     objective: Objective, x: Tensor, progress: float
 ) -> tuple[Losses[Tensor], Tensor]:
     """Return what `prior_only` does, with the graph of one chunk of images at a time."""

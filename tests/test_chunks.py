@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from inversion.pixel_gradient import PIXEL_GRADIENTS, exact, pixel_gradient_of, prior_only
-from inversion.settings import Loop, AttackSettings, Weights
+from inversion.pixel_gradient import exact, prior_only
 from tests import shared_work
 from utils.shard import ALONE
 
