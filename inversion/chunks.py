@@ -130,6 +130,7 @@ def evaluate(objective: "Objective", x: Tensor, *, priors: bool = True) -> Whole
             for total, g in zip(gradient, added, strict=True):
                 total += g
             moments.add(found, of_all.stop - of_all.start)
+        del added, g  # before the next chunk's are made
     summed, terms = objective.sum_over_processes(gradient, terms)
     return _whole(objective, x, summed, terms, moments)
 

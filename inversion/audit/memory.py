@@ -64,11 +64,18 @@ def _shown(number: int) -> str:
 
 
 def memory_plan(
-    settings: AttackSettings, objective: Objective, image_shape: tuple[int, ...], processes: Shard
+    settings: AttackSettings,
+    objective: Objective,
+    image_shape: tuple[int, ...],
+    processes: Shard,
+    *,
+    heap: float | None = None,
 ) -> MemoryPlan | None:
     """Plan the memory of matching as the settings ask; None where they do not ask.
 
-    objective: without chunks, on the device to work on. All processes call it, and get the same.
+    objective: without chunks, on the device to work on. heap: what the process takes of its
+    tensors' bytes; None for HEAP on the CPU and 1 on a GPU. All processes call it, and get the
+    same.
     Raises InputError where what is asked for cannot be done, with the smallest that can.
     """
     if settings.chunk_size is None and settings.matching_memory is None:
@@ -76,7 +83,7 @@ def memory_plan(
     if settings.method == "layerwise":
         return None
     images = objective.batch_shard.block(len(objective.y), rank=0).stop
-    need = _Need(settings, objective, image_shape, images)
+    need = _Need(settings, objective, image_shape, images, heap)
     limit, limited_by = _limit(settings, objective, processes)
     fixed = settings.chunk_size if isinstance(settings.chunk_size, int) else None
     why = _whole_batch_only(settings, objective)
@@ -115,7 +122,7 @@ def _flag(settings: AttackSettings) -> str:
     """Name the flag that asks for the plan."""
     if settings.matching_memory is None:
         return f"--chunk-size {settings.chunk_size}"
-    return f"--max-memory {settings.matching_memory / 2**20:g}"
+    return f"--max-memory {settings.matching_memory / 2**20:.3g}MiB"
 
 
 def _whole_batch_only(settings: AttackSettings, objective: Objective) -> str | None:
@@ -196,6 +203,7 @@ class _Need:
         objective: Objective,
         image_shape: tuple[int, ...],
         images: int,
+        heap: float | None,
     ):
         self.settings, self.objective = settings, objective
         self.image_shape, self.images = image_shape, images
@@ -203,7 +211,9 @@ class _Need:
         image = torch.Size(image_shape).numel() * like.element_size()
         copies = LOOP_COPIES + (LBFGS_COPIES if settings.loop.optimiser == "LBFGS" else 0)
         seeds = 0 if settings.offload_seeds else 2 * (settings.num_seeds - 1)
-        self._spread = HEAP if like.device.type == "cpu" else 1.0
+        if heap is None:
+            heap = HEAP if like.device.type == "cpu" else 1.0
+        self._heap = heap
         self._held = held_bytes(objective) + (copies + seeds) * image * len(objective.y)
         self._found: dict[int | None, int] = {}
         self._counts = True
@@ -211,7 +221,7 @@ class _Need:
     def of(self, chunk_size: int | None) -> int:
         """Return the bytes with so many images at a time; None for all."""
         if chunk_size not in self._found:
-            self._found[chunk_size] = self._held + int(self._spread * self._evaluation(chunk_size))
+            self._found[chunk_size] = self._held + int(self._heap * self._evaluation(chunk_size))
         return self._found[chunk_size]
 
     def _evaluation(self, chunk_size: int | None) -> int:
