@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory --csv FILE
 
-Parts of the rows. "flat": what tensors take at their most, and the ratio of the times of a step in
+Parts of the rows. "time": the ratio alone, at 224 px. "flat": what tensors take at their most, and the ratio of the times of a step in
 interleaved pairs, for growing batches. "count": the bytes counted on shapes alone beside those of
 the tensors that operations make, and beside what a fresh process on the CPU takes more; where real
 images would take too long only counted. "plan": the chunks that --max-memory picks for a batch.
@@ -196,6 +196,10 @@ def rows_of(args: argparse.Namespace):
     for mode in MODES:
         yield from flat_rows("resnet18", 64, mode, args.batches, args.chunk, args.pairs)
     for mode in MODES:
+        whole = Setting("resnet50", 224, mode, 4, 0)
+        objective = whole.objective()
+        ratios = time_ratio(objective.in_chunks(2), objective, whole.start(), args.pairs)
+        yield replace(whole, chunk=2).row("time", "", "", "", "", *ratios)
         for network, size, batch, chunk in (
             ("convnet", 32, 64, 0), ("resnet18", 64, 32, 0), ("resnet18", 64, 32, 8),
             ("resnet50", 64, 16, 0), ("resnet50", 224, 1, 0), ("resnet50", 224, 2, 0),
@@ -212,7 +216,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--chunk", type=int, default=8, help="images at a time")
+    parser.add_argument("--chunk", type=int, default=4, help="images at a time")
     parser.add_argument("--pairs", type=int, default=5, help="pairs of steps that are timed")
     parser.add_argument("--one", nargs=5, help="network, pixels, mode, batch, chunk of one step")
     parser.add_argument("--csv", help="file for the raw rows")

@@ -3,7 +3,8 @@
 Where no layer makes images interact, the batch's gradient g is the sum of what its images add. So
 a first pass adds up the chunks' gradients without a graph, which gives the distance d(g) and its
 cotangent v = ∂d/∂g. By the chain rule the derivative by the images of a chunk is vᵀ ∂g_chunk/∂x:
-a second pass takes it chunk by chunk, and only one chunk's graph is ever kept.
+a second pass takes it chunk by chunk, and only one chunk's graph is ever kept. It begins with the
+chunk that the first one ended with, whose graph is there.
 
 Priors that are means over images split likewise. The BatchNorm prior is a function of the batch's
 moments, for n images of a chunk in a batch of B with the chunk's own mean μ_c and variance σ²_c
@@ -15,13 +16,14 @@ takes for every chunk the derivative of n/B (⟨a, μ_c⟩ + ⟨b, σ²_c + (μ_
 μ inside the square are constant: the change of that μ cancels over all chunks. All of it is exact.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from inversion.candidate_gradient import CandidateGradient
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
 from inversion.settings import PRIORS
 from models.batchnorm import batchnorm_layers
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 #: (mean, variance) per BatchNorm layer, (C,) each.
 Moments = Sequence[tuple[Tensor, Tensor]]
+#: What stands in a chunk in the place of a prior on the batch's moments: a function of the chunk's
+#: moments and of its share of the images.
+InPlace = Callable[[Moments, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,38 @@ class Pull:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Holds the graph of one chunk between the two passes, which then need not make it twice."""
+
+    #: The chunk's place in this process's part of the batch.
+    own: slice
+    #: Its images, on the graph.
+    images: Tensor
+    #: Their gradient, as `Objective.gradient_and_priors` returns it.
+    gradient: CandidateGradient
+    #: Name of each prior in use → what the chunk adds; 0 for those on moments.
+    terms: Mapping[str, Tensor]
+    #: Its moments, on the graph, and its share of the batch's images.
+    moments: Moments
+    share: float
+
+    def terms_by(self, pulls: Mapping[str, Pull]) -> dict[str, Tensor]:
+        """Return the terms with what stands in the place of priors on moments."""
+        return {**self.terms, **{n: pull(self.moments, self.share) for n, pull in pulls.items()}}
+
+
+class _Recording:
+    """Stands in the place of a Pull that is not known yet: it keeps the moments, on the graph."""
+
+    def __init__(self):
+        self.moments: Moments = ()
+
+    def __call__(self, moments: Moments, share: float) -> Tensor:
+        self.moments = moments
+        return torch.zeros_like(moments[0][0][0]).detach()
+
+
+@dataclass(frozen=True)
 class Whole:
     """Holds what the first pass finds of the whole batch, of all processes, without a graph."""
 
@@ -69,6 +106,8 @@ class Whole:
     terms: Mapping[str, Tensor]
     #: Of the whole batch; empty where no prior needs them.
     moments: Moments
+    #: The last chunk of this process with its graph; None where that was not asked for.
+    kept: Kept | None = None
 
 
 def needed(objective: "Objective") -> bool:
@@ -114,25 +153,42 @@ def places(objective: "Objective") -> Iterator[tuple[slice, slice]]:
         yield slice(start - block.start, stop - block.start), slice(start, stop)
 
 
-def evaluate(objective: "Objective", x: Tensor, *, priors: bool = True) -> Whole:
+def evaluate(
+    objective: "Objective", x: Tensor, *, priors: bool = True, keep: bool = False
+) -> Whole:
     """Return gradient, priors and moments of the whole batch: the first pass.
 
     x: this process's part of the candidate. priors: whether priors and moments are wanted too.
+    keep: whether the last chunk keeps its graph, for the second pass to begin with.
     Every process of the objective's must call it.
     """
     gradient = [torch.zeros_like(g) for g in objective.target_gradient]
     terms = _of_images(objective, x) if priors else {}
     moments = _Merged(objective.target_moments if priors else ())
-    for own, of_all in places(objective):
-        part = objective.part(of_all)
-        added, found = part.gradient_and_moments(x[own])
+    kept, every = None, list(places(objective))
+    for own, of_all in every:
+        if keep and own == every[-1][0]:
+            kept = _kept(objective, x, own, of_all)
+            added = kept.gradient.values
+            found = [(mean.detach(), var.detach()) for mean, var in kept.moments]
+        else:
+            added, found = objective.part(of_all).gradient_and_moments(x[own])
         with torch.no_grad():
             for total, g in zip(gradient, added, strict=True):
                 total += g
             moments.add(found, of_all.stop - of_all.start)
         del added, g  # before the next chunk's are made
     summed, terms = objective.sum_over_processes(gradient, terms)
-    return _whole(objective, x, summed, terms, moments)
+    return replace(_whole(objective, x, summed, terms, moments), kept=kept)
+
+
+def _kept(objective: "Objective", x: Tensor, own: slice, of_all: slice) -> Kept:
+    """Return a chunk with its graph."""
+    recording = {n: _Recording() for n in objective.prior_names if PRIORS[n].needs_moments}
+    images = x[own].detach().requires_grad_()
+    gradient, terms = objective.part(of_all, recording).gradient_and_priors(images)
+    moments = next((r.moments for r in recording.values()), ())
+    return Kept(own, images, gradient, terms, moments, len(images) / len(objective.y))
 
 
 def evaluate_priors(objective: "Objective", x: Tensor) -> Whole:

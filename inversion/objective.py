@@ -182,7 +182,7 @@ class Objective:
         #: Set where this is a part of a batch (`part`): the number of images of the whole batch.
         self._images_of_all: int | None = None
         #: In a part, name of a prior on moments → what stands in its place.
-        self._pulls: Mapping[str, chunks.Pull] = {}
+        self._pulls: Mapping[str, chunks.InPlace] = {}
         #: Images whose graph is kept at the same time, on each process; None for all.
         self.chunk_size = chunk_size
         if chunk_size is not None:
@@ -437,7 +437,7 @@ class Objective:
             chunks.check_uncoupled(other)
         return other
 
-    def part(self, images: slice, pulls: Mapping[str, chunks.Pull] | None = None) -> "Objective":
+    def part(self, images: slice, pulls: Mapping[str, chunks.InPlace] | None = None) -> "Objective":
         """Return the objective of some images of the batch, by their place in it.
 
         Its gradient, and its priors, are what these images add to those of the batch. A prior on

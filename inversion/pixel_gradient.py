@@ -65,7 +65,7 @@ def exact_in_chunks(
     objective: Objective, x: Tensor, progress: float
 ) -> tuple[Losses[Tensor], Tensor]:
     """Return what `exact` does, with the graph of one chunk of images at a time."""
-    whole = chunks.evaluate(objective, x)
+    whole = chunks.evaluate(objective, x, keep=True)
     distance, cotangents = objective.distance_with_cotangent(whole.gradient)
     if objective.weights.gradient != 1:
         cotangents = [objective.weights.gradient * v for v in cotangents]
@@ -73,13 +73,18 @@ def exact_in_chunks(
     total = objective.weights.gradient * distance
     total = total + objective.weighted_sum(whole.terms, progress)
     losses = Losses(total, distance, whole.terms, objective.alpha)
-    del whole  # the gradient takes as much as the weights
     derivative, place, slope = torch.empty_like(x), objective.place, x.new_zeros(())
-    for own, of_all in chunks.places(objective):
-        part, images = objective.part(of_all, pulls), x[own].detach().requires_grad_()
-        gradient, terms = part.gradient_and_priors(images)
+    kept = whole.kept
+    del whole  # its gradient takes as much as the weights
+    for own, of_all in reversed(list(chunks.places(objective))):
+        if kept is not None:
+            images, gradient, terms = kept.images, kept.gradient, kept.terms_by(pulls)
+            kept = None
+        else:
+            images = x[own].detach().requires_grad_()
+            gradient, terms = objective.part(of_all, pulls).gradient_and_priors(images)
         outputs = gradient.pairs(cotangents)
-        prior = part.weighted_sum(terms, progress)
+        prior = objective.weighted_sum(terms, progress)
         if isinstance(prior, Tensor) and prior.requires_grad:
             outputs.append((prior, torch.ones_like(prior)))
         del gradient, terms, prior
@@ -91,7 +96,7 @@ def exact_in_chunks(
             materialize_grads=True,
         )
         slope = slope + sum(slopes)
-        del outputs
+        del outputs, images
     if place is not None:
         place.learn(slope, progress)
     return losses, derivative

@@ -147,7 +147,6 @@ NEEDS |= {
     "--lpips-weights": ("--metric",),
     "--controls": ("--metric",),
     "--TV-end": ("--TV", "1e-3"),
-    "--chunk-size": ("--checkpoint", "eval.tar"),
     "--budget": ("--audit",),
     "--no-images": ("--audit",),
     "--update-model": ("--checkpoint", "steps.tar"),
