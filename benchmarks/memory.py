@@ -2,11 +2,12 @@
 
     python -m benchmarks.memory --csv FILE
 
-Parts of the rows. "time": the ratio alone, at 224 px. "flat": what tensors take at their most, and the ratio of the times of a step in
-interleaved pairs, for growing batches. "count": the bytes counted on shapes alone beside those of
-the tensors that operations make, and beside what a fresh process on the CPU takes more; where real
-images would take too long only counted. "plan": the chunks that --max-memory picks for a batch.
-Machines are noisy: quote the ratio. Nothing but the counts is comparable between machines.
+Parts of the rows. "flat": what tensors take at their most, and the ratio of the times of a step in
+interleaved pairs, for growing batches. "time": that ratio alone, at 224 px. "count": the bytes
+counted on shapes alone beside those of the tensors that operations make, and beside what a fresh
+process on the CPU takes more; where real images would take too long only counted. "plan": the
+chunks that --max-memory picks for a batch. Machines are noisy: quote the ratio. Nothing but the
+counts is comparable between machines.
 """
 
 import argparse
