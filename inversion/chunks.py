@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from inversion.candidate_gradient import CandidateGradient
+from inversion.candidate_gradient import CandidateGradient, Part
 from inversion.priors import PRIOR_FUNCTIONS, Candidate
 from inversion.settings import PRIORS
 from models.batchnorm import batchnorm_layers
@@ -72,7 +72,8 @@ class Kept:
     own: slice
     #: Its images, on the graph.
     images: Tensor
-    #: Their gradient, as `Objective.gradient_and_priors` returns it.
+    #: Their gradient, as `Objective.gradient_and_priors` returns it, where its values may be left
+    #: out: they are in the sum.
     gradient: CandidateGradient
     #: Name of each prior in use → what the chunk adds; 0 for those on moments.
     terms: Mapping[str, Tensor]
@@ -167,19 +168,38 @@ def evaluate(
     moments = _Merged(objective.target_moments if priors else ())
     kept, every = None, list(places(objective))
     for own, of_all in every:
+        part, images = objective.part(of_all), of_all.stop - of_all.start
         if keep and own == every[-1][0]:
             kept = _kept(objective, x, own, of_all)
-            added = kept.gradient.values
-            found = [(mean.detach(), var.detach()) for mean, var in kept.moments]
+            _add(gradient, kept.gradient.values, kept.gradient.parts)
+            kept = replace(kept, gradient=replace(kept.gradient, values=()))
+            moments.add([(mean.detach(), var.detach()) for mean, var in kept.moments], images)
         else:
-            added, found = objective.part(of_all).gradient_and_moments(x[own])
-        with torch.no_grad():
-            for total, g in zip(gradient, added, strict=True):
-                total += g
-            moments.add(found, of_all.stop - of_all.start)
-        del added, g  # before the next chunk's are made
+            moments.add(_added(gradient, part, x[own]), images)
     summed, terms = objective.sum_over_processes(gradient, terms)
     return replace(_whole(objective, x, summed, terms, moments), kept=kept)
+
+
+def _added(total: list[Tensor], part: "Objective", x: Tensor) -> Moments:
+    """Add a chunk's gradient to `total`; return its moments. Nothing else of it is kept."""
+    gradient, moments = part.gradient_and_moments(x)
+    _add(total, gradient, None)
+    return moments
+
+
+def _add(total: list[Tensor], gradient: Sequence[Tensor], parts: tuple[Part, ...] | None) -> None:
+    with torch.no_grad():
+        for number, g in enumerate(gradient):
+            part = None if parts is None else parts[number]
+            own = total[number] if part is None else total[number][part]
+            own += g.detach()
+
+
+def within(cotangents: Sequence[Tensor], parts: tuple[Part, ...] | None) -> Sequence[Tensor]:
+    """Return what a chunk's gradient has of cotangents of the whole (`CandidateGradient.parts`)."""
+    if parts is None:
+        return cotangents
+    return [v if part is None else v[part] for v, part in zip(cotangents, parts, strict=True)]
 
 
 def _kept(objective: "Objective", x: Tensor, own: slice, of_all: slice) -> Kept:

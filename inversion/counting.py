@@ -56,10 +56,13 @@ def evaluation_bytes(
 
 
 def chunk_bytes(objective: Objective, image_shape: tuple[int, ...], images: int) -> int:
-    """Return the same for `exact` on a batch of which this process takes `images` at a time."""
-    shapes = on_shapes(objective, images)
+    """Return the same for `exact` on a batch of which this process takes `images` at a time.
+
+    Two chunks are counted: the one whose graph is kept between the passes, and another.
+    """
+    shapes = on_shapes(objective, 2 * images)
     shapes.chunk_size = images
-    x = shapes.target_gradient[0].new_empty(images, *image_shape)
+    x = shapes.target_gradient[0].new_empty(2 * images, *image_shape)
     return peak_bytes(partial(exact_in_chunks, shapes, x, 0.0))
 
 

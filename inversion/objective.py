@@ -187,7 +187,10 @@ class Objective:
         self.chunk_size = chunk_size
         if chunk_size is not None:
             chunks.check_uncoupled(self)
-        self._closed = self._closed_form()
+        shared = batch_shard.size > 1
+        self._closed = self._closed_form(shared=shared)
+        #: The same for a part of the batch (`part`), which no process shares.
+        self._closed_of_parts = self._closed_form(shared=False) if shared else self._closed
 
     def distance(self, gradient: Sequence[Tensor]) -> Tensor:
         """Return the distance of a candidate's gradient from the target's, differentiable.
@@ -293,16 +296,20 @@ class Objective:
             images=len(self.y),
         )
 
+    @property
+    def _total(self) -> int | None:
+        """The images of the whole batch, where these are a part of it; None for all of it."""
+        if self._images_of_all is None and self.batch_shard.size > 1:
+            return len(self.y)
+        return self._images_of_all
+
     def _local_gradient(
         self, x: Tensor, *, create_graph: bool, with_moments: bool
     ) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, Tensor]]]:
         """Return what this process's images `x` add to the gradient, and the batch's moments."""
-        total = self._images_of_all
-        if total is None and self.batch_shard.size > 1:
-            total = len(self.y)
         with self._statistics(needed=with_moments) as moments:
             gradient = self._batch_gradient(
-                x, self.local_part(self.y), create_graph=create_graph, total=total
+                x, self.local_part(self.y), create_graph=create_graph, total=self._total
             )
             return gradient, moments() if with_moments else []
 
@@ -312,7 +319,8 @@ class Objective:
         With several processes `x` is this one's part, and so are the results, which
         `sum_over_processes` makes whole.
         """
-        if self._closed is None or torch.is_autocast_enabled(x.device.type):
+        on_shapes = x.device.type == "meta"  # of which torch knows no autocast
+        if self._closed is None or not on_shapes and torch.is_autocast_enabled(x.device.type):
             own, moments = self._local_gradient(
                 x, create_graph=True, with_moments=self._needs_moments
             )
@@ -321,16 +329,16 @@ class Objective:
             gradient, moments = self._closed_gradient(self._closed, x)
         return gradient, self._terms(x, moments)
 
-    def _closed_form(self) -> ClosedForm | None:
+    def _closed_form(self, *, shared: bool) -> ClosedForm | None:
         """Return what computes the candidate's gradient with its layers in closed form.
 
-        None where the weights are on a graph themselves. BatchNorm is left to torch where the
-        processes normalise by, or record, the statistics of a batch that they share, and where
-        its derivative is the original attack's.
+        None where the weights are on a graph themselves. shared: by several processes. BatchNorm is
+        left to torch where the processes normalise by, or record, the statistics of a batch that
+        they share, and where its derivative is the original attack's.
         """
         if self.place is not None or self._unrolled is not None:
             return None
-        shared = self.batch_shard.size > 1 and (self._needs_moments or self.couples_images)
+        shared = shared and (self._needs_moments or self.couples_images)
         batchnorm = (
             ClosedForm.replaces_batchnorm(self.model) and not shared and self.bn_grad == "exact"
         )
@@ -345,8 +353,9 @@ class Objective:
     def _closed_gradient(
         self, closed: ClosedForm, x: Tensor
     ) -> tuple[CandidateGradient, list[tuple[Tensor, Tensor]]]:
-        y, images = self.local_part(self.y), len(self.y)
-        total = images if self.batch_shard.size > 1 else None
+        y, images, total = self.local_part(self.y), len(self.y), self._total
+        if self._images_of_all is not None:
+            images = self._images_of_all
         if closed.batchnorm:
             return closed.gradient(x, y, images=images, total=total)
         with self._statistics(needed=self._needs_moments) as moments:
@@ -449,6 +458,7 @@ class Objective:
         other.consensus = None if self.consensus is None else self.consensus[images]
         other.batch_shard, other.chunk_size = ALONE, None
         other._images_of_all, other._pulls = len(self.y), pulls or {}
+        other._closed = self._closed_of_parts
         return other
 
     def sum_over_processes(

@@ -66,7 +66,7 @@ def exact_in_chunks(
 ) -> tuple[Losses[Tensor], Tensor]:
     """Return what `exact` does, with the graph of one chunk of images at a time."""
     whole = chunks.evaluate(objective, x, keep=True)
-    distance, cotangents = objective.distance_with_cotangent(whole.gradient)
+    distance, cotangents = objective.distance_with_cotangent(whole.gradient, overwrite=True)
     if objective.weights.gradient != 1:
         cotangents = [objective.weights.gradient * v for v in cotangents]
     pulls = chunks.pulls_of(objective, whole, x)
@@ -83,7 +83,7 @@ def exact_in_chunks(
         else:
             images = x[own].detach().requires_grad_()
             gradient, terms = objective.part(of_all, pulls).gradient_and_priors(images)
-        outputs = gradient.pairs(cotangents)
+        outputs = gradient.pairs(chunks.within(cotangents, gradient.parts))
         prior = objective.weighted_sum(terms, progress)
         if isinstance(prior, Tensor) and prior.requires_grad:
             outputs.append((prior, torch.ones_like(prior)))
