@@ -126,6 +126,7 @@ def audit(settings: Settings, case, sealed, search, run, interrupts: Interrupts,
     from utils.errors import FaultError
 
     run.check_labels(case.y)
+    case = case.with_saved_memory(run.journal, reporter)
     report, information, finish = None, None, None
     if settings.scoring.information:
         information, text = information_entry(case, sealed)

@@ -208,7 +208,7 @@ def _interrupted(
     iterations = sum(run.steps for run in runs)
     if consensus is None or consensus.loss > final.losses.criterion:
         return Outcome(final, tuple(runs), chosen, iterations)
-    x = objective.local_part(consensus.x.to(objective.y.device))
-    losses = objective.with_consensus(None)(x).floats()
+    x = consensus.x.to(objective.y.device)
+    losses = objective.with_consensus(None).value(x).floats()
     final = Reconstruction(consensus.x, losses, 0, "interrupted")
     return Outcome(final, tuple(runs), None, iterations)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from inversion import chunks
 from inversion.candidate_gradient import CandidateGradient, Part, on_graph
 from inversion.closed_form.layers import ClosedForm
 from inversion.distances import GRADIENT_DISTANCES, Aim
@@ -117,6 +118,7 @@ class Objective:
         bn_coupling: str = "exact",
         batch_shard: Shard = ALONE,
         update_model: str = "mean",
+        chunk_size: int | None = None,
     ):
         """Prepare the target's gradient and moments on the model's device.
 
@@ -127,10 +129,13 @@ class Objective:
         the original's truncated second derivative of BatchNorm in train mode. bn_coupling: "exact",
         or "forced" for the client's statistics in place of the candidate's own (models/forced.py).
         batch_shard: this process's part of the batch. update_model: a name in
-        UPDATE_MODELS; other than "mean" only for a target of several local steps.
+        UPDATE_MODELS; other than "mean" only for a target of several local steps. chunk_size:
+        images whose graph is kept at the same time (inversion/chunks.py), on each process; None for
+        all.
 
-        Raises InputError when the gradient is zero or does not fit the model, or when the client
-        sent too little to force its statistics; and ValueError for other than B labels, an unknown
+        Raises InputError when the gradient is zero or does not fit the model, when the client
+        sent too little to force its statistics, or when images that interact cannot be taken in
+        chunks; and ValueError for other than B labels, an unknown
         bn_grad or bn_coupling, the two of them together, or a BN prior that has nothing to pull to.
         """
         check_gradient_fits(model, target)
@@ -176,7 +181,18 @@ class Objective:
         self.target_moments: list[tuple[Tensor, Tensor]] = []
         if self._needs_moments:
             self.target_moments = _target_moments(model, target, bn_source)
-        self._closed = self._closed_form()
+        #: Set where this is a part of a batch (`part`): the number of images of the whole batch.
+        self._images_of_all: int | None = None
+        #: In a part, name of a prior on moments → what stands in its place.
+        self._pulls: Mapping[str, chunks.InPlace] = {}
+        #: Images whose graph is kept at the same time, on each process; None for all.
+        self.chunk_size = chunk_size
+        if chunk_size is not None:
+            chunks.check_uncoupled(self)
+        shared = batch_shard.size > 1
+        self._closed = self._closed_form(shared=shared)
+        #: The same for a part of the batch (`part`), which no process shares.
+        self._closed_of_parts = self._closed_form(shared=False) if shared else self._closed
 
     def distance(self, gradient: Sequence[Tensor]) -> Tensor:
         """Return the distance of a candidate's gradient from the target's, differentiable.
@@ -229,6 +245,11 @@ class Objective:
         """
         return self._forced is None and couples_samples(self.model, self.loss.train_mode)
 
+    @property
+    def unrolls(self) -> bool:
+        """Whether a candidate's own local steps are taken, which see several images at once."""
+        return self._unrolled is not None
+
     def image_gradient(self, x: Tensor, index: int) -> tuple[Tensor, ...]:
         """Return the gradient of one image `x` (1, C, H, W) with label number `index`.
 
@@ -277,14 +298,20 @@ class Objective:
             images=len(self.y),
         )
 
+    @property
+    def _total(self) -> int | None:
+        """The images of the whole batch, where these are a part of it; None for all of it."""
+        if self._images_of_all is None and self.batch_shard.size > 1:
+            return len(self.y)
+        return self._images_of_all
+
     def _local_gradient(
         self, x: Tensor, *, create_graph: bool, with_moments: bool
     ) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, Tensor]]]:
         """Return what this process's images `x` add to the gradient, and the batch's moments."""
-        total = len(self.y) if self.batch_shard.size > 1 else None
         with self._statistics(needed=with_moments) as moments:
             gradient = self._batch_gradient(
-                x, self.local_part(self.y), create_graph=create_graph, total=total
+                x, self.local_part(self.y), create_graph=create_graph, total=self._total
             )
             return gradient, moments() if with_moments else []
 
@@ -294,7 +321,8 @@ class Objective:
         With several processes `x` is this one's part, and so are the results, which
         `sum_over_processes` makes whole.
         """
-        if self._closed is None or torch.is_autocast_enabled(x.device.type):
+        on_shapes = x.device.type == "meta"  # of which torch knows no autocast
+        if self._closed is None or not on_shapes and torch.is_autocast_enabled(x.device.type):
             own, moments = self._local_gradient(
                 x, create_graph=True, with_moments=self._needs_moments
             )
@@ -303,16 +331,16 @@ class Objective:
             gradient, moments = self._closed_gradient(self._closed, x)
         return gradient, self._terms(x, moments)
 
-    def _closed_form(self) -> ClosedForm | None:
+    def _closed_form(self, *, shared: bool) -> ClosedForm | None:
         """Return what computes the candidate's gradient with its layers in closed form.
 
-        None where the weights are on a graph themselves. BatchNorm is left to torch where the
-        processes normalise by, or record, the statistics of a batch that they share, and where
-        its derivative is the original attack's.
+        None where the weights are on a graph themselves. shared: by several processes. BatchNorm is
+        left to torch where the processes normalise by, or record, the statistics of a batch that
+        they share, and where its derivative is the original attack's.
         """
         if self.place is not None or self._unrolled is not None:
             return None
-        shared = self.batch_shard.size > 1 and (self._needs_moments or self.couples_images)
+        shared = shared and (self._needs_moments or self.couples_images)
         batchnorm = (
             ClosedForm.replaces_batchnorm(self.model) and not shared and self.bn_grad == "exact"
         )
@@ -327,8 +355,9 @@ class Objective:
     def _closed_gradient(
         self, closed: ClosedForm, x: Tensor
     ) -> tuple[CandidateGradient, list[tuple[Tensor, Tensor]]]:
-        y, images = self.local_part(self.y), len(self.y)
-        total = images if self.batch_shard.size > 1 else None
+        y, images, total = self.local_part(self.y), len(self.y), self._total
+        if self._images_of_all is not None:
+            images = self._images_of_all
         if closed.batchnorm:
             return closed.gradient(x, y, images=images, total=total)
         with self._statistics(needed=self._needs_moments) as moments:
@@ -368,23 +397,55 @@ class Objective:
 
     def priors_only(self, x: Tensor) -> dict[str, Tensor]:
         """Return the priors of `gradient_and_priors` alone, without computing a gradient."""
-        moments: list[tuple[Tensor, Tensor]] = []
-        if self._needs_moments:
-            with self._statistics(needed=True) as recorded, self._normalisation(len(self.y)):
-                with gradient_mode(self.model, self.loss.train_mode), torch.enable_grad():
-                    self.model(x)
-                moments = recorded()
-        return self._terms(x, moments)
+        with torch.enable_grad():
+            return self._terms(x, self.moments(x))
+
+    def moments(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the batch's (mean, variance) per BatchNorm layer; none where no prior needs them.
+
+        They come from a forward pass of the candidate `x`, this process's part of it.
+        """
+        if not self._needs_moments:
+            return []
+        with self._statistics(needed=True) as recorded, self._normalisation(len(self.y)):
+            with gradient_mode(self.model, self.loss.train_mode):
+                self.model(x)
+            return recorded()
+
+    def gradient_and_moments(
+        self, x: Tensor
+    ) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, Tensor]]]:
+        """Return the gradient of the candidate `x` and its moments as above, without a graph.
+
+        With several processes `x` is this one's part, and so is the gradient.
+        """
+        gradient, moments = self._local_gradient(
+            x, create_graph=False, with_moments=self._needs_moments
+        )
+        return gradient, [(mean.detach(), var.detach()) for mean, var in moments]
 
     def _terms(self, x: Tensor, moments: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        consensus = None if self.consensus is None else self.local_part(self.consensus)
-        candidate = Candidate(x, moments, self.target_moments, consensus)
-        names = [
+        candidate = Candidate(x, moments, self.target_moments, self._local_consensus)
+        return {name: self._local_prior(name, candidate) for name in self.prior_names}
+
+    def image_priors(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the unweighted priors of `x` that are means over images."""
+        names = [name for name in self.prior_names if not PRIORS[name].needs_moments]
+        candidate = Candidate(x, consensus=self._local_consensus)
+        return {name: self._local_prior(name, candidate) for name in names}
+
+    @property
+    def _local_consensus(self) -> Tensor | None:
+        return None if self.consensus is None else self.local_part(self.consensus)
+
+    @property
+    def prior_names(self) -> list[str]:
+        """The names of the priors in use, those on a consensus only where there is one."""
+        return [
             name
             for name in self.weights.at(0.0)
             if self.consensus is not None or not PRIORS[name].needs_consensus
         ]
-        return {name: self._local_prior(name, candidate) for name in names}
 
     def _local_prior(self, name: str, candidate: Candidate) -> Tensor:
         """Return what this process adds to a prior; those sum to the whole batch's prior.
@@ -392,13 +453,45 @@ class Objective:
         A prior of the moments is the same number on every process, each other one a mean over
         the process's images.
         """
-        if self.batch_shard.size == 1:
+        images = self._images_of_all
+        if images is None and self.batch_shard.size == 1:
             return PRIOR_FUNCTIONS[name](candidate)
         if PRIORS[name].needs_moments:
+            if images is not None:
+                pull = self._pulls.get(name)
+                share = len(candidate.x) / images
+                return candidate.x.new_zeros(()) if pull is None else pull(candidate.moments, share)
             return PRIOR_FUNCTIONS[name](candidate) / self.batch_shard.size
         if not len(candidate.x):
             return candidate.x.sum()
-        return PRIOR_FUNCTIONS[name](candidate) * (len(candidate.x) / len(self.y))
+        share = len(candidate.x) / (len(self.y) if images is None else images)
+        return PRIOR_FUNCTIONS[name](candidate) * share
+
+    def in_chunks(self, chunk_size: int | None) -> "Objective":
+        """Return the objective that takes so many images at a time; None for all.
+
+        Raises InputError where its images interact.
+        """
+        other = copy.copy(self)
+        other.chunk_size = chunk_size
+        if chunk_size is not None:
+            chunks.check_uncoupled(other)
+        return other
+
+    def part(self, images: slice, pulls: Mapping[str, chunks.InPlace] | None = None) -> "Objective":
+        """Return the objective of some images of the batch, by their place in it.
+
+        Its gradient, and its priors, are what these images add to those of the batch. A prior on
+        the batch's moments is no sum over images: `pulls` has what stands in its place, else it
+        is 0.
+        """
+        other = copy.copy(self)
+        other.y = self.y[images]
+        other.consensus = None if self.consensus is None else self.consensus[images]
+        other.batch_shard, other.chunk_size = ALONE, None
+        other._images_of_all, other._pulls = len(self.y), pulls or {}
+        other._closed = self._closed_of_parts
+        return other
 
     def sum_over_processes(
         self, gradient: Sequence[Tensor], terms: Mapping[str, Tensor]
@@ -452,6 +545,8 @@ class Objective:
 
     def gradient(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the gradient of the whole candidate `x` (B, C, H, W), without a graph."""
+        if chunks.needed(self):
+            return chunks.evaluate(self, self.local_part(x), priors=False).gradient
         gradient, _ = self._local_gradient(
             self.local_part(x), create_graph=False, with_moments=False
         )
@@ -467,11 +562,14 @@ class Objective:
         progress: share of the run done, in [0, 1], by which the weights change.
         """
         part = self.local_part(x)
-        gradient, moments = self._local_gradient(
-            part, create_graph=False, with_moments=self._needs_moments
-        )
+        if chunks.needed(self):
+            whole = chunks.evaluate(self, part)
+            gradient, terms = whole.gradient, whole.terms
+        else:
+            own, moments = self.gradient_and_moments(part)
+            with torch.no_grad():
+                gradient, terms = self.sum_over_processes(own, self._terms(part, moments))
         with torch.no_grad():
-            gradient, terms = self.sum_over_processes(gradient, self._terms(part, moments))
             distance, _ = self.distance_with_cotangent(gradient)
             total = self.weights.gradient * distance + self.weighted_sum(terms, progress)
         return Losses(total, distance, terms, self.alpha)

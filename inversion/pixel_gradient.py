@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from inversion import chunks
 from inversion.first_order import finite_differences
 from inversion.objective import Losses, Objective
 from inversion.settings import FINITE_DIFFERENCES, PRIOR_ONLY, AttackSettings
@@ -29,7 +30,11 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     closed form, so no graph of the distance is kept over all parameters, and nothing is
     accumulated for the parameters themselves. Where a surrogate of several local steps is learned,
     the same product gives the derivative by its place α, which then moves.
+
+    With `Objective.chunk_size` it is computed chunk by chunk (inversion/chunks.py).
     """
+    if chunks.needed(objective):
+        return exact_in_chunks(objective, x.detach(), progress)
     x = x.detach().requires_grad_()
     gradient, terms = objective.gradient_and_priors(x)
     summed, values = objective.sum_over_processes(gradient.values, terms)
@@ -54,6 +59,47 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     losses = Losses(total, distance, values, objective.alpha)
     if place is not None:
         place.learn(slope[0], progress)
+    return losses, derivative
+
+
+def exact_in_chunks(
+    objective: Objective, x: Tensor, progress: float
+) -> tuple[Losses[Tensor], Tensor]:
+    """Return what `exact` does, with the graph of one chunk of images at a time."""
+    whole = chunks.evaluate(objective, x, keep=True)
+    distance, cotangents = objective.distance_with_cotangent(whole.gradient, overwrite=True)
+    if objective.weights.gradient != 1:
+        cotangents = [objective.weights.gradient * v for v in cotangents]
+    pulls = chunks.pulls_of(objective, whole, x)
+    total = objective.weights.gradient * distance
+    total = total + objective.weighted_sum(whole.terms, progress)
+    losses = Losses(total, distance, whole.terms, objective.alpha)
+    derivative, place, slope = torch.empty_like(x), objective.place, x.new_zeros(())
+    kept = whole.kept
+    del whole  # its gradient takes as much as the weights
+    for own, of_all in reversed(list(chunks.places(objective))):
+        if kept is not None:
+            images, gradient, terms = kept.images, kept.gradient, kept.terms_by(pulls)
+            kept = None
+        else:
+            images = x[own].detach().requires_grad_()
+            gradient, terms = objective.part(of_all, pulls).gradient_and_priors(images)
+        outputs = gradient.pairs(chunks.within(cotangents, gradient.parts))
+        prior = objective.weighted_sum(terms, progress)
+        if isinstance(prior, Tensor) and prior.requires_grad:
+            outputs.append((prior, torch.ones_like(prior)))
+        del gradient, terms, prior
+        derivative[own], *slopes = torch.autograd.grad(
+            [output for output, _ in outputs],
+            [images] if place is None else [images, place.alpha],
+            [cotangent for _, cotangent in outputs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        slope = slope + sum(slopes)
+        del outputs, images
+    if place is not None:
+        place.learn(slope, progress)
     return losses, derivative
 
 
@@ -85,6 +131,8 @@ def prior_only(
     It shows what the priors alone make of the initial images. The gradient distance is not
     computed: `Losses.gradient` is None, and runs are compared by the total (`Losses.criterion`).
     """
+    if chunks.needed(objective):
+        return prior_only_in_chunks(objective, x.detach(), progress)
     x = x.detach().requires_grad_()
     terms = objective.priors_only(x)
     share = objective.weighted_sum(terms, progress) + 0 * x.sum()  # there may be no prior
@@ -92,6 +140,21 @@ def prior_only(
     _, values = objective.sum_over_processes((), terms)
     total = objective.weighted_sum(values, progress) + x.new_zeros(())
     return Losses(total, None, values), derivative
+
+
+def prior_only_in_chunks(
+    objective: Objective, x: Tensor, progress: float
+) -> tuple[Losses[Tensor], Tensor]:
+    """Return what `prior_only` does, with the graph of one chunk of images at a time."""
+    whole = chunks.evaluate_priors(objective, x)
+    pulls = chunks.pulls_of(objective, whole, x)
+    derivative = torch.empty_like(x)
+    for own, of_all in chunks.places(objective):
+        part, images = objective.part(of_all, pulls), x[own].detach().requires_grad_()
+        share = part.weighted_sum(part.priors_only(images), progress) + 0 * images.sum()
+        (derivative[own],) = torch.autograd.grad(share, images)
+    total = objective.weighted_sum(whole.terms, progress) + x.new_zeros(())
+    return Losses(total, None, whole.terms), derivative
 
 
 #: name in `inversion.settings`, PIXEL_GRADIENTS or PRIOR_ONLY → function(objective, x, progress).

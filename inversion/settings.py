@@ -292,10 +292,15 @@ class AttackSettings:
     weights: Weights
     #: Without box and noise, which `loop_in` adds.
     loop: Loop
-    #: A name in ATTACKS; all other settings but the next one concern the matching.
+    #: A name in ATTACKS; all other settings but `max_memory` concern the matching.
     method: str = "matching"
     #: Bytes that a dense system may take while the gradient is solved layer by layer.
     max_memory: int = 8 * 2**30
+    #: Images of each process whose graph is kept at the same time; AUTO for as many as fit, None
+    #: for all.
+    chunk_size: int | str | None = None
+    #: Bytes that the matching may take, by which chunks are planned; None for no limit.
+    matching_memory: int | None = None
     #: Langevin noise as in `Loop`; None for that of the strategy.
     noise: float | None = None
     #: Clamp the images to valid colours after every step.
@@ -378,6 +383,8 @@ class AttackSettings:
             schedule=default.schedule,
             combine_memory=default.combine_memory,
             max_memory=default.max_memory,
+            chunk_size=default.chunk_size,
+            matching_memory=default.matching_memory,
             offload_seeds=default.offload_seeds,
             shared=default.shared,
         )

@@ -41,7 +41,7 @@ def mean(objective: Objective, pixel_gradient: PixelGradient, restarts: Restarts
     for run in started:
         total += _paired(run.x, reference, objective.y.to(reference.device))
     x = total / len(started)
-    losses = objective(objective.local_part(x.to(objective.y.device)), 1.0).floats()
+    losses = objective.value(x.to(objective.y.device), 1.0).floats()
     final = replace(outcome.final, x=x, losses=losses, optimiser_state=None)
     return replace(outcome, final=final, chosen=None)
 

@@ -88,6 +88,8 @@ SHORT = {
     "--sweep-workers": ("1", "2"),
     "--nproc": ("1", "2", "3"),
     "--batch-size": ("1", "2", "3", "9"),
+    "--chunk-size": ("1", "2", "3", "auto"),
+    "--max-memory": ("20GiB", "512MiB", "64", "0.1MiB"),
     "--image-size": ("16", "8", "1", "16x20"),
     "--decoys": ("1", "3"),
     "--local-steps": ("1", "2", "5"),
@@ -111,7 +113,6 @@ INSTEAD = {
     "--audit": ("--epochs", "--lr"),
     "--budget": ("--epochs", "--lr"),
     "--no-images": ("--epochs", "--lr"),
-    "--max-memory": ("--epochs", "--lr"),
     "--data-backup": ("--image-size",),
 }
 #: What a search needs.
@@ -147,7 +148,6 @@ NEEDS |= {
     "--controls": ("--metric",),
     "--difference-step": ("--pixel-gradient", "finite-differences"),
     "--TV-end": ("--TV", "1e-3"),
-    "--max-memory": ("--attack", "layerwise"),
     "--budget": ("--audit",),
     "--no-images": ("--audit",),
     "--update-model": ("--checkpoint", "steps.tar"),

@@ -83,6 +83,9 @@ def derivatives(shard, device="cpu"):
     forced = {"bn_coupling": "forced"}
     cases += [("conv", 7, finite_differences, forced)]
     cases += [("residual", 7, exact, forced), ("conv", 2, exact, forced)]
+    cases += [("residual", 7, exact, forced | {"chunk_size": 2})]
+    evaluated = {"train_mode": False, "chunk_size": 1}
+    cases += [("conv", 2, method, evaluated) for method in (exact, prior_only)]
     cases += [("conv", size, prior_only, {}) for size in (7, 2)]
     cases += [
         ("untracked", 7, exact, {"train_mode": mode, "bn_grad": derivative})

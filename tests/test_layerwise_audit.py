@@ -368,8 +368,8 @@ def test_a_walk_ends_where_a_system_takes_more_than_its_memory():
 def test_memory_concerns_solving():
     both = settings_of("--attack", "auto", "--epochs", "9", "--lr", "0.1", "--max-memory", "64")
     assert both.attack.max_memory == 2**26
-    with pytest.raises(InputError, match="--max-memory 64: concerns --attack layerwise and auto"):
-        settings_of("--epochs", "9", "--max-memory", "64")
+    matching = settings_of("--epochs", "9", "--lr", "0.1", "--max-memory", "1GiB").attack
+    assert matching.matching_memory == 2**30
 
 
 def test_a_layerwise_attack_needs_no_iterations_and_auto_does():

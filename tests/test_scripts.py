@@ -24,7 +24,7 @@ RESULT_KEYS = {
     "format", "settings", "target", "versions", "git", "device", "processes", "seconds",
     "iterations", "iterations_per_second", "peak_memory_mib", "bn_source", "stopped", "losses",
     "labels", "metrics", "controls", "information", "seeds", "rounds", "search",
-    "layerwise", "threat", "update",
+    "layerwise", "memory", "threat", "update",
 }  # fmt: skip
 
 

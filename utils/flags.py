@@ -101,6 +101,21 @@ def duration_from(low: float, *, or_zero: bool = False) -> Callable[[str], float
     return parse
 
 
+def mebibytes(text: str) -> float:
+    """Return the MiB of a size such as 20GiB, 512MiB or 512 (a flag type)."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)(MiB|GiB)?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no size of memory; give one such as 20GiB, 512MiB or 512"
+        )
+    value = float(found[1]) * (1024 if found[2] == "GiB" else 1)
+    if not 0 < value <= 1e12:
+        raise argparse.ArgumentTypeError(
+            f"{text} is out of range; give more than 0 and at most 1e12"
+        )
+    return value
+
+
 def file_name(text: str) -> str:
     """Return `text` if it can be part of a file name (a flag type)."""
     if os.sep in text or text in ("", ".", "..") or len(text.encode()) > 100:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inversion.audit.inputs import Case, public_images
+from inversion.chunks import coupled
 from inversion.combine import Combination
 from inversion.layerwise.attack import Recovered, layerwise_attack
 from inversion.layerwise.images import PUBLIC_IMAGES as LAYERWISE_PUBLIC_IMAGES
@@ -158,13 +159,16 @@ def _step_memory(settings: AttackSettings, case: Case) -> str:
     target, device = case.target, case.device
     share = case.processes.size if settings.shared == "batch" else 1
     images = -(-target.batch_size // share)
+    if case.objective.chunk_size is not None:
+        images = min(images, case.objective.chunk_size)
     each = kept_bytes(case.objective.model, target.image_shape, target.train_mode) / 2
     there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_memory()
     fit = images // 2 if not (each and there) else min(images // 2, int(there / each))
+    fewer = "capture fewer" if coupled(case.objective) else f"give --chunk-size {fit}"
     return (
         f"an iteration with {images} images {target.image_shape} per process takes more than "
         f"{each * images / 2**20:,.1f} MiB; "
-        + (f"at most {fit} may fit: capture fewer" if fit else "take smaller images")
+        + (f"at most {fit} may fit: {fewer}" if fit else "take smaller images")
         + ", or take a device with more memory"
     )
 

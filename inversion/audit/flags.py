@@ -29,6 +29,7 @@ from utils.flags import (
     duration_from,
     file_name,
     integer_from,
+    mebibytes,
     number,
 )
 
@@ -173,10 +174,10 @@ def _add_attack(add) -> None:
     )
     add(
         "--max-memory",
-        type=number(low=0, high=1e12, above=0),
-        default=8192.0,
-        help="--attack layerwise and auto: MiB that the equations of one layer may take; the walk "
-        "ends at a layer that needs more.",
+        type=mebibytes,
+        help="Memory that the attack may take, such as 20GiB, 512MiB or a number of MiB. Matching "
+        "takes as many images at a time as fit, or is refused; --attack layerwise ends at a layer "
+        "whose equations need more. Without it: 8GiB for layerwise, no limit for matching.",
     )
 
 
@@ -290,6 +291,14 @@ def _add_optimisation(add) -> None:
         action="store_true",
         help="Let torch check every operation of the derivative, and end at the first that gives "
         "a NaN, with its name; slow.",
+    )
+    add(
+        "--chunk-size",
+        type=chunk_size,
+        metavar="N",
+        help="Images of each process that are taken at a time, so that memory does not grow with "
+        "the batch; auto takes as many as fit into --max-memory, or else into what is free. "
+        "Without it: all.",
     )
     add("--n-seed", type=integer_from(1), default=1, help="Number of restarts.")
     add("--grad-sign", action="store_true", help="Step along the sign of the derivative.")
@@ -459,6 +468,11 @@ def _add_audit(add) -> None:
         action="store_true",
         help="Keep the client's images, and reconstructions of them, out of all files of --audit.",
     )
+
+
+def chunk_size(text: str) -> int | str:
+    """Return a number of images, or AUTO (a flag type)."""
+    return AUTO if text == AUTO else integer_from(1)(text)
 
 
 class _OneOrSeveral(argparse.Action):

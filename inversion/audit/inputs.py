@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from inversion.audit.memory import MemoryPlan, memory_plan
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.truth import TruthCheck, check_truth_gradient
 from inversion.audit.updates import update_model_of
@@ -36,6 +37,7 @@ from utils.files import printable
 from utils.image_files import load_auxiliary, public_photographs
 from utils.image_reading import DepthError
 from utils.images import denormalise, normalise
+from utils.journal import Journal, reading
 from utils.memory import free_memory, require_memory
 from utils.metrics import LPIPS_BACKBONE, load_lpips
 from utils.shard import ALONE, Shard
@@ -70,6 +72,8 @@ class Case:
     processes: Shard
     #: Parts that the attacker is not given (WITHHELD) → what was there, in words for the reader.
     withheld: Mapping[str, str] = field(default_factory=dict)
+    #: How many images matching takes at a time; None where nobody asked for a plan.
+    memory: MemoryPlan | None = None
 
     def start(self, seed: int) -> Tensor:
         """Return the initial images of a seed, on the CPU."""
@@ -85,9 +89,30 @@ class Case:
 
     def attacked_by(self, settings: AttackSettings, target: Target) -> "Case":
         """Return the case as these settings attack it, with this target in the place of its own."""
+        if self.memory is not None:  # what was picked once holds for all that follows
+            settings = replace(settings, chunk_size=self.memory.chunk_size, matching_memory=None)
         model = self.objective.model
         case = make_case(settings, model, target, self.y, self.labels, self.device, self.processes)
         return replace(case, withheld=self.withheld)
+
+    def with_saved_memory(self, journal: Journal, reporter: Reporter) -> "Case":
+        """Return the case with the chunks that the run began with, and note them for the next time.
+
+        Other chunks are rounded otherwise, and what is free may have changed.
+        """
+        if self.memory is None:
+            return self
+        chosen, found = self.memory.chunk_size, journal.recall("memory")
+        with reading("the size of the chunks"):
+            if found is not None:
+                size = found["chunk_size"]
+                chosen = None if size is None else max(1, int(size))
+        journal.note("memory", lambda: {"chunk_size": chosen})
+        if chosen == self.memory.chunk_size:
+            return self
+        reporter.say(f"memory: {chosen or 'all'} images at a time, as the run began")
+        memory = replace(self.memory, chunk_size=chosen)
+        return replace(self, memory=memory, objective=self.objective.in_chunks(chosen))
 
     @property
     def protected(self) -> bool:
@@ -256,7 +281,10 @@ def make_case(
         batch_shard=processes if settings.shared == "batch" else ALONE,
         update_model=update_model_of(settings, target),
     )
-    return Case(target, y, labels, objective, source, device, processes)
+    memory = memory_plan(settings, objective, target.image_shape, processes)
+    if memory is not None:
+        objective = objective.in_chunks(memory.chunk_size)
+    return Case(target, y, labels, objective, source, device, processes, memory=memory)
 
 
 def bn_source(settings: AttackSettings, target: Target) -> str | None:
@@ -369,7 +397,9 @@ def _check_truth(inputs: InputSettings, files: _Files, case: Case, sealed: Seale
     """
     x, y = sealed.images_for(case), sealed.truth.y.to(case.device)
     objective = case.objective
-    check = check_truth_gradient(objective.model, files.sent, x, y, objective.batch_shard)
+    check = check_truth_gradient(
+        objective.model, files.sent, x, y, objective.batch_shard, objective.chunk_size
+    )
     if not (files.bound or check.fits):
         raise InputError(
             f"{files.truth_source}: no id binds its truth to --checkpoint {inputs.checkpoint}, and "
@@ -510,6 +540,10 @@ def _refuse_too_large(
             seeds * target.gradient[0].element_size(), "the images of all seeds", "give fewer"
         )
     images = 2 if settings.method == "layerwise" else -(-target.batch_size // processes.size)
+    if isinstance(settings.chunk_size, int):
+        images = min(images, settings.chunk_size)
+    elif settings.chunk_size is not None or settings.matching_memory is not None:
+        return  # the plan of the memory counts more, and refuses
     numbers = images * math.prod(target.image_shape)
     free = free_memory()
     if free is None or numbers * 4 * LEAST_GROWTH < free:

@@ -280,7 +280,9 @@ def _sealed(truth: GroundTruth, sent: Target, case: Case) -> Sealed:
     """Return what only scoring may see, with the truth's gradient compared with what was sent."""
     sealed = Sealed(truth, None, True, None, (sent.mean, sent.std))
     x, y = sealed.images_for(case), truth.y.to(case.device)
-    return replace(sealed, check=check_truth_gradient(case.objective.model, sent, x, y))
+    chunk_size = case.objective.chunk_size
+    check = check_truth_gradient(case.objective.model, sent, x, y, chunk_size=chunk_size)
+    return replace(sealed, check=check)
 
 
 def _run(

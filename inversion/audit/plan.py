@@ -79,6 +79,8 @@ def _matching_lines(settings: AttackSettings, case: Case) -> list[str]:
         )
     if case.processes.size > 1:
         lines.append(f"{case.processes.size} processes, each with a part of the {settings.shared}")
+    if case.memory is not None:
+        lines.append(case.memory.line)
     if num_seeds > 1:
         numbers = num_seeds * target.batch_size * math.prod(target.image_shape)
         size = numbers * target.gradient[0].element_size() / 2**20

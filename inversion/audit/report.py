@@ -286,6 +286,7 @@ class Report:
             },
             "seconds": attacked.seconds,
             "iterations_per_second": outcome.iterations / attacked.seconds,
+            "memory": None if case.memory is None else case.memory.entry,
             "peak_memory_mib": attacked.peak_memory_mib,
             "stopped": attacked.stopped,
             "information": null_unless_finite(self.information),

@@ -169,8 +169,6 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise InputError("--checkpoint: missing; give a file that training.py wrote")
     _refuse_audit_flags(args)
     search = _search_from(args)
-    if args.attack == "matching":
-        _refuse_solving(args)
     if args.attack == "layerwise":
         _refuse_matching(args)
     else:
@@ -260,6 +258,7 @@ def _attack_from(args) -> AttackSettings:
     # --search-only and --attack layerwise need neither
     epochs = args.HP_epochs if args.epochs is None else args.epochs
     lr = searched.get("lr", args.lr) or 1.0
+    limit = None if args.max_memory is None else int(args.max_memory * 2**20)
     return AttackSettings(
         weights=Weights(
             searched.get("grads_weight", args.grads_weight),
@@ -274,7 +273,9 @@ def _attack_from(args) -> AttackSettings:
             keep_best=args.min_grads_loss,
         ),
         method=args.attack,
-        max_memory=int(args.max_memory * 2**20),
+        max_memory=AttackSettings.max_memory if limit is None else limit,
+        chunk_size=args.chunk_size,
+        matching_memory=limit,
         noise=args.input_noise,
         boxed=args.input_boxed,
         first_seed=args.seed,
@@ -314,15 +315,6 @@ def _schedule_from(args) -> MLCOSchedule:
     return MLCOSchedule(args.T_init_rate, args.total_T_in_rate, args.T_in, args.T_end_rate)
 
 
-def _refuse_solving(args) -> None:
-    """Refuse what concerns solving the gradient where it is only matched."""
-    if int(args.max_memory * 2**20) != AttackSettings.max_memory:
-        raise InputError(
-            f"--max-memory {args.max_memory:g}: concerns --attack layerwise and auto, not "
-            "matching; leave it out"
-        )
-
-
 def _refuse_matching(args) -> None:
     """Refuse what concerns the matching of gradients where the gradient is solved instead."""
     if args.superparameters_search:
@@ -346,6 +338,17 @@ def _refuse_attack(args) -> None:
             "--epochs: missing; give the number of iterations, such as 3000: a verdict is for a "
             "finished attack"
         )
+    if args.chunk_size is not None and args.pixel_gradient != "exact":
+        raise InputError(
+            f"--chunk-size {args.chunk_size}: --pixel-gradient {args.pixel_gradient} keeps the "
+            "graph of the whole batch; give one of them"
+        )
+    for flag in ("chunk_size", "max_memory"):
+        if args.superparameters_search and getattr(args, flag) is not None:
+            raise InputError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: the trials of a search take "
+                "their whole batch at once; search first, and attack without the search"
+            )
     if args.bn_coupling == "forced" and args.bn_grad == "detached":
         raise InputError(
             "--bn-coupling forced: leaves no batch statistics whose derivative --bn-grad detached "

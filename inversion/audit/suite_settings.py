@@ -3,7 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inversion.audit.flags import attribute_of, suite_flags
@@ -68,7 +68,9 @@ class SuiteSettings:
             "audit": False, "budget": None, "no_images": False, "checkpoint": checkpoint,
             "truth": truth, **READING,
         }  # fmt: skip
-        return settings_from(argparse.Namespace(**{**vars(self.args), **changes}))
+        settings = settings_from(argparse.Namespace(**{**vars(self.args), **changes}))
+        # --max-memory concerns what is solved: the matching of the suite is short
+        return replace(settings, attack=replace(settings.attack, matching_memory=None))
 
 
 def suite_settings_from(args: argparse.Namespace, argv: list[str]) -> SuiteSettings:

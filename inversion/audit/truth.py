@@ -50,18 +50,23 @@ class TruthCheck:
 
 
 def check_truth_gradient(
-    model: nn.Module, target: Target, x: Tensor, y: Tensor, shard: Shard = ALONE
+    model: nn.Module,
+    target: Target,
+    x: Tensor,
+    y: Tensor,
+    shard: Shard = ALONE,
+    chunk_size: int | None = None,
 ) -> TruthCheck:
     """Compare what the client sent with the gradient of the true images.
 
     model: the attacked network on the device to compute on. x: (B, C, H, W) true images,
     normalised; y: (B,) their labels; the whole batch on every process. Where the client protected
     its gradient the two differ, and only the figures are given. `same_batch_limit` says how near
-    the truth's must be.
+    the truth's must be. chunk_size: images to take at a time, where BatchNorm does not couple them.
     """
 
     def compared(images: Tensor, train_mode: bool = target.train_mode) -> tuple[float, float]:
-        gradient = _gradient(model, target, images, y, train_mode, shard)
+        gradient = _gradient(model, target, images, y, train_mode, shard, chunk_size)
         sent = [g.to(gradient[0]) for g in target.gradient]
         with torch.no_grad():
             distance = cosine_distance(gradient, sent).item()
@@ -137,12 +142,14 @@ def check_truth_gradient(
     )
 
 
-def _gradient(model, target, x, y, train_mode, shard) -> tuple[Tensor, ...]:
+def _gradient(model, target, x, y, train_mode, shard, chunk_size) -> tuple[Tensor, ...]:
     """Return the gradient of a batch, or the mean one of its local steps, in the given mode."""
     target = replace(target, train_mode=train_mode)
     if target.local is not None:  # every process takes all steps
         return local_gradient(model, x, y, target.loss, target.local)
     objective = Objective(model, target, y, Weights(), batch_shard=shard)
+    if not objective.couples_images:
+        objective = objective.in_chunks(chunk_size)
     return objective.gradient(x)
 
 
