@@ -214,6 +214,11 @@ class Loop:
     noise: float = 0.0
     #: Iterations after which it ends early, in 1 … steps: as a run did that had to; None for none.
     until: int | None = None
+    #: Iterations at most between two readings of the losses from the device. A GPU that is asked
+    #: less often does not wait for the host; nothing else depends on it.
+    read_every: int = 1
+    #: Compute an iteration by a CUDA graph; with Adam, in one process, on a GPU.
+    cuda_graph: bool = False
 
     def __post_init__(self):
         if self.steps < 1 or self.lr <= 0:
@@ -224,6 +229,10 @@ class Loop:
             raise ValueError(
                 "L-BFGS learns the curvature from its own steps: no signs, no box, no noise"
             )
+        if self.read_every < 1:
+            raise ValueError(f"read_every {self.read_every} must be positive")
+        if self.cuda_graph and self.optimiser != "Adam":
+            raise ValueError(f"{self.optimiser} decides by its losses: no cuda_graph")
 
     @property
     def length(self) -> int:
