@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from inversion.objective import Losses, Objective
+from inversion.precision import in_precision
 from inversion.settings import PRIOR_ONLY, AttackSettings
 from utils.errors import FaultError
 
@@ -98,8 +99,8 @@ PIXEL_GRADIENTS: dict[str, PixelGradient] = {"exact": exact, "plain": plain, PRI
 
 
 def pixel_gradient_of(settings: AttackSettings) -> PixelGradient:
-    """Return the function that the settings name, with the checks that they ask for."""
-    function = PIXEL_GRADIENTS[settings.pixel_gradient]
+    """Return the function that the settings name, with the precision and checks they ask for."""
+    function = in_precision(PIXEL_GRADIENTS[settings.pixel_gradient], settings.precision)
     return partial(_checked, function) if settings.detect_anomaly else function
 
 

@@ -138,6 +138,9 @@ OPTIMISERS = ("Adam", "LBFGS")
 BN_GRADIENTS = ("exact", "detached")
 #: `--bn-coupling`: BatchNorm by the candidate's own statistics, or by those that the client sent.
 BN_COUPLINGS = ("exact", "forced")
+#: `--precision`: number format of the network's passes; contexts in
+#: `inversion.precision.PRECISION_CONTEXTS`.
+PRECISIONS = ("float32", "tf32", "bf16")
 #: `--shard`: what several processes share out, the images of a batch or whole seeds.
 SHARDS = ("batch", "seeds")
 #: `--verdict-metric`: metrics in which leakage is told.
@@ -325,6 +328,8 @@ class AttackSettings:
     bn_grad: str = "exact"
     #: A name in BN_COUPLINGS.
     bn_coupling: str = "exact"
+    #: A name in PRECISIONS.
+    precision: str = "float32"
     #: A name in SHARDS: what several processes share out.
     shared: str = "batch"
     #: A name in UPDATE_MODELS; None for "sme" where several local steps were sent, else "mean".
@@ -377,7 +382,7 @@ class AttackSettings:
         """
         default = AttackSettings(self.weights, self.loop)
         return self._without_consensus(
-            loop=replace(self.loop, steps=steps, keep_best=False),
+            loop=replace(self.loop, steps=steps, keep_best=False, cuda_graph=False),
             noise=self._noise,
             schedule=default.schedule,
             combine_memory=default.combine_memory,

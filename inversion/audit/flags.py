@@ -12,6 +12,7 @@ from inversion.settings import (
     LABEL_METHODS,
     OPTIMISERS,
     PIXEL_GRADIENTS,
+    PRECISIONS,
     PRIORS,
     RANGES,
     SEARCH_ALGORITHMS,
@@ -280,6 +281,19 @@ def _add_optimisation(add) -> None:
         action="store_true",
         help="Let torch check every operation of the derivative, and end at the first that gives "
         "a NaN, with its name; slow.",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="Number format of the network's passes. tf32: TensorFloat-32, on NVIDIA GPUs; bf16: "
+        "automatic mixed precision with bfloat16. Scores and reported distances of other images "
+        "stay float32.",
+    )
+    add(
+        "--cuda-graph",
+        action="store_true",
+        help="Launch every iteration on the GPU as one CUDA graph; with Adam, in one process.",
     )
     add("--n-seed", type=integer_from(1), default=1, help="Number of restarts.")
     add("--grad-sign", action="store_true", help="Step along the sign of the derivative.")

@@ -72,6 +72,10 @@ def _matching_lines(settings: AttackSettings, case: Case) -> list[str]:
         f"{', '.join(settings.prior_names) or 'none'}; BN statistics: "
         f"{case.bn_source or 'not used'}"
     )
+    if settings.precision != "float32":
+        lines.append(f"the network's passes are computed in {settings.precision}")
+    if settings.loop.cuda_graph:
+        lines.append("every iteration is one CUDA graph")
     if case.processes.size > 1:
         lines.append(f"{case.processes.size} processes, each with a part of the {settings.shared}")
     if num_seeds > 1:
