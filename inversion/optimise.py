@@ -147,7 +147,7 @@ def reconstruct(
     Every loss is paired with the images it was computed at. A loss that is not finite ends the
     loop and returns the best images until then, `x_init` with NaN losses if there were none.
     """
-    run = _Run(pixel_gradient, x_init, loop, batch_shard, optimiser_state)
+    run = Run(pixel_gradient, x_init, loop, batch_shard, optimiser_state)
     span = range(loop.length) if span is None else span
     begin, stopped, reason = span.start, None, None
     if since is not None:
@@ -210,7 +210,7 @@ class _NotFiniteError(Exception):
     """Leaves the line search of an optimiser at a loss that is not finite."""
 
 
-class _Run:
+class Run:
     """Carries out one optimisation: holds this process's images, their losses, the best so far.
 
     All of it stays on the device and is computed there, until `_read` reads it: also which images
@@ -234,7 +234,7 @@ class _Run:
         #: Factor of the objective as the optimiser sees it; None until the first evaluation.
         self.scale = None if loop.optimiser in NORMALISED else 1.0
         if state is not None:
-            self.optimiser.load_state_dict(self._part(state["optimiser"]))
+            self._load(state["optimiser"])
             self.scale = state["scale"]
         #: Losses at the last evaluation that was read.
         self.latest = NO_LOSSES
@@ -283,7 +283,7 @@ class _Run:
         self.best_x.copy_(torch.where(better, self.x.detach(), self.best_x))
         self._best_row.copy_(torch.where(better, row, self._best_row))
         direction = derivative.sign() if self.loop.signed else derivative
-        return row, losses.total, torch.where(self._fine, direction, 0.0)
+        return row, losses.total, direction.masked_fill(~self._fine, 0.0)
 
     def _read(self, rows: Sequence[Tensor]) -> list[Losses[float] | None]:
         """Read what the evaluations of `rows` gave, by one transfer from the device.
@@ -380,10 +380,17 @@ class _Run:
             self.x.copy_(self.shard.split(moment.x))
         self.best_x, self.best = self._part(moment.best_x.to(self.x)), moment.best
         with reading("the optimiser's state"):
-            self.optimiser.load_state_dict(self._part(moment.optimiser_state["optimiser"]))
+            self._load(moment.optimiser_state["optimiser"])
             self.scale = moment.optimiser_state["scale"]
             if generator is not None:
                 go_on_drawing(generator, moment.noise, moment.step)
+
+    def _load(self, state: dict) -> None:
+        """Let the optimiser go on from a state of the whole batch."""
+        self.optimiser.load_state_dict(self._part(state))
+        for held in self.optimiser.state.values():
+            if "step" in held:  # which the optimiser reads at every step
+                held["step"] = held["step"].cpu()
 
     def _whole(self, state: Any) -> Any:
         """Return a state in which this process's part of the images is the whole batch."""

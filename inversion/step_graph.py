@@ -7,6 +7,7 @@ So whatever differs between iterations lies in memory on the device, a table wit
 iteration, and the graph itself counts the row.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -104,6 +105,12 @@ class StepGraph:
             self._next.add_(1)
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream beside a GPU's own: memory that was freed serves its stream alone."""
+    return torch.cuda.Stream(device)
+
+
 def beside(function: Callable[[], None], device: torch.device) -> None:
     """Call a function on a stream of its own, as a graph's is, and let what follows wait for it.
 
@@ -111,7 +118,7 @@ def beside(function: Callable[[], None], device: torch.device) -> None:
     """
     if device.type != "cuda":
         raise GraphError(f"the images are on the {device.type}, not on a GPU")
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         function()

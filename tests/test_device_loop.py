@@ -99,7 +99,7 @@ def test_what_follows_a_number_that_is_not_finite_does_not_count(what, at, keep_
 
 def test_losses_are_read_about_once_a_second(monkeypatch):
     """By a clock on which an iteration takes no time at first, and later half a second."""
-    now, reads, read = [0.0], [], optimise._Run._read
+    now, reads, read = [0.0], [], optimise.Run._read
     monkeypatch.setattr(optimise.time, "perf_counter", lambda: now[0])
 
     def timed(x, progress):
@@ -110,7 +110,7 @@ def test_losses_are_read_about_once_a_second(monkeypatch):
         reads.append(len(rows))
         return read(of, rows)
 
-    monkeypatch.setattr(optimise._Run, "_read", noted)
+    monkeypatch.setattr(optimise.Run, "_read", noted)
     run(timed, Loop(50, 0.1, read_every=20))
     assert reads == [1, 2, 4, 8, 3, *[2] * 16, 1]
 
@@ -227,7 +227,7 @@ def test_a_step_asks_the_device_for_no_number(pixel_gradient):
     objective = objective_of("resnet18_cifar", weights)
     start = initial_images(0, 2, (3, 16, 16), torch.float32)
     loop = Loop(3, 0.1, signed=True, noise=0.1, keep_best=True)
-    run = optimise._Run(partial(pixel_gradient, objective), start, loop, ALONE, None)
+    run = optimise.Run(partial(pixel_gradient, objective), start, loop, ALONE, None)
     run._evaluate(0.0)  # the first one makes the rows
     with Recording():
         run._evaluate(0.5)

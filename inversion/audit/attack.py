@@ -1,9 +1,10 @@
 """Running the attack: the plan before it, what is recorded on the way, and how it ended."""
 
+import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -153,13 +154,19 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
         journal=recorder.journal,
     )
     pixel_gradient = pixel_gradient_of(settings)
-    with telling_memory(partial(_step_memory, settings, case)):
-        try:
-            return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
-        except GraphError as error:
-            raise InputError(
-                f"--cuda-graph: an iteration cannot be recorded: {error}; leave it out"
-            ) from error
+    with telling_memory(partial(_step_memory, settings, case)), refusing_graphs():
+        return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
+
+
+@contextlib.contextmanager
+def refusing_graphs() -> Iterator[None]:
+    """Within this context, an iteration that cannot be recorded as a graph refuses --cuda-graph."""
+    try:
+        yield
+    except GraphError as error:
+        raise InputError(
+            f"--cuda-graph: an iteration cannot be recorded: {error}; leave it out"
+        ) from error
 
 
 def _step_memory(settings: AttackSettings, case: Case) -> str:
