@@ -161,8 +161,32 @@ def agreement(objective: Objective, x: Tensor, precision: str) -> tuple[float, f
     return same, cosine.item()
 
 
+def signs(bench: Bench) -> Iterator[dict]:
+    """Compare derivatives in every number format with float32's, at random weights.
+
+    At normal initial images, and at the truth with a tenth of such noise.
+    """
+    device, size, batch = bench.device, 16 if bench.smoke else 32, 4
+    networks = ("lenet",) if bench.smoke else ("lenet", "convnet", "resnet18", "resnet50")
+    modes = ("train", "eval")
+    for arch, seed, mode in itertools.product(networks, range(1 if bench.smoke else 3), modes):
+        objective = photo_objective(
+            arch, size, batch, seed=seed, device=device, train_mode=mode == "train"
+        )
+        true, _ = photo_batch(batch, 1, size, seed=seed)
+        start = initial_images(seed, batch, (3, size, size), torch.float32).to(device)
+        images = {"start": start, "near truth": normalise(true, SPEC).to(device) + 0.1 * start}
+        for name, (where, x) in itertools.product(bench.precisions[1:], images.items()):
+            same, cosine = agreement(objective, x, name)
+            yield {"arch": arch, "mode": mode, "size": size, "batch": batch, "seed": seed,
+                   "precision": name, "where": where, "same_signs": same,
+                   "cosine": cosine}  # fmt: skip
+        if bench.over:
+            return
+
+
 def precision(bench: Bench) -> Iterator[dict]:
-    """Attack the same clients in every number format; tell images, losses and signs.
+    """Attack the same clients in every number format; tell images and losses.
 
     `run` numbers attacks with everything equal: where a GPU adds in another order each time, two
     attacks in float32 differ, and that is the measure of every difference.
@@ -184,7 +208,6 @@ def precision(bench: Bench) -> Iterator[dict]:
         settings = Loop(
             3 if bench.smoke else steps, rate, signed=True, box=box, keep_best=True, read_every=100
         )
-        near = normalise(true, SPEC).to(device) + 0.1 * start
         runs = [(name, 0) for name in bench.precisions] + [("float32", 1)]
         for name, number in runs:
             begin = time.perf_counter()
@@ -192,16 +215,12 @@ def precision(bench: Bench) -> Iterator[dict]:
             seconds = time.perf_counter() - begin
             images = denormalise(found.x.cpu(), mean, std)
             paired = images[assign(images, true)]
-            at_start, near_truth = (agreement(objective, x, name) for x in (start, near))
             yield {
                 "arch": arch, "mode": mode, "size": size, "batch": batch, "seed": seed,
                 "precision": name, "run": number, "iterations": settings.steps,
                 "psnr": psnr(paired, true).mean().item(),
                 "ssim": ssim(paired, true).mean().item() if size > 10 else "",
-                "distance": objective.gradient_distance(found.x),
-                "same_signs_at_start": at_start[0], "cosine_at_start": at_start[1],
-                "same_signs_near_truth": near_truth[0], "cosine_near_truth": near_truth[1],
-                "seconds": seconds,
+                "distance": objective.gradient_distance(found.x), "seconds": seconds,
             }  # fmt: skip
             if bench.over:
                 return
@@ -287,8 +306,8 @@ def layerwise(bench: Bench) -> Iterator[dict]:
 
 #: name → section.
 SECTIONS = {
-    "peaks": peaks, "loop": loop, "precision": precision, "step": step, "seeds": seeds,
-    "layerwise": layerwise,
+    "peaks": peaks, "loop": loop, "signs": signs, "precision": precision, "step": step,
+    "seeds": seeds, "layerwise": layerwise,
 }  # fmt: skip
 #: Columns that a row of `step` may lack.
 STEP_COLUMNS = (

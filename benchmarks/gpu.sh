@@ -9,9 +9,9 @@ shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 # Seconds that each part may take; its last 20 begin nothing new.
-declare -A seconds=([tests]=240 [peaks]=60 [loop]=120 [precision]=240 [step]=480 [seeds]=180 [layerwise]=120)
+declare -A seconds=([tests]=240 [peaks]=60 [loop]=120 [signs]=60 [precision]=240 [step]=480 [seeds]=150 [layerwise]=90)
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests peaks loop step precision seeds layerwise)
+[ ${#parts[@]} -gt 0 ] || parts=(tests peaks loop signs step precision seeds layerwise)
 mkdir -p "$out"
 failed=()
 
