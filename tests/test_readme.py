@@ -49,6 +49,7 @@ PAGES = {
 #: Flags that the pages name and that belong to other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--few-classes", "--trials", "--csv", "--markdown"}
 FOREIGN_FLAGS |= {"--size", "--picture", "--pairs"}  # of benchmarks.updates, benchmarks.saving
+FOREIGN_FLAGS |= {"--section", "--out"}  # of benchmarks.gpu
 FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds", "--only", "--weights", "--curve"}
 
 
