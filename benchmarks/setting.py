@@ -57,13 +57,14 @@ def photo_objective(
     init_head(model, "normal")
     x, y = photo_batch(batch_size, index, size, seed=seed)
     loss = ClientLoss(train_mode)
-    sent = whole_batch_gradient(model, normalise(x, spec), y, loss, moments=True)
+    x, model = normalise(x, spec).to(device), model.to(device)
+    sent = whole_batch_gradient(model, x, y.to(device), loss, moments=True)
     task = Task(arch, batch_size, shape, spec.class_count, spec.mean, spec.std, loss)
     checkpoint = make_checkpoint(model, sent, task)
     if weights is None:
         weights = Weights(priors={"tv": 0.01, "bn": 0.01} if sent.bn_mean else {"tv": 0.01})
     return Objective(
-        model.to(device, dtype),
+        model.to(dtype),
         target_from_checkpoint(checkpoint),
         y,
         weights,

@@ -68,28 +68,6 @@ class Losses(Generic[Value]):
 NO_LOSSES: Losses[float] = Losses(math.nan, math.nan, {})
 
 
-def first_not_finite(losses: Losses[float], derivative: Tensor) -> str | None:
-    """Name what is not finite in an evaluation and what it is, in words; None where all is finite.
-
-    Of several the one that is computed first counts: the gradient distance, each prior, their
-    weighted sum, and last the derivative of it, shaped like the images.
-    """
-    values = {
-        "the gradient distance": losses.gradient,
-        **{f"the prior {name}": value for name, value in losses.terms.items()},
-        "the weighted sum of the losses": losses.total,
-    }
-    for what, value in values.items():
-        if value is not None and not math.isfinite(value):
-            return f"{what} is {value}"
-    if derivative.sum().isfinite():
-        return None
-    count = derivative.numel() - int(derivative.isfinite().sum())
-    if count == 0:
-        return "the sum of the derivative overflows"
-    return f"the derivative is not finite in {count:,} of {derivative.numel():,} entries"
-
-
 class Objective:
     """Evaluates the objective of candidate images, for one target and its labels.
 
@@ -574,10 +552,13 @@ class Objective:
             total = self.weights.gradient * distance + self.weighted_sum(terms, progress)
         return Losses(total, distance, terms, self.alpha)
 
-    def weighted_sum(self, terms: Mapping[str, Tensor], progress: float) -> Tensor | float:
-        """Return the weighted sum of the priors at `progress` of the run; 0 without priors."""
+    def weighted_sum(self, terms: Mapping[str, Tensor], progress: float | Tensor) -> Tensor | float:
+        """Return the weighted sum of the priors at `progress` of the run; 0 without priors.
+
+        progress: a number, or a scalar tensor of type float64 whose value only the device knows.
+        """
         weights = self.weights.at(progress)
-        return sum(weights[name] * term for name, term in terms.items())
+        return sum(_as_factor(weights[name], term) * term for name, term in terms.items())
 
     def __call__(self, x: Tensor, progress: float = 0.0) -> Losses[Tensor]:
         """Return all losses of the candidate `x` (B, C, H, W), differentiable by `x`.
@@ -597,6 +578,11 @@ class Objective:
             value = self.weights.gradient * distance + self.weighted_sum(terms, progress)
             total = total + (value - total).detach()
         return Losses(total, distance, terms, self.alpha)
+
+
+def _as_factor(weight: float | Tensor, term: Tensor) -> float | Tensor:
+    """Return a weight as it multiplies a term: in its type, where the weight is a tensor."""
+    return weight.to(term.dtype) if isinstance(weight, Tensor) else weight
 
 
 def _check_update_model(

@@ -1,6 +1,7 @@
 """Optimises images: one loop from initial images to a reconstruction."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from inversion.objective import NO_LOSSES, Losses, first_not_finite
+from inversion.objective import NO_LOSSES, Losses
+from inversion.readings import CRITERION, WRONG, Columns, row_of
 from inversion.settings import Loop
+from inversion.step_graph import StepGraph
 from utils.journal import reading
 from utils.shard import ALONE, Shard
 from utils.tensor_files import map_tensors
@@ -44,8 +47,8 @@ OPTIMISERS = {"Adam": _adam, "LBFGS": _lbfgs}
 NORMALISED = {"LBFGS"}
 #: What a process wishes after an iteration; the largest wish counts for all.
 GO_ON, SAVE, STOP = range(3)
-#: (x, progress) → losses at `x` and the derivative there.
-BoundPixelGradient = Callable[[Tensor, float], tuple[Losses[Tensor], Tensor]]
+#: (x, progress) → losses at `x` and the derivative there; the progress may be a scalar tensor.
+BoundPixelGradient = Callable[[Tensor, Any], tuple[Losses[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Moment:
 class Saving:
     """Says when a loop's moments are saved, and how."""
 
-    #: Asked after every iteration whether to save; a true answer on one process counts for all.
+    #: Asked whenever losses were read whether to save; a true answer on one process counts for all.
     due: Callable[[], bool]
     #: Called with the moment, whole, on every process; also when the loop is asked to stop.
     save: Callable[[Moment], None]
@@ -130,9 +133,10 @@ def reconstruct(
 
     pixel_gradient(x, progress): a function of inversion/pixel_gradient.py with the objective
     bound. generator: source of the Langevin noise, on the device of `x_init`. on_step(step,
-    losses, rate): called after every iteration with the losses before its update; a true answer
-    ends the loop. span: only those of the loop's iterations, at their rates and weights; with
-    the `optimiser_state` of the part before, parts in a row are one run.
+    losses, rate): called for every iteration with the losses before its update, as soon as they
+    are read (`Loop.read_every`); a true answer then ends the loop. span: only those of the loop's
+    iterations, at their rates and weights; with the `optimiser_state` of the part before, parts in
+    a row are one run.
 
     batch_shard: with several processes each is given the whole `x_init` and improves its part of
     it; noise is drawn for the whole batch, all end the loop together, and the result is whole.
@@ -143,32 +147,36 @@ def reconstruct(
     Every loss is paired with the images it was computed at. A loss that is not finite ends the
     loop and returns the best images until then, `x_init` with NaN losses if there were none.
     """
-    run = _Run(pixel_gradient, x_init, loop, batch_shard, optimiser_state)
+    run = Run(pixel_gradient, x_init, loop, batch_shard, optimiser_state)
     span = range(loop.length) if span is None else span
     begin, stopped, reason = span.start, None, None
     if since is not None:
         begin = since.step
         run.go_on(since, generator)
     step, done = max(span.start, begin - 1), begin - span.start
-    for step in range(begin, span.stop):
-        rate = loop.rate(step)
-        before = run.improve(loop.progress(step), rate, generator)
-        if before is None:
-            stopped, reason = "not finite", f"at iteration {step} {run.not_finite}"
-            break
-        done += 1
+    at_once = batch_shard.size == 1 and loop.optimiser == "Adam"  # others must know every loss
+    pace = _Pace(loop.read_every if at_once else 1)
+    while begin < span.stop and stopped is None:
+        steps = range(begin, min(begin + pace.length, span.stop))
+        with pace:
+            before = run.improve(steps, generator)
         wish = GO_ON
         if saving is not None and saving.due():
             wish = SAVE
-        if on_step is not None and on_step(step, before, rate):
-            wish = STOP
-        wish = batch_shard.largest(wish)
+        for step, losses in zip(steps, before, strict=False):
+            done += 1
+            if on_step is not None and on_step(step, losses, loop.rate(step)):
+                wish = STOP
+        if len(before) < len(steps):
+            step = steps[len(before)]
+            stopped, reason = "not finite", f"at iteration {step} {run.not_finite}"
+            break
+        wish, begin = batch_shard.largest(wish), steps.stop
         if wish != GO_ON and saving is not None:
-            saving.save(run.moment(step + 1, generator))
+            saving.save(run.moment(begin, generator))
         if wish == STOP:
             stopped = "interrupted"
-            break
-    if stopped != "not finite" and not run.evaluate(loop.progress(step)):
+    if stopped != "not finite" and not run.finish(loop.progress(step)):
         stopped, reason = "not finite", f"after iteration {step} {run.not_finite}"
     best = loop.keep_best or stopped == "not finite"
     x, losses = (run.best_x, run.best) if best else (run.x.detach().clone(), run.latest)
@@ -176,12 +184,38 @@ def reconstruct(
     return Reconstruction(batch_shard.gather(x, len(x_init)), losses, done, stopped, state, reason)
 
 
+class _Pace:
+    """Says after how many iterations the losses are read: about once a second, or more often.
+
+    A wish to stop or to save and a line of progress wait for the next reading. Used as a context
+    around the iterations and their reading, it measures them.
+    """
+
+    #: Seconds between two readings.
+    SECONDS = 1.0
+
+    def __init__(self, most: int):
+        self.most, self.length = most, 1
+        self._begun = 0.0
+
+    def __enter__(self):
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *exc):
+        share = self.SECONDS / max(time.perf_counter() - self._begun, 1e-9)
+        self.length = max(1, min(self.most, int(self.length * min(share, 2.0))))
+
+
 class _NotFiniteError(Exception):
     """Leaves the line search of an optimiser at a loss that is not finite."""
 
 
-class _Run:
-    """Carries out one optimisation: holds this process's images, their losses, the best so far."""
+class Run:
+    """Carries out one optimisation: holds this process's images, their losses, the best so far.
+
+    All of it stays on the device and is computed there, until `_read` reads it: also which images
+    are the best, and that nothing counts after a loss that was not finite.
+    """
 
     def __init__(
         self,
@@ -193,56 +227,128 @@ class _Run:
     ):
         self.pixel_gradient, self.loop, self.shard = pixel_gradient, loop, shard
         self.shape = x_init.shape
-        self.x = _boxed(shard.split(x_init.detach()).clone(), loop.box).requires_grad_()
+        #: Lowest and highest colours, where the images are.
+        self.box = None if loop.box is None else tuple(bound.to(x_init) for bound in loop.box)
+        self.x = _boxed(shard.split(x_init.detach()).clone(), self.box).requires_grad_()
         self.optimiser = OPTIMISERS[loop.optimiser](self.x, loop.lr)
         #: Factor of the objective as the optimiser sees it; None until the first evaluation.
         self.scale = None if loop.optimiser in NORMALISED else 1.0
         if state is not None:
-            self.optimiser.load_state_dict(self._part(state["optimiser"]))
+            self._load(state["optimiser"])
             self.scale = state["scale"]
-        #: Losses at the last evaluation, and the total there as the optimiser sees it.
-        self.latest, self.scaled_total = NO_LOSSES, self.x.new_zeros(())
-        #: What was not finite at the last evaluation, in words; None where all was.
+        #: Losses at the last evaluation that was read.
+        self.latest = NO_LOSSES
+        #: What was not finite at the first evaluation where something was not, in words.
         self.not_finite: str | None = None
+        #: As they were last read.
         self.best_x, self.best = self.x.detach().clone(), NO_LOSSES
+        #: Whether all was finite until now.
+        self._fine = torch.ones((), dtype=torch.bool, device=self.x.device)
+        #: The row of the best images, and what rows hold; None until the first evaluation.
+        self._best_row: Tensor | None = None
+        self._columns: Columns | None = None
+        self._graph: StepGraph | None = None
 
-    def evaluate(self, progress: float) -> bool:
-        """Compute losses and derivative at the images; false where one is not finite."""
+    def improve(self, steps: range, generator: Generator | None) -> list[Losses[float]]:
+        """Do the iterations `steps`; return the losses before the update of each.
+
+        There are fewer where one is not finite: those before it.
+        """
+        if self.loop.optimiser == "Adam":
+            rows = (self._replayed if self.loop.cuda_graph else self._computed)(steps, generator)
+            return [losses for losses in self._read(rows) if losses is not None]
+        (step,) = steps
+        return self._searched(step)
+
+    def finish(self, progress: float) -> bool:
+        """Compute the losses at the images as they are; tell whether all is finite."""
+        self._graph = None  # its memory serves this evaluation
+        row, _, _ = self._evaluate(progress)
+        return self._read([row])[0] is not None
+
+    def _evaluate(self, progress: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute losses and derivative at the images, and whether these are the best ones so far.
+
+        Returns the row of it, the total, and the direction to step along: 0 after anything that
+        was not finite.
+        """
         losses, derivative = self.pixel_gradient(self.x.detach(), progress)
-        self.latest = losses.floats()
-        self.not_finite = first_not_finite(self.latest, derivative)
-        if self.shard.any(self.not_finite is not None):
-            self.not_finite = self.not_finite or "the derivative of other images is not finite"
-            return False
-        if not self.latest.criterion >= self.best.criterion:  # true for the NaN of the start too
-            self.best_x, self.best = self.x.detach().clone(), self.latest
-        if self.scale is None:
-            self.scale = 1 / abs(self.latest.total or 1.0)
-        self.x.grad = derivative.sign() if self.loop.signed else derivative * self.scale
-        self.scaled_total = losses.total * self.scale
-        return True
+        row = row_of(losses, derivative, self.shard)
+        if self._columns is None or self._best_row is None:
+            self._columns = Columns.of(losses)
+            self._best_row = row.new_tensor(self._columns.row(self.best))
+        self._fine.logical_and_(row[WRONG] == 0)
+        # true for the NaN of the start too
+        better = self._fine & ~(row[CRITERION] >= self._best_row[CRITERION])
+        self.best_x.copy_(torch.where(better, self.x.detach(), self.best_x))
+        self._best_row.copy_(torch.where(better, row, self._best_row))
+        direction = derivative.sign() if self.loop.signed else derivative
+        return row, losses.total, direction.masked_fill(~self._fine, 0.0)
 
-    def improve(
-        self, progress: float, rate: float, generator: Generator | None
-    ) -> Losses[float] | None:
-        """Do one iteration; return the losses before its update, None where one is not finite."""
+    def _read(self, rows: Sequence[Tensor]) -> list[Losses[float] | None]:
+        """Read what the evaluations of `rows` gave, by one transfer from the device.
+
+        Returns their losses up to the first one at which something is not finite, None there.
+        """
+        assert self._columns is not None
+        assert self._best_row is not None
+        *values, best = torch.stack([*rows, self._best_row]).tolist()
+        self.best = self._columns.best(best)
+        found: list[Losses[float] | None] = []
+        for row in values:
+            evaluation = self._columns.evaluation(row)
+            self.latest = evaluation.losses
+            self.not_finite = evaluation.not_finite(self.x.numel())
+            if self.not_finite is not None:
+                return [*found, None]
+            found.append(self.latest)
+        return found
+
+    def _computed(self, steps: range, generator: Generator | None) -> list[Tensor]:
+        """Do iterations one operation after the other; return their rows."""
+        rows = []
+        for step in steps:
+            rate = self.loop.rate(step)
+            row, _, self.x.grad = self._evaluate(self.loop.progress(step))
+            rows.append(row)
+            self.optimiser.param_groups[0]["lr"] = rate
+            self.optimiser.step()
+            self._project(rate, generator)
+        return rows
+
+    def _replayed(self, steps: range, generator: Generator | None) -> Sequence[Tensor]:
+        """Do iterations by one graph of all their operations; return their rows."""
+        if self._graph is None:
+            self._graph = StepGraph(self.optimiser, self._evaluate, self.loop.read_every)
+        self._graph.prepare([(self.loop.progress(step), self.loop.rate(step)) for step in steps])
+        for step in steps:
+            self._graph.step()
+            self._project(self.loop.rate(step), generator)
+        return self._graph.rows(len(steps))
+
+    def _searched(self, step: int) -> list[Losses[float]]:
+        """Do one iteration of an optimiser that evaluates several times, each time read."""
         before: list[Losses[float]] = []
 
         def closure() -> Any:  # torch says float, and its optimisers pass on any type
-            if not self.evaluate(progress):
+            row, total, direction = self._evaluate(self.loop.progress(step))
+            if self._read([row]) == [None]:
                 raise _NotFiniteError
             before.append(self.latest)
-            return self.scaled_total
+            if self.scale is None:
+                self.scale = 1 / abs(self.latest.total or 1.0)
+            self.x.grad = direction * self.scale
+            return total * self.scale
 
-        self.optimiser.param_groups[0]["lr"] = rate
+        self.optimiser.param_groups[0]["lr"] = self.loop.rate(step)
         try:
             self.optimiser.step(closure)
         except _NotFiniteError:
-            return None
-        with torch.no_grad():
-            self._project(rate, generator)
-        return before[0]
+            return []
+        self._project(self.loop.rate(step), None)
+        return before[:1]
 
+    @torch.no_grad()
     def _project(self, rate: float, generator: Generator | None) -> None:
         """Add the Langevin noise, and clamp the images to the box."""
         if self.loop.noise:
@@ -250,7 +356,8 @@ class _Run:
                 self.shape, dtype=self.x.dtype, device=self.x.device, generator=generator
             )
             self.x.add_(self.shard.split(noise), alpha=rate * self.loop.noise)
-        self.x.copy_(_boxed(self.x, self.loop.box))
+        if self.box is not None:
+            self.x.copy_(_boxed(self.x, self.box))
 
     def state(self) -> dict:
         """Return what another run goes on from, of the whole batch."""
@@ -273,17 +380,24 @@ class _Run:
             self.x.copy_(self.shard.split(moment.x))
         self.best_x, self.best = self._part(moment.best_x.to(self.x)), moment.best
         with reading("the optimiser's state"):
-            self.optimiser.load_state_dict(self._part(moment.optimiser_state["optimiser"]))
+            self._load(moment.optimiser_state["optimiser"])
             self.scale = moment.optimiser_state["scale"]
             if generator is not None:
                 go_on_drawing(generator, moment.noise, moment.step)
+
+    def _load(self, state: dict) -> None:
+        """Let the optimiser go on from a state of the whole batch."""
+        self.optimiser.load_state_dict(self._part(state))
+        for held in self.optimiser.state.values():
+            if "step" in held:  # which the optimiser reads at every step
+                held["step"] = held["step"].cpu()
 
     def _whole(self, state: Any) -> Any:
         """Return a state in which this process's part of the images is the whole batch."""
 
         def whole(tensor: Tensor) -> Tensor:
             own = tensor.dim() == len(self.shape) and tensor.shape[1:] == self.shape[1:]
-            return self.shard.gather(tensor, self.shape[0]).clone() if own else tensor
+            return self.shard.gather(tensor, self.shape[0]).clone() if own else tensor.clone()
 
         return map_tensors(whole, state)
 
@@ -311,8 +425,8 @@ def go_on_drawing(generator: Generator, state: Tensor | None, step: int) -> None
             generator.manual_seed(generator.initial_seed() + step)
 
 
-def _boxed(x: Tensor, box: tuple[Tensor, Tensor] | None) -> Tensor:
+def _boxed(x: Tensor, box: tuple[Tensor, ...] | None) -> Tensor:
     if box is None:
         return x
     low, high = box
-    return x.clamp(low.to(x), high.to(x))
+    return x.clamp(low, high)

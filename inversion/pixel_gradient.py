@@ -16,6 +16,7 @@ from torch import Tensor
 from inversion import chunks
 from inversion.first_order import finite_differences
 from inversion.objective import Losses, Objective
+from inversion.precision import in_precision
 from inversion.settings import FINITE_DIFFERENCES, PRIOR_ONLY, AttackSettings
 from utils.errors import FaultError
 
@@ -167,10 +168,11 @@ PIXEL_GRADIENTS: dict[str, PixelGradient] = {
 
 
 def pixel_gradient_of(settings: AttackSettings) -> PixelGradient:
-    """Return the function that the settings name, with its step and the checks asked for."""
+    """Return the function that the settings name, with its step, precision and checks."""
     function = PIXEL_GRADIENTS[settings.pixel_gradient]
     if settings.pixel_gradient == FINITE_DIFFERENCES:
         function = partial(finite_differences, step=settings.difference_step)
+    function = in_precision(function, settings.precision)
     return partial(_checked, function) if settings.detect_anomaly else function
 
 

@@ -29,8 +29,9 @@ class Restarts:
     generators: Sequence[Generator]
     #: Settings of each seed's optimisation.
     loop: Loop
-    #: Called after every iteration as on_step(index, step, losses, rate), with the index of the
-    #: seed, or None in MLCO's final stage; a true answer ends this seed and all later ones.
+    #: Called for every iteration, once its losses are read, as on_step(index, step, losses, rate),
+    #: with the index of the seed, or None in MLCO's final stage; a true answer ends this seed and
+    #: all later ones.
     on_step: Callable[[int | None, int, Losses[float], float], bool | None] = lambda *_: False
     #: The stages of MLCO.
     schedule: MLCOSchedule = MLCOSchedule()

@@ -141,6 +141,9 @@ OPTIMISERS = ("Adam", "LBFGS")
 BN_GRADIENTS = ("exact", "detached")
 #: `--bn-coupling`: BatchNorm by the candidate's own statistics, or by those that the client sent.
 BN_COUPLINGS = ("exact", "forced")
+#: `--precision`: number format of the network's passes; contexts in
+#: `inversion.precision.PRECISION_CONTEXTS`.
+PRECISIONS = ("float32", "tf32", "bf16")
 #: `--shard`: what several processes share out, the images of a batch or whole seeds.
 SHARDS = ("batch", "seeds")
 #: `--verdict-metric`: metrics in which leakage is told.
@@ -217,6 +220,11 @@ class Loop:
     noise: float = 0.0
     #: Iterations after which it ends early, in 1 … steps: as a run did that had to; None for none.
     until: int | None = None
+    #: Iterations at most between two readings of the losses from the device. A GPU that is asked
+    #: less often does not wait for the host; nothing else depends on it.
+    read_every: int = 1
+    #: Compute an iteration by a CUDA graph; with Adam, in one process, on a GPU.
+    cuda_graph: bool = False
 
     def __post_init__(self):
         if self.steps < 1 or self.lr <= 0:
@@ -227,6 +235,10 @@ class Loop:
             raise ValueError(
                 "L-BFGS learns the curvature from its own steps: no signs, no box, no noise"
             )
+        if self.read_every < 1:
+            raise ValueError(f"read_every {self.read_every} must be positive")
+        if self.cuda_graph and self.optimiser != "Adam":
+            raise ValueError(f"{self.optimiser} decides by its losses: no cuda_graph")
 
     @property
     def length(self) -> int:
@@ -326,6 +338,8 @@ class AttackSettings:
     bn_grad: str = "exact"
     #: A name in BN_COUPLINGS.
     bn_coupling: str = "exact"
+    #: A name in PRECISIONS.
+    precision: str = "float32"
     #: A name in SHARDS: what several processes share out.
     shared: str = "batch"
     #: A name in UPDATE_MODELS; None for "sme" where several local steps were sent, else "mean".
@@ -378,7 +392,7 @@ class AttackSettings:
         """
         default = AttackSettings(self.weights, self.loop)
         return self._without_consensus(
-            loop=replace(self.loop, steps=steps, keep_best=False),
+            loop=replace(self.loop, steps=steps, keep_best=False, cuda_graph=False),
             noise=self._noise,
             schedule=default.schedule,
             combine_memory=default.combine_memory,

@@ -1,26 +1,35 @@
 """What only a GPU can show; skipped without one."""
 
+import gc
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from inversion.audit.information import gradient_information_ratio
-from inversion.objective import Objective
+from inversion.objective import Losses, Objective
+from inversion.optimise import Run, reconstruct
 from inversion.pixel_gradient import exact, plain
-from inversion.settings import Weights
+from inversion.precision import in_precision
+from inversion.settings import Loop, Weights
+from inversion.step_graph import GraphError
 from models.build import build_model
 from models.gradient import ClientLoss
 from tests import shared_work
-from tests.support import attack, cosine, photos, target_of
+from tests.support import attack, cosine, photos, smooth_network, target_of
 from train.privacy import Mechanism, protect_per_sample
+from utils.device import forbid_tensorfloat32
 from utils.launch import Group, _joined, free_address, launch
 from utils.shard import ALONE, Shard, sum_tensors
+from utils.tensor_files import map_tensors
 
 pytestmark = pytest.mark.gpu
 
 
 def objective_on(device):
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False
+    forbid_tensorfloat32()
     model = build_model("resnet18", 8, (3, 64, 64))
     x, y = photos(4, 64)
     target = target_of(model, x, y, arch="resnet18")
@@ -97,6 +106,145 @@ def test_a_gradient_is_solved_layer_by_layer_on_the_gpu(captured, tmp_path, clie
     on_gpu, on_cpu = found
     assert [layer["name"] for layer in on_gpu] == [layer["name"] for layer in on_cpu]
     assert all(layer["true_error"] < 1e-3 for layer in on_gpu)
+
+
+def start_on_gpu(seed=1):
+    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+BOX = (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0))
+LOOP = Loop(30, 0.01, noise=0.1, box=BOX, keep_best=True)
+
+
+@pytest.mark.parametrize("pixel_gradient", [exact, plain])
+@pytest.mark.parametrize("graph", [False, True])
+def test_iterations_do_not_wait_for_the_host(pixel_gradient, graph):
+    """torch raises where an operation waits; only the reading of rows may."""
+    objective = objective_on("cuda")
+    loop = replace(LOOP, read_every=5, cuda_graph=graph)
+    run = Run(partial(pixel_gradient, objective), start_on_gpu(), loop, ALONE, None)
+    generator = torch.Generator("cuda").manual_seed(0)
+    run.improve(range(5), generator)
+    state = map_tensors(torch.Tensor.cuda, run.state())
+    run = Run(partial(pixel_gradient, objective), run.x, loop, ALONE, state)
+    run.improve(range(5), generator)  # with it warm-ups, and the recording
+    if graph:
+        run._graph.prepare([(0.5, 0.01)] * 5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        if graph:
+            for _ in range(5):
+                run._graph.step()
+                run._project(0.01, generator)
+        else:
+            run._computed(range(5, 10), generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("graph", "read_every"), [(False, 7), (True, 1), (True, 7)])
+def test_graphs_and_rare_readings_change_no_number(graph, read_every):
+    """But by rounding: a GPU may add in another order each time. A smooth network, float64."""
+    torch.manual_seed(0)
+    x, y = photos(4, 32)
+    model = smooth_network()
+    target = target_of(model, x.double(), y % 4, num_classes=4)
+    weights = Weights(priors={"tv": 1e-3, "bn": 1e-2}, priors_end={"tv": 1e-4})
+    objective = Objective(model.cuda(), target, y % 4, weights, bn_source="batch")
+    start = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double().cuda()
+    found = []
+    for how in (Loop(1, 1.0), Loop(1, 1.0, cuda_graph=graph, read_every=read_every)):
+        loop = replace(LOOP, cuda_graph=how.cuda_graph, read_every=how.read_every)
+        totals = []
+        run = reconstruct(
+            partial(exact, objective),
+            start,
+            loop,
+            generator=torch.Generator("cuda").manual_seed(2),
+            on_step=lambda _, losses, __, to=totals: to.append(losses.total),
+        )
+        found.append((run.x, torch.tensor(totals), run.losses.total, run.steps))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-7, atol=0)
+    assert found[1][2:] == (pytest.approx(found[0][2], rel=1e-7), found[0][3])
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_loss_that_is_not_finite_ends_a_loop_that_is_read_rarely(graph):
+    def root(x, progress):
+        value = x.sum() / (x[0, 0, 0, 0] > 0.5)  # infinite, once a pixel has come down to 0.5
+        return Losses(value, value, {}), torch.ones_like(x)
+
+    start = torch.ones(2, 3, 2, 2)
+    true = reconstruct(root, start, Loop(30, 0.1))
+    loop = Loop(30, 0.1, read_every=7, cuda_graph=graph)
+    found = reconstruct(root, start.cuda(), loop)
+    assert (found.stopped, found.steps, found.reason) == (true.stopped, true.steps, true.reason)
+    torch.testing.assert_close(found.x.cpu(), true.x)
+
+
+def test_a_step_that_waits_for_the_gpu_is_no_graph():
+    def waits(x, progress):
+        value = x.square().sum()
+        return Losses(value * float(value > 0), value, {}), 2 * x
+
+    with pytest.raises(GraphError):
+        reconstruct(waits, start_on_gpu(), Loop(9, 0.1, cuda_graph=True))
+    assert torch.ones(2, device="cuda").sum().item() == 2  # the device is as good as before
+
+
+def test_a_graph_gives_its_memory_back():
+    objective = objective_on("cuda")
+    loop = replace(LOOP, read_every=5, cuda_graph=True)
+    held = []
+    for _ in range(3):
+        reconstruct(partial(exact, objective), start_on_gpu(), loop)
+        gc.collect()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert held[2] <= held[0] + 2**22
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_number_format_rounds_and_leaves_no_trace(precision):
+    objective, x = objective_on("cuda"), start_on_gpu()
+    objective.loss = ClientLoss(False)  # train mode on random weights multiplies every rounding
+    before = objective.gradient_distance(x)
+    _, true = exact(objective, x)
+    _, found = in_precision(exact, precision)(objective, x, 0.0)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, true)
+    assert cosine(found, true) > 0.9
+    assert objective.gradient_distance(x) == pytest.approx(before, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [
+    ("--cuda-graph", "--MinCombine", "--n-seed", "2", "--T-in", "3"),
+    ("--cuda-graph", "--precision", "tf32", "--input-boxed", "--input-noise", "0.1"),
+    ("--precision", "bf16", "--n-seed", "2", "--offload-seeds"),
+])  # fmt: skip
+def test_a_run_by_graphs_and_in_other_formats(captured, tmp_path, flags):
+    path = captured("-a", "convnet", "-b", "3", "--upload-bn")
+    result, _ = attack(
+        tmp_path, path, "--epochs", 20, "--TV", 0.01, "--TV-end", 0.001, "--BN", 0.01, "--exact-bn",
+        "--grad-sign", "--min-grads-loss", "--metric", "--no-controls", "--gpu", 0, *flags,
+    )  # fmt: skip
+    assert result["device"].startswith("cuda:0")
+    assert result["losses"]["gradient"] > 0
+
+
+def test_seeds_side_by_side_on_one_gpu(captured, tmp_path):
+    """Each of two processes runs whole seeds on the same GPU."""
+    path, found = captured("-a", "lenet", "-b", "3"), []
+    for several in ((), ("--nproc", "2", "--shard", "seeds", "--dist-backend", "gloo")):
+        result, folder = attack(
+            tmp_path / str(len(several)), path, "--epochs", 10, "--lr", 0.01, "--n-seed", 3,
+            *several,
+        )  # fmt: skip
+        assert result["device"].startswith("cuda:0")
+        found.append((torch.load(folder / "x_recon.pth"), result["iterations"]))
+    assert found[0][1] == found[1][1] == 30
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-3)
 
 
 def test_two_processes_on_one_gpu(tmp_path):

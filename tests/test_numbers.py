@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from inversion.mlco import mlco
-from inversion.objective import Losses, Objective, first_not_finite
+from inversion.objective import Losses, Objective
 from inversion.optimise import reconstruct
 from inversion.pixel_gradient import exact, pixel_gradient_of
+from inversion.readings import Columns, row_of
 from inversion.restarts import Restarts
 from inversion.settings import AttackSettings, Loop, MLCOSchedule, Weights
 from inversion.strategies import best, mean
 from tests.support import attack, call, photos, target_of
 from utils.errors import FaultError
 from utils.journal import FolderJournal
+from utils.shard import ALONE
 
 FINE = torch.ones(2, 3)
 
@@ -39,7 +41,23 @@ FINE = torch.ones(2, 3)
     ],
 )  # fmt: skip
 def test_the_first_number_that_is_not_finite_is_named(losses, derivative, says):
-    assert first_not_finite(losses, derivative) == says
+    tensors = Losses(
+        torch.tensor(losses.total),
+        None if losses.gradient is None else torch.tensor(losses.gradient),
+        {name: torch.tensor(value) for name, value in losses.terms.items()},
+    )
+    columns, row = Columns.of(tensors), row_of(tensors, derivative, ALONE).tolist()
+    evaluation = columns.evaluation(row)
+    assert evaluation.not_finite(derivative.numel()) == says
+    assert str(evaluation.losses) == str(losses)
+    if says is None:
+        assert columns.row(losses)[:-3] == row[:-3]
+
+
+def test_what_is_not_finite_elsewhere_counts_here():
+    row = row_of(Losses(FINE.sum(), FINE.sum(), {}), FINE, ALONE).tolist()
+    evaluation = Columns((), True, False).evaluation([*row[:-1], 1.0])
+    assert evaluation.not_finite(6) == "the derivative of other images is not finite"
 
 
 class Root(nn.Module):

@@ -50,6 +50,7 @@ PAGES = {
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--few-classes", "--trials", "--csv", "--markdown"}
 FOREIGN_FLAGS |= {"--size", "--picture", "--pairs"}  # of benchmarks.updates, benchmarks.saving
 FOREIGN_FLAGS |= {"--only-time", "--only-cost"}  # of benchmarks.first_order, benchmarks.bn_coupling
+FOREIGN_FLAGS |= {"--section", "--out"}  # of benchmarks.gpu
 FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds", "--only", "--weights", "--curve"}
 FOREIGN_FLAGS |= {"--settings", "--methods", "--eval-mode", "--boxed"}  # of benchmarks.peers
 

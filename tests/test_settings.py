@@ -15,6 +15,7 @@ from inversion.distances import GRADIENT_DISTANCES
 from inversion.labels.reconstruct import LABEL_FUNCTIONS
 from inversion.optimise import OPTIMISERS
 from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.precision import PRECISION_CONTEXTS
 from inversion.priors import PRIOR_FUNCTIONS
 from inversion.search.tune import ALGORITHMS
 from inversion.strategies import STRATEGIES
@@ -30,6 +31,7 @@ def test_every_name_has_a_function_and_every_function_a_name():
     assert tuple(ALGORITHMS) == settings.SEARCH_ALGORITHMS
     assert tuple(LEAKAGE_DIGITS) == settings.VERDICT_METRICS
     assert tuple(SSIMS) == settings.SSIMS
+    assert tuple(PRECISION_CONTEXTS) == settings.PRECISIONS
     assert list(PRIOR_FUNCTIONS) == list(settings.PRIORS)
     assert list(STRATEGIES) == list(settings.STRATEGIES)
     assert list(LABEL_FUNCTIONS) == list(settings.LABEL_METHODS)

@@ -9,12 +9,13 @@ from utils.errors import InputError
 
 
 def forbid_tensorfloat32() -> None:
-    """Switch TensorFloat-32 off for this process.
+    """Switch TensorFloat-32 off for this process, whatever torch's defaults are.
 
     It rounds inputs to 10 bits, so that a gradient distance below about 1e-3 would measure the
     rounding.
     """
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def choose_device(gpu: int | None, local_rank: int = 0) -> torch.device:

@@ -1,10 +1,11 @@
 """Running the attack: the plan before it, what is recorded on the way, and how it ended."""
 
+import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from inversion.optimise import Outcome, Reconstruction, lowest
 from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import Restarts, noise_generator
 from inversion.settings import AttackSettings
+from inversion.step_graph import GraphError
 from inversion.strategies import STRATEGIES
 from models.gradient import kept_bytes
 from utils.console import Progress, Reporter
@@ -137,10 +139,13 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
     """Run the strategy over all seeds."""
     home = torch.device("cpu") if settings.offload_seeds else case.device
     objective = case.objective
+    loop = settings.loop_in(case.target.box)
+    if case.device.type != "cpu":  # a GPU would wait for whoever reads a loss
+        loop = replace(loop, read_every=recorder.progress.every)
     restarts = Restarts(
         starts=[case.start(seed).to(home) for seed in settings.seeds],
         generators=[noise_generator(seed, case.device) for seed in settings.seeds],
-        loop=settings.loop_in(case.target.box),
+        loop=loop,
         schedule=settings.schedule,
         combine_memory=settings.combine_memory,
         seed_shard=ALONE if settings.shared == "batch" else case.processes,
@@ -150,8 +155,19 @@ def run_attack(settings: AttackSettings, case: Case, recorder: Recorder) -> Outc
         journal=recorder.journal,
     )
     pixel_gradient = pixel_gradient_of(settings)
-    with telling_memory(partial(_step_memory, settings, case)):
+    with telling_memory(partial(_step_memory, settings, case)), refusing_graphs():
         return STRATEGIES[settings.strategy](objective, pixel_gradient, restarts)
+
+
+@contextlib.contextmanager
+def refusing_graphs() -> Iterator[None]:
+    """Within this context, an iteration that cannot be recorded as a graph refuses --cuda-graph."""
+    try:
+        yield
+    except GraphError as error:
+        raise InputError(
+            f"--cuda-graph: an iteration cannot be recorded: {error}; leave it out"
+        ) from error
 
 
 def _step_memory(settings: AttackSettings, case: Case) -> str:

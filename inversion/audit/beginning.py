@@ -26,7 +26,7 @@ SAFE = frozenset({
     "multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend", "workers",
     "shard", "offload_seeds", "dry_run", "traceback", "detect_anomaly", "verbose",
     "sweep_workers", "max_concurrent", "cpus_per_trial", "ngpus_per_trial", "ray_address",
-    "search_resume",
+    "search_resume", "cuda_graph",
 })  # fmt: skip
 #: Flags that name files of which the content decides; the file may have moved.
 FILES = ("checkpoint", "truth", "labels", "model", "lpips_weights", "simulation_checkpoint")

@@ -13,6 +13,7 @@ from inversion.settings import (
     LABEL_METHODS,
     OPTIMISERS,
     PIXEL_GRADIENTS,
+    PRECISIONS,
     PRIORS,
     RANGES,
     SEARCH_ALGORITHMS,
@@ -299,6 +300,19 @@ def _add_optimisation(add) -> None:
         help="Images of each process that are taken at a time, so that memory does not grow with "
         "the batch; auto takes as many as fit into --max-memory, or else into what is free. "
         "Without it: all.",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="Number format of the network's passes. tf32: TensorFloat-32, on NVIDIA GPUs; bf16: "
+        "automatic mixed precision with bfloat16. Scores and reported distances of other images "
+        "stay float32.",
+    )
+    add(
+        "--cuda-graph",
+        action="store_true",
+        help="Launch every iteration on the GPU as one CUDA graph; with Adam, in one process.",
     )
     add("--n-seed", type=integer_from(1), default=1, help="Number of restarts.")
     add("--grad-sign", action="store_true", help="Step along the sign of the derivative.")

@@ -17,7 +17,7 @@ from inversion.labels.counts import ScaledGradientError
 from inversion.labels.reconstruct import LabelInputs, LabelResult, reconstruct_labels
 from inversion.layerwise.attack import target_network
 from inversion.objective import Objective
-from inversion.pixel_gradient import PIXEL_GRADIENTS
+from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import initial_images
 from inversion.settings import AttackSettings
 from models import checkpoint as checkpoints
@@ -171,6 +171,7 @@ def load_inputs(
     """
     inputs, scoring, attack = settings.inputs, settings.scoring, settings.attack
     device = choose_device(inputs.gpu, local_rank)
+    check_device(attack, device)
     files = _read_files(settings)
     target, truth = files.target, files.truth
     if files.note:
@@ -212,6 +213,34 @@ def check_case(
     _evaluate_once(settings, case, own_network)
     if settings.method == "layerwise":
         _refuse_unsolvable(case)
+
+
+def check_device(settings: AttackSettings, device: torch.device) -> None:
+    """Raise InputError for settings that concern GPUs, where the attack runs on another device."""
+    if device.type == "cuda":
+        return
+    where = f"and this runs on the {device.type}"
+    if settings.precision == "tf32":
+        raise InputError(
+            f"--precision tf32: TensorFloat-32 is a format of NVIDIA GPUs, {where}; leave it out"
+        )
+    if settings.loop.cuda_graph:
+        raise InputError(f"--cuda-graph: is for NVIDIA GPUs, {where}; leave it out")
+
+
+def _check_format(settings: AttackSettings, target: Target, update_model: str) -> None:
+    """Raise InputError where precision and graph do not fit what was sent."""
+    dtype = target.gradient[0].dtype
+    if settings.precision != "float32" and dtype != torch.float32:
+        raise InputError(
+            f"--precision {settings.precision}: what was sent is {str(dtype)[6:]}, whose passes it "
+            "leaves as they are; leave it out"
+        )
+    if settings.loop.cuda_graph and update_model == "sme":
+        raise InputError(
+            "--cuda-graph: the place between the two states of --update-model sme is learned on "
+            "the host; give --update-model mean, or leave it out"
+        )
 
 
 def _refuse_unsolvable(case: Case) -> None:
@@ -268,7 +297,8 @@ def make_case(
 
     Raises InputError where the target's gradient is zero or does not fit the model.
     """
-    source = bn_source(settings, target)
+    source, update_model = bn_source(settings, target), update_model_of(settings, target)
+    _check_format(settings, target, update_model)
     objective = Objective(
         model,
         target,
@@ -279,7 +309,7 @@ def make_case(
         bn_grad=settings.bn_grad,
         bn_coupling=settings.bn_coupling,
         batch_shard=processes if settings.shared == "batch" else ALONE,
-        update_model=update_model_of(settings, target),
+        update_model=update_model,
     )
     memory = memory_plan(settings, objective, target.image_shape, processes)
     if memory is not None:
@@ -575,7 +605,8 @@ def _evaluate_once(settings: AttackSettings, case: Case, own_network: str | None
     x = case.start(settings.first_seed).to(case.device)
     objective = case.objective
     try:
-        PIXEL_GRADIENTS[settings.pixel_gradient](objective, objective.local_part(x), 0.0)
+        once = pixel_gradient_of(replace(settings, detect_anomaly=False))
+        once(objective, objective.local_part(x), 0.0)
     except RuntimeError as error:  # NotImplementedError is one
         if own_network is None or is_out_of_memory(error):
             raise

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from inversion.audit.attack import own_seeds
+from inversion.audit.attack import own_seeds, refusing_graphs
 from inversion.audit.inputs import Case
 from inversion.audit.settings import Settings
 from inversion.audit.updates import update_lines, update_model_of
@@ -19,6 +19,7 @@ from inversion.optimise import reconstruct
 from inversion.pixel_gradient import pixel_gradient_of
 from inversion.restarts import noise_generator
 from inversion.settings import FINITE_DIFFERENCES, AttackSettings
+from inversion.step_graph import WARM_UPS
 from models.gradient import trainable_parameters
 from utils.console import duration
 from utils.device import device_name, peak_memory_mib
@@ -77,6 +78,10 @@ def _matching_lines(settings: AttackSettings, case: Case) -> list[str]:
             "derivative: finite differences of the gradient, which are not exact (weights moved by "
             f"{settings.difference_step:g} of their norm)"
         )
+    if settings.precision != "float32":
+        lines.append(f"the network's passes are computed in {settings.precision}")
+    if settings.loop.cuda_graph:
+        lines.append("every iteration is one CUDA graph")
     if case.processes.size > 1:
         lines.append(f"{case.processes.size} processes, each with a part of the {settings.shared}")
     if case.memory is not None:
@@ -142,7 +147,7 @@ def _matching_estimate(settings: Settings, case: Case, beside: str) -> str:
 
 
 def measured_step(attack: AttackSettings, case: Case, steps: int = 2) -> float:
-    """Return the seconds of one step of the loop: the median of `steps` after the first.
+    """Return the seconds of one step of the loop: the median of `steps` after those that warm up.
 
     Raises FaultError where a loss is not finite.
     """
@@ -153,16 +158,19 @@ def measured_step(attack: AttackSettings, case: Case, steps: int = 2) -> float:
         return False
 
     loop = attack.loop_in(case.target.box)
-    found = reconstruct(
-        partial(pixel_gradient_of(attack), case.objective),
-        case.start(attack.first_seed).to(case.device),
-        replace(loop, steps=max(steps, loop.steps)),
-        generator=noise_generator(attack.first_seed, case.device),
-        on_step=note_time,
-        span=range(steps),
-        batch_shard=case.objective.batch_shard,
-    )
+    warm_ups = WARM_UPS + 1 if loop.cuda_graph else 1
+    steps += warm_ups - 1
+    with refusing_graphs():
+        found = reconstruct(
+            partial(pixel_gradient_of(attack), case.objective),
+            case.start(attack.first_seed).to(case.device),
+            replace(loop, steps=max(steps, loop.steps)),
+            generator=noise_generator(attack.first_seed, case.device),
+            on_step=note_time,
+            span=range(steps),
+            batch_shard=case.objective.batch_shard,
+        )
     if len(times) <= steps:
         raise FaultError(f"the first steps fail: {found.reason}; see --lr and the weights")
     taken = [end - begin for begin, end in itertools.pairwise(times)]
-    return statistics.median(taken[1:])  # the first step warms up
+    return statistics.median(taken[warm_ups:])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from inversion.audit.flags import tuned_flag
-from inversion.audit.inputs import bn_source, load_inputs, user_network_of
+from inversion.audit.inputs import bn_source, check_device, load_inputs, user_network_of
 from inversion.audit.settings import SearchSettings, Settings, settings_from
 from inversion.audit.truth import check_truth_gradient
 from inversion.search.trial import Problem
@@ -221,6 +221,7 @@ def load_problem(settings: Settings, wanted: SearchSettings, device: str) -> Pro
     if "bn" in wanted.parameters and not batchnorm_layers(model):
         raise InputError(f"--BN-tune: {simulated.arch} has no BatchNorm layer; leave it out")
     trial = settings.attack.for_trials(wanted.steps)
+    check_device(trial, torch.device(device))
     if trial.bn_coupling == "forced":
         with naming(f"{source}, under --bn-coupling forced"):
             forced_statistics(model, simulated)

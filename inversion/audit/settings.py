@@ -242,6 +242,11 @@ def refuse_processes(settings: Settings, count: int) -> None:
             f"--superparameters-search: Ray runs the trials, not {count} processes of a group; "
             "search with --search-only first, in one process"
         )
+    if settings.attack.loop.cuda_graph and settings.attack.shared == "batch":
+        raise InputError(
+            f"--cuda-graph: {count} processes that share a batch wait for one another; give "
+            "--shard seeds, or leave it out"
+        )
     if settings.attack.loop.optimiser == "LBFGS" and settings.attack.shared == "batch":
         raise InputError(
             "--optim LBFGS: its line search needs the whole batch in one process; give --shard "
@@ -271,6 +276,7 @@ def _attack_from(args) -> AttackSettings:
             optimiser=args.optim,
             signed=args.grad_sign,
             keep_best=args.min_grads_loss,
+            cuda_graph=args.cuda_graph,
         ),
         method=args.attack,
         max_memory=AttackSettings.max_memory if limit is None else limit,
@@ -290,6 +296,7 @@ def _attack_from(args) -> AttackSettings:
         exact_bn=args.exact_bn,
         bn_grad=args.bn_grad,
         bn_coupling=args.bn_coupling,
+        precision=args.precision,
         shared=args.shard,
         update_model=args.update_model,
         detect_anomaly=args.detect_anomaly,
@@ -411,6 +418,8 @@ def _refuse_inputs(args) -> None:
 def _refuse_optimiser(args) -> None:
     if args.TV_end is not None and args.TV == 0 and "tv" not in tuned_names(args):
         raise InputError(f"--TV-end {args.TV_end:g}: decays --TV, which is 0; give --TV as well")
+    if args.cuda_graph:
+        _refuse_graph(args)
     if args.optim == "LBFGS":
         for flag in ("grad_sign", "input_boxed", "input_noise"):
             if getattr(args, flag):
@@ -418,6 +427,25 @@ def _refuse_optimiser(args) -> None:
                     f"--{flag.replace('_', '-')}: L-BFGS learns the curvature from its own steps, "
                     "which this would change; leave it out, or give --optim Adam"
                 )
+
+
+def _refuse_graph(args) -> None:
+    """Refuse what decides by numbers of the device where the device runs on its own."""
+    if args.optim == "LBFGS":
+        raise InputError(
+            "--cuda-graph: the line search of --optim LBFGS decides by every loss; leave one of "
+            "both out"
+        )
+    if args.detect_anomaly:
+        raise InputError(
+            "--cuda-graph: --detect-anomaly looks at every operation as it is computed; leave one "
+            "of both out"
+        )
+    if args.search_only:
+        raise InputError(
+            "--cuda-graph: concerns the attack, which --search-only leaves out; leave one of both "
+            "out"
+        )
 
 
 def _refuse_strategy(args) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inversion.audit.inputs import check_device
 from inversion.audit.resuming import Running, running
 from inversion.audit.settings import InputSettings, Settings
 from inversion.audit.sweep.job import Simulate, decoys_per_image
@@ -113,6 +114,7 @@ def _opening(settings: Settings, sweep: SweepSettings, simulate: Simulate) -> li
     inputs = settings.inputs
     source = f"--checkpoint {inputs.checkpoint}"
     device = choose_device(inputs.gpu, 0)
+    check_device(settings.attack, device)
     with naming(source):
         again, command = simulate("", "", 0, decoys_per_image(sweep.attempts), device)
     attacks = len(sweep.values) * sweep.repeats * sweep.attempts
