@@ -6,7 +6,7 @@ input u, and the matrix of that is the same for all input channels. R-GAP (Zhu &
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,19 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from inversion.layerwise.least_squares import (
     Equations,
     Propagation,
+    add_gram,
+    conjugate_gradients,
+    fast_in_single,
     inverse_square,
+    known_entries,
+    largest_value,
     relative,
     solve_symmetric,
 )
+
+#: Singular values of the gradients' equations, in shares of the largest, down to which their normal
+#: equations are solved: float64 then keeps ten digits.
+WELL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,17 @@ class Term:
     known: Tensor | None = None
     #: (B, O, h, w): z, without bias, where it is known, any finite numbers elsewhere.
     output: Tensor | None = None
+
+    def normalised(self) -> "Term":
+        """Return the same equations with a gradient of norm 1."""
+        scale = inverse_square(self.gradient) ** 0.5
+        return replace(self, gradient=scale * self.gradient, signal=scale * self.signal)
+
+    def single(self) -> "Term":
+        """Return the same in float32."""
+        weight, gradient, signal = self.weight.float(), self.gradient.float(), self.signal.float()
+        known, output = (None if t is None else t.float() for t in (self.known, self.output))
+        return Term(self.geometry, weight, gradient, signal, known, output)
 
 
 @dataclass(frozen=True)
@@ -150,6 +170,9 @@ def solve_gradients(
     the largest are not taken from the gradients; the known outputs of the terms say what they are
     (`use_outputs`), as far as they do.
     """
+    easy = _by_normal_equations(terms, shape, cut)
+    if easy is not None:
+        return easy
     found = _spectrum(terms, shape)
     count, channels, height, width = shape
     kept = (found.values > cut * found.values[0]) & (found.values > 0)
@@ -174,6 +197,35 @@ def solve_gradients(
             rank += outputs.rank
             condition = max(condition, worst)
     return Solution(u, places * channels, equations, rank, condition, gradients, outputs)
+
+
+def _by_normal_equations(
+    terms: Sequence[Term], shape: Sequence[int], cut: float
+) -> Solution | None:
+    """Do what `solve_gradients` does where the gradients determine u well; None elsewhere.
+
+    By Cholesky's factors of MᵀM, one for all channels. Its eigenvalues tell the singular values of
+    M, so that the condition is known before anything is solved.
+    """
+    count, channels, height, width = shape
+    places = count * height * width
+    matrix, rows = stacked_matrices(terms, shape), stacked_gradients(terms)
+    if len(matrix) < places:
+        return None
+    gram = matrix.T @ matrix
+    if not bool(gram.isfinite().all()):
+        return None
+    squares = torch.linalg.eigvalsh(gram)
+    largest, least = squares[-1].item(), squares[0].item()
+    if not least > max(cut, WELL) ** 2 * largest:
+        return None
+    numbers = torch.cholesky_solve(matrix.T @ rows, torch.linalg.cholesky(gram))
+    u = numbers.T.reshape(channels, count, height, width).transpose(0, 1).contiguous()
+    unknowns, trace = places * channels, channels * squares.reciprocal().sum().item()
+    return Solution(
+        u, unknowns, rows.numel(), unknowns, (largest / least) ** 0.5,
+        Propagation(trace, rows.numel(), unknowns),
+    )  # fmt: skip
 
 
 #: Numbers that the gradients leave open which are still solved for densely.
@@ -210,8 +262,9 @@ def _from_outputs(
             moved = term.geometry.forward(null[:, image : image + 1], kernels)
             chosen = known[image].reshape(outputs, -1) > 0
             rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen].reshape(size, -1)
-            normal.addmm_(rows, rows.T, alpha=scale.item())
+            add_gram(normal, rows, scale.item())
             right += scale * (rows @ left[image].reshape(outputs, -1)[chosen])
+    normal = normal.tril() + normal.tril(-1).T
     steps, determined, trace, worst = solve_symmetric(normal, right)
     added = torch.einsum("nbhw,ni->bihw", null, steps.reshape(len(null), channels))
     equations = sum(int(term.known.sum()) for term in terms if term.known is not None)
@@ -247,16 +300,55 @@ def preconditioner(terms: Sequence[Term], shape: Sequence[int], damping: float =
     """Return a map near the inverse of the gradients' normal equations, the same for all channels.
 
     shape: (B, I, H, W) of what it maps. Directions whose eigenvalue is small are held back by
-    `damping`² of the largest one.
+    `damping`² of the largest one, which power iteration finds to about 1 %.
     """
     count, channels, height, width = shape
     matrix = stacked_matrices(terms, shape)
-    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    values = values.clamp_min(0) + damping**2 * values[-1]
-    inverse = (vectors / values) @ vectors.T
+    gram = matrix.T @ matrix
+    largest = largest_value(lambda v: gram @ v, gram[:, 0])
+    gram.diagonal().add_(max(damping**2 * largest, 1e-300))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
 
     def apply(u: Tensor) -> Tensor:
-        flat = u.transpose(0, 1).reshape(channels, -1) @ inverse
+        flat = u.transpose(0, 1).reshape(channels, -1) @ inverse.to(u)
         return flat.reshape(channels, count, height, width).transpose(0, 1)
 
     return apply
+
+
+def polished(
+    terms: Sequence[Term], known: Tensor, value: Tensor, u: Tensor, steps: int, tolerance: float
+) -> Tensor:
+    """Improve u (B, I, H, W) on all equations of the terms and on its known entries.
+
+    By conjugate gradients with `preconditioner`, that many steps at most, until the slope has
+    fallen to `tolerance` of the first one. known: (B, I, H, W) of 0 and 1; value: the entries
+    there. What u leaves of the equations is computed in float64; the change that it asks for, of
+    which a few digits count, in float32 where that is faster.
+    """
+    shape = u.shape
+    terms = [term.normalised() for term in terms]
+    better = preconditioner(terms, shape)
+
+    def equations(like: Tensor) -> list[Equations]:
+        single = like.dtype == torch.float32
+        of_terms = [term.single() for term in terms] if single else terms
+        found = [e for term in of_terms for e in term_equations(term, shape)]
+        if bool(known.any()):
+            found.append(known_entries(known.to(like), value.to(like)))
+        return found
+
+    exact = equations(u)
+    if not fast_in_single(u):
+        return conjugate_gradients(exact, u, steps, tolerance, better)
+    left = [e.target - e.forward(u) for e in exact]
+    squares = (e.weight * r.square().sum() for e, r in zip(exact, left, strict=True))
+    size = sum(square.item() for square in squares) ** 0.5
+    if not size > 0:
+        return u
+    none = torch.zeros_like(u).float()
+    rough = [
+        replace(fast, target=(r / size).float(), weight=e.weight)
+        for fast, e, r in zip(equations(none), exact, left, strict=True)
+    ]
+    return u + size * conjugate_gradients(rough, none, steps, tolerance, better).double()

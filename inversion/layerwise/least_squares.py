@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 
@@ -69,6 +70,18 @@ def fast_in_single(like: Tensor) -> bool:
     stand for a narrower type.
     """
     return like.device.type == "cpu"
+
+
+def add_gram(normal: Tensor, rows: Tensor, factor: float) -> None:
+    """Add factor · rows rowsᵀ to the lower triangle of a matrix (n, n) in place; rows: (n, m).
+
+    Both are float64 and contiguous. On the CPU the upper triangle, which is half of the work, is
+    left as it is.
+    """
+    if normal.device.type != "cpu":
+        normal.addmm_(rows, rows.T, alpha=factor)
+    elif rows.shape[1]:  # what is the lower triangle row by row is the upper one for BLAS
+        dsyrk(factor, rows.numpy().T, 1.0, normal.numpy().T, trans=1, overwrite_c=1)
 
 
 #: Share of the largest eigenvalue below which a direction counts as open.
