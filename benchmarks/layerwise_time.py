@@ -7,6 +7,8 @@ The first command writes the CPU seconds of every step and every tensor per case
 its own. A step's time is its own: what it calls that is a step, too, does not count for it. The
 second one runs each case with the code of the checkout in FOLDER and with this one in turn, in
 processes, and prints the medians, the median ratio and by how much certificates and images differ.
+It also says by how much images differ if the code in FOLDER disturbs all that the walk recovered by
+random numbers of 1e-9 of it before images are made of that.
 Photographs are those of batch 10. --weights gives a trained network (benchmarks/train_network.py);
 the cases that need one are left out without it.
 """
@@ -29,7 +31,7 @@ import torch
 
 from benchmarks.layerwise import SPEC, client
 from benchmarks.layerwise_cases import Case
-from inversion.layerwise.attack import layerwise_attack
+from inversion.layerwise import attack
 from inversion.layerwise.images import PUBLIC_IMAGES
 from inversion.layerwise.layer import Layer
 from train.datasets import normalise
@@ -76,6 +78,8 @@ STEPS: dict[str, Sequence[tuple[str, str]]] = {
 REST = "other work"
 #: What of a certificate is compared between two versions of the code.
 COMPARED = ("residual", "expected_error", "condition")
+#: Relative size of the random numbers that show how sensitive images are.
+DISTURBED = 1e-9
 
 
 class Stopwatch:
@@ -115,13 +119,33 @@ class Stopwatch:
                     setattr(module, name, self.of(step, getattr(module, name)))
 
 
-def measure(case: Case, weights: str | None) -> dict:
-    """Attack one case; return seconds by step and by tensor, certificates and images."""
+def disturb(peeled: Any) -> None:
+    """Change the values that a walk recovered by DISTURBED of themselves, at random."""
+    generator, values = torch.Generator().manual_seed(1), peeled.network.values
+    for node, t in values.items():
+        values[node] = t * (
+            1 + DISTURBED * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        )
+
+
+def measure(case: Case, weights: str | None, *, disturbed: bool = False) -> dict:
+    """Attack one case; return seconds by step and by tensor, certificates and images.
+
+    disturbed: the values that the walk recovered are disturbed before images are made of them.
+    """
     of = client(case, None if weights is None else load_plain(weights))
     public = normalise(public_photographs(PUBLIC_IMAGES, of.target.image_shape), SPEC)
     tensors: list[tuple[str, str, float]] = []
     watch = Stopwatch()
     watch.watch()
+    if disturbed:
+        make = attack.make_images
+
+        def making(model: Any, target: Any, peeled: Any, *args: Any, **kwargs: Any) -> Any:
+            disturb(peeled)
+            return make(model, target, peeled, *args, **kwargs)
+
+        attack.make_images = making
     start = last = time.process_time()
 
     def told(layer: Layer) -> None:
@@ -130,7 +154,9 @@ def measure(case: Case, weights: str | None) -> dict:
         tensors.append((layer.name, layer.kind, now - last))
         last = now
 
-    found = watch.of(REST, layerwise_attack)(of.model, of.target, of.y, public, on_layer=told)
+    found = watch.of(REST, attack.layerwise_attack)(
+        of.model, of.target, of.y, public, on_layer=told
+    )
     names = ("name", "certified", "rank", "flips", *COMPARED)
     return {
         "seconds": time.process_time() - start, "steps": dict(watch.seconds), "tensors": tensors,
@@ -139,24 +165,31 @@ def measure(case: Case, weights: str | None) -> dict:
     }  # fmt: skip
 
 
-def measured_in(folder: Path, case: str, weights: str | None) -> dict:
+def measured_in(folder: Path, case: str, weights: str | None, *, disturbed: bool = False) -> dict:
     """Return what `measure` does with the code of a checkout, in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         command = [sys.executable, __file__, "--measure", case, "--output", file.name]
+        command += ["--disturbed"] * disturbed
         command += [] if weights is None else ["--weights", str(Path(weights).resolve())]
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=folder, env=environment, check=True)
         return load_plain(file.name)
 
 
+def images_apart(before: dict, after: dict) -> float:
+    """Return the root mean square difference of two results' images, pixels from 0 to 1."""
+    std = torch.tensor(SPEC.std).view(-1, 1, 1)
+    return ((after["images"] - before["images"]) * std).square().mean().sqrt().item()
+
+
 def difference(before: dict, after: dict) -> dict:
     """Return how far two results of one case differ.
 
-    `images`: the largest difference of a pixel, in normalised units. The rest: of the certificates
-    in the same order, relative to the first one's, the largest; infinite where tensors, ranks,
-    masks or verdicts differ.
+    `images`: the root mean square over pixels from 0 to 1. The rest: of the certificates in the
+    same order, relative to the first one's, the largest; infinite where tensors, ranks, masks or
+    verdicts differ.
     """
-    found = {"images": (after["images"] - before["images"]).abs().max().item()}
+    found = {"images": images_apart(before, after)}
     same = [row[:4] for row in before["certificates"]] == [row[:4] for row in after["certificates"]]
     for i, name in enumerate(COMPARED, 4):
         pairs = [
@@ -191,10 +224,14 @@ def against(
     """Measure both checkouts in turn; print and return header and rows: one per pair of runs."""
     rows, shown = [], []
     for case in cases:
-        pairs = []
+        pairs, sensitive = [], float("nan")
         for number in range(rounds):
             old, new = (measured_in(folder, case, weights) for folder in (before, ROOT))
             apart = difference(old, new)
+            if number == 0:
+                other = measured_in(before, case, weights, disturbed=True)
+                sensitive = images_apart(old, other)
+            apart["images_disturbed"] = sensitive
             pairs.append((old["seconds"], new["seconds"]))
             rows.append([case, number, *pairs[-1], *apart.values()])
         ratios = [new / old for old, new in pairs]
@@ -217,9 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each version per case")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
+    parser.add_argument("--disturbed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.measure:
-        torch.save(measure(CASES[args.measure], args.weights), args.output)
+        found = measure(CASES[args.measure], args.weights, disturbed=args.disturbed)
+        torch.save(found, args.output)
         return
     cases = [n for n, case in CASES.items() if args.weights is not None or not case.trained]
     if args.only:
