@@ -29,6 +29,8 @@ from inversion.layerwise.least_squares import (
 #: Singular values of the gradients' equations, in shares of the largest, down to which their normal
 #: equations are solved: float64 then keeps ten digits.
 WELL = 1e-3
+#: The same, below which they count as 0: MᵀM's own rounding makes 1e-8 of a 0.
+NOTHING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -123,20 +125,27 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """Holds the singular value decomposition of all terms' gradient matrices together."""
+    """Holds the singular values of all terms' gradient matrices together, and the solution by them.
 
-    left: Tensor
+    With M = U S Vᵀ: S in descending order, Vᵀ, and Uᵀ g of the gradients g, (·, I).
+    """
+
     values: Tensor
     right: Tensor
-    #: (rows, I) of the gradients.
-    rows: Tensor
+    left_parts: Tensor
 
 
-def _spectrum(terms: Sequence[Term], shape: Sequence[int]) -> _Spectrum:
-    """Stack the terms' matrices, each divided by its gradient's norm, and decompose them."""
-    matrix = stacked_matrices(terms, shape)
+def _decomposed(matrix: Tensor, rows: Tensor) -> _Spectrum:
+    """Return the singular value decomposition of the terms' stacked matrix."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return _Spectrum(left, values, right, stacked_gradients(terms))
+    return _Spectrum(values, right, left.T @ rows)
+
+
+def _from_gram(gram: Tensor, right: Tensor) -> _Spectrum:
+    """Return the same from MᵀM and Mᵀ g; what belongs to singular values of 0 is of no use."""
+    squares, vectors = torch.linalg.eigh(gram)
+    values, vectors = squares.flip(0).clamp_min(1e-300).sqrt(), vectors.flip(1)
+    return _Spectrum(values, vectors.T, (vectors.T @ right) / values[:, None])
 
 
 def stacked_matrices(terms: Sequence[Term], shape: Sequence[int]) -> Tensor:
@@ -170,22 +179,27 @@ def solve_gradients(
     the largest are not taken from the gradients; the known outputs of the terms say what they are
     (`use_outputs`), as far as they do.
     """
-    easy = _by_normal_equations(terms, shape, cut)
-    if easy is not None:
-        return easy
-    found = _spectrum(terms, shape)
     count, channels, height, width = shape
+    matrix, rows = stacked_matrices(terms, shape), stacked_gradients(terms)
+    clear = _clear_gram(matrix, cut)
+    if clear is None:
+        found = _decomposed(matrix, rows)
+    elif clear.least > max(cut, WELL):
+        numbers = torch.cholesky_solve(matrix.T @ rows, torch.linalg.cholesky(clear.gram))
+        trace, unknowns = channels * clear.squares.reciprocal().sum().item(), matrix.shape[1]
+        unknowns *= channels
+        gradients = Propagation(trace, rows.numel(), unknowns)
+        u = numbers.T.reshape(channels, count, height, width).transpose(0, 1).contiguous()
+        return Solution(u, unknowns, rows.numel(), unknowns, 1 / clear.least, gradients)
+    else:
+        found = _from_gram(clear.gram, matrix.T @ rows)
     kept = (found.values > cut * found.values[0]) & (found.values > 0)
-    numbers = found.right[kept].T @ (
-        (found.left[:, kept].T @ found.rows) / found.values[kept, None]
-    )
+    numbers = found.right[kept].T @ (found.left_parts[kept] / found.values[kept, None])
     u = numbers.T.reshape(channels, count, height, width).transpose(0, 1).contiguous()
     places, rank = count * height * width, int(kept.sum()) * channels
-    equations = found.rows.numel()
+    equations = rows.numel()
     condition = (found.values[0] / found.values[kept][-1]).item() if bool(kept.any()) else 1.0
-    gradients = Propagation(
-        channels * found.values[kept].pow(-2).sum().item(), found.rows.numel(), rank
-    )
+    gradients = Propagation(channels * found.values[kept].pow(-2).sum().item(), rows.numel(), rank)
     outputs = None
     left_open = (places - int(kept.sum())) * channels
     with_outputs = [term for term in terms if term.known is not None and bool(term.known.any())]
@@ -199,33 +213,37 @@ def solve_gradients(
     return Solution(u, places * channels, equations, rank, condition, gradients, outputs)
 
 
-def _by_normal_equations(
-    terms: Sequence[Term], shape: Sequence[int], cut: float
-) -> Solution | None:
-    """Do what `solve_gradients` does where the gradients determine u well; None elsewhere.
+@dataclass(frozen=True)
+class _Gram:
+    """Holds MᵀM, its eigenvalues in ascending order, and the least singular value of M.
 
-    By Cholesky's factors of MᵀM, one for all channels. Its eigenvalues tell the singular values of
-    M, so that the condition is known before anything is solved.
+    The latter in shares of the largest.
     """
-    count, channels, height, width = shape
-    places = count * height * width
-    matrix, rows = stacked_matrices(terms, shape), stacked_gradients(terms)
-    if len(matrix) < places:
+
+    gram: Tensor
+    squares: Tensor
+    least: float
+
+
+def _clear_gram(matrix: Tensor, cut: float) -> _Gram | None:
+    """Return MᵀM if it tells which directions M determines, and those well; None elsewhere.
+
+    It does where every singular value of M, in shares of the largest, is above WELL, or below
+    NOTHING and the cut.
+    """
+    if len(matrix) < matrix.shape[1]:
         return None
     gram = matrix.T @ matrix
     if not bool(gram.isfinite().all()):
         return None
     squares = torch.linalg.eigvalsh(gram)
-    largest, least = squares[-1].item(), squares[0].item()
-    if not least > max(cut, WELL) ** 2 * largest:
+    shares = squares / squares[-1].clamp_min(1e-300)
+    unclear = shares <= WELL**2
+    if cut >= NOTHING:
+        unclear &= shares > NOTHING**2
+    if bool(unclear.any()) or not bool(squares[-1] > 0):
         return None
-    numbers = torch.cholesky_solve(matrix.T @ rows, torch.linalg.cholesky(gram))
-    u = numbers.T.reshape(channels, count, height, width).transpose(0, 1).contiguous()
-    unknowns, trace = places * channels, channels * squares.reciprocal().sum().item()
-    return Solution(
-        u, unknowns, rows.numel(), unknowns, (largest / least) ** 0.5,
-        Propagation(trace, rows.numel(), unknowns),
-    )  # fmt: skip
+    return _Gram(gram, squares, shares[0].clamp_min(0).sqrt().item())
 
 
 #: Numbers that the gradients leave open which are still solved for densely.
