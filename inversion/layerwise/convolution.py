@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from inversion.layerwise.least_squares import (
+    WELL,
     Equations,
     Propagation,
     add_gram,
@@ -26,10 +27,8 @@ from inversion.layerwise.least_squares import (
     solve_symmetric,
 )
 
-#: Singular values of the gradients' equations, in shares of the largest, down to which their normal
-#: equations are solved: float64 then keeps ten digits.
-WELL = 1e-3
-#: The same, below which they count as 0: MᵀM's own rounding makes 1e-8 of a 0.
+#: Singular values, in shares of the largest, that normal equations count as 0: their rounding makes
+#: 1e-8 of a 0.
 NOTHING = 1e-5
 
 
@@ -246,6 +245,8 @@ def _clear_gram(matrix: Tensor, cut: float) -> _Gram | None:
     return _Gram(gram, squares, shares[0].clamp_min(0).sqrt().item())
 
 
+#: Numbers that products of channels at several positions take at once.
+POINTWISE = 2**24
 #: Numbers that the gradients leave open which are still solved for densely.
 MOST_NULL = 4_000
 
@@ -274,19 +275,65 @@ def _from_outputs(
         assert output is not None
         left = (output - term.geometry.forward(u, term.weight)) * known
         scale = 1 / (output * known).square().sum().clamp_min(1e-300)
-        outputs = term.weight.shape[0]
-        kernels = term.weight.transpose(0, 1).reshape(channels * outputs, 1, *term.geometry.kernel)
+        add = _add_pointwise if term.geometry.kernel == (1, 1) else _add_outputs
         for image in range(count):
-            moved = term.geometry.forward(null[:, image : image + 1], kernels)
-            chosen = known[image].reshape(outputs, -1) > 0
-            rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen].reshape(size, -1)
-            add_gram(normal, rows, scale.item())
-            right += scale * (rows @ left[image].reshape(outputs, -1)[chosen])
+            add(normal, right, term, null[:, image : image + 1], known[image], left[image], scale)
     normal = normal.tril() + normal.tril(-1).T
     steps, determined, trace, worst = solve_symmetric(normal, right)
     added = torch.einsum("nbhw,ni->bihw", null, steps.reshape(len(null), channels))
     equations = sum(int(term.known.sum()) for term in terms if term.known is not None)
     return u + added, Propagation(trace, equations, determined), worst
+
+
+def _add_outputs(
+    normal: Tensor,
+    right: Tensor,
+    term: Term,
+    null: Tensor,
+    known: Tensor,
+    left: Tensor,
+    scale: Tensor,
+) -> None:
+    """Add the known outputs of one image to the normal equations for the steps along `null`.
+
+    normal: (n·I, n·I), whose lower triangle counts; right: (n·I,); null: (n, 1, H, W); known, left:
+    (O, h, w) of 0 and 1, and what the outputs lack; scale: the square of the weight.
+    """
+    outputs, channels = term.weight.shape[:2]
+    kernels = term.weight.transpose(0, 1).reshape(channels * outputs, 1, *term.geometry.kernel)
+    moved = term.geometry.forward(null, kernels)
+    chosen = known.reshape(outputs, -1) > 0
+    rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen]
+    rows = rows.reshape(len(null) * channels, -1)
+    add_gram(normal, rows, scale.item())
+    right += scale * (rows @ left.reshape(outputs, -1)[chosen])
+
+
+def _add_pointwise(
+    normal: Tensor,
+    right: Tensor,
+    term: Term,
+    null: Tensor,
+    known: Tensor,
+    left: Tensor,
+    scale: Tensor,
+) -> None:
+    """Do what `_add_outputs` does for a 1×1 convolution, both triangles.
+
+    Its rows are products of a direction at a position and a weight, so that directions and
+    channels part: Σ_p v_m(p) v_n(p) Σ_o known(o, p) w(o, i) w(o, j).
+    """
+    weight, count = term.weight[:, :, 0, 0], len(null)
+    outputs, channels = weight.shape
+    at = term.geometry.forward(null, weight.new_ones(1, 1, 1, 1)).reshape(count, -1)  # (n, p)
+    right += scale * (at @ left.reshape(outputs, -1).T @ weight).flatten()
+    shaped = normal.view(count, channels, count, channels)
+    most = max(1, POINTWISE // channels**2)
+    for v, on in zip(at.split(most, 1), known.reshape(outputs, -1).split(most, 1), strict=True):
+        products = (on.T[:, :, None] * weight).transpose(1, 2) @ weight  # (p, I, I)
+        pairs = (v[:, None] * v[None]).flatten(0, 1)  # (n·n, p)
+        summed = scale * (pairs @ products.flatten(1)).view(count, count, channels, channels)
+        shaped += summed.transpose(1, 2)
 
 
 def term_equations(term: Term, shape: Sequence[int]) -> list[Equations]:

@@ -113,9 +113,9 @@ def solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float, 
     return found, int(kept.sum()), values[kept].reciprocal().sum().item(), condition
 
 
-#: Eigenvalues of normal equations, in shares of the largest, down to which they are solved as such:
-#: float64 then keeps ten digits.
-WELL = 1e-6
+#: Singular values of equations, in shares of the largest, down to which their normal equations are
+#: solved instead: float64 then keeps nine digits.
+WELL = 1e-3
 
 
 def solve_well(normal: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,13 +123,13 @@ def solve_well(normal: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
     By Cholesky's factors L, without a loop. ‖A⁻¹‖ ≤ ‖L⁻¹‖², so that the eigenvalues of A are at
     least 1/‖L⁻¹‖² in Frobenius' norm, and at most the trace: a system whose quotient of both is
-    below WELL, or whose matrix is not definite, is not well solved, (N,).
+    below the square of WELL, or whose matrix is not definite, is not well solved, (N,).
     """
     factor, failed = torch.linalg.cholesky_ex(normal)
     unit = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
     inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
     least = 1 / inverse.square().sum((1, 2))
-    well = (failed == 0) & (least > WELL * normal.diagonal(dim1=1, dim2=2).sum(1))
+    well = (failed == 0) & (least > WELL**2 * normal.diagonal(dim1=1, dim2=2).sum(1))
     found = (inverse.mT @ (inverse @ right[..., None]))[..., 0]
     return found, well & found.isfinite().all(1)
 
