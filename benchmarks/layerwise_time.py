@@ -2,18 +2,20 @@
 
     python -m benchmarks.layerwise_time --csv docs/rows/layerwise_time.csv [--weights FILE]
     python -m benchmarks.layerwise_time --before FOLDER --csv docs/rows/layerwise_speed.csv
+    python -m benchmarks.layerwise_time --markdown docs/rows/layerwise_speed.csv
 
 The first command writes the CPU seconds of every step and every tensor per case, in a process of
 its own. A step's time is its own: what it calls that is a step, too, does not count for it. The
 second one runs each case with the code of the checkout in FOLDER and with this one in turn, in
 processes, and prints the medians, the median ratio and by how much certificates and images differ.
 It also says by how much images differ if the code in FOLDER disturbs all that the walk recovered by
-random numbers of 1e-9 of it before images are made of that.
-Photographs are those of batch 10. --weights gives a trained network (benchmarks/train_network.py);
-the cases that need one are left out without it.
+random numbers of 1e-9 of it before images are made of that. The third one prints the table of such
+rows. Photographs are those of batch 10. --weights gives a trained network
+(benchmarks/train_network.py); the cases that need one are left out without it.
 """
 
 import argparse
+import csv
 import functools
 import importlib
 import os
@@ -78,6 +80,8 @@ STEPS: dict[str, Sequence[tuple[str, str]]] = {
 REST = "other work"
 #: What of a certificate is compared between two versions of the code.
 COMPARED = ("residual", "expected_error", "condition")
+#: Share of a case's time from which a step stands in its table.
+LEAST_SHARE = 0.04
 #: Relative size of the random numbers that show how sensitive images are.
 DISTURBED = 1e-9
 
@@ -222,9 +226,9 @@ def against(
     before: Path, cases: Sequence[str], weights: str | None, rounds: int
 ) -> tuple[list[str], list[list]]:
     """Measure both checkouts in turn; print and return header and rows: one per pair of runs."""
-    rows, shown = [], []
+    rows = []
     for case in cases:
-        pairs, sensitive = [], float("nan")
+        sensitive = float("nan")
         for number in range(rounds):
             old, new = (measured_in(folder, case, weights) for folder in (before, ROOT))
             apart = difference(old, new)
@@ -232,16 +236,36 @@ def against(
                 other = measured_in(before, case, weights, disturbed=True)
                 sensitive = images_apart(old, other)
             apart["images_disturbed"] = sensitive
-            pairs.append((old["seconds"], new["seconds"]))
-            rows.append([case, number, *pairs[-1], *apart.values()])
-        ratios = [new / old for old, new in pairs]
-        medians = [statistics.median(values) for values in zip(*pairs, strict=True)]
-        shown.append([case, *(f"{s:.1f}" for s in medians), f"{statistics.median(ratios):.2f}",
-                      *(f"{value:.1e}" for value in apart.values())])  # fmt: skip
-        print(shown[-1], flush=True)
-    header = ["case", "before, CPU s", "after", "ratio", *apart]
-    print(table(header, shown))
+            rows.append([case, number, old["seconds"], new["seconds"], *apart.values()])
+            print(rows[-1], flush=True)
     return ["case", "round", "before", "after", *(f"{name}_apart" for name in apart)], rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return the Markdown table of the rows that `steps` or `against` returned."""
+    of: dict[str, list[list]] = defaultdict(list)
+    for row in rows:
+        of[row[0]].append([*row[1:]])
+    lines = []
+    for case, found in of.items():
+        if header[1] == "what":
+            whole = next(float(row[2]) for row in found if row[0] == "whole")
+            shares = [(row[1], float(row[2])) for row in found if row[0] == "step"]
+            parts = [f"{name} {s / whole:.0%}" for name, s in shares if s >= LEAST_SHARE * whole]
+            lines.append([case, f"{whole:.1f}", ", ".join(parts)])
+            continue
+        numbers = [[float(value) for value in row[1:]] for row in found]
+        before, after, *apart = (statistics.median(column) for column in zip(*numbers, strict=True))
+        ratios = sorted(new / old for old, new, *_ in numbers)
+        spread = f" ({ratios[0]:.2f}–{ratios[-1]:.2f})" if len(ratios) > 1 else ""
+        lines.append([case, f"{before:.1f}", f"{after:.1f}", f"{statistics.median(ratios):.2f}"
+                      + spread, *(f"{value:.0e}" for value in apart)])  # fmt: skip
+    head = ["case", "CPU s", "steps"]
+    if header[1] != "what":
+        head = ["case", "before, CPU s", "after", "ratio", *(name.replace("_", " ")
+                for name in header[4:])]  # fmt: skip
+    whole_table = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in whole_table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -252,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="cases to run, such as train-4,eval-8")
     parser.add_argument("--before", type=Path, help="checkout whose code is compared with this one")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each version per case")
+    parser.add_argument("--markdown", type=Path, help="file of rows whose table to print")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     parser.add_argument("--disturbed", action="store_true", help=argparse.SUPPRESS)
@@ -260,6 +285,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measure(CASES[args.measure], args.weights, disturbed=args.disturbed)
         torch.save(found, args.output)
         return
+    if args.markdown:
+        with args.markdown.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        print(markdown(header, rows))
+        return
     cases = [n for n, case in CASES.items() if args.weights is not None or not case.trained]
     if args.only:
         cases = args.only.split(",")
@@ -267,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         header, rows = steps(cases, args.weights)
     else:
         header, rows = against(args.before.resolve(), cases, args.weights, args.rounds)
+    print(markdown(header, rows))
     if args.csv:
         write_csv(header, rows, args.csv)
 

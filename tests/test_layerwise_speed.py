@@ -290,6 +290,16 @@ def test_every_step_of_the_benchmark_exists():
             assert hasattr(found, name) or name in old, (module, name)
 
 
+def test_rows_have_tables():
+    header = ["case", "round", "before", "after", "images_apart"]
+    rows = [["a", n, 10.0, 5.0 + n, 1e-9] for n in range(3)]
+    text = layerwise_time.markdown(header, rows)
+    assert text.splitlines()[2] == "| a | 10.0 | 6.0 | 0.60 (0.50–0.70) | 1e-09 |"
+    rows = [["a", "step", "x", "3"], ["a", "step", "y", "0.1"], ["a", "whole", "", "4"]]
+    text = layerwise_time.markdown(["case", "what", "name", "cpu_seconds"], rows)
+    assert text.splitlines()[2] == "| a | 4.0 | x 75% |"
+
+
 def test_results_that_differ_are_said_to():
     row = ["flatten", True, 8, 0, 1e-7, 1e-6, 2.0]
     before = {"images": torch.zeros(1, 3, 2, 2), "certificates": [row]}
