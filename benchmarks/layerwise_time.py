@@ -68,7 +68,9 @@ STEPS: dict[str, Sequence[tuple[str, str]]] = {
     "images' common part": [("solve", "common_offset")],
     "mask repair": [("solve", "repaired"), ("refine", "repaired"), ("joint", "repaired")],
     "Gauss-Newton": [("refine", "start_coupled"), ("refine", "refine_coupled")],
-    "Gauss-Newton's certificate": [("refine", "_with_certificate")],
+    "Gauss-Newton's certificate": [
+        ("refine", "_with_rank"), ("refine", "_with_error"), ("refine", "_with_certificate"),
+    ],
     "all equations together": [("solve", "solve_all_equations")],
     "other work of the walk": [("attack", "peel")],
     "decoder": [("images", "_decoded")],

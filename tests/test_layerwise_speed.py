@@ -283,7 +283,11 @@ def test_a_stopwatch_counts_a_step_without_the_steps_inside(monkeypatch):
 
 
 def test_every_step_of_the_benchmark_exists():
-    old = {"conjugate_gradients", "preconditioner"}  # of earlier versions of the code
+    old = {
+        "conjugate_gradients",
+        "preconditioner",
+        "_with_certificate",
+    }  # of earlier versions of the code
     for functions in layerwise_time.STEPS.values():
         for module, name in functions:
             found = __import__(f"inversion.layerwise.{module}", fromlist=[name])
