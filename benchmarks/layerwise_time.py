@@ -8,9 +8,9 @@ The first command writes the CPU seconds of every step and every tensor per case
 its own. A step's time is its own: what it calls that is a step, too, does not count for it. The
 second one runs each case with the code of the checkout in FOLDER and with this one in turn, in
 processes, and prints the medians, the median ratio and by how much certificates and images differ.
-It also says by how much images differ if the code in FOLDER disturbs all that the walk recovered by
-random numbers of 1e-9 of it before images are made of that. The third one prints the table of such
-rows. Photographs are those of batch 10. --weights gives a trained network
+With --sensitivity it also says by how much images differ if the code in FOLDER disturbs all that
+the walk recovered by random numbers of 1e-9 of it before images are made of that. The third one
+prints the table of such rows. Photographs are those of batch 10. --weights gives a trained network
 (benchmarks/train_network.py); the cases that need one are left out without it.
 """
 
@@ -18,6 +18,7 @@ import argparse
 import csv
 import functools
 import importlib
+import math
 import os
 import statistics
 import subprocess
@@ -225,7 +226,7 @@ def steps(cases: Sequence[str], weights: str | None) -> tuple[list[str], list[li
 
 
 def against(
-    before: Path, cases: Sequence[str], weights: str | None, rounds: int
+    before: Path, cases: Sequence[str], weights: str | None, rounds: int, *, sensitivity: bool
 ) -> tuple[list[str], list[list]]:
     """Measure both checkouts in turn; print and return header and rows: one per pair of runs."""
     rows = []
@@ -234,7 +235,7 @@ def against(
         for number in range(rounds):
             old, new = (measured_in(folder, case, weights) for folder in (before, ROOT))
             apart = difference(old, new)
-            if number == 0:
+            if sensitivity and number == 0:
                 other = measured_in(before, case, weights, disturbed=True)
                 sensitive = images_apart(old, other)
             apart["images_disturbed"] = sensitive
@@ -260,8 +261,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         before, after, *apart = (statistics.median(column) for column in zip(*numbers, strict=True))
         ratios = sorted(new / old for old, new, *_ in numbers)
         spread = f" ({ratios[0]:.2f}–{ratios[-1]:.2f})" if len(ratios) > 1 else ""
-        lines.append([case, f"{before:.1f}", f"{after:.1f}", f"{statistics.median(ratios):.2f}"
-                      + spread, *(f"{value:.0e}" for value in apart)])  # fmt: skip
+        ratio = f"{statistics.median(ratios):.2f}{spread}"
+        sizes = ("–" if math.isnan(value) else f"{value:.0e}" for value in apart)
+        lines.append([case, f"{before:.1f}", f"{after:.1f}", ratio, *sizes])
     head = ["case", "CPU s", "steps"]
     if header[1] != "what":
         head = ["case", "before, CPU s", "after", "ratio", *(name.replace("_", " ")
@@ -278,6 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="cases to run, such as train-4,eval-8")
     parser.add_argument("--before", type=Path, help="checkout whose code is compared with this one")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each version per case")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="run FOLDER's code on disturbed tensors, too"
+    )
     parser.add_argument("--markdown", type=Path, help="file of rows whose table to print")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
@@ -298,7 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.before is None:
         header, rows = steps(cases, args.weights)
     else:
-        header, rows = against(args.before.resolve(), cases, args.weights, args.rounds)
+        header, rows = against(
+            args.before.resolve(), cases, args.weights, args.rounds, sensitivity=args.sensitivity
+        )
     print(markdown(header, rows))
     if args.csv:
         write_csv(header, rows, args.csv)

@@ -50,7 +50,7 @@ PAGES = {
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--few-classes", "--trials", "--csv", "--markdown"}
 FOREIGN_FLAGS |= {"--size", "--picture", "--pairs"}  # of benchmarks.updates, benchmarks.saving
 FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds", "--only", "--weights", "--curve"}
-FOREIGN_FLAGS |= {"--before"}  # of benchmarks.layerwise_time
+FOREIGN_FLAGS |= {"--before", "--sensitivity"}  # of benchmarks.layerwise_time
 
 
 def section(page, title):
