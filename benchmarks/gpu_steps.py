@@ -92,7 +92,7 @@ def free(device: torch.device) -> None:
 def run_of(objective: Objective, x: Tensor, way: Way, read_every: int) -> Run:
     """Return the loop's state at the images `x`, for iterations of this kind."""
     if way.chunk is not None:
-        objective = objective.in_chunks(way.chunk)  # type: ignore[attr-defined]
+        objective = objective.in_chunks(way.chunk)
     loop = replace(LOOP, cuda_graph=way.graph, read_every=read_every)
     pixel_gradient = in_precision(PIXEL_GRADIENTS[way.method], way.precision)
     return Run(partial(pixel_gradient, objective), x, loop, ALONE, None)

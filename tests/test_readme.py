@@ -53,6 +53,7 @@ FOREIGN_FLAGS |= {"--only-time", "--only-cost"}  # of benchmarks.first_order, be
 FOREIGN_FLAGS |= {"--section", "--out"}  # of benchmarks.gpu
 FOREIGN_FLAGS |= {"--seeds", "--rows", "--rounds", "--only", "--weights", "--curve"}
 FOREIGN_FLAGS |= {"--settings", "--methods", "--eval-mode", "--boxed"}  # of benchmarks.peers
+FOREIGN_FLAGS |= {"--before", "--sensitivity"}  # of benchmarks.layerwise_time
 
 
 def section(page, title):

@@ -137,8 +137,10 @@ def test_a_matrix_that_is_not_positive_definite_is_refused():
         block_tridiagonal.factorise(matrix)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("shape", "conv", "filters"), SHAPES)
-def test_precisions_and_variances_are_those_of_the_jacobians(shape, conv, filters):
+def test_precisions_and_variances_are_those_of_the_jacobians(shape, conv, filters, narrow):
+    """By whole blocks, and by panels of one row that leave out what is 0 in the band."""
     grid, weight = grid_for(shape, conv), random(filters, shape[0], *conv.kernel)
     outputs = conv.forward(torch.zeros(2, *shape, dtype=torch.float64), weight)
     of_conv = jacobian(lambda images: conv.forward(images, weight), grid)
@@ -159,8 +161,11 @@ def test_precisions_and_variances_are_those_of_the_jacobians(shape, conv, filter
         expected = expected + weighted(taken, precision)
     close(dense(matrix), expected)
 
-    covariance = block_tridiagonal.selected_inverse(block_tridiagonal.factorise(matrix))
+    factor = block_tridiagonal.factorise(matrix, grid.row_size if narrow else None)
+    covariance = block_tridiagonal.selected_inverse(factor)
     inverse = torch.linalg.inv(expected)
+    right = random(2, len(inverse[0]), seed=30)
+    close(block_tridiagonal.solve(factor, right), (inverse @ right[..., None])[..., 0])
 
     def variance(of):
         return torch.einsum("zi,bij,zj->bz", of, inverse, of)

@@ -6,7 +6,7 @@ input u, and the matrix of that is the same for all input channels. R-GAP (Zhu &
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,22 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from inversion.layerwise.least_squares import (
+    WELL,
     Equations,
     Propagation,
+    add_gram,
+    conjugate_gradients,
+    fast_in_single,
     inverse_square,
+    known_entries,
+    largest_value,
     relative,
     solve_symmetric,
 )
+
+#: Singular values, in shares of the largest, that normal equations count as 0: their rounding makes
+#: 1e-8 of a 0.
+NOTHING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,17 @@ class Term:
     #: (B, O, h, w): z, without bias, where it is known, any finite numbers elsewhere.
     output: Tensor | None = None
 
+    def normalised(self) -> "Term":
+        """Return the same equations with a gradient of norm 1."""
+        scale = inverse_square(self.gradient) ** 0.5
+        return replace(self, gradient=scale * self.gradient, signal=scale * self.signal)
+
+    def single(self) -> "Term":
+        """Return the same in float32."""
+        weight, gradient, signal = self.weight.float(), self.gradient.float(), self.signal.float()
+        known, output = (None if t is None else t.float() for t in (self.known, self.output))
+        return Term(self.geometry, weight, gradient, signal, known, output)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -103,20 +124,27 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """Holds the singular value decomposition of all terms' gradient matrices together."""
+    """Holds the singular values of all terms' gradient matrices together, and the solution by them.
 
-    left: Tensor
+    With M = U S Vᵀ: S in descending order, Vᵀ, and Uᵀ g of the gradients g, (·, I).
+    """
+
     values: Tensor
     right: Tensor
-    #: (rows, I) of the gradients.
-    rows: Tensor
+    left_parts: Tensor
 
 
-def _spectrum(terms: Sequence[Term], shape: Sequence[int]) -> _Spectrum:
-    """Stack the terms' matrices, each divided by its gradient's norm, and decompose them."""
-    matrix = stacked_matrices(terms, shape)
+def _decomposed(matrix: Tensor, rows: Tensor) -> _Spectrum:
+    """Return the singular value decomposition of the terms' stacked matrix."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return _Spectrum(left, values, right, stacked_gradients(terms))
+    return _Spectrum(values, right, left.T @ rows)
+
+
+def _from_gram(gram: Tensor, right: Tensor) -> _Spectrum:
+    """Return the same from MᵀM and Mᵀ g; what belongs to singular values of 0 is of no use."""
+    squares, vectors = torch.linalg.eigh(gram)
+    values, vectors = squares.flip(0).clamp_min(1e-300).sqrt(), vectors.flip(1)
+    return _Spectrum(values, vectors.T, (vectors.T @ right) / values[:, None])
 
 
 def stacked_matrices(terms: Sequence[Term], shape: Sequence[int]) -> Tensor:
@@ -150,19 +178,27 @@ def solve_gradients(
     the largest are not taken from the gradients; the known outputs of the terms say what they are
     (`use_outputs`), as far as they do.
     """
-    found = _spectrum(terms, shape)
     count, channels, height, width = shape
+    matrix, rows = stacked_matrices(terms, shape), stacked_gradients(terms)
+    clear = _clear_gram(matrix, cut)
+    if clear is None:
+        found = _decomposed(matrix, rows)
+    elif clear.least > max(cut, WELL):
+        numbers = torch.cholesky_solve(matrix.T @ rows, torch.linalg.cholesky(clear.gram))
+        trace, unknowns = channels * clear.squares.reciprocal().sum().item(), matrix.shape[1]
+        unknowns *= channels
+        gradients = Propagation(trace, rows.numel(), unknowns)
+        u = numbers.T.reshape(channels, count, height, width).transpose(0, 1).contiguous()
+        return Solution(u, unknowns, rows.numel(), unknowns, 1 / clear.least, gradients)
+    else:
+        found = _from_gram(clear.gram, matrix.T @ rows)
     kept = (found.values > cut * found.values[0]) & (found.values > 0)
-    numbers = found.right[kept].T @ (
-        (found.left[:, kept].T @ found.rows) / found.values[kept, None]
-    )
+    numbers = found.right[kept].T @ (found.left_parts[kept] / found.values[kept, None])
     u = numbers.T.reshape(channels, count, height, width).transpose(0, 1).contiguous()
     places, rank = count * height * width, int(kept.sum()) * channels
-    equations = found.rows.numel()
+    equations = rows.numel()
     condition = (found.values[0] / found.values[kept][-1]).item() if bool(kept.any()) else 1.0
-    gradients = Propagation(
-        channels * found.values[kept].pow(-2).sum().item(), found.rows.numel(), rank
-    )
+    gradients = Propagation(channels * found.values[kept].pow(-2).sum().item(), rows.numel(), rank)
     outputs = None
     left_open = (places - int(kept.sum())) * channels
     with_outputs = [term for term in terms if term.known is not None and bool(term.known.any())]
@@ -176,6 +212,41 @@ def solve_gradients(
     return Solution(u, places * channels, equations, rank, condition, gradients, outputs)
 
 
+@dataclass(frozen=True)
+class _Gram:
+    """Holds MᵀM, its eigenvalues in ascending order, and the least singular value of M.
+
+    The latter in shares of the largest.
+    """
+
+    gram: Tensor
+    squares: Tensor
+    least: float
+
+
+def _clear_gram(matrix: Tensor, cut: float) -> _Gram | None:
+    """Return MᵀM if it tells which directions M determines, and those well; None elsewhere.
+
+    It does where every singular value of M, in shares of the largest, is above WELL, or below
+    NOTHING and the cut.
+    """
+    if len(matrix) < matrix.shape[1]:
+        return None
+    gram = matrix.T @ matrix
+    if not bool(gram.isfinite().all()):
+        return None
+    squares = torch.linalg.eigvalsh(gram)
+    shares = squares / squares[-1].clamp_min(1e-300)
+    unclear = shares <= WELL**2
+    if cut >= NOTHING:
+        unclear &= shares > NOTHING**2
+    if bool(unclear.any()) or not bool(squares[-1] > 0):
+        return None
+    return _Gram(gram, squares, shares[0].clamp_min(0).sqrt().item())
+
+
+#: Numbers that products of channels at several positions take at once.
+POINTWISE = 2**24
 #: Numbers that the gradients leave open which are still solved for densely.
 MOST_NULL = 4_000
 
@@ -204,18 +275,65 @@ def _from_outputs(
         assert output is not None
         left = (output - term.geometry.forward(u, term.weight)) * known
         scale = 1 / (output * known).square().sum().clamp_min(1e-300)
-        outputs = term.weight.shape[0]
-        kernels = term.weight.transpose(0, 1).reshape(channels * outputs, 1, *term.geometry.kernel)
+        add = _add_pointwise if term.geometry.kernel == (1, 1) else _add_outputs
         for image in range(count):
-            moved = term.geometry.forward(null[:, image : image + 1], kernels)
-            chosen = known[image].reshape(outputs, -1) > 0
-            rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen].reshape(size, -1)
-            normal.addmm_(rows, rows.T, alpha=scale.item())
-            right += scale * (rows @ left[image].reshape(outputs, -1)[chosen])
+            add(normal, right, term, null[:, image : image + 1], known[image], left[image], scale)
+    normal = normal.tril() + normal.tril(-1).T
     steps, determined, trace, worst = solve_symmetric(normal, right)
     added = torch.einsum("nbhw,ni->bihw", null, steps.reshape(len(null), channels))
     equations = sum(int(term.known.sum()) for term in terms if term.known is not None)
     return u + added, Propagation(trace, equations, determined), worst
+
+
+def _add_outputs(
+    normal: Tensor,
+    right: Tensor,
+    term: Term,
+    null: Tensor,
+    known: Tensor,
+    left: Tensor,
+    scale: Tensor,
+) -> None:
+    """Add the known outputs of one image to the normal equations for the steps along `null`.
+
+    normal: (n·I, n·I), whose lower triangle counts; right: (n·I,); null: (n, 1, H, W); known, left:
+    (O, h, w) of 0 and 1, and what the outputs lack; scale: the square of the weight.
+    """
+    outputs, channels = term.weight.shape[:2]
+    kernels = term.weight.transpose(0, 1).reshape(channels * outputs, 1, *term.geometry.kernel)
+    moved = term.geometry.forward(null, kernels)
+    chosen = known.reshape(outputs, -1) > 0
+    rows = moved.reshape(len(null), channels, outputs, -1)[:, :, chosen]
+    rows = rows.reshape(len(null) * channels, -1)
+    add_gram(normal, rows, scale.item())
+    right += scale * (rows @ left.reshape(outputs, -1)[chosen])
+
+
+def _add_pointwise(
+    normal: Tensor,
+    right: Tensor,
+    term: Term,
+    null: Tensor,
+    known: Tensor,
+    left: Tensor,
+    scale: Tensor,
+) -> None:
+    """Do what `_add_outputs` does for a 1×1 convolution, both triangles.
+
+    Its rows are products of a direction at a position and a weight, so that directions and
+    channels part: Σ_p v_m(p) v_n(p) Σ_o known(o, p) w(o, i) w(o, j).
+    """
+    weight, count = term.weight[:, :, 0, 0], len(null)
+    outputs, channels = weight.shape
+    at = term.geometry.forward(null, weight.new_ones(1, 1, 1, 1)).reshape(count, -1)  # (n, p)
+    right += scale * (at @ left.reshape(outputs, -1).T @ weight).flatten()
+    shaped = normal.view(count, channels, count, channels)
+    most = max(1, POINTWISE // channels**2)
+    for v, on in zip(at.split(most, 1), known.reshape(outputs, -1).split(most, 1), strict=True):
+        products = (on.T[:, :, None] * weight).transpose(1, 2) @ weight  # (p, I, I)
+        pairs = (v[:, None] * v[None]).flatten(0, 1)  # (n·n, p)
+        summed = scale * (pairs @ products.flatten(1)).view(count, count, channels, channels)
+        shaped += summed.transpose(1, 2)
 
 
 def term_equations(term: Term, shape: Sequence[int]) -> list[Equations]:
@@ -247,16 +365,55 @@ def preconditioner(terms: Sequence[Term], shape: Sequence[int], damping: float =
     """Return a map near the inverse of the gradients' normal equations, the same for all channels.
 
     shape: (B, I, H, W) of what it maps. Directions whose eigenvalue is small are held back by
-    `damping`² of the largest one.
+    `damping`² of the largest one, which power iteration finds to about 1 %.
     """
     count, channels, height, width = shape
     matrix = stacked_matrices(terms, shape)
-    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    values = values.clamp_min(0) + damping**2 * values[-1]
-    inverse = (vectors / values) @ vectors.T
+    gram = matrix.T @ matrix
+    largest = largest_value(lambda v: gram @ v, gram[:, 0])
+    gram.diagonal().add_(max(damping**2 * largest, 1e-300))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
 
     def apply(u: Tensor) -> Tensor:
-        flat = u.transpose(0, 1).reshape(channels, -1) @ inverse
+        flat = u.transpose(0, 1).reshape(channels, -1) @ inverse.to(u)
         return flat.reshape(channels, count, height, width).transpose(0, 1)
 
     return apply
+
+
+def polished(
+    terms: Sequence[Term], known: Tensor, value: Tensor, u: Tensor, steps: int, tolerance: float
+) -> Tensor:
+    """Improve u (B, I, H, W) on all equations of the terms and on its known entries.
+
+    By conjugate gradients with `preconditioner`, that many steps at most, until the slope has
+    fallen to `tolerance` of the first one. known: (B, I, H, W) of 0 and 1; value: the entries
+    there. What u leaves of the equations is computed in float64; the change that it asks for, of
+    which a few digits count, in float32 where that is faster.
+    """
+    shape = u.shape
+    terms = [term.normalised() for term in terms]
+    better = preconditioner(terms, shape)
+
+    def equations(like: Tensor) -> list[Equations]:
+        single = like.dtype == torch.float32
+        of_terms = [term.single() for term in terms] if single else terms
+        found = [e for term in of_terms for e in term_equations(term, shape)]
+        if bool(known.any()):
+            found.append(known_entries(known.to(like), value.to(like)))
+        return found
+
+    exact = equations(u)
+    if not fast_in_single(u):
+        return conjugate_gradients(exact, u, steps, tolerance, better)
+    left = [e.target - e.forward(u) for e in exact]
+    squares = (e.weight * r.square().sum() for e, r in zip(exact, left, strict=True))
+    size = sum(square.item() for square in squares) ** 0.5
+    if not size > 0:
+        return u
+    none = torch.zeros_like(u).float()
+    rough = [
+        replace(fast, target=(r / size).float(), weight=e.weight)
+        for fast, e, r in zip(equations(none), exact, left, strict=True)
+    ]
+    return u + size * conjugate_gradients(rough, none, steps, tolerance, better).double()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 
@@ -62,6 +63,27 @@ class Propagation:
         return variance * self.trace
 
 
+def fast_in_single(like: Tensor) -> bool:
+    """Tell whether float32 is several times faster than float64 where this tensor lies.
+
+    So it is on CPUs, whose convolutions have fast kernels for float32 alone. On a GPU float32 may
+    stand for a narrower type.
+    """
+    return like.device.type == "cpu"
+
+
+def add_gram(normal: Tensor, rows: Tensor, factor: float) -> None:
+    """Add factor · rows rowsᵀ to the lower triangle of a matrix (n, n) in place; rows: (n, m).
+
+    Both are float64 and contiguous. On the CPU the upper triangle, which is half of the work, is
+    left as it is.
+    """
+    if normal.device.type != "cpu":
+        normal.addmm_(rows, rows.T, alpha=factor)
+    elif rows.shape[1]:  # what is the lower triangle row by row is the upper one for BLAS
+        dsyrk(factor, rows.numpy().T, 1.0, normal.numpy().T, trans=1, overwrite_c=1)
+
+
 #: Share of the largest eigenvalue below which a direction counts as open.
 OPEN = 1e-10
 
@@ -89,6 +111,27 @@ def solve_symmetric(normal: Tensor, right: Tensor) -> tuple[Tensor, int, float, 
     found = vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
     condition = (values[-1] / values[kept][0]).sqrt().item()
     return found, int(kept.sum()), values[kept].reciprocal().sum().item(), condition
+
+
+#: Singular values of equations, in shares of the largest, down to which their normal equations are
+#: solved instead: float64 then keeps nine digits.
+WELL = 1e-3
+
+
+def solve_well(normal: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve many normal equations (N, r, r) x = right (N, r); return x, and which are well solved.
+
+    By Cholesky's factors L, without a loop. ‖A⁻¹‖ ≤ ‖L⁻¹‖², so that the eigenvalues of A are at
+    least 1/‖L⁻¹‖² in Frobenius' norm, and at most the trace: a system whose quotient of both is
+    below the square of WELL, or whose matrix is not definite, is not well solved, (N,).
+    """
+    factor, failed = torch.linalg.cholesky_ex(normal)
+    unit = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
+    least = 1 / inverse.square().sum((1, 2))
+    well = (failed == 0) & (least > WELL**2 * normal.diagonal(dim1=1, dim2=2).sum(1))
+    found = (inverse.mT @ (inverse @ right[..., None]))[..., 0]
+    return found, well & found.isfinite().all(1)
 
 
 #: Vectors by which a trace is estimated.

@@ -4,15 +4,15 @@ It is solved in coordinates in which no direction is slow: the gradients' equati
 outputs then weigh alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from inversion.layerwise.batchnorm import per_channel
-from inversion.layerwise.convolution import stacked_matrices
-from inversion.layerwise.least_squares import inverse_square, largest_value
+from inversion.layerwise.convolution import Geometry, stacked_matrices
+from inversion.layerwise.least_squares import fast_in_single, inverse_square, largest_value
 from inversion.layerwise.system import System
 from inversion.layerwise.use import Entries, Use
 
@@ -38,9 +38,13 @@ class Coordinates:
 
     def to_input(self, y: Tensor) -> Tensor:
         """Return u = R y, (B, I, H, W); R is symmetric, so that this is its transpose, too."""
-        count, channels, height, width = y.shape
-        flat = y.transpose(0, 1).reshape(channels, -1) @ self.root
-        return flat.reshape(channels, count, height, width).transpose(0, 1)
+        return _in_coordinates(self.root, y)
+
+
+def _in_coordinates(root: Tensor, y: Tensor) -> Tensor:
+    count, channels, height, width = y.shape
+    flat = y.transpose(0, 1).reshape(channels, -1) @ root
+    return flat.reshape(channels, count, height, width).transpose(0, 1)
 
 
 def coordinates_of(uses: Sequence[Use], signals: Sequence[Tensor], entries: Entries) -> Coordinates:
@@ -84,13 +88,74 @@ def _share(use: Use, like: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Part:
-    """Holds the linear equations of one use: v → three parts, their transpose, and their target."""
+    """Holds the linear equations of one use about v, with weights: three parts, all of one type."""
 
-    forward: Callable[[Tensor], list[Tensor]]
-    transpose: Callable[[Sequence[Tensor]], Tensor]
-    target: list[Tensor]
-    #: Weight of what the outputs leave.
+    geometry: Geometry
+    #: (O, I, k, k).
+    weight: Tensor
+    #: (B, I, H, W), the tensor at which they are linearised.
+    u: Tensor
+    #: (B, O, h, w) ∂L/∂z and (1, O, 1, 1) κ, divided by the norm of the gradient.
+    signal: Tensor
+    slope: Tensor
+    #: (B, O, h, w) of 0 and 1: where z is known.
+    known: Tensor
+    #: Weight of what the outputs leave, and of what the means do.
     of_outputs: float
+    of_mean: float
+
+    def forward(self, v: Tensor) -> list[Tensor]:
+        """Return the changes of the gradient, of the known outputs and of the means with v."""
+        geometry = self.geometry
+        moved = geometry.forward(v, self.weight)
+        gradient = geometry.weight_gradient(v, self.signal)
+        return [
+            gradient - geometry.weight_gradient(self.u, self.slope * moved),
+            self.of_outputs * moved * self.known,
+            self.of_mean * moved.mean((0, 2, 3)),
+        ]
+
+    def transpose(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the transpose of `forward`, (B, I, H, W)."""
+        geometry, shape, gradient = self.geometry, self.u.shape, parts[0]
+        positions = self.known[:, 0].numel()
+        moved = self.of_outputs * parts[1] * self.known
+        moved = moved + self.of_mean * per_channel(parts[2]) / positions
+        moved = moved - self.slope * geometry.forward(self.u, gradient)
+        found = geometry.backward(self.signal, gradient, shape)
+        return found + geometry.backward(moved, self.weight, shape)
+
+    def single(self) -> "_Part":
+        """Return the same in float32."""
+        names = ("weight", "u", "signal", "slope", "known")
+        return replace(self, **{name: getattr(self, name).float() for name in names})
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """Maps y to N y, all of one type."""
+
+    parts: Sequence[_Part]
+    #: (B·H·W, B·H·W), R.
+    root: Tensor
+    #: (B, I, H, W) of 0 and 1: the entries that are known, and the square of their weight.
+    known: Tensor
+    entry: float
+    #: Weight of ‖u‖².
+    damping: float = 0.0
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """Return N y, (B, I, H, W)."""
+        v = _in_coordinates(self.root, y)
+        found = (self.entry * self.known + self.damping) * v
+        for part in self.parts:
+            found = found + part.transpose(part.forward(v))
+        return _in_coordinates(self.root, found)
+
+    def single(self) -> "_Normal":
+        """Return the same in float32."""
+        parts = [part.single() for part in self.parts]
+        return replace(self, parts=parts, root=self.root.float(), known=self.known.float())
 
 
 def linearised(
@@ -113,13 +178,7 @@ def linearised(
     ]
     known, value = entries
     square = coordinates.entries**2
-
-    def normal(y: Tensor) -> Tensor:
-        v = coordinates.to_input(y)
-        found = square * known * v
-        for part in parts:
-            found = found + part.transpose(part.forward(v))
-        return coordinates.to_input(found)
+    normal = _Normal(parts, coordinates.root, known, square)
 
     def error(rows: Tensor, values: Sequence[Tensor]) -> Tensor:
         found, left = torch.zeros_like(u), list(values)
@@ -135,11 +194,11 @@ def linearised(
         return coordinates.to_input(found)
 
     right = square * known * (value - u)
-    for part in parts:
-        right = right + part.transpose(part.target)
+    for use, part in zip(uses, parts, strict=True):
+        right = right + part.transpose(_target(use, part))
     return System(
         list(u.shape), normal, coordinates.to_input(right), error, equations_of(uses, entries),
-        coordinates.to_input,
+        coordinates.to_input, normal.single() if fast_in_single(u) else None,
     )  # fmt: skip
 
 
@@ -149,11 +208,12 @@ def damped(system: System, coordinates: Coordinates, share: float) -> System:
     share: singular values, in shares of the gradients' largest, that get half the weight.
     """
     square = (share * coordinates.largest) ** 2
-
-    def normal(y: Tensor) -> Tensor:
-        return system.normal(y) + square * coordinates.to_input(coordinates.to_input(y))
-
-    return replace(system, normal=normal)
+    normal, rough = (
+        replace(of, damping=of.damping + square) if isinstance(of, _Normal) else None
+        for of in (system.normal, system.rough)
+    )
+    assert normal is not None  # `linearised` made the system
+    return replace(system, normal=normal, rough=rough)
 
 
 def equations_of(uses: Sequence[Use], entries: Entries) -> int:
@@ -170,36 +230,26 @@ def per_row(values: Tensor) -> Tensor:
 
 def _part(use: Use, u: Tensor, signal: Tensor, of_outputs: float) -> _Part:
     """Return the equations of one use for what is to be added to u: gradient, outputs, means."""
-    bn, geometry, weight, shape = use.batchnorm, use.geometry, use.weight, u.shape
-    signal = signal * per_channel(use.trusted)
-    z = geometry.forward(u, weight)
-    positions = z.numel() // z.shape[1]
-    slope, mean, of_mean = torch.zeros_like(use.trusted), torch.zeros_like(use.trusted), 0.0
+    bn, slope, of_mean = use.batchnorm, torch.zeros_like(use.trusted), 0.0
     if bn is not None and bn.coupled:  # the client says the mean at coupled outputs alone
         slope = bn.constants(use.arriving * use.mask)[1] * use.trusted
-        mean, of_mean = bn.mean, of_outputs * positions**0.5
-    of_gradient, slope = inverse_square(use.gradient) ** 0.5, per_channel(slope)
+        of_mean = of_outputs * use.known[:, 0].numel() ** 0.5
+    of_gradient = inverse_square(use.gradient) ** 0.5
+    return _Part(
+        use.geometry, use.weight, u, of_gradient * signal * per_channel(use.trusted),
+        of_gradient * per_channel(slope), use.known, of_outputs, of_mean,
+    )  # fmt: skip
 
-    def forward(v: Tensor) -> list[Tensor]:
-        moved = geometry.forward(v, weight)
-        gradient = geometry.weight_gradient(v, signal)
-        gradient = gradient - geometry.weight_gradient(u, slope * moved)
-        return [
-            of_gradient * gradient,
-            of_outputs * moved * use.known,
-            of_mean * moved.mean((0, 2, 3)),
-        ]
 
-    def transpose(parts: Sequence[Tensor]) -> Tensor:
-        gradient = of_gradient * parts[0]
-        moved = of_outputs * parts[1] * use.known + of_mean * per_channel(parts[2]) / positions
-        moved = moved - slope * geometry.forward(u, gradient)
-        return geometry.backward(signal, gradient, shape) + geometry.backward(moved, weight, shape)
-
-    left = use.gradient * per_row(use.trusted) - geometry.weight_gradient(u, signal)
-    target = [
-        of_gradient * left,
-        of_outputs * (use.output - z) * use.known,
-        of_mean * (mean - z.mean((0, 2, 3))),
+def _target(use: Use, part: _Part) -> list[Tensor]:
+    """Return what the three parts of a use's equations are to become by what is added to u."""
+    z = use.geometry.forward(part.u, use.weight)
+    gradient = inverse_square(use.gradient) ** 0.5 * use.gradient * per_row(use.trusted)
+    mean = part.of_mean * z.new_ones(z.shape[1])
+    if use.batchnorm is not None:
+        mean = part.of_mean * (use.batchnorm.mean - z.mean((0, 2, 3)))
+    return [
+        gradient - use.geometry.weight_gradient(part.u, part.signal),
+        part.of_outputs * (use.output - z) * use.known,
+        mean,
     ]
-    return _Part(forward, transpose, target, of_outputs)

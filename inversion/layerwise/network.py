@@ -125,13 +125,28 @@ class Network:
 
     def value(self, node: fx.Node) -> Tensor | None:
         """Return a tensor's value if it was recovered or follows from what was."""
+        return self._value(node, {})
+
+    def _value(self, node: fx.Node, seen: dict[fx.Node, Tensor | None]) -> Tensor | None:
+        """Do what `value` does; `seen` holds what is known by now of the tensors before.
+
+        Without it, a tensor would be asked for once per path from it to the node, and the residual
+        connections of a network double the paths.
+        """
         if node in self.values:
             return self.values[node]
-        inputs = [self.value(source) for source in self.inputs(node)]
-        if not inputs or any(value is None for value in inputs):
-            return None
-        with torch.no_grad():
-            return self.evaluate(node, [value for value in inputs if value is not None])
+        if node not in seen:
+            given: list[Tensor] = []
+            for source in self.inputs(node):
+                value = self._value(source, seen)
+                if value is None:
+                    break
+                given.append(value)
+            seen[node] = None
+            if given and len(given) == len(self.inputs(node)):
+                with torch.no_grad():
+                    seen[node] = self.evaluate(node, given)
+        return seen[node]
 
     def following(self) -> dict[fx.Node, Tensor]:
         """Return every tensor's value that was recovered or follows from what was."""

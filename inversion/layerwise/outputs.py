@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inversion.layerwise.least_squares import least_norm
+from inversion.layerwise.least_squares import least_norm, solve_well
 from inversion.layerwise.use import Use
 
 #: Share of the largest singular value that a direction of a gradient must have.
@@ -126,23 +126,30 @@ def _without(columns: Tensor, t: Tensor) -> Tensor:
     return t - columns @ (columns.T @ t)
 
 
-def _least_squares(matrix: Tensor, target: Tensor) -> tuple[Tensor, float]:
-    found = least_norm(matrix, target[:, None])[:, 0]
-    return found, ((matrix @ found - target).norm() / target.norm()).item()
-
-
 def _one_by_one(
     outside: Tensor, target: Tensor, basis: Tensor, known: Tensor, centred: Tensor
 ) -> tuple[Tensor, float]:
-    """Solve every position's equations; return coefficients (r, N) and the mean residual."""
-    columns, residuals = [], []
-    for n in range(target.shape[1]):
+    """Solve every position's equations; return coefficients (r, N) and the mean residual.
+
+    outside (O, r) x = target (O, N) at all positions, basis (O, r) x = centred (O, N) where known
+    (O, N) is 1. The normal equations of all positions are made and solved at once. Those of a
+    position that are too near to singular are solved by themselves, without them.
+    """
+    rank, positions = outside.shape[1], target.shape[1]
+    outer = (basis[:, :, None] * basis[:, None, :]).flatten(1)  # (O, r·r)
+    normal = outside.T @ outside + (known.T @ outer).view(positions, rank, rank)
+    right = outside.T @ target + basis.T @ (known * centred)
+    found, well = solve_well(normal, right.T)
+    for n in (~well).nonzero()[:, 0].tolist():
         on = known[:, n] > 0
         matrix = torch.cat([outside, basis[on]])
-        found, residual = _least_squares(matrix, torch.cat([target[:, n], centred[on, n]]))
-        columns.append(found)
-        residuals.append(residual)
-    return torch.stack(columns, 1), sum(residuals) / len(residuals)
+        alone = torch.cat([target[:, n], centred[on, n]])
+        found[n] = least_norm(matrix, alone[:, None])[:, 0]
+    found = found.T
+    left = (outside @ found - target).square().sum(0)
+    left = left + (known * (basis @ found - centred)).square().sum(0)
+    size = target.square().sum(0) + (known * centred).square().sum(0)
+    return found, (left / size).sqrt().mean().item()
 
 
 @dataclass(frozen=True)
@@ -160,12 +167,38 @@ class _Together:
         """Return coefficients (r, N) and the residual; moment (O, N·r) has a target of its own."""
         positions, rank = self.target.shape[1], self.basis.shape[1]
         size = moment.square().mean().sqrt().clamp_min(1e-300)
-        zero_sum = torch.eye(rank, dtype=moment.dtype, device=moment.device).repeat(1, positions)
-        rows = [torch.block_diag(*[self.outside] * positions), zero_sum, moment / size]
-        right = [self.target.T.reshape(-1), moment.new_zeros(rank), moment_target / size]
+        joining = torch.cat([_zero_sum(rank, positions, moment), moment / size])
+        joined = torch.cat([moment.new_zeros(rank), moment_target / size])
+        basis, centred = self.basis / self.span, self.known * self.centred / self.span
+        outer = (basis[:, :, None] * basis[:, None, :]).flatten(1)
+        blocks = (self.known.T @ outer).view(positions, rank, rank) + self.outside.T @ self.outside
+        normal = torch.block_diag(*blocks) + joining.T @ joining
+        right = (self.outside.T @ self.target + basis.T @ centred).T.flatten() + joining.T @ joined
+        found, well = solve_well(normal[None], right[None])
+        if not bool(well):
+            return self.solve_by_rank(joining, joined)
+        x = found.reshape(positions, rank).T
+        left = (self.outside @ x - self.target).square().sum()
+        left = left + (self.known * (basis @ x) - centred).square().sum()
+        left = left + (joining @ found[0] - joined).square().sum()
+        whole = self.target.square().sum() + centred.square().sum() + joined.square().sum()
+        return x, (left / whole).sqrt().item()
+
+    def solve_by_rank(self, joining: Tensor, joined: Tensor) -> tuple[Tensor, float]:
+        """Do the same by all rows, of any rank; joining (n, N·r): those that join positions."""
+        positions, rank = self.target.shape[1], self.basis.shape[1]
+        rows = [torch.block_diag(*[self.outside] * positions), joining]
+        right = [self.target.T.reshape(-1), joined]
         if bool(self.known.any()):
             of_positions = [self.known[:, n, None] * self.basis for n in range(positions)]
             rows.append(torch.block_diag(*of_positions) / self.span)
             right.append((self.known * self.centred).T.reshape(-1) / self.span)
-        found, residual = _least_squares(torch.cat(rows), torch.cat(right))
+        matrix, whole = torch.cat(rows), torch.cat(right)
+        found = least_norm(matrix, whole[:, None])[:, 0]
+        residual = ((matrix @ found - whole).norm() / whole.norm()).item()
         return found.reshape(positions, rank).T, residual
+
+
+def _zero_sum(rank: int, positions: int, like: Tensor) -> Tensor:
+    """Return the equations (r, N·r) that say that the coefficients of all positions sum to 0."""
+    return torch.eye(rank, dtype=like.dtype, device=like.device).repeat(1, positions)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -153,20 +153,27 @@ def solve_by_refining(
 
     found = solve(uses, None)
     if found.residual > LARGEST:  # no mask that is nearly right leaves as much
-        return _with_certificate(found, entries, coordinates, hopeless=True)
-    first = _with_certificate(found, entries, coordinates, hopeless=False)
-    if not first.suspicious or not first.solution.determined:
-        return first
-    found = repaired(uses, lambda now, u: first if u is None else solve(now, u), near)
-    if found.flips == 0:
-        return first
-    return _with_certificate(found, entries, coordinates, hopeless=False)
+        return _with_error(*_with_rank(found, entries, coordinates, hopeless=True))
+    first, trial = _with_rank(found, entries, coordinates, hopeless=False)
+    if first.suspicious and first.solution.determined:
+        found = repaired(uses, lambda now, u: first if u is None else solve(now, u), near)
+        if found.flips > 0:
+            first, trial = _with_rank(found, entries, coordinates, hopeless=False)
+    return _with_error(first, trial)
 
 
-def _with_certificate(
+@dataclass(frozen=True)
+class _Trial:
+    """Holds what a trial of the equations' errors takes, after the rank was estimated."""
+
+    system: System
+    generator: torch.Generator
+
+
+def _with_rank(
     found: Found, entries: Entries, coordinates: Coordinates, *, hopeless: bool
-) -> Found:
-    """Return what was found with rank, condition and error by the equations linearised there.
+) -> tuple[Found, _Trial]:
+    """Return what was found with rank and condition by the equations linearised there.
 
     hopeless: a glance will do.
     """
@@ -174,12 +181,16 @@ def _with_certificate(
     system = linearised(found.uses, found.u, signals, entries, coordinates)
     generator = torch.Generator().manual_seed(0)
     probes, steps = (1, GLANCE_STEPS) if hopeless else (PROBES, PROBE_STEPS)
-    free = torch.ones_like(found.u)
-    seen = openness(system, free, generator, probes, steps)
+    seen = openness(system, torch.ones_like(found.u), generator, probes, steps)
     solution = replace(
         found.solution,
         rank=found.u.numel() - min(seen.count, found.u.numel()),
         condition=seen.condition,
     )
-    square = sampled_square(system, found, free, generator)
-    return replace(found, solution=solution, sampled_square=square)
+    return replace(found, solution=solution), _Trial(system, generator)
+
+
+def _with_error(found: Found, trial: _Trial) -> Found:
+    """Return what was found with its error, by random errors of those equations."""
+    square = sampled_square(trial.system, found, torch.ones_like(found.u), trial.generator)
+    return replace(found, sampled_square=square)

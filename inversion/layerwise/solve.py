@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from inversion.layerwise.convolution import preconditioner, solve_gradients, term_equations
+from inversion.layerwise.convolution import polished, solve_gradients, term_equations
 from inversion.layerwise.fold import fold, folded, folded_near, folds, unfold
 from inversion.layerwise.joint import gradient_rank, solvable, solve_all_equations, too_large
-from inversion.layerwise.least_squares import conjugate_gradients, known_entries
 from inversion.layerwise.mask_repair import Found, Near, doubtful_entries, repaired, with_mask
 from inversion.layerwise.masks import Rectified, rectify
 from inversion.layerwise.offset import common_offset
@@ -160,14 +159,11 @@ def _solve_densely(
     if found.solution.rank == 0:
         return found
     terms = [use.term(use.signal()) for use in found.uses]
-    equations = [e for term in terms for e in term_equations(term, shape)]
-    if bool(entries[0].any()):
-        equations.append(known_entries(*entries))
+    more = bool(entries[0].any()) or any(len(term_equations(term, shape)) > 1 for term in terms)
     single = shape[2] * shape[3] == 1
-    if len(equations) == len(terms) or (single and found.solution.determined):
+    if not more or (single and found.solution.determined):
         return found  # the solution is the best one already, or as good
-    better = preconditioner(terms, shape)
-    return replace(found, u=conjugate_gradients(equations, found.u, STEPS, SETTLED, better))
+    return replace(found, u=polished(terms, *entries, found.u, STEPS, SETTLED))
 
 
 # Signals that depend on it through BatchNorm in train mode -------------------------------------

@@ -21,6 +21,9 @@ from inversion.layerwise.least_squares import Equations, largest_value
 HALF = 1e-3
 #: Weight of the known outputs' strongest direction, in units of the gradients'.
 OUTPUTS = 4.0
+#: Share of what is left to which float32 lessens it before that is computed anew, and the share
+#: above which it was of no use.
+ONCE, STALLED = 1e-5, 0.5
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class System:
     equations: int
     #: What the equations are solved for → u, where that is u in other coordinates.
     to_input: Callable[[Tensor], Tensor] = lambda y: y
+    #: `normal` in float32, where that is faster; None elsewhere.
+    rough: Callable[[Tensor], Tensor] | None = None
 
 
 def joint_system(terms: Sequence[Term], shape: Sequence[int]) -> System:
@@ -95,20 +100,45 @@ def improve(
 
     By conjugate gradients (Hestenes & Stiefel, 1952), until the norm of what is left of the
     equations is `enough`, or for that many steps. All tensors are (B, I, H, W).
+
+    Where the system has a float32 version, that one takes the steps: what is left is computed in
+    float64, the steps lessen it by ONCE at most, and then it is computed anew (iterative
+    refinement; Wilkinson, 1963).
     """
-    u = start
-    left = free * (right - system.normal(u))
-    direction, square = left, left.square().sum()
-    for _ in range(steps):
-        if not square > enough**2:
+    u, left = start, free * (right - system.normal(start))
+    if system.rough is None:
+        return u + descend(system.normal, left, free, steps, enough)[0]
+    size = left.norm().item()
+    while steps > 0 and size > enough:
+        goal = max(ONCE, enough / size)
+        change, taken = descend(system.rough, (left / size).float(), free.float(), steps, goal)
+        u, steps = u + size * change.double(), steps - taken
+        left, last = free * (right - system.normal(u)), size
+        size = left.norm().item()
+        if taken == 0 or not size < STALLED * last:
             break
-        pulled = free * system.normal(direction)
+    return u
+
+
+def descend(
+    normal: Callable[[Tensor], Tensor], left: Tensor, free: Tensor, steps: int, enough: float
+) -> tuple[Tensor, int]:
+    """Return the change that `left` asks for, by conjugate gradients from zero, and their number.
+
+    normal: u → N u in the type of `left`, which is 0 where free (0/1) is. For the rest see
+    `improve`.
+    """
+    u, direction, square = torch.zeros_like(left), left, left.square().sum()
+    for taken in range(steps):
+        if not square > enough**2:
+            return u, taken
+        pulled = free * normal(direction)
         curvature = (direction * pulled).sum()
         if not curvature > 0:
-            break
+            return u, taken
         rate = square / curvature
         u = u + rate * direction
         left = left - rate * pulled
         new = left.square().sum()
         direction, square = left + (new / square) * direction, new
-    return u
+    return u, steps

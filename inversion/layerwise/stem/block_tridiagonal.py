@@ -22,13 +22,28 @@ class BlockTridiagonal:
 
 
 @dataclass(frozen=True)
-class Factor:
-    """Holds the Cholesky factor L of a matrix L Lᵀ, which is block bidiagonal."""
+class Panel:
+    """Says which columns of a block row a panel holds, and how far down it reaches."""
 
-    #: Per block row j the lower triangular block L_jj, (B, n_j, n_j).
-    diagonal: tuple[Tensor, ...]
-    #: Per block row j but the last: L_{j+1,j} transposed, (B, n_j, n_{j+1}).
-    upper: tuple[Tensor, ...]
+    #: Number of the block.
+    block: int
+    #: First column and last plus one, within the block.
+    start: int
+    end: int
+    #: Rows of the next block that it holds; those of its own block are all from `start` on.
+    reach: int
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Holds the Cholesky factor L of a matrix L Lᵀ, by panels of columns from left to right."""
+
+    sizes: list[int]
+    layout: list[Panel]
+    #: Per panel of n columns its part of the diagonal, lower triangular (B, n, n), and the rows
+    #: below it that are not 0, (B, m, n).
+    top: list[Tensor]
+    below: list[Tensor]
 
 
 def zeros(sizes: list[int], batch: int, like: Tensor) -> BlockTridiagonal:
@@ -42,48 +57,98 @@ def zeros(sizes: list[int], batch: int, like: Tensor) -> BlockTridiagonal:
     )
 
 
-def factorise(matrix: BlockTridiagonal) -> Factor:
-    """Compute the Cholesky factor, block row by block row.
+def panels(sizes: list[int], width: int | None) -> list[Panel]:
+    """Divide the columns of blocks into panels of this width; None for panels that are blocks.
+
+    A narrow panel reaches into the next block down to as many rows as it has columns up to its
+    own end: all entries below must be 0.
+    """
+    found = []
+    for j, size in enumerate(sizes):
+        following = sizes[j + 1] if j + 1 < len(sizes) else 0
+        for start in range(0, size, width or size):
+            end = min(start + (width or size), size)
+            reach = following if width is None else min(end, following)
+            found.append(Panel(j, start, end, reach))
+    return found
+
+
+def factorise(matrix: BlockTridiagonal, width: int | None = None) -> Factor:
+    """Compute the Cholesky factor, panel by panel.
+
+    width: of a panel, which divides the size of all blocks but the last; see `panels`. Narrow ones
+    leave out what is 0 in a band: with b values to each side the work grows with b² per column
+    instead of three times that.
 
     Raises torch.linalg.LinAlgError for a matrix that is not positive definite.
     """
-    diagonal, upper = [], []
-    pivot = matrix.diagonal[0]
-    for j in range(len(matrix.diagonal)):
-        diagonal.append(torch.linalg.cholesky(pivot))
-        if j + 1 < len(matrix.diagonal):
-            coupling = matrix.lower[j].mT
-            upper.append(torch.linalg.solve_triangular(diagonal[j], coupling, upper=False))
-            pivot = torch.baddbmm(matrix.diagonal[j + 1], upper[j].mT, upper[j], alpha=-1)
-    return Factor(tuple(diagonal), tuple(upper))
+    sizes = [block.shape[-1] for block in matrix.diagonal]
+    layout = panels(sizes, width)
+    parts = []
+    for panel in layout:
+        columns = slice(panel.start, panel.end)
+        own = [matrix.diagonal[panel.block][:, panel.start :, columns]]
+        if panel.reach:
+            own.append(matrix.lower[panel.block][:, : panel.reach, columns])
+        parts.append(torch.cat(own, 1))
+    top, below = [], []
+    for number, part in enumerate(parts):
+        size = part.shape[2]
+        top.append(torch.linalg.cholesky(part[:, :size]))
+        rest = torch.linalg.solve_triangular(top[-1].mT, part[:, size:], upper=True, left=False)
+        below.append(rest)
+        first = 0
+        for later in parts[number + 1 :]:  # what the panel's rows below add to the panels after it
+            if first == rest.shape[1]:
+                break
+            mine = rest[:, first:]
+            later[:, : mine.shape[1]].baddbmm_(mine, mine[:, : later.shape[2]].mT, alpha=-1)
+            first += later.shape[2]
+    return Factor(sizes, layout, top, below)
 
 
 def solve(factor: Factor, right: Tensor) -> Tensor:
     """Solve L Lᵀ x = right for vectors (B, Σ n_j): (B, Σ n_j)."""
-    sizes = [block.shape[-1] for block in factor.diagonal]
-    parts = list(right.unsqueeze(-1).split(sizes, dim=1))
-    for j, block in enumerate(factor.diagonal):
-        if j > 0:
-            parts[j] = parts[j] - factor.upper[j - 1].mT @ parts[j - 1]
-        parts[j] = torch.linalg.solve_triangular(block, parts[j], upper=False)
-    for j in reversed(range(len(sizes))):
-        if j + 1 < len(sizes):
-            parts[j] = parts[j] - factor.upper[j] @ parts[j + 1]
-        parts[j] = torch.linalg.solve_triangular(factor.diagonal[j].mT, parts[j], upper=True)
-    return torch.cat(parts, 1).squeeze(-1)
+    x, starts = right.unsqueeze(-1).clone(), []
+    start = 0
+    for top, below in zip(factor.top, factor.below, strict=True):
+        starts.append(start)
+        end = start + top.shape[-1]
+        x[:, start:end] = torch.linalg.solve_triangular(top, x[:, start:end], upper=False)
+        x[:, end : end + below.shape[1]] -= below @ x[:, start:end]
+        start = end
+    for start, top, below in zip(starts[::-1], factor.top[::-1], factor.below[::-1], strict=True):
+        end = start + top.shape[-1]
+        left = x[:, start:end] - below.mT @ x[:, end : end + below.shape[1]]
+        x[:, start:end] = torch.linalg.solve_triangular(top.mT, left, upper=True)
+    return x.squeeze(-1)
 
 
 def selected_inverse(factor: Factor) -> BlockTridiagonal:
-    """Compute the blocks of (L Lᵀ)⁻¹ on and next to its diagonal.
+    """Compute the blocks of (L Lᵀ)⁻¹ on and next to its diagonal, 0 where no panel reaches.
 
-    It is the recursion of Takahashi et al. (1973), from the last block up: with
-    K = L_jj⁻ᵀ L_{j+1,j}ᵀ and S the inverse, S_{j+1,j} = −S_{j+1,j+1} Kᵀ and
-    S_jj = (L_jj L_jjᵀ)⁻¹ − K S_{j+1,j}.
+    It is the recursion of Takahashi et al. (1973), from the last panel up: with L_c a panel's part
+    of the diagonal, L_b the rows below it, K = L_b L_c⁻¹ and S the inverse, S_bc = −S_bb K and
+    S_cc = (L_c L_cᵀ)⁻¹ − Kᵀ S_bc.
     """
-    diagonal = [torch.cholesky_inverse(factor.diagonal[-1])]
-    lower: list[Tensor] = []
-    for block, upper in zip(factor.diagonal[-2::-1], factor.upper[::-1], strict=True):
-        gain = torch.linalg.solve_triangular(block.mT, upper, upper=True)
-        lower.append(-diagonal[-1] @ gain.mT)
-        diagonal.append(torch.baddbmm(torch.cholesky_inverse(block), gain, lower[-1], alpha=-1))
-    return BlockTridiagonal(tuple(diagonal[::-1]), tuple(lower[::-1]))
+    batch = len(factor.top[0])
+    found = zeros(factor.sizes, batch, factor.top[0])
+    window = factor.top[0].new_zeros(batch, 0, 0)  # S of the rows after the panel
+    panels = zip(factor.layout[::-1], factor.top[::-1], factor.below[::-1], strict=True)
+    for panel, top, below in panels:
+        columns, height = slice(panel.start, panel.end), below.shape[1]
+        window = window[:, :height, :height]
+        gain = torch.linalg.solve_triangular(top, below, upper=False, left=False)
+        lower = -window @ gain
+        own = torch.baddbmm(torch.cholesky_inverse(top), gain.mT, lower, alpha=-1)
+        same = factor.sizes[panel.block] - panel.end  # rows below in the same block
+        diagonal = found.diagonal[panel.block]
+        diagonal[:, columns, columns] = own
+        diagonal[:, panel.end :, columns] = lower[:, :same]
+        diagonal[:, columns, panel.end :] = lower[:, :same].mT
+        if panel.reach:
+            found.lower[panel.block][:, : panel.reach, columns] = lower[:, same:]
+        window = torch.cat(
+            [torch.cat([own, lower.mT], 2), torch.cat([lower, window], 2)], 1
+        )  # of which the panel before sees as much as it reaches
+    return found

@@ -288,7 +288,7 @@ def _posterior(problem: Problem, state: _State) -> _Posterior:
     add_pixels(matrix, grid, state.pixels.precision + LEVEL_PRECISION)
     right = conv.backward(state.maps.shift, problem.weight, state.pixels.shift.shape)
     right = right + state.pixels.shift + LEVEL_PRECISION * LEVEL
-    factor = block_tridiagonal.factorise(matrix)
+    factor = block_tridiagonal.factorise(matrix, grid.row_size)
     mean = unflatten(block_tridiagonal.solve(factor, flatten(right)), grid)
     covariance = block_tridiagonal.selected_inverse(factor)
     return _Posterior(mean, covariance, pixel_variance(covariance, grid))
