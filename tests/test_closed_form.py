@@ -138,6 +138,18 @@ def test_batch_normalisation_equals_torch(layer, mode):
     compare(objective)
 
 
+@pytest.mark.parametrize("trained", [{0}, {1}, {2}, {0, 2}, {4}])
+def test_some_layers_alone_are_trainable(trained):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 2, 1), nn.Softplus(),
+        nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(4, 5),
+    ).double()  # fmt: skip
+    for place, layer in enumerate(model):
+        layer.requires_grad_(place in trained)
+    compare(objective_of(model, train_mode=True))
+
+
 def test_a_view_of_the_gradient_is_cut_like_the_gradient():
     """Only some entries were sent, and those were cut, of weights that take part only in part."""
     objective = objective_of(network("kernel wider than its input"))
@@ -211,10 +223,12 @@ def test_an_evaluation_frees_its_memory_at_once():
     gc.disable()
     try:
         gradient, _ = closed.gradient(x, torch.arange(3), images=3)
-        held = weakref.ref(gradient.pairs(gradient.values)[-1][0])
-        assert held() is not None
+        inner = [t for t, _ in gradient.pairs(gradient.values) if not t.is_leaf]
+        held = [weakref.ref(t) for t in inner]
+        del inner
+        assert held and all(each() is not None for each in held)
         del gradient
-        assert held() is None
+        assert all(each() is None for each in held)
     finally:
         gc.enable()
 

@@ -44,6 +44,13 @@ class _Use:
     version: int
     #: The input as the product takes it, without a graph.
     operands: Tensor
+    #: ∂L/∂y, without a graph; None until the loss's derivative is taken.
+    signal: Tensor | None = None
+    #: Whether the loss's derivative went on to the layer's input, by its adjoint on the graph.
+    passed: bool = False
+    #: Cotangents of the gradient by weights, (C', C, kernel), and shift; None until they are known.
+    v_weight: Tensor | None = None
+    v_bias: Tensor | None = None
 
 
 @dataclass
@@ -59,7 +66,7 @@ class _Noted:
 
 
 class _Applied(torch.autograd.Function):
-    """Computes W x + b; the derivative by x is the adjoint."""
+    """Computes W x + b; the derivative by x is the adjoint, and Vᵀ gy once V is known."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, use: _Use) -> Tensor:
@@ -69,11 +76,17 @@ class _Applied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor):
-        return _Adjoint.apply(gy, ctx.use), None
+        use: _Use = ctx.use
+        if use.signal is None:
+            use.passed = True
+        by_x = _Adjoint.apply(gy, use)
+        if use.v_weight is not None:
+            by_x = by_x.add_(use.product.adjoint(use.signal, use.v_weight))
+        return by_x, None
 
 
 class _Adjoint(torch.autograd.Function):
-    """Computes Wᵀ gy; the derivative by gy is W."""
+    """Computes Wᵀ gy; the derivative by gy is W, and V x once V is known."""
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, use: _Use) -> Tensor:
@@ -82,8 +95,11 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, h: Tensor):
-        product = ctx.use.product
-        return product.apply(product.operands(h), ctx.use.weight), None
+        use: _Use = ctx.use
+        by_gy = use.product.apply(use.product.operands(h), use.weight)
+        if use.v_weight is not None:
+            by_gy = by_gy.add_(use.product.apply(use.operands, use.v_weight, use.v_bias))
+        return by_gy, None
 
 
 class ClosedForm:
@@ -115,6 +131,7 @@ class ClosedForm:
         #: Layer and shape of its input → state of its weights, product, weights used, their part.
         self._products: dict[tuple, tuple] = {}
         self._parameters = list(trainable_parameters(model).values())
+        self._trainable = set(map(id, self._parameters))
 
     @staticmethod
     def replaces_batchnorm(model: nn.Module) -> bool:
@@ -176,7 +193,9 @@ class ClosedForm:
             product, weight, part = self._product(layer, z)
             use = _Use(layer, product, weight, part, z, z._version, product.operands(z.detach()))
             y = _Applied.apply(z, use)
-            if y.requires_grad:
+            if y.requires_grad and not self._trainable.isdisjoint(
+                map(id, (layer.weight, layer.bias))
+            ):
                 noted.uses.append(use)
                 noted.edges.append(get_gradient_edge(y))
             return y.view(*x.shape[:-1], y.shape[1]) if linear else y
@@ -253,6 +272,8 @@ def _multiplied_out(
     None where the loss does not depend on it.
     """
     used = [(use, gy) for use, gy in zip(uses, signals, strict=True) if gy is not None]
+    for use, gy in used:
+        use.signal = gy.detach()
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
     parts = _common_parts(used, places, by_torch)
     # a copy, since the graph may hold these tensors
@@ -318,7 +339,12 @@ def _weight_gradient(use: _Use, gy: Tensor, part: Part) -> Tensor:
 
 
 def _use_pairs(use: _Use, gy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pairs:
-    """Return the pairs of one use, for cotangents of the gradient by its weights and shift."""
+    """Return the pairs of one use, for cotangents of the gradient by its weights and shift.
+
+    Where the derivatives meet the layer's own on their way, as they do in all layers but the first,
+    they are added there and there are no pairs: so the derivatives of all layers need not be held at
+    once.
+    """
     if use.x._version != use.version:
         raise RuntimeError(
             f"the input of a {type(use.layer).__name__} was changed in place after its use"
@@ -333,6 +359,9 @@ def _use_pairs(use: _Use, gy: Tensor, weight: Tensor | None, bias: Tensor | None
     elif weight.shape != use.weight.shape:
         assert use.part is not None
         weight = weight[use.part].contiguous()
+    if use.passed and gy.requires_grad:
+        use.v_weight, use.v_bias = weight, bias
+        return found
     if gy.requires_grad:
         found.append((gy, use.product.apply(use.operands, weight, bias)))
     if use.x.requires_grad:
