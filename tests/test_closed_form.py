@@ -226,7 +226,8 @@ def test_an_evaluation_frees_its_memory_at_once():
         inner = [t for t, _ in gradient.pairs(gradient.values) if not t.is_leaf]
         held = [weakref.ref(t) for t in inner]
         del inner
-        assert held and all(each() is not None for each in held)
+        assert held
+        assert all(each() is not None for each in held)
         del gradient
         assert all(each() is None for each in held)
     finally:

@@ -342,8 +342,7 @@ def _use_pairs(use: _Use, gy: Tensor, weight: Tensor | None, bias: Tensor | None
     """Return the pairs of one use, for cotangents of the gradient by its weights and shift.
 
     Where the derivatives meet the layer's own on their way, as they do in all layers but the first,
-    they are added there and there are no pairs: so the derivatives of all layers need not be held at
-    once.
+    they are added there and there are no pairs: those of all layers need not be held at once.
     """
     if use.x._version != use.version:
         raise RuntimeError(
