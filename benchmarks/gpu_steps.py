@@ -22,7 +22,7 @@ from inversion.optimise import Run
 from inversion.pixel_gradient import PIXEL_GRADIENTS, exact
 from inversion.precision import PRECISION_CONTEXTS, in_precision
 from inversion.restarts import initial_images
-from inversion.settings import Loop
+from inversion.settings import FINITE_DIFFERENCES, Loop
 from utils.errors import is_out_of_memory, one_line
 from utils.shard import ALONE
 
@@ -50,6 +50,7 @@ WAYS = (
     Way("plain", "plain"),
     Way("exact"),
     Way("exact, graph", graph=True),
+    Way("finite differences, graph", FINITE_DIFFERENCES, graph=True),
     Way("exact, graph, channels_last", graph=True, channels_last=True),
     Way("exact, graph, tf32", graph=True, precision="tf32"),
     Way("exact, graph, channels_last, tf32", graph=True, channels_last=True, precision="tf32"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inversion import optimise, step_graph
+from inversion.first_order import finite_differences
 from inversion.objective import Losses, Objective
 from inversion.optimise import Saving, reconstruct
 from inversion.pixel_gradient import exact, plain
@@ -182,9 +183,11 @@ def test_a_replayed_step_that_is_not_finite_ends_the_loop(keep_best, monkeypatch
 
 def objective_of(arch, weights):
     torch.manual_seed(0)
+    arch, *chunks = arch.split(" in ")
     model, (x, y) = build_model(arch, 8, (3, 16, 16)), photos(2, 16, 11)
     target = target_of(model, x, y, arch=arch)
-    return Objective(model, target, y, weights, bn_source="batch")
+    chunk = 1 if chunks else None
+    return Objective(model, target, y, weights, bn_source="batch", chunk_size=chunk)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +196,8 @@ def objective_of(arch, weights):
         ("lenet", exact, {"tv": 1e-2}),
         ("convnet", exact, {"tv": 1e-2, "bn": 1e-3, "norm": 1e-4}),
         ("convnet", plain, {"tv": 1e-2, "bn": 1e-3}),
+        ("convnet", finite_differences, {"tv": 1e-2, "bn": 1e-3}),
+        ("lenet in chunks", exact, {"tv": 1e-2}),
     ],
 )
 def test_a_network_is_attacked_by_replays(arch, pixel_gradient, priors, monkeypatch):

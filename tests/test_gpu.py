@@ -27,12 +27,12 @@ from utils.tensor_files import map_tensors
 pytestmark = pytest.mark.gpu
 
 
-def objective_on(device):
+def objective_on(device, train_mode=True):
     torch.manual_seed(0)
     forbid_tensorfloat32()
     model = build_model("resnet18", 8, (3, 64, 64))
     x, y = photos(4, 64)
-    target = target_of(model, x, y, arch="resnet18")
+    target = target_of(model, x, y, arch="resnet18", train_mode=train_mode)
     weights = Weights(priors={"tv": 0.01, "bn": 0.01})
     return Objective(model.to(device), target, y, weights, bn_source="batch")
 
@@ -207,8 +207,8 @@ def test_a_graph_gives_its_memory_back():
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_a_number_format_rounds_and_leaves_no_trace(precision):
-    objective, x = objective_on("cuda"), start_on_gpu()
-    objective.loss = ClientLoss(False)  # train mode on random weights multiplies every rounding
+    # in train mode random weights would multiply every rounding
+    objective, x = objective_on("cuda", train_mode=False), start_on_gpu()
     before = objective.gradient_distance(x)
     _, true = exact(objective, x)
     _, found = in_precision(exact, precision)(objective, x, 0.0)

@@ -420,6 +420,11 @@ def _refuse_optimiser(args) -> None:
         raise InputError(f"--TV-end {args.TV_end:g}: decays --TV, which is 0; give --TV as well")
     if args.cuda_graph:
         _refuse_graph(args)
+    if args.precision != "float32" and args.pixel_gradient == FINITE_DIFFERENCES:
+        raise InputError(
+            f"--precision {args.precision}: rounds two derivatives by more than --pixel-gradient "
+            f"{FINITE_DIFFERENCES} makes them differ; leave one of both out"
+        )
     if args.optim == "LBFGS":
         for flag in ("grad_sign", "input_boxed", "input_noise"):
             if getattr(args, flag):
