@@ -299,14 +299,16 @@ class Objective:
         With several processes `x` is this one's part, and so are the results, which
         `sum_over_processes` makes whole.
         """
+        closed = self._closed
         on_shapes = x.device.type == "meta"  # of which torch knows no autocast
-        if self._closed is None or not on_shapes and torch.is_autocast_enabled(x.device.type):
+        rounded = not on_shapes and torch.is_autocast_enabled(x.device.type)
+        if closed is None or rounded or closed.loss != self.loss:
             own, moments = self._local_gradient(
                 x, create_graph=True, with_moments=self._needs_moments
             )
             gradient = on_graph(own)
         else:
-            gradient, moments = self._closed_gradient(self._closed, x)
+            gradient, moments = self._closed_gradient(closed, x)
         return gradient, self._terms(x, moments)
 
     def _closed_form(self, *, shared: bool) -> ClosedForm | None:
