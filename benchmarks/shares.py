@@ -11,7 +11,7 @@ of this project, or the package that is imported. So nothing has to be known bef
 The cases: a small attack with labels from the gradient, scores, controls, decoys and pictures; the
 same by MLCO with four seeds; a layerwise attack; a search of hyper-parameters alone, whose trials
 run in ray's processes and show up as waiting. Printed are all stages, and all places outside the
-step itself that take more than 5 % of a run.
+step and the controls, which are attacks too, that take more than 5 % of a run.
 """
 
 import argparse
@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAUSE = 0.004
 #: From which share of a run on a place is printed.
 LARGE = 0.05
+#: Stages that attack, whose places are not looked at.
+ATTACKS = ("step", "controls")
 IMPORTS, OTHER, START, END = "imports", "other", "start of Python", "end of Python"
 #: Stage → files of it; the first stage with a file on the stack counts.
 STAGES = {
@@ -189,7 +191,7 @@ def measured(case: str, extra: Sequence[str] = ()) -> list[list]:
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr[-1000:]}")
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    rows = told["rows"] + [[END, "", over - told["end"], 0.0]]
+    rows = told["rows"] + [[END, "", over - told["end"], ""]]  # its CPU time is not known
     return sorted(rows, key=lambda row: -row[2])
 
 
@@ -198,21 +200,27 @@ def summary(rows: Sequence[Sequence]) -> str:
     from utils.console import table
 
     rounds = sorted({row[1] for row in rows})
-    whole = [[sum(row[i] for row in rows if row[1] == number) for i in (4, 5)] for number in rounds]
+
+    def summed(i: int, number: int, stage: str | None = None, place: str | None = None) -> float:
+        return sum(
+            row[i] or 0.0
+            for row in rows
+            if row[1] == number and stage in (None, row[2]) and place in (None, row[3])
+        )
 
     def shares(stage: str, place: str | None) -> list[float]:
         return [
-            statistics.median(
-                sum(row[i] for row in rows if row[1] == number and row[2] == stage
-                    and place in (None, row[3])) / whole[number][i - 4]
-                for number in rounds
-            )
+            statistics.median(summed(i, n, stage, place) / summed(i, n) for n in rounds)
             for i in (4, 5)
-        ]  # fmt: skip
+        ]
 
     found = [(shares(stage, None), stage, "") for stage in dict.fromkeys(row[2] for row in rows)]
     places = dict.fromkeys((row[2], row[3]) for row in rows if row[3])
-    found += [(shares(*key), *key) for key in places if max(shares(*key)) >= LARGE]
+    found += [
+        (shares(*key), *key)
+        for key in places
+        if key[0] not in ATTACKS and max(shares(*key)) >= LARGE
+    ]
     order = sorted(found, key=lambda each: (each[2] != "", -each[0][0]))
     return table(
         ["stage", "place", "share", "share of CPU time"],
