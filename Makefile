@@ -70,8 +70,9 @@ format: $(READY) ## format the code in place
 	$(PY) -m ruff check --fix -q .
 	$(PY) -m ruff format -q .
 
-docs: $(READY) ## regenerate docs/flags.md from the parsers of both scripts
+docs: $(READY) ## regenerate docs/flags.md from the parsers, docs/performance.md from the rows
 	$(PY) -m docs.flags
+	$(PY) -m benchmarks.performance_page
 
 golden: $(READY) ## regenerate tests/golden.json; review the difference
 	$(PY) -m tests.golden

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
-from torchvision.models import ResNet
 
 from models.choices import RANK_MODES
 from models.graph import module_path, operation, operation_name, place, traced_tensors
@@ -93,7 +92,7 @@ def rank_analysis(
     """
     if mode not in RANK_MODES:
         raise ValueError(f"mode {mode!r} is unknown; choose from {', '.join(RANK_MODES)}")
-    if mode == "original" and not isinstance(model, ResNet):
+    if mode == "original" and not _is_resnet(model):
         raise ValueError(
             f"mode original counts torchvision's ResNets only, not a {type(model).__name__}; "
             "choose all"
@@ -123,6 +122,12 @@ def rank_analysis(
         # The whole formula: of its two inner maxima never both are above 0.
         virtual += max(outputs - inputs, 0)
     return layers
+
+
+def _is_resnet(model: nn.Module) -> bool:
+    from torchvision.models import ResNet  # takes seconds, which every attack would wait for
+
+    return isinstance(model, ResNet)
 
 
 def _stretches(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:

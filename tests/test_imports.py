@@ -43,6 +43,14 @@ def test_imports_run_one_way(path):
         assert not tops & FORBIDDEN_IN_INVERSION
 
 
+def test_torchvision_is_imported_where_it_is_used():
+    """It takes seconds, which every attack would wait for, and most need nothing of it."""
+    for path in FILES:
+        body = ast.parse(path.read_text()).body
+        top = ast.Module([n for n in body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+        assert not {"torchvision", "lpips"} & {n.split(".")[0] for n in imported(top)}
+
+
 def test_ray_is_imported_by_a_search_alone():
     """Without ray everything but a search works: it is imported inside functions of one file."""
     for path in FILES:

@@ -108,7 +108,7 @@ def say_ranks(settings: ClientSettings, reporter: Reporter) -> None:
 
     Raises InputError where the network cannot be analysed.
     """
-    from models.rank_analysis import rank_analysis  # torch.fx and torchvision, needed by --ra alone
+    from models.rank_analysis import rank_analysis  # torch.fx, needed by --ra alone
 
     network, batch, mode = settings.network, settings.batch, settings.rank_mode
     assert mode is not None  # training.py has asked
