@@ -131,7 +131,6 @@ class ClosedForm:
         #: Layer and shape of its input → state of its weights, product, weights used, their part.
         self._products: dict[tuple, tuple] = {}
         self._parameters = list(trainable_parameters(model).values())
-        self._trainable = set(map(id, self._parameters))
 
     @staticmethod
     def replaces_batchnorm(model: nn.Module) -> bool:
@@ -193,9 +192,8 @@ class ClosedForm:
             product, weight, part = self._product(layer, z)
             use = _Use(layer, product, weight, part, z, z._version, product.operands(z.detach()))
             y = _Applied.apply(z, use)
-            if y.requires_grad and not self._trainable.isdisjoint(
-                map(id, (layer.weight, layer.bias))
-            ):
+            own = [p for p in (layer.weight, layer.bias) if p is not None]
+            if y.requires_grad and any(p.requires_grad for p in own):
                 noted.uses.append(use)
                 noted.edges.append(get_gradient_edge(y))
             return y.view(*x.shape[:-1], y.shape[1]) if linear else y

@@ -79,13 +79,16 @@ class Product:
         return self._backward(gy, gy.new_empty(1).expand(self.input_shape), weight, 0)
 
     def _folded(self, columns: Tensor) -> Tensor:
-        return F.fold(
-            columns, self.input_shape[2:], self.kernel, self.dilation, self.padding, self.stride
-        )
+        """Sum columns into images; `F.fold` would keep memory as large as the columns for them."""
+        images = columns.new_empty(self.input_shape)
+        return torch.ops.aten.col2im.out(
+            columns, self.input_shape[2:], self.kernel, self.dilation, self.padding, self.stride,
+            out=images,
+        )  # fmt: skip
 
     def _few_channels(self, gy: Tensor) -> bool:
         few = self.input_shape[1] <= FEW_CHANNELS and self.groups == 1
-        return few and gy.device.type == "cpu"
+        return few and gy.device.type != "cuda"
 
     def outer(self, operands: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         """Return gy ⊗ x, the gradient by the weights, shaped like `weight`."""
@@ -147,7 +150,7 @@ def product_of(layer: nn.Conv2d, x: Tensor) -> tuple[Product, tuple[slice, ...]]
         smaller, part = product, (slice(None),) * 4
     few = FEW_POSITIONS[smaller.kernel == (1, 1)]
     unfolded = (
-        x.device.type == "cpu"
+        x.device.type != "cuda"
         and layer.groups == 1
         and batch * math.prod(smaller.output_size) <= few
     )
