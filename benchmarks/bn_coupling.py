@@ -10,7 +10,7 @@ the gradient distance that each coupling gives images at 30 dB from the truth, a
 times of a step, measured in interleaved pairs. Machines are noisy: quote the ratio.
 
 `--only-cost` attacks nothing. It measures on random weights, which cost what trained ones do, the
-time of a step in more pairs and the bytes that autograd keeps at most at one time in it.
+time of a step in more pairs and the bytes of the tensors that it holds at most at one time.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from utils.console import table
 from utils.files import write_csv
 from utils.image_files import PUBLIC_PHOTOS, public_photographs
 from utils.images import denormalise
+from utils.live_bytes import peak_bytes
 from utils.matching import assign
 from utils.metrics import baselines, psnr, ssim
 
@@ -50,7 +51,7 @@ NEAR = 30.0
 COSTS = (("convnet", 32, 8), ("resnet18", 32, 8), ("resnet50", 64, 4))
 COST_HEADER = [
     "network", "px", "B", "pair", "exact seconds", "forced seconds", "forced / exact",
-    "exact saved bytes", "forced saved bytes",
+    "exact live bytes", "forced live bytes",
 ]  # fmt: skip
 HEADER = [
     "network", "seed", "coupling", "iterations", "psnr", "ssim", "distance", "exact distance",
@@ -138,60 +139,6 @@ def step_times(
     return [(seconds(forced), seconds(other)) for _ in range(pairs)]
 
 
-class SavedBytes:
-    """Counts what autograd keeps at the same time: every storage once, weights and images not."""
-
-    def __init__(self, objective: Objective, x: Tensor):
-        """Count nothing that the model, its target or `x` keep anyway."""
-        state = [*objective.model.state_dict(keep_vars=True).values(), *objective.target_gradient]
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in (x, *state)}
-        self._kept: dict[int, int] = {}
-        self._now = 0
-        #: The most that was kept.
-        self.most = 0
-
-    def pack(self, tensor: Tensor) -> "_Saved | Tensor":
-        """Take note of a tensor that autograd saves."""
-        storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        if place in self._own:
-            return tensor
-        if not self._kept.get(place):
-            self._now += storage.nbytes()
-            self.most = max(self.most, self._now)
-        self._kept[place] = self._kept.get(place, 0) + 1
-        return _Saved(self, tensor)
-
-    def release(self, tensor: Tensor) -> None:
-        """Take note that autograd has dropped one that it saved."""
-        storage = tensor.untyped_storage()
-        self._kept[storage.data_ptr()] -= 1
-        if not self._kept[storage.data_ptr()]:
-            self._now -= storage.nbytes()
-
-
-class _Saved:
-    """Holds one saved tensor for as long as autograd keeps it."""
-
-    def __init__(self, counter: SavedBytes, tensor: Tensor):
-        self.counter, self.tensor = counter, tensor
-
-    def __del__(self):
-        self.counter.release(self.tensor)
-
-
-def saved_bytes(objective: Objective, x: Tensor) -> int:
-    """Return the bytes that autograd keeps at most at one time in one step of `exact` at `x`."""
-    counter = SavedBytes(objective, x)
-
-    def unpack(saved: _Saved | Tensor) -> Tensor:
-        return saved.tensor if isinstance(saved, _Saved) else saved
-
-    with torch.autograd.graph.saved_tensors_hooks(counter.pack, unpack):
-        exact(objective, x)
-    return counter.most
-
-
 def cost_rows(arch: str, size: int, batch_size: int, pairs: int) -> list[list]:
     """Measure time and memory of both couplings on random weights; return a row for each pair."""
     objectives = [
@@ -199,7 +146,9 @@ def cost_rows(arch: str, size: int, batch_size: int, pairs: int) -> list[list]:
         for coupling in ("forced", "exact")
     ]
     x = initial_images(0, batch_size, (3, size, size), torch.float32)
-    forced_bytes, exact_bytes = (saved_bytes(objective, x) for objective in objectives)
+    forced_bytes, exact_bytes = (
+        peak_bytes(functools.partial(exact, objective, x)) for objective in objectives
+    )
     forced, other = objectives
     return [
         [arch, size, batch_size, pair, there, here, here / there, exact_bytes, forced_bytes]

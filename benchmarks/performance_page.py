@@ -350,7 +350,7 @@ def coupling(rows: Path) -> str:
         paragraph(
             "What do the client's statistics in place of the batch's own (`--bn-coupling forced`)",
             "cost? `python -m benchmarks.bn_coupling --only-cost --csv",
-            "docs/rows/bn_coupling_cost.csv`: pairs of steps, and the bytes that autograd keeps at",
+            "docs/rows/bn_coupling_cost.csv`: pairs of steps, and the bytes of tensors that they hold at",
             "most. What it does to images is in",
             "[results.md](results.md#exact-coupling-against-forced-statistics).",
         ),
@@ -360,10 +360,10 @@ def coupling(rows: Path) -> str:
     cells = []
     for key, own in groups(found, "network", "px", "B").items():
         ratio = quartiles(numbers(own, "forced / exact"))
-        kept = [median(numbers(own, f"{way} saved bytes")) / 2**20 for way in ("exact", "forced")]
+        kept = [median(numbers(own, f"{way} live bytes")) / 2**20 for way in ("exact", "forced")]
         cells.append([*key, len(own), spread(*ratio), verdict(*ratio), *map(figure, kept)])
-    header = ["network", "px", "B", "pairs", "forced / exact", "forced is", "exact keeps, MiB",
-              "forced keeps, MiB"]  # fmt: skip
+    header = ["network", "px", "B", "pairs", "forced / exact", "forced is", "exact holds, MiB",
+              "forced holds, MiB"]  # fmt: skip
     return "\n\n".join([*text, table(header, cells)])
 
 
