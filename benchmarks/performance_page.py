@@ -350,8 +350,8 @@ def coupling(rows: Path) -> str:
         paragraph(
             "What do the client's statistics in place of the batch's own (`--bn-coupling forced`)",
             "cost? `python -m benchmarks.bn_coupling --only-cost --csv",
-            "docs/rows/bn_coupling_cost.csv`: pairs of steps, and the bytes of tensors that they hold at",
-            "most. What it does to images is in",
+            "docs/rows/bn_coupling_cost.csv`: pairs of steps, and the bytes of tensors that they",
+            "hold at most. What it does to images is in",
             "[results.md](results.md#exact-coupling-against-forced-statistics).",
         ),
     ]
