@@ -44,6 +44,22 @@ class Shared(nn.Module):
         return self.head(z) + F.linear(z, self.head.weight.square())
 
 
+class Constant(nn.Module):
+    """Has layers whose input does not depend on the images, and one without derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.image = nn.Linear(2, 4), nn.Conv2d(3, 4, 3)
+        self.blind, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        z = torch.tanh(self.image(x)) * self.place(x.new_ones(2))[:, None, None]
+        z = z + torch.tanh(self.blind(x.detach()))
+        with torch.no_grad():
+            scale = self.image(x).mean()
+        return self.head(z.mean((2, 3)) * scale)
+
+
 def convolutions(*layers):
     """Return a network of these layers, with activations in place and a classifier behind."""
     return nn.Sequential(
@@ -64,6 +80,7 @@ NETWORKS = {
         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3, padding="same")
     ),
     "shared": Shared,
+    "constant": Constant,
     "one image per position": lambda: convolutions(nn.Conv2d(3, 4, 8), nn.Conv2d(4, 4, 1)),
 }
 

@@ -186,14 +186,14 @@ class ClosedForm:
     def _multiplying(self, layer: nn.Conv2d | nn.Linear, noted: _Noted) -> Callable:
         def forward(x: Tensor) -> Tensor:
             linear = isinstance(layer, nn.Linear)
-            if not linear and x.dim() != 4:
+            if not x.requires_grad or (not linear and x.dim() != 4):
                 return type(layer).forward(layer, x)
             z = x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1) if linear else x
             product, weight, part = self._product(layer, z)
             use = _Use(layer, product, weight, part, z, z._version, product.operands(z.detach()))
             y = _Applied.apply(z, use)
             own = [p for p in (layer.weight, layer.bias) if p is not None]
-            if y.requires_grad and any(p.requires_grad for p in own):
+            if torch.is_grad_enabled() and any(p.requires_grad for p in own):
                 noted.uses.append(use)
                 noted.edges.append(get_gradient_edge(y))
             return y.view(*x.shape[:-1], y.shape[1]) if linear else y
