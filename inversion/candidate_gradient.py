@@ -24,6 +24,8 @@ class CandidateGradient:
     parts: tuple[Part, ...] | None = None
     #: Whether nothing else uses the memory of `values`, which may then be overwritten.
     disposable: bool = False
+    #: Asked after the derivative by `pairs` was taken: whether it is whole.
+    complete: Callable[[], bool] = lambda: True
 
 
 def on_graph(gradient: Sequence[Tensor]) -> CandidateGradient:

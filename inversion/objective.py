@@ -311,6 +311,15 @@ class Objective:
             gradient, moments = self._closed_gradient(closed, x)
         return gradient, self._terms(x, moments)
 
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the layers' derivatives are taken in closed form."""
+        return self._closed is not None
+
+    def leave_to_torch(self) -> None:
+        """Take all derivatives by torch from now on, as where a network allows no closed form."""
+        self._closed = self._closed_of_parts = None
+
     def _closed_form(self, *, shared: bool) -> ClosedForm | None:
         """Return what computes the candidate's gradient with its layers in closed form.
 

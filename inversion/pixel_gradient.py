@@ -18,7 +18,7 @@ from inversion.first_order import finite_differences
 from inversion.objective import Losses, Objective
 from inversion.precision import in_precision
 from inversion.settings import FINITE_DIFFERENCES, PRIOR_ONLY, AttackSettings
-from utils.errors import FaultError
+from utils.errors import FaultError, is_out_of_memory
 
 #: A function of this file: (objective, x, progress) → losses and derivative.
 PixelGradient = Callable[[Objective, Tensor, float], tuple[Losses[Tensor], Tensor]]
@@ -32,10 +32,28 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
     accumulated for the parameters themselves. Where a surrogate of several local steps is learned,
     the same product gives the derivative by its place α, which then moves.
 
-    With `Objective.chunk_size` it is computed chunk by chunk (inversion/chunks.py).
+    With `Objective.chunk_size` it is computed chunk by chunk (inversion/chunks.py). Layers are
+    taken in closed form (inversion/closed_form/); a network that does not allow it is left to torch
+    from then on, which takes longer and gives the same.
     """
-    if chunks.needed(objective):
-        return exact_in_chunks(objective, x.detach(), progress)
+    function = exact_in_chunks if chunks.needed(objective) else _exact
+    try:
+        return function(objective, x, progress)
+    except _IncompleteError:
+        pass
+    except (RuntimeError, ValueError) as error:
+        alone = objective.batch_shard.size == 1  # several processes must not part
+        if not (alone and objective.has_closed_form) or is_out_of_memory(error):
+            raise
+    objective.leave_to_torch()
+    return function(objective, x, progress)
+
+
+class _IncompleteError(Exception):
+    """Says that an operation of the network cut the graph on which closed forms are added."""
+
+
+def _exact(objective: Objective, x: Tensor, progress: float) -> tuple[Losses[Tensor], Tensor]:
     x = x.detach().requires_grad_()
     gradient, terms = objective.gradient_and_priors(x)
     summed, values = objective.sum_over_processes(gradient.values, terms)
@@ -56,6 +74,8 @@ def exact(objective: Objective, x: Tensor, progress: float = 0.0) -> tuple[Losse
         allow_unused=True,
         materialize_grads=True,
     )
+    if not gradient.complete():
+        raise _IncompleteError
     total = objective.weights.gradient * distance + objective.weighted_sum(values, progress)
     losses = Losses(total, distance, values, objective.alpha)
     if place is not None:
@@ -67,6 +87,7 @@ def exact_in_chunks(
     objective: Objective, x: Tensor, progress: float
 ) -> tuple[Losses[Tensor], Tensor]:
     """Return what `exact` does, with the graph of one chunk of images at a time."""
+    x = x.detach()
     whole = chunks.evaluate(objective, x, keep=True)
     distance, cotangents = objective.distance_with_cotangent(whole.gradient, overwrite=True)
     if objective.weights.gradient != 1:
@@ -89,6 +110,7 @@ def exact_in_chunks(
         prior = objective.weighted_sum(terms, progress)
         if isinstance(prior, Tensor) and prior.requires_grad:
             outputs.append((prior, torch.ones_like(prior)))
+        complete = gradient.complete
         del gradient, terms, prior
         derivative[own], *slopes = torch.autograd.grad(
             [output for output, _ in outputs],
@@ -98,7 +120,9 @@ def exact_in_chunks(
             materialize_grads=True,
         )
         slope = slope + sum(slopes)
-        del outputs, images
+        if not complete():
+            raise _IncompleteError
+        del outputs, images, complete
     if place is not None:
         place.learn(slope, progress)
     return losses, derivative

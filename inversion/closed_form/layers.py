@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -51,6 +52,8 @@ class _Use:
     #: Cotangents of the gradient by weights, (C', C, kernel), and shift; None until they are known.
     v_weight: Tensor | None = None
     v_bias: Tensor | None = None
+    #: At how many of two places the derivatives by these were added.
+    met: int = 0
 
 
 @dataclass
@@ -81,6 +84,7 @@ class _Applied(torch.autograd.Function):
             use.passed = True
         by_x = _Adjoint.apply(gy, use)
         if use.v_weight is not None:
+            use.met += 1
             by_x = by_x.add_(use.product.adjoint(use.signal, use.v_weight))
         return by_x, None
 
@@ -98,6 +102,7 @@ class _Adjoint(torch.autograd.Function):
         use: _Use = ctx.use
         by_gy = use.product.apply(use.product.operands(h), use.weight)
         if use.v_weight is not None:
+            use.met += 1
             by_gy = by_gy.add_(use.product.apply(use.operands, use.v_weight, use.v_bias))
         return by_gy, None
 
@@ -118,7 +123,7 @@ class ClosedForm:
         forced: Sequence[ForcedStatistics] | None = None,
         moments: bool = False,
     ):
-        """Take the model's weights as they are from now on.
+        """Look for the layers of a model.
 
         batchnorm: replace BatchNorm too, which one process then normalises by the images that it
         has. forced: statistics of the client in the place of the candidate's own. moments: the
@@ -128,9 +133,8 @@ class ClosedForm:
         self._layers = [layer for layer in model.modules() if _is_product(layer)]
         self._norms = batchnorm_layers(model) if batchnorm else []
         self._forced = dict(zip(self._norms, forced or (), strict=False))
-        #: Layer and shape of its input → state of its weights, product, weights used, their part.
-        self._products: dict[tuple, tuple] = {}
-        self._parameters = list(trainable_parameters(model).values())
+        #: Layer and shape of its input → how it multiplies, and by which part of its weights.
+        self._products: dict[tuple, tuple[Product, tuple[slice, ...]]] = {}
 
     @staticmethod
     def replaces_batchnorm(model: nn.Module) -> bool:
@@ -162,11 +166,12 @@ class ClosedForm:
                 value = mean_loss(self.model(x), y, self.loss, total)
                 if added is not None:
                     value = value + added()
-                inputs = [*self._parameters, *noted.edges]
+                parameters = list(trainable_parameters(self.model).values())
+                inputs = [*parameters, *noted.edges]
                 found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
             noted.taken.of_loss = False
-        count = len(self._parameters)
-        gradient = _multiplied_out(self._parameters, found[:count], noted.uses, found[count:])
+        count = len(parameters)
+        gradient = _multiplied_out(parameters, found[:count], noted.uses, found[count:])
         return gradient, self._found(noted.moments) if self._moments and self._norms else []
 
     @contextmanager
@@ -200,22 +205,18 @@ class ClosedForm:
 
         return forward
 
-    def _product(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> tuple:
+    def _product(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> tuple[Product, Tensor, Part]:
+        """Return how a layer multiplies an input, by which weights, and which part these are."""
         key, weight = (layer, x.shape), layer.weight.detach()
-        state = (weight.data_ptr(), weight._version)
-        if self._products.get(key, (None,))[0] != state:
-            product: Product
-            part: Part = None
-            if isinstance(layer, nn.Linear):
-                product, weight = product_of_linear(*x.shape[:2]), weight[:, :, None, None]
-            else:
-                product, part = product_of(layer, x)
-                if weight[part].shape == weight.shape:
-                    part = None
-                else:
-                    weight = weight[part].contiguous()
-            self._products[key] = state, product, weight, part
-        return self._products[key][1:]
+        if isinstance(layer, nn.Linear):
+            return product_of_linear(*x.shape[:2]), weight[:, :, None, None], None
+        if key not in self._products:
+            self._products[key] = product_of(layer, x)
+        product, part = self._products[key]
+        smaller = weight[part]
+        if smaller.shape == weight.shape:
+            return product, weight, None
+        return product, smaller.contiguous(), part
 
     def _normalising(self, layer: Any, noted: _Noted, images: int) -> Callable:
         def forward(z: Tensor) -> Tensor:
@@ -230,6 +231,9 @@ class ClosedForm:
                 if by_batch and count == 1:
                     raise ValueError("Expected more than 1 value per channel when training")
                 fixed = None if by_batch else (layer.running_mean, layer.running_var)
+            if fixed is not None and not z.numel():  # torch's kernels divide by the number
+                noted.moments[layer].append(fixed)
+                return F.batch_norm(z, *fixed, layer.weight, layer.bias, eps=layer.eps)
             how = Statistics(layer.eps, fixed, constants, self._moments)
             y, *found = normalise(z, layer.weight, layer.bias, how, noted.taken)
             noted.moments[layer].append((found[0], found[1]))
@@ -255,7 +259,8 @@ def _is_product(layer: nn.Module) -> bool:
 
 def _is_own(layer: nn.Module) -> bool:
     """Tell whether a layer's weights are parameters of its own, and its forward pass the type's."""
-    return "weight" in layer._parameters and "forward" not in vars(layer)
+    own = {"weight", "bias"} <= layer._parameters.keys()
+    return own and "forward" not in vars(layer)
 
 
 def _multiplied_out(
@@ -306,7 +311,11 @@ def _multiplied_out(
 
     both = zip(values, parameters, strict=True)
     filled = tuple(p.new_zeros(p.shape) if value is None else value for value, p in both)
-    return CandidateGradient(filled, pairs, tuple(parts), disposable=True)
+
+    def complete() -> bool:
+        return all(use.v_weight is None or use.met == 2 for use, _ in used)
+
+    return CandidateGradient(filled, pairs, tuple(parts), disposable=True, complete=complete)
 
 
 def _common_parts(
@@ -342,15 +351,15 @@ def _use_pairs(use: _Use, gy: Tensor, weight: Tensor | None, bias: Tensor | None
     Where the derivatives meet the layer's own on their way, as they do in all layers but the first,
     they are added there and there are no pairs: those of all layers need not be held at once.
     """
-    if use.x._version != use.version:
-        raise RuntimeError(
-            f"the input of a {type(use.layer).__name__} was changed in place after its use"
-        )
     found: Pairs = []
     if weight is None:
         if bias is not None and gy.requires_grad:
             found.append((gy, bias[:, None, None].expand(gy.shape)))
         return found
+    if use.x._version != use.version:
+        raise RuntimeError(
+            f"the input of a {type(use.layer).__name__} was changed in place after its use"
+        )
     if isinstance(use.layer, nn.Linear):
         weight = weight[:, :, None, None]
     elif weight.shape != use.weight.shape:

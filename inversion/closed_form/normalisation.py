@@ -64,7 +64,9 @@ class _Normalise(torch.autograd.Function):
             mean, unbiased = z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1])
             y = _forward(z, weight, bias, mean, unbiased, True, 1.0, how.eps)[0]
             count = z.numel() // z.shape[1]
-            batch = (mean, unbiased * ((count - 1) / count))
+            # the variance of one value is 0, not 0/0
+            var = unbiased * ((count - 1) / count) if count > 1 else torch.zeros_like(mean)
+            batch = (mean, var)
         if how.fixed is not None:
             y = _forward(z, weight, bias, *how.fixed, False, 0.0, how.eps)[0]
         ctx.how, ctx.taken, ctx.has = how, taken, (weight is not None, bias is not None)
