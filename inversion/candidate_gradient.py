@@ -17,8 +17,9 @@ class CandidateGradient:
 
     #: One tensor per trainable parameter, in the model's order; a part of it where `parts` says so.
     values: tuple[Tensor, ...]
-    #: Cotangents v, shaped like `values`, → tensors of the graph with their cotangents. The sum of
-    #: their inner products has the derivative by the images that ⟨gradient, v⟩ has.
+    #: A cotangent v per parameter, shaped like `values`, → pairs (tensor on the graph, its
+    #: cotangent). Over all pairs, the inner products of tensor and cotangent sum to a number that
+    #: has the derivative by the images that ⟨gradient, v⟩ has.
     pairs: Callable[[Sequence[Tensor]], Pairs]
     #: The part of every parameter that `values` has; outside it the gradient is 0. None for all.
     parts: tuple[Part, ...] | None = None

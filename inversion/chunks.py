@@ -196,7 +196,7 @@ def _add(total: list[Tensor], gradient: Sequence[Tensor], parts: tuple[Part, ...
 
 
 def within(cotangents: Sequence[Tensor], parts: tuple[Part, ...] | None) -> Sequence[Tensor]:
-    """Return what a chunk's gradient has of cotangents of the whole (`CandidateGradient.parts`)."""
+    """Cut cotangents of the whole gradient to the parts that a chunk's gradient has."""
     if parts is None:
         return cotangents
     return [v if part is None else v[part] for v, part in zip(cotangents, parts, strict=True)]

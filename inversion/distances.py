@@ -19,8 +19,8 @@ from models.comparing import above_zero, cosine_distance, joint_norm
 class Aim:
     """Holds the gradient that candidates are compared with, or a part of it.
 
-    Outside the part the candidates' gradients are 0 and the target's need not be, as where noise
-    was added to it.
+    Outside the part the candidates' gradients are 0. The target's need not be 0 there: noise may
+    have been added to it.
     """
 
     gradient: tuple[Tensor, ...]

@@ -1,10 +1,11 @@
 """The gradient of candidate images with the derivatives of the layers in closed form.
 
 Within one pass every convolution, linear layer and BatchNorm of the network is replaced by its
-closed form (products.py, normalisation.py). Weights of the first two then stand on no graph: torch
-is asked for ∂L/∂y at the output of each such layer. From it and the layer's input follow the
-gradient by its weights and, with a cotangent of that gradient, the derivatives by the input and by
-∂L/∂y. Everything else is left to torch. Values and derivatives are those of torch, up to rounding.
+closed form (products.py, normalisation.py). The weights of convolutions and linear layers then
+stand on no graph: torch is asked for ∂L/∂y at the output of each such layer. From it and the
+layer's input follow the gradient by its weights and, with a cotangent of that gradient, the
+derivatives by the input and by ∂L/∂y. Everything else is left to torch. Values and derivatives are
+those of torch, up to rounding.
 """
 
 import math
@@ -110,8 +111,10 @@ class _Adjoint(torch.autograd.Function):
 class ClosedForm:
     """Computes the gradient of candidate images with the layers' derivatives in closed form.
 
-    Of the layers of `torch.nn` those are replaced that are Conv2d, Linear or BatchNorm exactly and
-    hold their parameters themselves; a network may use a layer more than once, or share weights.
+    It replaces the layers Conv2d, with zeros as padding and their number given, Linear and
+    BatchNorm, but no subclasses of them and none whose parameters are computed, as by a
+    parametrization. A network may use a layer more than once, or share weights. A hook of the
+    network's own that changes ∂L/∂y of such a layer is not seen.
     """
 
     def __init__(
@@ -321,7 +324,7 @@ def _multiplied_out(
 def _common_parts(
     used: Sequence[tuple[_Use, Tensor]], places: Mapping[int, int], by_torch: Sequence
 ) -> list[Part]:
-    """Return of every parameter the part that all its uses have in common; None for all of it."""
+    """Return, for every parameter, the part that all its uses share; None for all of it."""
     found: dict[int, list[Part]] = {}
     for use, _ in used:
         found.setdefault(id(use.layer.weight), []).append(use.part)
@@ -348,8 +351,9 @@ def _weight_gradient(use: _Use, gy: Tensor, part: Part) -> Tensor:
 def _use_pairs(use: _Use, gy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Pairs:
     """Return the pairs of one use, for cotangents of the gradient by its weights and shift.
 
-    Where the derivatives meet the layer's own on their way, as they do in all layers but the first,
-    they are added there and there are no pairs: those of all layers need not be held at once.
+    All layers but the first pass ∂L/∂y on to their input (`_Use.passed`). Those need no pairs:
+    `_Applied` and `_Adjoint` add the two derivatives when torch comes to them, so that the
+    derivatives of all layers are not held at once.
     """
     found: Pairs = []
     if weight is None:

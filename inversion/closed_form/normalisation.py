@@ -4,7 +4,8 @@ With x̂ = (z − μ) s, s = (σ² + ε)^-½ and N values per channel, BatchNorm
 first derivative is ∂L/∂z = γ s (gy − m₁ − m₂ x̂) with gy = ∂L/∂y. By batch statistics m₁ = mean(gy)
 and m₂ = mean(gy x̂) (Ioffe & Szegedy, 2015); by fixed ones both are 0; by forced ones
 (models/forced.py) they are constants, the client's (∂L/∂β)/N and (∂L/∂γ)/N. torch composes its
-second derivative of some sixty operations; here it takes nine, each a kernel of the first one.
+second derivative of some sixty operations. Here it is nine, each with a kernel that torch has for
+the first derivative.
 """
 
 from dataclasses import dataclass, replace
@@ -37,8 +38,8 @@ class Statistics:
 class Pass:
     """Says which derivative is being taken."""
 
-    #: Whether it is the loss's, of which the gradient is made, to which forced statistics belong;
-    #: afterwards it is the objective's, through the layer as it is.
+    #: Whether it is the loss's derivative, of which the gradient is made; forced statistics change
+    #: that one alone. Afterwards it is the objective's.
     of_loss: bool = True
 
 
