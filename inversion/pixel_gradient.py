@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from inversion import chunks
+from inversion.candidate_gradient import CandidateGradient, Pairs
 from inversion.first_order import finite_differences
 from inversion.objective import Losses, Objective
 from inversion.precision import in_precision
 from inversion.settings import FINITE_DIFFERENCES, PRIOR_ONLY, AttackSettings
+from inversion.surrogate import SurrogatePlace
 from utils.errors import FaultError, is_out_of_memory
 
 #: A function of this file: (objective, x, progress) → losses and derivative.
@@ -63,24 +65,43 @@ def _exact(objective: Objective, x: Tensor, progress: float) -> tuple[Losses[Ten
     if objective.weights.gradient != 1:
         cotangents = [objective.weights.gradient * v for v in cotangents]
     prior = objective.weighted_sum(terms, progress)
+    place = objective.place
+    outputs = _outputs(gradient, cotangents, prior)
+    derivative, *slope = _pulled_back(outputs, x, place, gradient.complete)
+    total = objective.weights.gradient * distance + objective.weighted_sum(values, progress)
+    losses = Losses(total, distance, values, objective.alpha)
+    if place is not None:
+        place.learn(slope[0], progress)
+    return losses, derivative
+
+
+def _outputs(
+    gradient: CandidateGradient, cotangents: Sequence[Tensor], prior: Tensor | float
+) -> Pairs:
+    """Return what gradient and weighted priors pull back, as tensors with their cotangents."""
     outputs = gradient.pairs(cotangents)
     if isinstance(prior, Tensor) and prior.requires_grad:
         outputs.append((prior, torch.ones_like(prior)))
-    place = objective.place
-    derivative, *slope = torch.autograd.grad(
+    return outputs
+
+
+def _pulled_back(
+    outputs: Pairs, x: Tensor, place: SurrogatePlace | None, complete: Callable[[], bool]
+) -> tuple[Tensor, ...]:
+    """Return the derivative by the images `x`, and that by the surrogate's α where there is one.
+
+    Raises _IncompleteError where closed forms could not add all that belongs to it.
+    """
+    found = torch.autograd.grad(
         [output for output, _ in outputs],
         [x] if place is None else [x, place.alpha],
         [cotangent for _, cotangent in outputs],
         allow_unused=True,
         materialize_grads=True,
     )
-    if not gradient.complete():
+    if not complete():
         raise _IncompleteError
-    total = objective.weights.gradient * distance + objective.weighted_sum(values, progress)
-    losses = Losses(total, distance, values, objective.alpha)
-    if place is not None:
-        place.learn(slope[0], progress)
-    return losses, derivative
+    return found
 
 
 def exact_in_chunks(
@@ -106,22 +127,12 @@ def exact_in_chunks(
         else:
             images = x[own].detach().requires_grad_()
             gradient, terms = objective.part(of_all, pulls).gradient_and_priors(images)
-        outputs = gradient.pairs(chunks.within(cotangents, gradient.parts))
         prior = objective.weighted_sum(terms, progress)
-        if isinstance(prior, Tensor) and prior.requires_grad:
-            outputs.append((prior, torch.ones_like(prior)))
+        outputs = _outputs(gradient, chunks.within(cotangents, gradient.parts), prior)
         complete = gradient.complete
         del gradient, terms, prior
-        derivative[own], *slopes = torch.autograd.grad(
-            [output for output, _ in outputs],
-            [images] if place is None else [images, place.alpha],
-            [cotangent for _, cotangent in outputs],
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        derivative[own], *slopes = _pulled_back(outputs, images, place, complete)
         slope = slope + sum(slopes)
-        if not complete():
-            raise _IncompleteError
         del outputs, images, complete
     if place is not None:
         place.learn(slope, progress)

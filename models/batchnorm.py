@@ -2,6 +2,7 @@
 layers that take its place."""
 
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -110,24 +111,42 @@ def batch_moments(x: Tensor, shard: Shard = ALONE) -> tuple[Tensor, Tensor]:
     return mean, (squares + counts * (means - mean).square()).sum(0) / total
 
 
+def require_spread(count: int) -> None:
+    """Raise ValueError, as torch's own layers do, where a batch has one value per channel."""
+    if count == 1:
+        raise ValueError("Expected more than 1 value per channel when training")
+
+
+def moments_of_uses(found: Sequence[list[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the moments of every layer's one use in a forward pass, of the lists of all uses.
+
+    Raises ValueError for a layer that was used twice, or never: it has no statistics of its own.
+    """
+    if any(len(uses) > 1 for uses in found):
+        raise ValueError("a BatchNorm layer is used twice in one forward pass")
+    if not all(found):
+        raise ValueError("a BatchNorm layer takes no part in the forward pass")
+    return [uses[0] for uses in found]
+
+
 class _Moments:
     """Records the moments of every BatchNorm layer's input in one forward pass, by hooks."""
 
     def __init__(self, model: nn.Module, shard: Shard):
         self.layers, self.shard = batchnorm_layers(model), shard
-        self.of: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._repeated = False
+        self._found: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {
+            layer: [] for layer in self.layers
+        }
+
+    def of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the moments of the layer's last use."""
+        return self._found[layer][-1]
 
     def _record(self, layer, args):
-        self._repeated |= layer in self.of
-        self.of[layer] = batch_moments(args[0], self.shard)
+        self._found[layer].append(batch_moments(args[0], self.shard))
 
     def __call__(self) -> list[tuple[Tensor, Tensor]]:
-        if self._repeated:
-            raise ValueError("a BatchNorm layer is used twice in one forward pass")
-        if len(self.of) < len(self.layers):
-            raise ValueError("a BatchNorm layer takes no part in the forward pass")
-        return [self.of[layer] for layer in self.layers]
+        return moments_of_uses([self._found[layer] for layer in self.layers])
 
     def __enter__(self):
         self._handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers]
@@ -169,9 +188,8 @@ def whole_batch_normalisation(
         def forward(x):
             if not normalises_by_batch(layer, layer.training):
                 return type(layer).forward(layer, x)
-            mean, var = moments.of[layer]
-            if (len(x) if images is None else images) * math.prod(x.shape[2:]) == 1:
-                raise ValueError("Expected more than 1 value per channel when training")
+            mean, var = moments.of(layer)
+            require_spread((len(x) if images is None else images) * math.prod(x.shape[2:]))
             if truncated:
                 options = (mean.detach(), var.detach(), layer.eps, shard)
                 return _TruncatedBatchNorm.apply(x, layer.weight, layer.bias, *options)

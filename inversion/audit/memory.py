@@ -18,7 +18,8 @@ from utils.shard import Shard
 #: moments of Adam, and noise; and with L-BFGS its history of 20 pairs.
 LOOP_COPIES, LBFGS_COPIES = 8, 40
 #: What a process on the CPU takes of its tensors' bytes at most: the C library's heap keeps gaps.
-#: Measured were 1.2 to 1.5, and up to 1.65 without closed forms (benchmarks/memory.py).
+#: Measured were 1.2 to 1.4, up to 1.65 without closed forms, and 2.1 where 84 MiB were counted of a
+#: small network (benchmarks/memory.py).
 HEAP = 1.7
 
 

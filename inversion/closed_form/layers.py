@@ -23,12 +23,18 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from inversion.candidate_gradient import CandidateGradient, Pairs, Part
 from inversion.closed_form.normalisation import Pass, Statistics, normalise
 from inversion.closed_form.products import Product, product_of, product_of_linear
-from models.batchnorm import batchnorm_layers, normalises_by_batch
+from models.batchnorm import (
+    batchnorm_layers,
+    moments_of_uses,
+    normalises_by_batch,
+    require_spread,
+)
 from models.forced import ForcedStatistics
 from models.gradient import gradient_mode, trainable_parameters
 from models.losses import ClientLoss, mean_loss
 
-BATCHNORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: BatchNorm layers that have a closed form here; SyncBatchNorm and subclasses have none.
+NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Moments = tuple[Tensor, Tensor]
 
 
@@ -143,7 +149,7 @@ class ClosedForm:
     def replaces_batchnorm(model: nn.Module) -> bool:
         """Tell whether every BatchNorm layer of a model has a closed form here."""
         return all(
-            type(layer) in BATCHNORM_TYPES and _is_own(layer) for layer in batchnorm_layers(model)
+            type(layer) in NORM_TYPES and _is_own(layer) for layer in batchnorm_layers(model)
         )
 
     def gradient(
@@ -175,7 +181,7 @@ class ClosedForm:
             noted.taken.of_loss = False
         count = len(parameters)
         gradient = _multiplied_out(parameters, found[:count], noted.uses, found[count:])
-        return gradient, self._found(noted.moments) if self._moments and self._norms else []
+        return gradient, moments_of_uses([*noted.moments.values()]) if self._moments else []
 
     @contextmanager
     def _replaced(self, images: int) -> Iterator[_Noted]:
@@ -231,8 +237,8 @@ class ClosedForm:
                 fixed: Moments | None = (forced.mean, forced.var)
             else:
                 by_batch = normalises_by_batch(layer, layer.training)
-                if by_batch and count == 1:
-                    raise ValueError("Expected more than 1 value per channel when training")
+                if by_batch:
+                    require_spread(count)
                 fixed = None if by_batch else (layer.running_mean, layer.running_var)
             if fixed is not None and not z.numel():  # torch's kernels divide by the number
                 noted.moments[layer].append(fixed)
@@ -243,13 +249,6 @@ class ClosedForm:
             return y
 
         return forward
-
-    def _found(self, moments: dict[nn.Module, list[Moments]]) -> list[Moments]:
-        if any(len(found) > 1 for found in moments.values()):
-            raise ValueError("a BatchNorm layer is used twice in one forward pass")
-        if not all(moments.values()):
-            raise ValueError("a BatchNorm layer takes no part in the forward pass")
-        return [found[0] for found in moments.values()]
 
 
 def _is_product(layer: nn.Module) -> bool:

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 _forward = torch.ops.aten.native_batch_norm
 _backward = torch.ops.aten.native_batch_norm_backward
-#: What `_backward` is asked for: the derivative by the input, and those by scale and shift.
-_INPUT, _SUMS, _ALL = [True, False, False], [False, True, True], [True, True, True]
+#: What `_backward` is asked for: the derivatives by scale and shift, or by the input too.
+_SUMS, _ALL = [False, True, True], [True, True, True]
 
 
 @dataclass(frozen=True)
