@@ -607,7 +607,7 @@ def _evaluate_once(settings: AttackSettings, case: Case, own_network: str | None
     try:
         once = pixel_gradient_of(replace(settings, detect_anomaly=False))
         once(objective, objective.local_part(x), 0.0)
-    except RuntimeError as error:  # NotImplementedError is one
+    except RuntimeError as error:  # of whatever kind
         if own_network is None or is_out_of_memory(error):
             raise
         raise InputError(
